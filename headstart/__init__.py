@@ -1,0 +1,48 @@
+"""Headstart: the same text from a language model, sooner.
+
+The public names, and nothing else: a name is imported from its room when it is first asked for, so that
+`import headstart` is instant and pulls in neither torch nor transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from headstart.drafters import Drafter
+    from headstart.engine import Engine
+    from headstart.llm import LLM, custom_generate, load
+    from headstart.sampling import SamplingParams
+    from headstart.scheduler import Request
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LLM",
+    "Drafter",
+    "Engine",
+    "Request",
+    "SamplingParams",
+    "__version__",
+    "custom_generate",
+    "load",
+]
+
+_ROOMS = {
+    "LLM": "headstart.llm",
+    "Drafter": "headstart.drafters",
+    "Engine": "headstart.engine",
+    "Request": "headstart.scheduler",
+    "SamplingParams": "headstart.sampling",
+    "custom_generate": "headstart.llm",
+    "load": "headstart.llm",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'headstart' has no attribute {name!r}; its public names are {', '.join(__all__)}")
+    return getattr(import_module(_ROOMS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,31 @@
+"""The public surface is a decision: a new name, or a lost one, edits this file."""
+
+import subprocess
+import sys
+
+import pytest
+
+import headstart
+
+PUBLIC = {"LLM", "Drafter", "Engine", "Request", "SamplingParams", "__version__", "custom_generate", "load"}
+
+
+def test_all_is_the_public_surface():
+    assert set(headstart.__all__) == PUBLIC
+    assert set(dir(headstart)) == PUBLIC
+
+
+def test_every_lazy_name_is_public():
+    assert set(headstart._ROOMS) | {"__version__"} == PUBLIC
+
+
+def test_an_unknown_name_is_refused_with_the_names_that_exist():
+    with pytest.raises(AttributeError, match=r"no attribute 'Decoder'; its public names are .*load"):
+        _ = headstart.Decoder
+
+
+def test_importing_headstart_imports_nothing_heavy():
+    """A shell completion or a `--help` must not wait for torch."""
+    program = "import sys, headstart; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert {"torch", "torch.distributed", "transformers"} & set(loaded.stdout.split()) == set()
