@@ -1,0 +1,77 @@
+"""What the model cards say: held-out loss per source, and how often the draft agrees with its target.
+
+python -m recipes.embedded.measure --work WORK --target FOLDER --draft FOLDER
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from recipes.embedded.mixture import load_streams
+
+WINDOW = 512
+MOST_WINDOWS = 24  # per source: enough for two digits, and seconds instead of minutes
+
+
+def windows(stream: np.ndarray) -> Iterator[Tensor]:
+    """Cut a stream into its first MOST_WINDOWS pieces. stream: [tokens]. Yields [1, WINDOW + 1] or shorter, int64."""
+    for start in range(0, len(stream) - 1, WINDOW)[:MOST_WINDOWS]:
+        yield torch.from_numpy(stream[start : start + WINDOW + 1].astype(np.int64))[None]
+
+
+@torch.inference_mode()
+def held_out_losses(model: LlamaForCausalLM, streams: dict[str, np.ndarray]) -> dict[str, float]:
+    """Mean loss of every source, in nats per token. streams: name to [tokens]."""
+    losses = {}
+    for name, stream in streams.items():
+        pieces = list(windows(stream))
+        total = sum(
+            F.cross_entropy(model(piece[:, :-1]).logits[0].float(), piece[0, 1:], reduction="sum").item()
+            for piece in pieces
+        )
+        losses[name] = round(total / sum(piece.shape[1] - 1 for piece in pieces), 3)
+    return losses
+
+
+@torch.inference_mode()
+def agreement(target: LlamaForCausalLM, draft: LlamaForCausalLM, streams: dict[str, np.ndarray]) -> dict[str, dict]:
+    """On held-out text: share of equal top-1 tokens, and sum of min(p, q), the acceptance rate when sampling.
+
+    streams: name to [tokens].
+    """
+    shares = {}
+    for name, stream in streams.items():
+        pairs = [(target(p[:, :-1]).logits[0].float(), draft(p[:, :-1]).logits[0].float()) for p in windows(stream)]
+        same = torch.cat([t.argmax(-1) == d.argmax(-1) for t, d in pairs])
+        overlap = torch.cat([torch.minimum(t.softmax(-1), d.softmax(-1)).sum(-1) for t, d in pairs])
+        shares[name] = {"greedy": round(same.float().mean().item(), 3), "sampled": round(overlap.mean().item(), 3)}
+    return shares
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder that prepare filled")
+    parser.add_argument("--target", type=Path, required=True, help="model folder")
+    parser.add_argument("--draft", type=Path, required=True, help="model folder")
+    args = parser.parse_args()
+    target, draft = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for folder in (args.target, args.draft)
+    )
+    streams = load_streams(args.work, "held_out")
+    report = {
+        "target_loss": held_out_losses(target, streams),
+        "draft_loss": held_out_losses(draft, streams),
+        "agreement": agreement(target, draft, streams),
+    }
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()
