@@ -36,7 +36,7 @@ class Plan:
     steps: int | None = None
     rows: int = 8
     length: int = 512
-    learning_rate: float = 3e-3
+    learning_rate: float = 4e-3
     save_every: float = 60.0  # seconds
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ class Run:
     """Everything that changes while training, and so everything a checkpoint holds."""
 
     model: LlamaForCausalLM
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     mixture: Mixture
     step: int = 0
     tokens: int = 0
@@ -68,7 +68,7 @@ class Run:
     def save(self, path: Path) -> None:
         """Write next to `path` and rename, so that a kill never leaves half a checkpoint."""
         counters = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds}
-        parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        parts = {"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers]}
         unfinished = path.with_suffix(".unfinished")
         torch.save({**parts, "mixture": self.mixture.state(), "counters": counters}, unfinished)
         os.replace(unfinished, path)
@@ -76,7 +76,8 @@ class Run:
     def load(self, path: Path) -> None:
         saved = torch.load(path, weights_only=True)
         self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         self.mixture.restore(saved["mixture"])
         self.step, self.tokens = saved["counters"]["step"], saved["counters"]["tokens"]
         self.seconds = saved["counters"]["seconds"]
@@ -102,12 +103,17 @@ def new_model(shape: dict[str, int], tokenizer: PreTrainedTokenizerFast, seed: i
     return model
 
 
-def new_optimizer(model: LlamaForCausalLM) -> torch.optim.AdamW:
-    """Decay matrices, not norms; the rate is set at every step."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+def new_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for embeddings and norms; the rate is set at every step.
+
+    Muon (Jordan et al. 2024) orthogonalises its updates and needs fewer tokens; its scale is matched to AdamW's
+    (Liu et al. 2025), so that one rate serves both.
+    """
+    inside = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    ids = set(map(id, inside))
+    rest = [p for p in model.parameters() if id(p) not in ids]
+    muon = torch.optim.Muon(inside, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(rest, weight_decay=0.0, betas=(0.9, 0.95), fused=True)]
 
 
 def loss_of(model: LlamaForCausalLM, teacher: LlamaForCausalLM | None, batch: Tensor) -> Tensor:
@@ -126,14 +132,16 @@ def loss_of(model: LlamaForCausalLM, teacher: LlamaForCausalLM | None, batch: Te
 
 
 def take_step(run: Run, plan: Plan, teacher: LlamaForCausalLM | None) -> None:
-    for group in run.optimizer.param_groups:
-        group["lr"] = plan.rate(plan.progress(run.seconds, run.step))
+    rate = plan.rate(plan.progress(run.seconds, run.step))
+    for group in (group for optimizer in run.optimizers for group in optimizer.param_groups):
+        group["lr"] = rate
     batch = run.mixture.batch_of_step(run.step, plan.rows, plan.length)
     loss = loss_of(run.model, teacher, batch)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-    run.optimizer.step()
-    run.optimizer.zero_grad()
+    for optimizer in run.optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
     run.step, run.tokens = run.step + 1, run.tokens + batch[:, 1:].numel()
     run.losses.append(loss.item())
 
@@ -175,7 +183,7 @@ def pretrain(work: Path, shape: str, plan: Plan, seed: int, teacher_folder: Path
     tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
     shares = {name: facts["share"] for name, facts in json.loads((work / "sources.json").read_text()).items()}
     model = new_model(SHAPES[shape], tokenizer, seed)
-    run = Run(model, new_optimizer(model), Mixture(load_streams(work, "train"), shares))
+    run = Run(model, new_optimizers(model), Mixture(load_streams(work, "train"), shares))
     teacher = None
     if teacher_folder is not None:
         teacher = AutoModelForCausalLM.from_pretrained(teacher_folder, dtype=torch.float32).eval()
@@ -191,7 +199,7 @@ def main() -> None:
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--minutes", type=float, help="budget in time; the cosine follows it")
     budget.add_argument("--steps", type=int, help="budget in steps, for runs that must repeat exactly")
-    parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate (default 3e-3)")
+    parser.add_argument("--rate", type=float, default=4e-3, help="peak learning rate (default 4e-3)")
     parser.add_argument("--seed", type=int, default=0, help="initial weights (default 0)")
     parser.add_argument("--teacher", type=Path, default=None, help="model folder to distil from (default: none)")
     args = parser.parse_args()

@@ -10,7 +10,7 @@ import torch
 from recipes.embedded.measure import agreement, held_out_losses
 from recipes.embedded.mixture import LONG_EVERY, Mixture
 from recipes.embedded.prepare import encode, train_tokenizer
-from recipes.embedded.pretrain import Plan, Run, loss_of, new_model, new_optimizer, train
+from recipes.embedded.pretrain import Plan, Run, loss_of, new_model, new_optimizers, train
 from recipes.embedded.sources import SOURCES, Document, documents, is_allowed
 
 TINY = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 1}
@@ -25,7 +25,7 @@ def tokenizer():
 def new_run(tokenizer, seed=0):
     model = new_model(TINY, tokenizer, seed)
     streams = {"odd": np.arange(1, 200, 2, dtype=np.uint16), "even": np.arange(0, 90, 2, dtype=np.uint16)}
-    return Run(model, new_optimizer(model), Mixture(streams, {"odd": 0.5, "even": 0.5}))
+    return Run(model, new_optimizers(model), Mixture(streams, {"odd": 0.5, "even": 0.5}))
 
 
 def source(name):
