@@ -1,0 +1,216 @@
+"""Who sees whom: the attention of a flat forest over a cache of seats, registered with transformers once.
+
+A node sees its row's committed slots and its own ancestors, nothing else; windows and chunks are measured in positions, never in
+slots, for nodes of one depth share a position. This file knows masks and attention. It refuses to know models and tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from headstart.cache import KVCache
+
+NAME = "headstart"
+
+# Keywords that transformers' layers hand to every attention function and that change nothing here.
+_HARMLESS = {"dropout", "position_ids", "is_causal", "use_cache", "past_key_values", "position_embeddings"}
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far back a layer looks, in positions: a sliding window, a chunk, or everything (None)."""
+
+    window: int | None = None
+    chunk: int | None = None
+
+    def hides(self, length: int) -> bool:
+        """Whether anything is hidden in a text of `length` tokens."""
+        return any(limit is not None and length > limit for limit in (self.window, self.chunk))
+
+
+@dataclass(frozen=True, eq=False)
+class Sight:
+    """What the nodes of one row see in one forward.
+
+    first, last: its nodes in the flat list. start: its seat's first slot. committed: slots that every node sees; scratch: slots
+    behind them that hold earlier nodes of this row (a drafter's levels). seen: [nodes, scratch + nodes] bool, which of these
+    and of this forward's nodes each node sees, itself included; None: causal. positions: [scratch + nodes].
+    """
+
+    first: int
+    last: int
+    start: int
+    committed: int
+    seen: Tensor | None
+    positions: Tensor
+    scratch: int = 0
+    _masks: dict[tuple[Reach, torch.dtype], Tensor | None] = field(default_factory=dict)
+
+    @property
+    def nodes(self) -> int:
+        return self.last - self.first
+
+    @property
+    def context(self) -> int:
+        """Slots that take part: committed, scratch, and this forward's own."""
+        return self.committed + self.scratch + self.nodes
+
+    def visible(self, reach: Reach = Reach()) -> Tensor:
+        """[nodes, context] bool, by the book."""
+        device = self.positions.device
+        seen = self.seen
+        if seen is None:
+            seen = torch.ones(self.nodes, self.scratch + self.nodes, dtype=torch.bool, device=device).tril(self.scratch)
+        visible = torch.cat([seen.new_ones(self.nodes, self.committed), seen], 1)
+        if reach.hides(self.context):
+            keys = torch.cat([torch.arange(self.committed, device=device), self.positions])
+            queries = self.positions[self.scratch :, None]
+            if reach.window is not None:
+                visible &= queries - keys < reach.window
+            if reach.chunk is not None:
+                visible &= queries // reach.chunk == keys // reach.chunk
+        return visible
+
+    def mask(self, reach: Reach, dtype: torch.dtype) -> Tensor | None:
+        """Additive [nodes, context], or None where every node sees everything; made once per forward."""
+        if self.nodes == 1 and self.seen is None and not reach.hides(self.context):
+            return None
+        if (reach, dtype) not in self._masks:
+            hidden = ~self.visible(reach)
+            self._masks[reach, dtype] = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(
+                hidden, -torch.inf
+            )
+        return self._masks[reach, dtype]
+
+
+@dataclass(frozen=True)
+class Manner:
+    """What a layer asks of its attention besides keys and values. sinks: [heads] an extra logit per head (GPT-OSS), or None."""
+
+    scaling: float
+    reach: Reach
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+# query [heads, nodes, dim], keys [kv_heads, context, dim], values [kv_heads, context, value_dim] -> [heads, nodes, value_dim]
+Kernel = Callable[[Tensor, Tensor, Tensor, Sight, Manner], Tensor]
+
+
+def fused(query: Tensor, keys: Tensor, values: Tensor, sight: Sight, manner: Manner) -> Tensor:
+    """torch's own attention where it can express the layer. Groups of query heads become more query rows: no key is repeated."""
+    if manner.softcap is not None or manner.sinks is not None:
+        return plain(query, keys, values, sight, manner)
+    heads, nodes, _ = query.shape
+    groups = heads // keys.shape[0]
+    mask = sight.mask(manner.reach, query.dtype)
+    if groups > 1:
+        query = query.reshape(keys.shape[0], groups * nodes, -1)
+        mask = mask if mask is None else mask.repeat(groups, 1)
+    out = F.scaled_dot_product_attention(query[None], keys[None], values[None], attn_mask=mask, scale=manner.scaling)
+    return out.reshape(heads, nodes, -1)
+
+
+def plain(query: Tensor, keys: Tensor, values: Tensor, sight: Sight, manner: Manner) -> Tensor:
+    """Attention as written: the reference of every other kernel, and the only one with soft caps and sinks."""
+    heads, nodes, _ = query.shape
+    query = query.reshape(keys.shape[0], -1, query.shape[-1])
+    scores = (query @ keys.mT).reshape(heads, nodes, -1) * manner.scaling
+    if manner.softcap is not None:
+        scores = torch.tanh(scores / manner.softcap) * manner.softcap
+    mask = sight.mask(manner.reach, scores.dtype)
+    scores = scores if mask is None else scores + mask
+    wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    if manner.sinks is not None:
+        sinks = manner.sinks.reshape(-1, 1, 1).expand(-1, nodes, 1)
+        weights = torch.softmax(torch.cat([scores, sinks], -1), -1, dtype=wide)[..., :-1]
+    else:
+        weights = torch.softmax(scores, -1, dtype=wide)
+    out = weights.to(values.dtype).reshape(keys.shape[0], -1, keys.shape[1]) @ values
+    return out.reshape(heads, nodes, -1)
+
+
+@dataclass(frozen=True, eq=False)
+class Gaze:
+    """One forward's attention: every row's sight, the cache it reads and writes, and the kernel that does it."""
+
+    sights: Sequence[Sight]
+    cache: KVCache
+    kernel: Kernel
+    reaches: Sequence[Reach]
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """Stands in for a `Gaze` while a model is examined: records what each layer brings, and attends causally."""
+
+    shapes: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # layer -> kv_heads, key_dim, value_dim
+    windows: dict[int, int | None] = field(default_factory=dict)
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    headstart: Gaze | Probe | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **unknown: object,
+) -> tuple[Tensor, None]:
+    """The function that transformers calls in every attention layer.
+
+    query [1, heads, nodes, dim], key and value [1, kv_heads, nodes, dim]. Returns [1, nodes, heads, value_dim].
+    """
+    given = {name for name, value in unknown.items() if value is not None and value is not False}
+    strange = sorted(given - _HARMLESS)
+    if strange:
+        raise ValueError(f"{type(module).__name__} hands its attention {', '.join(strange)}, which is not understood here")
+    if headstart is None:
+        raise ValueError(f"{type(module).__name__} does not pass keyword arguments on to its attention")
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if isinstance(headstart, Probe):
+        return _probe(headstart, layer, query, key, value, Manner(scaling, Reach(), softcap, s_aux), sliding_window), None
+    manner = Manner(scaling, headstart.reaches[layer], softcap, s_aux)
+    keys, values = headstart.cache.layer(layer)
+    outputs = [_row(sight, query[0], key[0], value[0], keys, values, headstart.kernel, manner) for sight in headstart.sights]
+    missing = query.shape[2] - sum(sight.nodes for sight in headstart.sights)
+    if missing:  # dead nodes see nothing and say nothing
+        outputs.append(query.new_zeros(query.shape[1], missing, value.shape[-1]))
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+    return out.transpose(0, 1)[None], None
+
+
+def _row(
+    sight: Sight, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, kernel: Kernel, manner: Manner
+) -> Tensor:
+    """Write one row's keys and values behind what its seat holds, then attend to all of it."""
+    nodes, end = slice(sight.first, sight.last), sight.start + sight.context
+    own, seat = slice(end - sight.nodes, end), slice(sight.start, end)
+    keys[:, own] = key[:, nodes]
+    values[:, own] = value[:, nodes]
+    return kernel(query[:, nodes], keys[:, seat], values[:, seat], sight, manner)
+
+
+def _probe(probe: Probe, layer: int, query: Tensor, key: Tensor, value: Tensor, manner: Manner, window: int | None) -> Tensor:
+    probe.shapes[layer] = (key.shape[1], key.shape[3], value.shape[3])
+    probe.windows[layer] = window
+    nodes = query.shape[2]
+    sight = Sight(0, nodes, 0, 0, None, torch.arange(nodes, device=query.device))
+    return plain(query[0], key[0], value[0], sight, manner).transpose(0, 1)[None]
+
+
+def register() -> None:
+    """Make `attend` known to transformers, without a mask function: no model builds a mask for it."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, attend)

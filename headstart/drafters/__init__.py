@@ -1,0 +1,90 @@
+"""What a drafter is, and how one is found by name.
+
+A drafter proposes, it never judges, and it knows nothing of temperatures or seeds: `Rows.choose` turns its logits into children.
+One method is one file. Third parties register theirs under the entry-point group `headstart.drafters`: a callable that takes the
+text after the colon of `--drafter NAME:ARGUMENT` (or an empty string) and the target, and returns a `Drafter`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from headstart.sampling import Rows
+from headstart.tree import Drafts, Kept
+
+if TYPE_CHECKING:
+    from headstart.cache import Seating
+    from headstart.target import Target
+
+
+@runtime_checkable
+class Drafter(Protocol):
+    """Guesses what the target will say.
+
+    name: for tables and metrics. taps: the target layers whose output it reads, () for none. slot_bytes: its own memory per
+    slot, counted in the announced budget. planner: the planner that suits it, by name, unless the user chooses.
+    """
+
+    name: str
+    taps: tuple[int, ...]
+    slot_bytes: int
+
+    def attach(self, target: Target, seating: Seating) -> None:
+        """Get to know the target (embedding, device, dtype) and allocate; seats and slots are those of `seating`."""
+        ...
+
+    def extend(self, kept: Kept) -> None:
+        """Learn what is now certain; every prompt chunk too."""
+        ...
+
+    def propose(self, rows: Rows) -> Drafts:
+        """Guess behind the root of every row whose `depths` is above 0, that deep at most."""
+        ...
+
+    def fork(self, source: int, seat: int, length: int) -> None:
+        """Copy what is known of the first `length` tokens of one seat to another."""
+        ...
+
+    def free(self, seat: int) -> None:
+        """Forget a seat."""
+        ...
+
+
+Maker = Callable[[str, "Target"], Drafter]
+
+
+def _lookup(argument: str, target: Target) -> Drafter:
+    from headstart.drafters.lookup import Lookup
+
+    if argument:
+        raise ValueError(f"drafter lookup takes no argument, but got {argument!r}")
+    return Lookup()
+
+
+def _model(argument: str, target: Target) -> Drafter:
+    from headstart.drafters.model import ModelDrafter
+
+    if not argument:
+        raise ValueError("drafter model needs the folder or hub id of a smaller model: model:PATH")
+    return ModelDrafter.load(argument, target)
+
+
+_MAKERS: dict[str, Maker] = {"lookup": _lookup, "model": _model}
+
+
+def names() -> Sequence[str]:
+    """Every drafter that can be named, third parties' included."""
+    return sorted({*_MAKERS, *(entry.name for entry in entry_points(group="headstart.drafters"))})
+
+
+def make(spec: str, target: Target) -> Drafter:
+    """The drafter named by `spec`, as `NAME` or `NAME:ARGUMENT`. Raises ValueError for a name that nobody knows."""
+    name, _, argument = spec.partition(":")
+    if name in _MAKERS:
+        return _MAKERS[name](argument, target)
+    for entry in entry_points(group="headstart.drafters", name=name):
+        maker: Maker = entry.load()
+        return maker(argument, target)
+    raise ValueError(f"drafter {spec!r} is unknown; there are {', '.join(names())}, and none for plain decoding")

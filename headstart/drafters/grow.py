@@ -1,0 +1,183 @@
+"""Growing a tree level by level: for every drafter that has to run itself once per level.
+
+The most promising nodes of a level are expanded, their best children join the candidates; EAGLE-2's expansion (Li et al. 2024),
+a chain and a static tree are the same loop with other numbers. This file knows levels and chances. It refuses to know what
+computes the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from headstart.sampling import Paths, Rows
+from headstart.tree import ROOT, Drafts
+
+
+@dataclass(frozen=True, eq=False)
+class Level:
+    """The nodes to be run now: `width` per row, for some rows of the round.
+
+    rows: on the host, rows of the round. tokens: [rows, width]. seen: [rows, width, earlier + width] bool, which of the nodes run
+    at earlier levels (in the order they were run) and now each one sees, itself included. depths: [earlier + width] of these.
+    origins: [rows, width] the parent's place among the nodes of the level before (0 at depth 1).
+    """
+
+    rows: tuple[int, ...]
+    tokens: Tensor
+    seen: Tensor
+    depths: Tensor
+    origins: Tensor
+
+    @property
+    def width(self) -> int:
+        return self.tokens.shape[1]
+
+    @property
+    def earlier(self) -> int:
+        """Nodes per row that were run at earlier levels."""
+        return self.seen.shape[2] - self.width
+
+
+Expand = Callable[[Level], Tensor]  # -> logits [rows * width, vocab]
+
+
+def grow(rows: Rows, logits: Tensor, expand: Expand, ids: Tensor | None = None, source: int = 0) -> Drafts:
+    """Candidates behind the root of every row that drafts.
+
+    logits: [drafting rows, vocab] after each root, in the order of the rows; expand: runs one level and returns what follows each
+    of its nodes. ids: target ids where the drafter's vocabulary is reduced. The plan's depth, width and beam are in `rows`.
+    """
+    drafting = tuple(row for row, depth in enumerate(rows.depths) if depth > 0)
+    growth = _Growth(rows, ids, logits.device)
+    grown = growth.plant(drafting, logits)
+    for depth in range(1, rows.max_depth):
+        beam = growth.narrow(grown, depth)
+        grown = growth.expand(beam, depth, expand(beam.level))
+    return growth.drafts(source)
+
+
+@dataclass(frozen=True, eq=False)
+class _Grown:
+    """A level of candidates, `size` per row of `rows`. places: [rows, size] index among all drafts; chances: [rows, size]; paths:
+    [rows, size, depth] tokens; origins: [rows, size] the parent's place among the nodes run at the level above; seen: [rows,
+    size, run so far] bool, what the parent sees."""
+
+    rows: tuple[int, ...]
+    places: Tensor
+    chances: Tensor
+    paths: Tensor
+    origins: Tensor
+    seen: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Beam:
+    """The expanded part of a level: `level` for the drafter, and where its nodes stand among all drafts."""
+
+    level: Level
+    places: Tensor
+    chances: Tensor
+    paths: Tensor
+
+
+class _Growth:
+    """The candidates so far."""
+
+    def __init__(self, rows: Rows, ids: Tensor | None, device: torch.device) -> None:
+        self.rows = rows
+        self.ids = ids
+        self.device = device
+        self.tokens: list[Tensor] = []
+        self.parents: list[Tensor] = []
+        self.row_ids: list[Tensor] = []
+        self.depths: list[Tensor] = []
+        self.chances: list[Tensor] = []
+        self.laws: list[tuple[Tensor, Tensor]] = []  # lines of `Drafts.laws` and their content
+        self.size = 0
+        self.run_depths = torch.empty(0, dtype=torch.int64, device=device)
+
+    def plant(self, drafting: tuple[int, ...], logits: Tensor) -> _Grown:
+        """The children of the roots."""
+        count = len(drafting)
+        row_ids = torch.tensor(drafting, device=self.device)
+        paths = Paths(row_ids, row_ids.new_empty(count, 0), torch.zeros_like(row_ids))
+        choice = self.rows.choose(logits, 1, paths, self.rows.width, self.ids)
+        if choice.law is not None:
+            self.laws.append((row_ids, choice.law))
+        parents = torch.full_like(choice.tokens, ROOT)
+        places = self._add(choice.tokens, parents, row_ids[:, None].expand_as(parents), 1, choice.chances)
+        nothing = torch.zeros(count, places.shape[1], 0, dtype=torch.bool, device=self.device)
+        return _Grown(drafting, places, choice.chances, choice.tokens[..., None], torch.zeros_like(places), nothing)
+
+    def narrow(self, grown: _Grown, depth: int) -> _Beam:
+        """The most promising nodes of each row that may still go deeper."""
+        going = [place for place, row in enumerate(grown.rows) if self.rows.depths[row] > depth]
+        if len(going) < len(grown.rows):
+            at = torch.tensor(going, device=self.device)
+            grown = _Grown(
+                tuple(grown.rows[place] for place in going),
+                grown.places[at],
+                grown.chances[at],
+                grown.paths[at],
+                grown.origins[at],
+                grown.seen[at],
+            )
+        width = min(self.rows.beam, grown.places.shape[1])
+        best = grown.chances.topk(width, -1).indices.sort(-1).values  # [rows, width]
+        paths = grown.paths.gather(1, best[..., None].expand(-1, -1, depth))
+        seen = grown.seen.gather(1, best[..., None].expand(-1, -1, grown.seen.shape[2]))
+        own = torch.eye(width, dtype=torch.bool, device=self.device).expand(len(going), -1, -1)
+        self.run_depths = torch.cat([self.run_depths, torch.full((width,), depth, device=self.device)])
+        level = Level(grown.rows, paths[..., -1], torch.cat([seen, own], -1), self.run_depths, grown.origins.gather(1, best))
+        return _Beam(level, grown.places.gather(1, best), grown.chances.gather(1, best), paths)
+
+    def expand(self, beam: _Beam, depth: int, logits: Tensor) -> _Grown:
+        """The children of a beam. logits: [rows * width, vocab]."""
+        level = beam.level
+        count, width = level.tokens.shape
+        row_ids = torch.tensor(level.rows, device=self.device)[:, None].expand(count, width).reshape(-1)
+        paths = Paths(row_ids, beam.paths.reshape(count * width, depth), beam.places.reshape(-1))
+        choice = self.rows.choose(logits, depth + 1, paths, self.rows.width, self.ids)
+        if choice.law is not None:
+            self.laws.append((len(self.rows) + beam.places.reshape(-1), choice.law))
+        children = choice.tokens.shape[1]
+        chances = (beam.chances.reshape(-1, 1) * choice.chances).reshape(count, width * children)
+        tokens = choice.tokens.reshape(count, width * children)
+        parents = beam.places[..., None].expand(-1, -1, children).reshape(count, -1)
+        places = self._add(tokens, parents, row_ids.reshape(count, width)[:, :1].expand_as(tokens), depth + 1, chances)
+        origins = torch.arange(width, device=self.device).repeat_interleave(children).expand(count, -1)
+        seen = level.seen.repeat_interleave(children, 1)
+        older = beam.paths.repeat_interleave(children, 1)
+        return _Grown(level.rows, places, chances, torch.cat([older, tokens[..., None]], -1), origins, seen)
+
+    def _add(self, tokens: Tensor, parents: Tensor, row_ids: Tensor, depth: int, chances: Tensor) -> Tensor:
+        """Append candidates, all [rows, size]; returns their places."""
+        for store, values in ((self.tokens, tokens), (self.parents, parents), (self.row_ids, row_ids), (self.chances, chances)):
+            store.append(values.reshape(-1))
+        self.depths.append(torch.full_like(self.tokens[-1], depth))
+        places = torch.arange(self.size, self.size + tokens.numel(), device=self.device).reshape(tokens.shape)
+        self.size += tokens.numel()
+        return places
+
+    def drafts(self, source: int) -> Drafts:
+        tokens = torch.cat(self.tokens)
+        laws = None
+        if self.laws:
+            first = self.laws[0][1]
+            laws = first.new_zeros(len(self.rows) + self.size, first.shape[1])
+            for lines, law in self.laws:
+                laws[lines] = law
+        return Drafts(
+            tokens,
+            torch.cat(self.parents),
+            torch.cat(self.row_ids),
+            torch.cat(self.depths),
+            torch.cat(self.chances).float(),
+            torch.full_like(tokens, source),
+            laws,
+            max_depth=len(self.tokens),
+        )

@@ -1,0 +1,290 @@
+"""The front door: a model, its tokenizer, a drafter and an engine as one object, and the hook for transformers' `generate`.
+
+This file knows how the rooms fit together. It refuses to do anything that one of them can do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from headstart.drafters import Drafter, make
+from headstart.engine import Engine, Stats
+from headstart.planner import Best, Planner
+from headstart.sampling import SamplingParams, draw_seed, mix
+from headstart.scheduler import Request
+from headstart.target import Target
+from headstart.text import Prompt, TextStream, encode_prompt, load_tokenizer, stop_token_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One completion. guessed: which tokens a drafter had proposed. seed: repeats the answer. logprobs: per token its own raw
+    log-probability and those of the alternatives asked for, or None. stats: of the engine while this call ran."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    guessed: tuple[bool, ...]
+    finish_reason: str
+    seed: int
+    logprobs: tuple[tuple[float, dict[int, float]], ...] | None
+    stats: Stats
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: stats with tau and acceptance by depth."""
+        return asdict(self) | {"stats": self.stats.as_dict()}
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A piece of a streamed answer: final text, and the tokens it came with. `str(fragment)` is the text."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    guessed: tuple[bool, ...]
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class LLM:
+    """A loaded model that answers prompts. Made by `headstart.load`."""
+
+    def __init__(self, engine: Engine, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        model = engine.target.model
+        self.stop_ids = stop_token_ids(tokenizer, model.generation_config, model.config)
+
+    @property
+    def stats(self) -> Stats:
+        """Of all rounds so far."""
+        return self.engine.stats
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, **settings: Any
+    ) -> list[Answer]:
+        """Complete one prompt or several at once; `n` answers each, in order.
+
+        A prompt is a string, a list of chat messages, or a list of token ids. settings: fields of `SamplingParams`. Raises
+        ValueError for anything that cannot be honoured, before any work is done.
+        """
+        params = _params(params, settings)
+        base = draw_seed() if params.seed is None else params.seed
+        many = _as_prompts(prompts)
+        requests: list[Request] = []
+        texts: dict[int, str] = {}
+        before = self.engine.stats.copy()
+        try:
+            for place, prompt in enumerate(many):
+                seed = base if len(many) == 1 else mix(base, place)
+                requests += self._submit(prompt, params, seed)
+            for event in self.engine.run():
+                texts[event.request.id] = texts.get(event.request.id, "") + event.text
+        finally:
+            for request in requests:
+                self.engine.abort(request)
+        stats = self.engine.stats.since(before)
+        return [_answer(request, texts.get(request.id, ""), stats) for request in requests]
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **settings: Any) -> Iterator[Fragment]:
+        """The answer to one prompt, piece by piece. Leaving the loop early ends the request and frees its memory."""
+        params = _params(params, settings)
+        if params.n != 1:
+            raise ValueError(f"n is {params.n}; a stream has one answer, use generate for several")
+        seed = draw_seed() if params.seed is None else params.seed
+        (request,) = self._submit(prompt, params, seed)
+        return self._pieces(request)
+
+    def _pieces(self, request: Request) -> Iterator[Fragment]:
+        try:
+            while request.finish_reason is None:
+                for event in self.engine.step():
+                    if event.request is request:
+                        yield Fragment(event.text, event.tokens, event.guessed)
+        finally:
+            self.engine.abort(request)
+
+    def _submit(self, prompt: Prompt, params: SamplingParams, seed: int) -> list[Request]:
+        ids = encode_prompt(self.tokenizer, prompt)
+        requests: list[Request] = []
+        for sample in range(params.n):
+            own = seed if params.n == 1 else mix(seed, sample)
+            stream = TextStream(self.tokenizer, params.stop)
+            leader = requests[0] if requests else None
+            requests.append(self.engine.add(ids, params, seed=own, stop_ids=self.stop_ids, stream=stream, leader=leader))
+        return requests
+
+
+def load(
+    model: str | Path | PreTrainedModel | None = None,
+    *,
+    drafter: str | Drafter | None = "auto",
+    planner: Planner | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    exact: bool | str = "auto",
+    max_rows: int = 8,
+    memory: int | None = None,
+    accept: str = "coupled",
+) -> LLM:
+    """Load a model and make it answer sooner.
+
+    model: a folder, a hub id, a transformers model you hold (then give its `tokenizer` too), or None for the embedded one.
+    drafter: "auto" (the embedded model's sibling, else lookup), "lookup", "model:PATH", a drafter of your own, or None for plain
+    decoding. planner: how much to speculate. exact: True for equality to the bit on CPU, "auto" where it is nearly free.
+    max_rows: requests at once. memory: bytes for keys and values. accept: "coupled" (same text as plain decoding) or "rejection"
+    (same law). Raises ValueError, in one sentence, for whatever is wrong with a path or a setting.
+    """
+    place: Any = embedded("target") if model is None else model
+    if isinstance(place, str | Path):
+        tokenizer = tokenizer or load_tokenizer(place)
+        target = Target.load(place, dtype=dtype, device=device, exact=exact)
+    else:
+        if tokenizer is None:
+            raise ValueError("load was given a model object without its tokenizer; pass tokenizer=...")
+        target = Target(place, exact=exact)
+    if isinstance(drafter, str):
+        drafter = make(_automatic(model) if drafter == "auto" else drafter, target)
+    if drafter is not None and planner is None:
+        planner = Best()
+    return LLM(Engine(target, drafter, planner, max_rows=max_rows, memory=memory, accept=accept), tokenizer)
+
+
+def embedded(part: str) -> Path:
+    """The folder of the embedded model ("target") or of its draft sibling ("draft")."""
+    folder = Path(str(files("headstart") / "embedded" / part))
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"this installation lacks its embedded model ({folder}); name a model, or install the package again")
+    return folder
+
+
+def _automatic(model: object) -> str:
+    return f"model:{embedded('draft')}" if model is None else "lookup"
+
+
+def _params(params: SamplingParams | None, settings: dict[str, Any]) -> SamplingParams:
+    known = {field.name for field in fields(SamplingParams)}
+    strange = sorted(set(settings) - known)
+    if strange:
+        raise ValueError(f"{', '.join(strange)} is no sampling setting; there are {', '.join(sorted(known))}")
+    return replace(params or SamplingParams(), **settings)
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A list holds several prompts if its items are strings or lists; messages and token ids are one prompt."""
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int | dict)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _answer(request: Request, text: str, stats: Stats) -> Answer:
+    logprobs = None if request.params.logprobs is None else tuple(request.logprobs)
+    return Answer(
+        text, tuple(request.output), tuple(request.guessed), request.finish_reason or "abort", request.seed, logprobs, stats
+    )
+
+
+# -- inside transformers ----------------------------------------------------------------------------------------------------
+
+# Settings of a GenerationConfig that change the text and are not honoured here, with the value that switches each off.
+_REFUSED = {
+    "num_beams": 1,
+    "penalty_alpha": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "no_repeat_ngram_size": 0,
+    "bad_words_ids": None,
+    "encoder_repetition_penalty": 1.0,
+    "guidance_scale": None,
+    "sequence_bias": None,
+    "min_length": 0,
+    "min_new_tokens": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "exponential_decay_length_penalty": None,
+    "stop_strings": None,
+    "max_time": None,
+}
+
+
+def custom_generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: Any = None,
+    stopping_criteria: Any = None,
+    generation_config: Any = None,
+    drafter: str | Drafter | None = "lookup",
+    planner: Planner | None = None,
+    **rest: Any,
+) -> Tensor:
+    """`model.generate(ids, custom_generate=headstart.custom_generate, drafter=...)`: the same tokens in fewer passes.
+
+    Settings of the GenerationConfig are honoured or refused with a ValueError. With `do_sample` the seed is drawn from torch's
+    default generator, so `torch.manual_seed` repeats an answer. Left padding is allowed. Returns [batch, length], right-padded.
+    """
+    config = generation_config or model.generation_config
+    params = _from_generation_config(config, input_ids.shape[1])
+    mask = rest.get("attention_mask")
+    prompts = _unpadded(input_ids, mask)
+    stops = stop_token_ids(None, config, model.config)
+    target = Target(model)
+    try:
+        made = make(drafter, target) if isinstance(drafter, str) else drafter
+        engine = Engine(target, made, planner or (Best() if made else None), max_rows=min(8, len(prompts)))
+        seeds = torch.randint(0, 2**62, (len(prompts),)).tolist() if params.temperature else [0] * len(prompts)
+        requests = [engine.add(ids, params, seed=seed, stop_ids=stops) for ids, seed in zip(prompts, seeds, strict=True)]
+        for _ in engine.run():
+            pass
+    finally:
+        target.release()
+    pad = getattr(config, "pad_token_id", None)
+    return _padded(input_ids, requests, pad if pad is not None else (stops[0] if stops else 0))
+
+
+def _from_generation_config(config: Any, length: int) -> SamplingParams:
+    for name, off in _REFUSED.items():
+        given = getattr(config, name, off)
+        if given is not None and given != off:
+            raise ValueError(
+                f"generation setting {name}={given} is not supported by headstart.custom_generate; set it to {off}"
+            )
+    left = getattr(config, "max_new_tokens", None) or (config.max_length or 20) - length
+    sampled = bool(config.do_sample)
+    temperature = 1.0 if config.temperature is None else float(config.temperature)
+    return SamplingParams(
+        max_tokens=left,
+        temperature=temperature if sampled else 0.0,
+        top_k=(config.top_k or None) if sampled else None,
+        top_p=config.top_p if sampled else None,
+        min_p=getattr(config, "min_p", None) if sampled else None,
+        repetition_penalty=config.repetition_penalty or 1.0,
+    )
+
+
+def _unpadded(input_ids: Tensor, mask: Tensor | None) -> list[list[int]]:
+    if mask is None:
+        rows: list[list[int]] = input_ids.tolist()
+        return rows
+    return [ids[keep.bool()].tolist() for ids, keep in zip(input_ids, mask, strict=True)]
+
+
+def _padded(input_ids: Tensor, requests: Sequence[Request], pad: int) -> Tensor:
+    longest = max(len(request.output) for request in requests)
+    new = torch.full((len(requests), longest), pad, dtype=input_ids.dtype)
+    for row, request in enumerate(requests):
+        new[row, : len(request.output)] = torch.tensor(request.output)
+    return torch.cat([input_ids, new.to(input_ids.device)], 1)

@@ -1,0 +1,164 @@
+"""How much to speculate: how deep and wide to draft, and which candidates are worth verifying now.
+
+A planner answers before drafting (`plan`, on the host: depth, width, how many nodes) and after it (`prune`, on the device: which
+nodes). Under the coupled rule any answer gives the same text; only its speed depends on it.
+This file knows chances and costs. It refuses to know drafters, targets and tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from headstart.tree import ROOT, Drafts
+
+
+@dataclass(frozen=True)
+class Plan:
+    """depth: levels per row at most; width: children per parent; beam: parents expanded per level and row;
+    nodes: drafts verified in all, over all rows."""
+
+    depth: int
+    width: int
+    beam: int
+    nodes: int
+
+
+class Planner(Protocol):
+    """Decides the size of a round's speculation."""
+
+    def headroom(self, max_rows: int) -> int:
+        """Slots that one row's drafts may take, beyond its text."""
+        ...
+
+    def plan(self, depths: Sequence[int], is_fixed: bool) -> Plan:
+        """depths: per row, how deep it may draft at all (context, max_tokens and slots left; 0 for a row that does not draft).
+        is_fixed: the rule forbids looking at what was drawn (`rejection`)."""
+        ...
+
+    def prune(self, drafts: Drafts, plan: Plan, num_rows: int, is_fixed: bool) -> Drafts:
+        """The drafts worth verifying, row after row (`Drafts.by_row`)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One guess after another, `depth` of them: what most engines do."""
+
+    depth: int = 5
+
+    def __post_init__(self) -> None:
+        _positive("depth", self.depth)
+
+    def headroom(self, max_rows: int) -> int:
+        return self.depth + 1
+
+    def plan(self, depths: Sequence[int], is_fixed: bool) -> Plan:
+        return Plan(self.depth, 1, 1, self.depth * len(depths))
+
+    def prune(self, drafts: Drafts, plan: Plan, num_rows: int, is_fixed: bool) -> Drafts:
+        return drafts.by_row(num_rows)
+
+
+@dataclass(frozen=True)
+class Best:
+    """The `nodes` candidates of highest chance per drafting row, at most `depth` deep: EAGLE-2's rule (Li et al. 2024), over all
+    rows at once. `floor` drops candidates that are kept less often than that: where a node costs more than it earns.
+    """
+
+    nodes: int = 15
+    depth: int = 6
+    width: int = 4
+    beam: int = 4
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "depth", "width", "beam"):
+            _positive(name, getattr(self, name))
+        if not 0 <= self.floor < 1:
+            raise ValueError(f"floor is {self.floor}; a chance below which drafts are dropped must be in [0, 1)")
+
+    def headroom(self, max_rows: int) -> int:
+        return 1 + self.width * (1 + (self.depth - 1) * self.beam)  # all that one row can draft
+
+    def plan(self, depths: Sequence[int], is_fixed: bool) -> Plan:
+        drafting = sum(depth > 0 for depth in depths)
+        return Plan(self.depth, self.width, self.beam, self.nodes * drafting)
+
+    def prune(self, drafts: Drafts, plan: Plan, num_rows: int, is_fixed: bool) -> Drafts:
+        if len(drafts) > plan.nodes:
+            # A child never beats its parent, and a stable sort keeps the earlier of equals: the choice is closed under parents.
+            best = torch.sort(drafts.chances, descending=True, stable=True).indices[: plan.nodes]
+            drafts = drafts.take(best.sort().values, num_rows)
+        if self.floor and not is_fixed and len(drafts) and drafts.tokens.device.type == "cpu":
+            worth = (drafts.chances >= self.floor).nonzero().squeeze(-1)
+            drafts = drafts if len(worth) == len(drafts) else drafts.take(worth, num_rows)
+        return drafts.by_row(num_rows)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A fixed tree, given by its paths of ranks: `((0,), (1,), (0, 0))` is the best child, the second best, the best's best.
+
+    Medusa's and EAGLE-1's static trees, and what `rejection` needs. Every prefix of a path must be a path.
+    """
+
+    paths: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        known = set(self.paths)
+        for path in self.paths:
+            if not path or min(path) < 0:
+                raise ValueError(f"path {path} of a tree shape is not a tuple of ranks from 0")
+            if len(path) > 1 and path[:-1] not in known:
+                raise ValueError(f"path {path} of a tree shape lacks its parent {path[:-1]}")
+        if not self.paths:
+            raise ValueError("a tree shape needs at least one path")
+
+    @classmethod
+    def full(cls, *widths: int) -> Shape:
+        """Every node of level `i` has `widths[i]` children: `Shape.full(2, 1)` has four nodes."""
+        paths: list[tuple[int, ...]] = []
+        level: list[tuple[int, ...]] = [()]
+        for width in widths:
+            _positive("width", width)
+            level = [(*path, rank) for path in level for rank in range(width)]
+            paths += level
+        return cls(tuple(paths))
+
+    def headroom(self, max_rows: int) -> int:
+        plan = self.plan([1], True)
+        return 1 + plan.width * (1 + (plan.depth - 1) * plan.beam)
+
+    def plan(self, depths: Sequence[int], is_fixed: bool) -> Plan:
+        depth = max(map(len, self.paths))
+        levels = [[path for path in self.paths if len(path) == level] for level in range(1, depth + 1)]
+        width = 1 + max(path[-1] for path in self.paths)
+        return Plan(depth, width, max(map(len, levels)), len(self.paths) * sum(d > 0 for d in depths))
+
+    def prune(self, drafts: Drafts, plan: Plan, num_rows: int, is_fixed: bool) -> Drafts:
+        wanted = set(self.paths)
+        ranks = rank_paths(drafts)
+        chosen = [index for index, path in enumerate(ranks) if path in wanted]
+        return drafts.take(torch.tensor(chosen, dtype=torch.int64, device=drafts.tokens.device), num_rows).by_row(num_rows)
+
+
+def rank_paths(drafts: Drafts) -> list[tuple[int, ...]]:
+    """Each draft's path of ranks (which child of its parent, in the order proposed), on the host."""
+    parents, rows = drafts.parents.tolist(), drafts.rows.tolist()
+    siblings: dict[tuple[int, int], int] = {}
+    paths: list[tuple[int, ...]] = []
+    for parent, row in zip(parents, rows, strict=True):
+        place = (row, parent)
+        rank = siblings.get(place, 0)
+        siblings[place] = rank + 1
+        paths.append((*(() if parent == ROOT else paths[parent]), rank))
+    return paths
+
+
+def _positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} is {value}; it must be at least 1")

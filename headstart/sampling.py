@@ -1,0 +1,455 @@
+"""Which token a row takes: its law, its noise, and the choice that both make.
+
+The token at absolute position `i` of a request is `argmax_v (z_v + T * g(seed, i, v))`: Gumbel-max with counter-based noise, so
+the law is softmax(z / T) and the token is a function of history, seed and position alone. Drafters choose with the same noise.
+This file knows logits, laws and noise. It refuses to know trees' shapes, models and drafters.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# SplitMix64 (Steele, Lea, Flood 2014), as signed 64-bit integers: torch has no unsigned arithmetic.
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
+_MIX_2 = 0x94D049BB133111EB - 2**64
+_MASK = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request is sampled and when it stops; every field is honoured or refused, never ignored.
+
+    temperature: 0 is greedy. top_k, top_p, min_p: truncation, None for off, applied in this order after the temperature.
+    repetition_penalty: Hugging Face's, over prompt and output; presence_penalty, frequency_penalty: OpenAI's, over output.
+    logit_bias: added to the logits of these token ids. seed: None draws one, which the answer reports.
+    n: samples per prompt. stop: strings that end the text, cut before them. stop_token_ids: besides the model's own.
+    ignore_eos: the model's own stop tokens do not stop. logprobs: None, or 0 and more alternatives per token.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        stop: object = self.stop
+        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
+        _require(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 (greedy) or a finite positive number")
+        _require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1, or None for off")
+        _require(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1], or None for off")
+        _require(self.min_p is None or 0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1], or None for off")
+        _require(0 < self.repetition_penalty < math.inf, "repetition_penalty", self.repetition_penalty, "positive; 1 is off")
+        _require(math.isfinite(self.presence_penalty), "presence_penalty", self.presence_penalty, "finite; 0 is off")
+        _require(math.isfinite(self.frequency_penalty), "frequency_penalty", self.frequency_penalty, "finite; 0 is off")
+        for token, bias in self.logit_bias.items():
+            _require(not math.isnan(bias) and bias < math.inf, f"logit_bias of token {token}", bias, "a number or -inf")
+        _require(self.seed is None or -(2**63) <= self.seed < 2**64, "seed", self.seed, "a 64-bit integer, or None to draw one")
+        _require(self.n >= 1, "n", self.n, "at least 1")
+        _require(all(self.stop), "stop", self.stop, "strings that are not empty")
+        _require(self.logprobs is None or self.logprobs >= 0, "logprobs", self.logprobs, "None, or the number of alternatives")
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+def _require(is_met: bool, name: str, value: object, limit: str) -> None:
+    if not is_met:
+        raise ValueError(f"{name} is {value}; it must be {limit}")
+
+
+# -- noise ------------------------------------------------------------------------------------------------------------------
+
+
+def draw_seed() -> int:
+    """64 fresh bits, for a request that names no seed."""
+    return secrets.randbits(64)
+
+
+def mix(seed: int, index: int) -> int:
+    """The seed of sample or prompt `index`, so that several answers to one request do not share noise."""
+    return _scramble_int((_scramble_int(seed & _MASK) + (index + 1) * 0x9E3779B97F4A7C15) & _MASK)
+
+
+def _scramble_int(value: int) -> int:
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def _scramble(value: Tensor) -> Tensor:
+    """SplitMix64's finaliser in place, on int64 seen as unsigned (`>>` is arithmetic in torch, hence the masks)."""
+    value.bitwise_xor_((value >> 30).bitwise_and_((1 << 34) - 1)).mul_(_MIX_1)
+    value.bitwise_xor_((value >> 27).bitwise_and_((1 << 37) - 1)).mul_(_MIX_2)
+    return value.bitwise_xor_((value >> 31).bitwise_and_((1 << 33) - 1))
+
+
+def noise_keys(seeds: Tensor, positions: Tensor) -> Tensor:
+    """One key for each (seed, position), both int64 of a common shape: the state from which that position's noise counts on."""
+    return _scramble(_scramble(seeds.clone()) + (positions + 1) * _GOLDEN)
+
+
+def uniform_bits(keys: Tensor, ids: Tensor) -> Tensor:
+    """32 random bits for every (key, token), in an int64: SplitMix64's stream of `key`, read at `ids`."""
+    value = keys + (ids + 1) * _GOLDEN
+    value.bitwise_xor_((value >> 30).bitwise_and_((1 << 34) - 1)).mul_(_MIX_1)
+    value.bitwise_xor_((value >> 27).bitwise_and_((1 << 37) - 1)).mul_(_MIX_2)
+    return (value >> 32).bitwise_and_(0xFFFFFFFF)  # the high half is mixed well without the last xor
+
+
+def uniform(keys: Tensor, ids: Tensor) -> Tensor:
+    """float64 in (0, 1), one for every (key, id)."""
+    return (uniform_bits(keys, ids).double() + 0.5) * 2.0**-32
+
+
+def gumbel(keys: Tensor, ids: Tensor) -> Tensor:
+    """Standard Gumbel noise, float32, one for every (key, token).
+
+    keys and ids broadcast: [rows, 1] and [vocab] give [rows, vocab]. `-log(-log1p(-w))` keeps its precision where noise is
+    large, which is where it decides; at the other end it is cut at -2.8, a change of the law of less than 2^-24.
+    """
+    below_one = 1 - 2.0**-24
+    w = uniform_bits(keys, ids).to(torch.float32).add_(0.5).mul_(2.0**-32).clamp_(max=below_one)
+    return w.neg_().log1p_().neg_().log_().neg_()
+
+
+# -- laws -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Laws:
+    """The sampling settings of several rows as tensors, made once when the set of rows changes.
+
+    temperature, top_p, min_p, repetition, presence, frequency: [rows] float32; top_k: [rows] int64, 0 for off; seeds: [rows]
+    int64. biases: (row, token, value) triples as three tensors, or None. The flags say on the host what is used at all.
+    """
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    repetition: Tensor
+    presence: Tensor
+    frequency: Tensor
+    seeds: Tensor
+    biases: tuple[Tensor, Tensor, Tensor] | None
+    is_sampled: bool
+    is_truncated: bool
+    max_top_k: int
+    has_penalties: bool
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device | str = "cpu") -> Laws:
+        def column(values: Sequence[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32).to(device)
+
+        sampled = [p for p in params if p.temperature > 0]
+        biases = [(row, token, bias) for row, p in enumerate(params) for token, bias in p.logit_bias.items()]
+        return cls(
+            temperature=column([p.temperature for p in params]),
+            top_k=torch.tensor([p.top_k or 0 for p in params]).to(device),
+            top_p=column([1.0 if p.top_p is None else p.top_p for p in params]),
+            min_p=column([p.min_p or 0.0 for p in params]),
+            repetition=column([p.repetition_penalty for p in params]),
+            presence=column([p.presence_penalty for p in params]),
+            frequency=column([p.frequency_penalty for p in params]),
+            seeds=torch.tensor([_signed(seed) for seed in seeds]).to(device),
+            biases=_triples(biases, device) if biases else None,
+            is_sampled=bool(sampled),
+            is_truncated=any(p.top_k or (p.top_p or 1) < 1 or p.min_p for p in sampled),
+            max_top_k=max((p.top_k or 0 for p in sampled), default=0),
+            has_penalties=any(p.has_penalties for p in params),
+        )
+
+    def rows(self, rows: Tensor) -> Laws:
+        """The laws of `rows` ([n] indices), one line per logits line, for everything except the biases."""
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition", "presence", "frequency", "seeds")
+        return replace(self, **{name: getattr(self, name)[rows] for name in names})
+
+
+def _signed(seed: int) -> int:
+    seed &= _MASK
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
+def _triples(biases: Sequence[tuple[int, int, float]], device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
+    rows, tokens, values = zip(*biases, strict=True)
+    return torch.tensor(rows).to(device), torch.tensor(tokens).to(device), torch.tensor(values, dtype=torch.float32).to(device)
+
+
+class Truncation:
+    """Which tokens survive top-k, top-p and min-p, asked one candidate a line, without a sort.
+
+    logits: [n, vocab] after penalties; laws: one line per logits line, all sampled. A token is inside top-k if fewer than k
+    logits are larger, inside top-p if the mass of the larger ones (within top-k) is below p, inside min-p if its chance is at
+    least that share of the best. Ties go to the lower index. Sums are float64, so that no line depends on how many there are.
+    """
+
+    def __init__(self, logits: Tensor, laws: Laws) -> None:
+        self.laws = laws
+        heat = laws.temperature[:, None].clamp(min=torch.finfo(torch.float32).tiny)
+        self.scaled = (logits - logits.amax(-1, keepdim=True)).div_(heat)  # [n, vocab], best at 0
+        self.mass = self.scaled.exp()
+        self.index = torch.arange(logits.shape[-1], device=logits.device)
+        total = self.mass.sum(-1, dtype=torch.float64)
+        if laws.max_top_k:
+            top = self.mass.topk(min(laws.max_top_k, logits.shape[-1]), -1).values.cumsum(-1, dtype=torch.float64)
+            last = laws.top_k.clamp(1, top.shape[-1])[:, None] - 1
+            total = torch.where(laws.top_k > 0, top.gather(-1, last).squeeze(-1), total)
+        self.limit = torch.where(laws.top_p < 1, laws.top_p * total, torch.inf)  # [n], what may be larger than a member
+
+    def admits(self, candidates: Tensor) -> Tensor:
+        """candidates: [n] indices into vocab. Returns [n] bool."""
+        own = self.scaled.gather(-1, candidates[:, None])
+        larger = (self.scaled > own).logical_or_((self.scaled == own).logical_and_(self.index < candidates[:, None]))
+        is_in = (self.mass * larger).sum(-1, dtype=torch.float64) < self.limit
+        if self.laws.max_top_k:
+            is_in &= (self.laws.top_k == 0) | (larger.sum(-1) < self.laws.top_k)
+        return is_in & (own.squeeze(-1).exp() >= self.laws.min_p)
+
+
+def warp(logits: Tensor, laws: Laws) -> Tensor:
+    """The law that is really sampled, by the book, with a sort: the oracle of `inside`, and what `rejection` needs.
+
+    logits: [n, vocab] after penalties; laws: one line per logits line. Returns [n, vocab] float64, lines sum to one; greedy
+    lines are one-hot.
+    """
+    values, order = logits.double().sort(dim=-1, descending=True, stable=True)  # stable: ties by lower index
+    greedy = laws.temperature[:, None] == 0
+    law = torch.softmax(values / torch.where(greedy, 1, laws.temperature[:, None]), -1)
+    rank = torch.arange(law.shape[-1], device=law.device)
+    law = law * ((laws.top_k[:, None] == 0) | (rank < laws.top_k[:, None]))
+    law = law / law.sum(-1, keepdim=True)
+    before = law.cumsum(-1) - law
+    law = law * ((before < laws.top_p[:, None]) | (laws.top_p[:, None] >= 1)) * (law >= laws.min_p[:, None] * law[:, :1])
+    law = torch.where(greedy, (rank == 0).double(), law)
+    return torch.zeros_like(law).scatter_(-1, order, law / law.sum(-1, keepdim=True))
+
+
+# -- history ----------------------------------------------------------------------------------------------------------------
+
+
+class History:
+    """What each seat has read and written, as counts per token: only while some request uses penalties.
+
+    seen: [seats, vocab] bool, prompt and output; written: [seats, vocab] int32, output only. The root counts as written as
+    soon as it is known.
+    """
+
+    def __init__(self, seats: int, vocab: int, device: torch.device | str) -> None:
+        self.seen = torch.zeros(seats, vocab, dtype=torch.bool, device=device)
+        self.written = torch.zeros(seats, vocab, dtype=torch.int32, device=device)
+
+    def start(self, seat: int, prompt: Sequence[int], output: Sequence[int] = ()) -> None:
+        self.seen[seat] = False
+        self.written[seat] = 0
+        self.seen[seat, torch.tensor([*prompt], device=self.seen.device)] = True
+        self.write(seat, output)
+
+    def write(self, seat: int, tokens: Sequence[int]) -> None:
+        if tokens:
+            ids = torch.tensor([*tokens], device=self.seen.device)
+            self.seen[seat, ids] = True
+            self.written[seat].index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
+
+
+def penalise(logits: Tensor, laws: Laws, seen: Tensor, written: Tensor) -> Tensor:
+    """Repetition (Keskar et al. 2019, as in Hugging Face), then frequency and presence (OpenAI) penalties.
+
+    logits, written: [n, vocab]; seen: [n, vocab] bool; laws: one line per logits line.
+    """
+    factor = laws.repetition[:, None]
+    logits = torch.where(seen, torch.where(logits > 0, logits / factor, logits * factor), logits)
+    return logits - laws.frequency[:, None] * written - laws.presence[:, None] * (written > 0)
+
+
+# -- the rows of a round ----------------------------------------------------------------------------------------------------
+
+
+class Choice(NamedTuple):
+    """Children for several parents. tokens: [n, k] target ids, best first; chances: [n, k] float32, each given its parent;
+    law: [n, vocab] from which the children were drawn, under the `rejection` rule, else None."""
+
+    tokens: Tensor
+    chances: Tensor
+    law: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Paths:
+    """Where drafting parents stand. rows: [n] row of the round; tokens: [n, level] drafts from the root's child to the parent
+    itself; places: [n] a number that differs between parents of one level, for noise that must not be shared."""
+
+    rows: Tensor
+    tokens: Tensor
+    places: Tensor
+
+
+@dataclass(eq=False)
+class Rows:
+    """The rows that draft in a round, and everything that depends on their sampling.
+
+    seats, roots, places: on the host, per row: its seat, the root's token and the root's position. depths: how deep each row may
+    draft (0 = not). width: children per parent at most; beam: parents expanded per level and row; nodes: how
+    many drafts can be verified in all.
+    vocab: the target's logits width. noise_rule: "shared" for `coupled`, "fresh" for `rejection`.
+    """
+
+    seats: tuple[int, ...]
+    roots: tuple[int, ...]
+    places: tuple[int, ...]
+    depths: tuple[int, ...]
+    width: int
+    beam: int
+    nodes: int
+    laws: Laws
+    vocab: int
+    noise_rule: str = "shared"
+    history: History | None = None
+    warmth: float = 1.0  # tau_d of the chances, until it is fitted per depth
+    _noise: dict[int, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.seats)
+
+    @property
+    def max_depth(self) -> int:
+        return max(self.depths, default=0)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """[rows] int64: the roots' positions, on the device of the laws."""
+        return torch.tensor(self.places).to(self.laws.seeds.device)
+
+    def noise(self, level: int) -> Tensor:
+        """[rows, vocab] Gumbel noise of the position `level` after each root: evaluated once per round, shared by all."""
+        if level not in self._noise:
+            keys = noise_keys(self.laws.seeds, self.positions + level)
+            self._noise[level] = gumbel(keys[:, None], torch.arange(self.vocab, device=keys.device))
+        return self._noise[level]
+
+    def adjust(self, logits: Tensor, paths: Paths, ids: Tensor | None = None) -> Tensor:
+        """Penalties and biases of each line's row and path. logits: [n, vocab] or [n, len(ids)]; float32 or wider."""
+        logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        if self.laws.has_penalties:
+            assert self.history is not None
+            seats = torch.tensor(self.seats, device=logits.device)[paths.rows]
+            seen, written = self.history.seen[seats], self.history.written[seats]
+            if paths.tokens.shape[1]:
+                valid = (paths.tokens >= 0).to(torch.int32)
+                written = written.scatter_add(1, paths.tokens.clamp(min=0), valid)
+                seen = seen | (written > 0)
+            if ids is not None:
+                seen, written = seen[:, ids], written[:, ids]
+            logits = penalise(logits, self.laws.rows(paths.rows), seen, written)
+        if self.laws.biases is not None:
+            logits = logits + self._bias(logits.dtype)[paths.rows][:, slice(None) if ids is None else ids]
+        return logits
+
+    def _bias(self, dtype: torch.dtype) -> Tensor:
+        assert self.laws.biases is not None
+        rows, tokens, values = self.laws.biases
+        bias = torch.zeros(len(self), self.vocab, dtype=dtype, device=values.device)
+        return bias.index_put_((rows, tokens), values.to(dtype))
+
+    def choose(self, logits: Tensor, level: int, paths: Paths, k: int, ids: Tensor | None = None) -> Choice:
+        """A drafter's logits turned into children, under each row's own law and the noise that the rule prescribes.
+
+        logits: [n, vocab], or [n, draft_vocab] with `ids` [draft_vocab] naming the target token of each column; one line per
+        entry of `paths`. level: depth of the children (a root's children: 1). k: children per parent.
+        """
+        logits = self.adjust(logits, paths, ids)
+        laws = self.laws.rows(paths.rows)
+        k = min(k, logits.shape[-1])
+        if self.noise_rule == "fresh" and self.laws.is_sampled:
+            return self._draw(logits, level, paths, laws, k, ids)
+        scores = logits
+        if self.laws.is_sampled and self.noise_rule == "shared":
+            noise = self.noise(level)[paths.rows]
+            scores = logits + laws.temperature[:, None] * (noise if ids is None else noise[:, ids])
+        best = scores.topk(k, -1)
+        heat = torch.full_like(laws.temperature, self.warmth)
+        chances = torch.exp(
+            (best.values - torch.logsumexp(scores / heat[:, None], -1, keepdim=True) * heat[:, None]) / heat[:, None]
+        )
+        tokens = best.indices if ids is None else ids[best.indices]
+        if self.laws.is_truncated:
+            truncation = Truncation(logits, laws)
+            admitted = torch.stack([truncation.admits(child) for child in best.indices.T], -1)
+            chances = chances * (admitted | (laws.temperature[:, None] == 0))
+        return Choice(tokens, chances.float(), None)
+
+    def _draw(self, logits: Tensor, level: int, paths: Paths, laws: Laws, k: int, ids: Tensor | None) -> Choice:
+        """Children drawn without replacement (Gumbel top-k, Kool et al. 2019) with noise used nowhere else.
+
+        The noise is keyed by the round (the root's position), the level and the parent's place: a position that is drafted
+        again in a later round must not meet the same noise. Chances are those of the ranks, for a draw may not be judged by
+        what was drawn.
+        """
+        law = warp(logits, laws)
+        round_keys = noise_keys(laws.seeds, self.positions[paths.rows])
+        keys = noise_keys(round_keys, level * 2**20 + paths.places + 2**40)
+        scores = law.log() + gumbel(keys[:, None], torch.arange(law.shape[-1], device=law.device))
+        drawn = scores.topk(k, -1).indices
+        wide = law if ids is None else law.new_zeros(law.shape[0], self.vocab).index_copy_(1, ids, law)
+        ranks = 0.6 * 0.4 ** torch.arange(k, device=law.device, dtype=torch.float32)
+        return Choice(drawn if ids is None else ids[drawn], ranks.expand(law.shape[0], k), wide)
+
+    def decide(self, logits: Tensor, levels: Tensor, max_level: int, paths: Paths, tries: int = 2) -> tuple[Tensor, Tensor]:
+        """The target's own token after each asked node, and whether it is certain.
+
+        logits: [asked, vocab]; levels: [asked] the node's depth (root: 0), at most max_level; paths: rows and ancestors.
+        Truncation is judged on the best few candidates only; where none of `tries` is inside, the second result
+        ([asked] bool) is False and the caller asks again with `decide_fully`.
+        """
+        logits = self.adjust(logits, paths)
+        if not self.laws.is_sampled:
+            return logits.argmax(-1), torch.ones_like(levels, dtype=torch.bool)
+        laws = self.laws.rows(paths.rows)
+        scores = self._scores(logits, levels, max_level, paths.rows, laws)
+        tokens = scores.argmax(-1)
+        if not self.laws.is_truncated:
+            return tokens, torch.ones_like(levels, dtype=torch.bool)
+        truncation = Truncation(logits, laws)
+        is_sure = truncation.admits(tokens) | (laws.temperature == 0)
+        for _ in range(tries - 1):
+            if scores.device.type == "cpu" and bool(is_sure.all()):  # asking is free there
+                break
+            scores.scatter_(-1, tokens[:, None], torch.where(is_sure, torch.inf, -torch.inf)[:, None].to(scores.dtype))
+            tokens = scores.argmax(-1)
+            is_sure = is_sure | truncation.admits(tokens)
+        return tokens, is_sure
+
+    def decide_fully(self, logits: Tensor, levels: Tensor, max_level: int, paths: Paths) -> Tensor:
+        """As `decide`, always certain: the whole truncated law is laid out. Costs a sort."""
+        logits = self.adjust(logits, paths)
+        laws = self.laws.rows(paths.rows)
+        scores = self._scores(logits, levels, max_level, paths.rows, laws)
+        return scores.masked_fill(warp(logits, laws) == 0, -torch.inf).argmax(-1)
+
+    def _scores(self, logits: Tensor, levels: Tensor, max_level: int, rows: Tensor, laws: Laws) -> Tensor:
+        """z + T g of the position after each asked node: [asked, vocab]."""
+        noise = torch.stack([self.noise(level + 1) for level in range(max_level + 1)])  # [levels, rows, vocab]
+        return torch.addcmul(logits, laws.temperature[:, None], noise[levels, rows])
