@@ -85,7 +85,8 @@ class Seating:
         """Assert that every slot is free or used, once."""
         runs = sorted([*self._free, *self._seats.values()], key=lambda run: run.start)
         ends = [0, *(run.start + run.capacity for run in runs)]
-        assert [run.start for run in runs] == ends[:-1] and ends[-1] == self.num_slots, "slots overlap or are lost"
+        assert [run.start for run in runs] == ends[:-1], "slots overlap or are lost"
+        assert ends[-1] == self.num_slots, "slots are lost at the end"
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,8 @@ class KVCache:
 
     def fork(self, source: int, seat: int, length: int) -> None:
         """Copy the first `length` committed slots of one seat to another."""
-        assert length <= self.lengths[source] and length <= self.seating[seat].capacity, "fork beyond what is committed"
+        assert length <= self.lengths[source], "fork beyond what is committed"
+        assert length <= self.seating[seat].capacity, "fork into a seat that is too small"
         start, end = self.seating[source].start, self.seating[seat].start
         for store in self._stores.values():
             store[:, end : end + length] = store[:, start : start + length]

@@ -35,9 +35,7 @@ class Stats:
     tokens: int = 0
     nodes: int = 0
     drafts: int = 0
-    seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("draft", "score", "verify", "commit", "host"), 0.0)
-    )
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("draft", "score", "verify", "commit", "host"), 0.0))
     tried: list[int] = field(default_factory=list)  # per depth: rows that had a draft there
     held: list[int] = field(default_factory=list)  # per depth: rows that kept one
 
@@ -372,7 +370,5 @@ def _logprobs(
     lines = torch.log_softmax(logits[list(asked)].double(), -1)
     own = lines[torch.arange(len(tokens)), torch.tensor(tokens, device=lines.device)].tolist()
     best = lines.topk(alternatives, -1)
-    tables = [
-        dict(zip(ids, values, strict=True)) for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    ]
+    tables = [dict(zip(ids, values, strict=True)) for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
     return list(zip(own, tables, strict=True))

@@ -70,9 +70,7 @@ class LLM:
         """Of all rounds so far."""
         return self.engine.stats
 
-    def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, **settings: Any
-    ) -> list[Answer]:
+    def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, **settings: Any) -> list[Answer]:
         """Complete one prompt or several at once; `n` answers each, in order.
 
         A prompt is a string, a list of chat messages, or a list of token ids. settings: fields of `SamplingParams`. Raises
@@ -259,9 +257,7 @@ def _from_generation_config(config: Any, length: int) -> SamplingParams:
     for name, off in _REFUSED.items():
         given = getattr(config, name, off)
         if given is not None and given != off:
-            raise ValueError(
-                f"generation setting {name}={given} is not supported by headstart.custom_generate; set it to {off}"
-            )
+            raise ValueError(f"generation setting {name}={given} is not supported by headstart.custom_generate; set it to {off}")
     left = getattr(config, "max_new_tokens", None) or (config.max_length or 20) - length
     sampled = bool(config.do_sample)
     temperature = 1.0 if config.temperature is None else float(config.temperature)

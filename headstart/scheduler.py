@@ -37,8 +37,8 @@ class Stream(Protocol):
 class Request:
     """One prompt to be continued, and how far it has come.
 
-    prompt, output: token ids. seed: the one really used. stream: turns its tokens into text, or None. leader: another request with the same prompt, whose slots are copied
-    instead of scored again. finish_reason: None while it runs, then "stop", "length" or "abort".
+    prompt, output: token ids. seed: the one really used. stream: turns its tokens into text, or None. leader: another request
+    with the same prompt, whose slots are copied instead of scored again. finish_reason: None while it runs, then "stop", "length" or "abort".
     """
 
     id: int
@@ -108,8 +108,8 @@ class Scheduler:
         if self.slots(request) > self.seating.num_slots:
             room = self.seating.num_slots - self.headroom
             raise ValueError(
-                f"prompt of {len(request.prompt)} tokens plus max_tokens={request.params.max_tokens} exceeds the cache, which holds "
-                f"{room} tokens of one request; shorten the prompt, lower max_tokens, or allow more memory"
+                f"prompt of {len(request.prompt)} tokens plus max_tokens={request.params.max_tokens} exceeds the cache, which "
+                f"holds {room} tokens of one request; shorten the prompt, lower max_tokens, or allow more memory"
             )
         self.waiting.append(request)
 
@@ -130,11 +130,9 @@ class Scheduler:
     def _is_ready(self, request: Request) -> bool:
         """A follower waits for its leader's prompt, unless the leader is gone: then it scores the prompt itself."""
         leader = request.leader
-        return (
-            leader is None
-            or leader.finish_reason is not None
-            or (leader.scored >= len(leader.prompt) - 1 > -1 and leader.seat is not None)
-        )
+        if leader is None or leader.finish_reason is not None:
+            return True
+        return leader.seat is not None and leader.scored >= len(leader.prompt) - 1
 
     def turns(self) -> list[Turn]:
         """The rows of the next round: every running request whose stem fits; prompts share the chunk in order."""

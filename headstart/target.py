@@ -63,9 +63,7 @@ class Target:
             self.check()
 
     @classmethod
-    def load(
-        cls, path: str | Path, dtype: str | torch.dtype = "auto", device: str = "auto", exact: bool | str = "auto"
-    ) -> Target:
+    def load(cls, path: str | Path, dtype: str | torch.dtype = "auto", device: str = "auto", exact: bool | str = "auto") -> Target:
         """From a folder or hub id."""
         return cls(load_model(path, dtype, device), exact=exact)
 
@@ -130,9 +128,7 @@ class Target:
         try:
             self.model.set_attn_implementation(name)
         except (ValueError, AttributeError) as error:
-            raise ValueError(
-                f"{self.name} ({type(self.model).__name__}) does not let its attention be chosen: {error}"
-            ) from None
+            raise ValueError(f"{self.name} ({type(self.model).__name__}) does not let its attention be chosen: {error}") from None
 
     @torch.inference_mode()
     def _probe(self) -> Probe:
@@ -251,9 +247,7 @@ def load_model(path: str | Path, dtype: str | torch.dtype = "auto", device: str 
     looks_local = folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
     if looks_local and not (folder / "config.json").is_file():
         what = "has no config.json" if folder.is_dir() else "does not exist" if not folder.exists() else "is not a folder"
-        raise ValueError(
-            f"model folder {path} {what}; a model is a folder with config.json, weights and tokenizer, or a hub id"
-        )
+        raise ValueError(f"model folder {path} {what}; a model is a folder with config.json, weights and tokenizer, or a hub id")
     try:
         config = AutoConfig.from_pretrained(path)
         if type(config) not in AutoModelForCausalLM._model_mapping:

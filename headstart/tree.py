@@ -70,9 +70,7 @@ class Drafts:
         assert bool((self.parents < order).all()), "a draft stands before its parent"
         inner = self.parents != ROOT
         parents = self.parents.clamp(min=0)
-        assert bool((self.depths == torch.where(inner, self.depths[parents], 0) + 1).all()), (
-            "a draft is not one below its parent"
-        )
+        assert bool((self.depths == torch.where(inner, self.depths[parents], 0) + 1).all()), "a draft is not one below its parent"
         assert bool((~inner | (self.rows == self.rows[parents])).all()), "a draft hangs on another row's node"
         place = torch.where(inner, parents, -1 - self.rows)
         pairs = torch.stack([place, self.tokens])
@@ -126,7 +124,8 @@ class Forest:
     drafts: the candidates of all rows, row after row; lineage: [drafts, drafts], see `lineage`.
     stems, counts: on the host, stem nodes and draft nodes of each row; whole: which stems end with their row's root.
     asked: [asked] nodes whose logits are needed: of each whole row the root and then its drafts, row after row.
-    max_depth: a bound of the drafts' depth. num_dead: dead nodes at the end; they belong to no row, are never kept, and only make the forest larger.
+    max_depth: a bound of the drafts' depth.
+    num_dead: dead nodes at the end; they belong to no row, are never kept, and only make the forest larger.
     """
 
     tokens: Tensor
@@ -174,7 +173,8 @@ def merge(
     places: list[int] = []  # where the drafts go
     roots: list[int] = []  # the root's position, per draft
     for stem, start, is_whole, count in zip(stems, starts, whole, counts, strict=True):
-        assert stem and (is_whole or not count), "an empty stem, or drafts behind a cut one"
+        assert stem, "an empty stem"
+        assert is_whole or not count, "drafts behind a cut stem"
         end = len(tokens) + len(stem)
         tokens += [*stem, *[0] * count]
         positions += [*range(start, start + len(stem)), *[0] * count]
@@ -249,6 +249,4 @@ class Kept:
     def positions(self) -> Tensor:
         """[kept] int64."""
         spans = zip(self.starts, self.lengths, strict=True)
-        return torch.tensor(
-            [position for start, length in spans for position in range(start, start + length)], device=self.device
-        )
+        return torch.tensor([position for start, length in spans for position in range(start, start + length)], device=self.device)
