@@ -46,14 +46,53 @@ class Answer:
 
 @dataclass(frozen=True)
 class Fragment:
-    """A piece of a streamed answer: final text, and the tokens it came with. `str(fragment)` is the text."""
+    """A piece of a streamed answer: final text, and the tokens it came with. `str(fragment)` is the text.
+
+    index: which answer it belongs to, where several run at once.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     guessed: tuple[bool, ...]
+    index: int = 0
 
     def __str__(self) -> str:
         return self.text
+
+
+class Answering:
+    """Answers on their way: iterate for their fragments; `answers` is what they have come to, at the end or when left early.
+
+    Leaving the loop ends the requests and frees their memory.
+    """
+
+    def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
+        self._engine = engine
+        self._requests = list(requests)
+        self._texts = [""] * len(requests)
+        self._before = engine.stats.copy()
+
+    def __iter__(self) -> Iterator[Fragment]:
+        places = {request.id: place for place, request in enumerate(self._requests)}
+        try:
+            while any(request.finish_reason is None for request in self._requests):
+                own = [(places[e.request.id], e) for e in self._engine.step() if e.request.id in places]
+                for place, event in own:  # all of a round is noted before any is handed out: the caller may leave
+                    self._texts[place] += event.text
+                for place, event in own:
+                    yield Fragment(event.text, event.tokens, event.guessed, place)
+        finally:
+            self.abort()
+
+    def abort(self) -> None:
+        """End what is not yet finished; its text so far stays."""
+        for request in self._requests:
+            self._engine.abort(request)
+
+    @property
+    def answers(self) -> list[Answer]:
+        stats = self._engine.stats.since(self._before)
+        return [_answer(request, text, stats) for request, text in zip(self._requests, self._texts, strict=True)]
 
 
 class LLM:
@@ -76,41 +115,30 @@ class LLM:
         A prompt is a string, a list of chat messages, or a list of token ids. settings: fields of `SamplingParams`. Raises
         ValueError for anything that cannot be honoured, before any work is done.
         """
-        params = _params(params, settings)
-        base = draw_seed() if params.seed is None else params.seed
-        many = _as_prompts(prompts)
-        requests: list[Request] = []
-        texts: dict[int, str] = {}
-        before = self.engine.stats.copy()
-        try:
-            for place, prompt in enumerate(many):
-                seed = base if len(many) == 1 else mix(base, place)
-                requests += self._submit(prompt, params, seed)
-            for event in self.engine.run():
-                texts[event.request.id] = texts.get(event.request.id, "") + event.text
-        finally:
-            for request in requests:
-                self.engine.abort(request)
-        stats = self.engine.stats.since(before)
-        return [_answer(request, texts.get(request.id, ""), stats) for request in requests]
+        answering = self.start(_as_prompts(prompts), _params(params, settings))
+        for _ in answering:
+            pass
+        return answering.answers
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **settings: Any) -> Iterator[Fragment]:
-        """The answer to one prompt, piece by piece. Leaving the loop early ends the request and frees its memory."""
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **settings: Any) -> Answering:
+        """The answer to one prompt, to be iterated piece by piece. Leaving the loop early ends the request."""
         params = _params(params, settings)
         if params.n != 1:
             raise ValueError(f"n is {params.n}; a stream has one answer, use generate for several")
-        seed = draw_seed() if params.seed is None else params.seed
-        (request,) = self._submit(prompt, params, seed)
-        return self._pieces(request)
+        return self.start([prompt], params)
 
-    def _pieces(self, request: Request) -> Iterator[Fragment]:
+    def start(self, prompts: Sequence[Prompt], params: SamplingParams) -> Answering:
+        """Queue `n` answers to each prompt. Nothing runs until the result is iterated."""
+        base = draw_seed() if params.seed is None else params.seed
+        requests: list[Request] = []
         try:
-            while request.finish_reason is None:
-                for event in self.engine.step():
-                    if event.request is request:
-                        yield Fragment(event.text, event.tokens, event.guessed)
-        finally:
-            self.engine.abort(request)
+            for place, prompt in enumerate(prompts):
+                requests += self._submit(prompt, params, base if len(prompts) == 1 else mix(base, place))
+        except ValueError:
+            for request in requests:
+                self.engine.abort(request)
+            raise
+        return Answering(self.engine, requests)
 
     def _submit(self, prompt: Prompt, params: SamplingParams, seed: int) -> list[Request]:
         ids = encode_prompt(self.tokenizer, prompt)

@@ -159,6 +159,31 @@ def rank_paths(drafts: Drafts) -> list[tuple[int, ...]]:
     return paths
 
 
+def parse(spec: str) -> Planner:
+    """The planner that a line of text names: `chain:5`, `best:nodes=15,depth=6,width=4,beam=4`, `full:3,2,1`.
+
+    Whatever follows the colon may be left out, except for `full`. Raises ValueError for anything else.
+    """
+    name, _, argument = spec.partition(":")
+    try:
+        if name == "chain":
+            return Chain(int(argument)) if argument else Chain()
+        if name == "full":
+            return Shape.full(*map(int, argument.split(",")))
+        if name == "best":
+            settings = dict(item.split("=") for item in argument.split(",")) if argument else {}
+            return Best(**{key: float(value) if key == "floor" else int(value) for key, value in settings.items()})  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(f"planner {spec!r} has a setting that is none of nodes, depth, width, beam, floor") from None
+    except ValueError as error:
+        why = f": {error}" if "must be" in str(error) else ""
+        raise ValueError(f"planner {spec!r} cannot be read{why}; {_SYNTAX}") from None
+    raise ValueError(f"planner {spec!r} is unknown; {_SYNTAX}")
+
+
+_SYNTAX = "write chain:DEPTH, best:nodes=15,depth=6,width=4,beam=4 or full:3,2,1 (children per level)"
+
+
 def _positive(name: str, value: int) -> None:
     if value < 1:
         raise ValueError(f"{name} is {value}; it must be at least 1")
