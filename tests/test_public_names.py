@@ -29,3 +29,9 @@ def test_importing_headstart_imports_nothing_heavy():
     program = "import sys, headstart; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert {"torch", "torch.distributed", "transformers"} & set(loaded.stdout.split()) == set()
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_every_public_name_exists_in_the_room_it_is_taken_from(name):
+    value = getattr(headstart, name)
+    assert getattr(value, "__module__", headstart._ROOMS.get(name)) == headstart._ROOMS.get(name)
