@@ -256,8 +256,9 @@ class Engine:
         return rows, plan
 
     def _depth_limit(self, turn: Turn) -> int:
-        """A round emits one token more than the deepest kept draft. Rows still in their prompt do not draft."""
-        return turn.request.left - 1 if turn.is_whole and len(turn.stem) == 1 else 0
+        """A round emits one token more than the deepest kept draft. Rows still in their prompt, even one of a single token,
+        do not draft: the drafter has heard nothing of them."""
+        return turn.request.left - 1 if turn.is_whole and len(turn.stem) == 1 and turn.request.scored else 0
 
     def _laws_of(self, requests: Sequence[Request]) -> Laws:
         key = tuple(request.id for request in requests)
