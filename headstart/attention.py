@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -137,12 +138,20 @@ def plain(query: Tensor, keys: Tensor, values: Tensor, sight: Sight, manner: Man
 
 @dataclass(frozen=True, eq=False)
 class Gaze:
-    """One forward's attention: every row's sight, the cache it reads and writes, and the kernel that does it."""
+    """One forward's attention: every row's sight, the cache it reads and writes, and the kernel that does it.
+
+    together: all rows in one padded call, for devices where a call costs more than the padding.
+    """
 
     sights: Sequence[Sight]
     cache: KVCache
     kernel: Kernel
     reaches: Sequence[Reach]
+    together: bool = False
+
+    @cached_property
+    def padded(self) -> Padded:
+        return Padded.of(self.sights)
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,6 +190,8 @@ def attend(
     if isinstance(headstart, Probe):
         return _probe(headstart, layer, query, key, value, Manner(scaling, Reach(), softcap, s_aux), sliding_window), None
     manner = Manner(scaling, headstart.reaches[layer], softcap, s_aux)
+    if headstart.together and manner.softcap is None and manner.sinks is None and len(headstart.sights) > 1:
+        return _together(headstart, layer, query[0], key[0], value[0], manner).transpose(0, 1)[None], None
     keys, values = headstart.cache.layer(layer)
     outputs = [_row(sight, query[0], key[0], value[0], keys, values, headstart.kernel, manner) for sight in headstart.sights]
     missing = query.shape[2] - sum(sight.nodes for sight in headstart.sights)
@@ -207,6 +218,64 @@ def _probe(probe: Probe, layer: int, query: Tensor, key: Tensor, value: Tensor, 
     nodes = query.shape[2]
     sight = Sight(0, nodes, 0, 0, None, torch.arange(nodes, device=query.device))
     return plain(query[0], key[0], value[0], sight, manner).transpose(0, 1)[None]
+
+
+@dataclass(frozen=True, eq=False)
+class Padded:
+    """All rows of a forward side by side, padded to the longest: index tables, made once per forward.
+
+    own: [nodes] each node's slot. slots: [rows, context] every row's slots. nodes: [rows, most] every row's nodes, the first one
+    repeated as padding. rows, columns: [nodes] where each node stands in `nodes`. sights: as given.
+    """
+
+    own: Tensor
+    slots: Tensor
+    nodes: Tensor
+    rows: Tensor
+    columns: Tensor
+    sights: Sequence[Sight]
+    _masks: dict[tuple[Reach, torch.dtype], Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, sights: Sequence[Sight]) -> Padded:
+        device = sights[0].positions.device
+        context, most = max(sight.context for sight in sights), max(sight.nodes for sight in sights)
+        own = [slot for sight in sights for slot in range(sight.start + sight.context - sight.nodes, sight.start + sight.context)]
+        slots = [[sight.start + min(slot, sight.context - 1) for slot in range(context)] for sight in sights]
+        nodes = [[min(node, sight.last - 1) for node in range(sight.first, sight.first + most)] for sight in sights]
+        places = [(row, column) for row, sight in enumerate(sights) for column in range(sight.nodes)]
+        rows, columns = torch.tensor(places).T.to(device)
+        tables = [torch.tensor(table).to(device) for table in (own, slots, nodes)]
+        return cls(tables[0], tables[1], tables[2], rows, columns, sights)
+
+    def mask(self, reach: Reach, dtype: torch.dtype) -> Tensor:
+        """Additive [rows, 1, most, context]; padding sees what the last node sees."""
+        if (reach, dtype) not in self._masks:
+            visible = self.slots.new_zeros(*self.nodes.shape, self.slots.shape[1], dtype=torch.bool)
+            for row, sight in enumerate(self.sights):
+                visible[row, : sight.nodes, : sight.context] = sight.visible(reach)
+                visible[row, sight.nodes :, : sight.context] = True
+            mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
+            self._masks[reach, dtype] = mask[:, None]
+        return self._masks[reach, dtype]
+
+
+def _together(gaze: Gaze, layer: int, query: Tensor, key: Tensor, value: Tensor, manner: Manner) -> Tensor:
+    """One attention call for all rows. query [heads, nodes, dim], key and value [kv_heads, nodes, dim]; dead nodes last.
+
+    Returns [heads, nodes, value_dim].
+    """
+    padded, (keys, values) = gaze.padded, gaze.cache.layer(layer)
+    alive = len(padded.own)
+    keys.index_copy_(1, padded.own, key[:, :alive])
+    values.index_copy_(1, padded.own, value[:, :alive])
+    heads, groups, (rows, most) = query.shape[0], query.shape[0] // key.shape[0], padded.nodes.shape
+    asking = query[:, padded.nodes].transpose(0, 1).reshape(rows, key.shape[0], groups * most, -1)
+    mask = padded.mask(manner.reach, query.dtype).repeat(1, 1, groups, 1)
+    seen, said = (store[:, padded.slots].transpose(0, 1) for store in (keys, values))
+    out = F.scaled_dot_product_attention(asking, seen, said, attn_mask=mask, scale=manner.scaling)
+    out = out.reshape(rows, heads, most, -1)[padded.rows, :, padded.columns]
+    return F.pad(out, (0, 0, 0, 0, 0, query.shape[1] - alive)).transpose(0, 1)
 
 
 def register() -> None:

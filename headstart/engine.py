@@ -184,6 +184,7 @@ class Engine:
 
     # -- the round --
 
+    @torch.inference_mode()
     def step(self) -> list[Event]:
         """One round over all running requests."""
         began = time.perf_counter()

@@ -184,7 +184,11 @@ class Laws:
         )
 
     def rows(self, rows: Tensor) -> Laws:
-        """The laws of `rows` ([n] indices), one line per logits line, for everything except the biases."""
+        """The laws of `rows` ([n] indices), one line per logits line, for everything except the biases.
+
+        A single row's law stays one line, for it broadcasts."""
+        if len(self.temperature) == 1:
+            return self
         names = ("temperature", "top_k", "top_p", "min_p", "repetition", "presence", "frequency", "seeds")
         return replace(self, **{name: getattr(self, name)[rows] for name in names})
 
@@ -417,10 +421,10 @@ class Rows:
         ranks = 0.6 * 0.4 ** torch.arange(k, device=law.device, dtype=torch.float32)
         return Choice(drawn if ids is None else ids[drawn], ranks.expand(law.shape[0], k), wide)
 
-    def decide(self, logits: Tensor, levels: Tensor, max_level: int, paths: Paths, tries: int = 2) -> tuple[Tensor, Tensor]:
+    def decide(self, logits: Tensor, levels: Tensor, span: range, paths: Paths, tries: int = 2) -> tuple[Tensor, Tensor]:
         """The target's own token after each asked node, and whether it is certain.
 
-        logits: [asked, vocab]; levels: [asked] the node's depth (root: 0), at most max_level; paths: rows and ancestors.
+        logits: [asked, vocab]; levels: [asked] the node's depth (root: 0), all within `span`; paths: rows and ancestors.
         Truncation is judged on the best few candidates only; where none of `tries` is inside, the second result
         ([asked] bool) is False and the caller asks again with `decide_fully`.
         """
@@ -428,7 +432,7 @@ class Rows:
         if not self.laws.is_sampled:
             return logits.argmax(-1), torch.ones_like(levels, dtype=torch.bool)
         laws = self.laws.rows(paths.rows)
-        scores = self._scores(logits, levels, max_level, paths.rows, laws)
+        scores = self._scores(logits, levels, span, paths.rows, laws)
         tokens = scores.argmax(-1)
         if not self.laws.is_truncated:
             return tokens, torch.ones_like(levels, dtype=torch.bool)
@@ -442,14 +446,17 @@ class Rows:
             is_sure = is_sure | truncation.admits(tokens)
         return tokens, is_sure
 
-    def decide_fully(self, logits: Tensor, levels: Tensor, max_level: int, paths: Paths) -> Tensor:
+    def decide_fully(self, logits: Tensor, levels: Tensor, span: range, paths: Paths) -> Tensor:
         """As `decide`, always certain: the whole truncated law is laid out. Costs a sort."""
         logits = self.adjust(logits, paths)
         laws = self.laws.rows(paths.rows)
-        scores = self._scores(logits, levels, max_level, paths.rows, laws)
+        scores = self._scores(logits, levels, span, paths.rows, laws)
         return scores.masked_fill(warp(logits, laws) == 0, -torch.inf).argmax(-1)
 
-    def _scores(self, logits: Tensor, levels: Tensor, max_level: int, rows: Tensor, laws: Laws) -> Tensor:
+    def _scores(self, logits: Tensor, levels: Tensor, span: range, rows: Tensor, laws: Laws) -> Tensor:
         """z + T g of the position after each asked node: [asked, vocab]."""
-        noise = torch.stack([self.noise(level + 1) for level in range(max_level + 1)])  # [levels, rows, vocab]
-        return torch.addcmul(logits, laws.temperature[:, None], noise[levels, rows])
+        if len(span) == 1:
+            noise = self.noise(span[0] + 1)[rows]
+        else:
+            noise = torch.stack([self.noise(level + 1) for level in span])[levels - span[0], rows]
+        return torch.addcmul(logits, laws.temperature[:, None], noise)

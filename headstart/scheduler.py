@@ -38,7 +38,8 @@ class Request:
     """One prompt to be continued, and how far it has come.
 
     prompt, output: token ids. seed: the one really used. stream: turns its tokens into text, or None. leader: another request
-    with the same prompt, whose slots are copied instead of scored again. finish_reason: None while it runs, then "stop", "length" or "abort".
+    with the same prompt, whose slots are copied instead of scored again. finish_reason: None while it runs, then "stop",
+    "length" or "abort".
     """
 
     id: int

@@ -47,12 +47,14 @@ class Target:
     ) -> None:
         self.model: PreTrainedModel = model.eval()
         self.kernel = kernel
+        self.together = False  # one attention call for all rows
         self.min_nodes = 1  # the smallest forest whose rows do not depend on its size; dead nodes fill up to it
         text = model.config.get_text_config()
         self.name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         self.num_layers = int(text.num_hidden_layers)
         self.hidden = int(text.hidden_size)
-        self._original_attention = str(model.config._attn_implementation)
+        current = str(model.config._attn_implementation)
+        self._original_attention = "eager" if current == attention.NAME else current  # another target holds the model too
         attention.register()
         self._switch(attention.NAME)
         probe = self._probe()
@@ -101,7 +103,7 @@ class Target:
         self, tokens: Tensor, positions: Tensor, seen: Sequence[Sight], cache: KVCache, asked: Tensor, taps: Sequence[int] = ()
     ) -> Scored:
         """The forward underneath `score`, for drafters that grow a tree level by level in their own cache."""
-        gaze = Gaze(seen, cache, self.kernel, self.reaches)
+        gaze = Gaze(seen, cache, self.kernel, self.reaches, self.together)
         extra: dict[str, Any] = {"output_hidden_states": [tap + 1 for tap in taps]} if taps else {}
         out = self.model(
             input_ids=tokens[None], position_ids=positions[None], use_cache=False, logits_to_keep=asked, headstart=gaze, **extra

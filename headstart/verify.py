@@ -140,14 +140,31 @@ def _read(forest: Forest, answer: Tensor) -> Verdict:
 
 
 def coupled(forest: Forest, asked: Asked, logits: Tensor, rows: Rows, in_full: bool) -> Ruling:
-    """A draft is accepted if it is the token that the target itself decides there: the same text, whatever was drafted."""
-    paths = asked_paths(forest, asked, rows)
-    if in_full:
-        tokens = rows.decide_fully(logits, asked.levels, asked.max_level, paths)
-        is_sure = torch.ones_like(tokens, dtype=torch.bool)
-    else:
-        tokens, is_sure = rows.decide(logits, asked.levels, asked.max_level, paths)
-    return Ruling(tokens, tokens[asked.parents] == forest.drafts.tokens, is_sure)
+    """A draft is accepted if it is the token that the target itself decides there: the same text, whatever was drafted.
+
+    On a GPU all asked nodes are decided at once, for asking it anything costs more. On a CPU only those that the walk reaches
+    are, level by level: what is decided is what is emitted, and no vocabulary is touched in vain.
+    """
+    at_once = logits.device.type != "cpu"
+    everywhere = asked_paths(forest, asked, rows)
+    tokens = torch.full_like(asked.levels, -1)
+    is_sure = torch.ones_like(tokens, dtype=torch.bool)
+    frontier, span = asked.roots, range(1)
+    if at_once:
+        frontier, span = everywhere.places, range(asked.max_level + 1)
+    while True:
+        paths = Paths(everywhere.rows[frontier], everywhere.tokens[frontier], frontier)
+        here = logits[frontier], asked.levels[frontier], span, paths
+        found, sure = (rows.decide_fully(*here), is_sure[frontier]) if in_full else rows.decide(*here)
+        tokens[frontier], is_sure[frontier] = found, sure
+        ok = tokens[asked.parents] == forest.drafts.tokens  # an undecided parent wants no token at all
+        if at_once or not len(ok):
+            break
+        frontier = asked.drafts[ok & (tokens[asked.drafts] < 0)]
+        span = range(span[0] + 1, span[0] + 2)
+        if not len(frontier):
+            break
+    return Ruling(tokens, ok, is_sure)
 
 
 def rejection(forest: Forest, asked: Asked, logits: Tensor, rows: Rows, in_full: bool) -> Ruling:
