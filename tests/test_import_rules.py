@@ -82,7 +82,7 @@ def is_sibling(importer: str, imported: str) -> bool:
 
 
 def may_enter(importer: str, room: str) -> bool:
-    return is_in(importer, room) or importer == "headstart.cli" or importer == "headstart.__main__"
+    return is_in(importer, room) or is_in(importer, "headstart.cli") or importer == "headstart.__main__"
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -1,0 +1,134 @@
+"""`inspect`: what a folder holds, and what would stand in the way of serving it exactly."""
+
+import json as json_format
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from headstart.cli.settings import Json, loading, quieten
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from headstart.attention import Reach
+
+
+def inspect(
+    path: Annotated[str | None, typer.Argument(help="A model's folder or hub id.", show_default="the embedded model")] = None,
+    device: Annotated[str, typer.Option(help="Where to try it: auto, cpu, cuda, ...")] = "auto",
+    json: Json = False,
+) -> None:
+    """Say what a folder holds: sizes, context, cache, tokenizer, and problems.
+
+    [bold]Example:[/bold] headstart inspect ./talk13M --json
+    """
+    from headstart.llm import embedded
+
+    place = path or str(embedded("target"))
+    with loading(place):
+        found = facts(place, device)
+    if json:
+        print(json_format.dumps(found))
+    else:
+        _print(found)
+
+
+def facts(path: str, device: str = "auto") -> dict[str, Any]:
+    """Everything `inspect` says. Raises ValueError where there is no model that can be loaded."""
+    quieten()
+    from headstart.target import digest, load_model
+
+    model = load_model(path, "auto", device)
+    text = model.config.get_text_config()
+    found = {
+        "path": path,
+        "kind": "target",
+        "architecture": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "bytes": sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "layers": int(text.num_hidden_layers),
+        "hidden": int(text.hidden_size),
+        "vocab": int(text.vocab_size),
+        "digest": digest(model),
+    }
+    problems: list[str] = []
+    return found | _as_target(model, problems) | _tokenizer(path, model, problems) | {"problems": problems}
+
+
+def _as_target(model: "PreTrainedModel", problems: list[str]) -> dict[str, Any]:
+    """What only a target knows; empty, with the reason among the problems, if the model is refused."""
+    from headstart.target import MAX_CHECK, Target
+
+    try:
+        target = Target(model)
+    except ValueError as error:
+        problems.append(str(error))
+        return {}
+    longest = max((reach.window or reach.chunk or 0 for reach in target.reaches), default=0)
+    if longest > MAX_CHECK:
+        problems.append(f"the self-check reads {MAX_CHECK} tokens at most and did not go beyond the window of {longest}")
+    claimed = int(getattr(model.config.get_text_config(), "max_position_embeddings", target.context))
+    if target.context < claimed:
+        problems.append(f"the context is {target.context} of {claimed}: beyond it, positions would change with other rows")
+    return {
+        "context": target.context,
+        "reach": [_reach(reach) for reach in target.reaches],
+        "cache_bytes_per_token": target.slot_bytes,
+    }
+
+
+def _reach(reach: "Reach") -> str:
+    if reach.window is not None:
+        return f"window of {reach.window}"
+    return "everything" if reach.chunk is None else f"chunk of {reach.chunk}"
+
+
+def _tokenizer(path: str, model: "PreTrainedModel", problems: list[str]) -> dict[str, Any]:
+    from headstart.text import load_tokenizer, stop_token_ids
+
+    try:
+        tokenizer = load_tokenizer(path)
+    except ValueError as error:
+        problems.append(str(error))
+        return {"tokenizer": None}
+    stops = stop_token_ids(tokenizer, model.generation_config, model.config)
+    if len(tokenizer) > int(model.config.get_text_config().vocab_size):
+        problems.append(f"the tokenizer knows {len(tokenizer)} tokens, more than the model's vocabulary")
+    return {
+        "tokenizer": type(tokenizer).__name__,
+        "chat_template": tokenizer.chat_template is not None,
+        "stop_tokens": {str(tokenizer.convert_ids_to_tokens(token)): token for token in stops},
+    }
+
+
+# -- printing ---------------------------------------------------------------------------------------------------------------
+
+
+def _print(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in found.items():
+        if name != "problems":
+            table.add_row(name.replace("_", " "), _readable(name, value))
+    for problem in found["problems"] or ["none"]:
+        table.add_row("problem" if found["problems"] else "problems", problem)
+    Console(highlight=False, markup=False).print(table)
+
+
+def _readable(name: str, value: object) -> str:
+    if name == "bytes":
+        return f"{int(str(value)) / 2**20:,.1f} MiB"
+    if name == "reach" and isinstance(value, Sequence):
+        return ", ".join(f"{len([*run])} layers see {what}" for what, run in groupby(value))
+    if isinstance(value, dict):
+        return ", ".join(f"{token} ({number})" for token, number in value.items()) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return "missing" if value is None else str(value)

@@ -1,0 +1,222 @@
+"""The options that commands share, declared once: which model and how it decodes, and how an answer is sampled.
+
+A command takes these dataclasses as parameters; `expanded` turns their fields into command-line options. This file knows names,
+defaults and help texts. It imports nothing heavy, so that `--help` is instant.
+"""
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+
+import typer
+
+if TYPE_CHECKING:
+    from headstart.drafters import Drafter
+    from headstart.llm import LLM
+    from headstart.planner import Planner
+    from headstart.sampling import SamplingParams
+
+_MODEL, _SAMPLING = "Model and decoding", "Sampling"
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on standard output, for machines.")]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Which model, and how it decodes."""
+
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub id of a causal language model.", show_default="embedded", rich_help_panel=_MODEL),
+    ] = None
+    drafter: Annotated[
+        str, typer.Option(help="What guesses: auto, lookup, model:PATH, an installed name, or none.", rich_help_panel=_MODEL)
+    ] = "auto"
+    planner: Annotated[
+        str | None,
+        typer.Option(
+            help="How much is guessed: chain:5, full:3,2,1 or best:nodes=15,depth=6,width=4,beam=4.",
+            show_default="best",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16", "float64"],
+        typer.Option(help="Precision of the weights; auto: as stored.", rich_help_panel=_MODEL),
+    ] = "auto"
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=_MODEL)] = "auto"
+    exact: Annotated[
+        bool | None,
+        typer.Option(
+            "--exact/--no-exact",
+            help="Equality to the bit with plain decoding; left out: where it is nearly free.",
+            show_default=False,
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Memory for keys and values, such as 512M or 2G.", show_default="by context", rich_help_panel=_MODEL),
+    ] = None
+    accept: Annotated[
+        Literal["coupled", "rejection"],
+        typer.Option(help="coupled: the text of plain decoding; rejection: its law.", rich_help_panel=_MODEL),
+    ] = "coupled"
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of the processor.", show_default="torch's", rich_help_panel=_MODEL)
+    ] = None
+
+    def load(self, drafter: "str | Drafter | None" = None) -> "LLM":
+        """The model, ready to answer; a spinner while it loads. drafter: instead of the one named by the options."""
+        chosen = drafter or (None if self.drafter == "none" else self.drafter)
+        planner = self.plan()
+        with loading(self.model or "the embedded model"):
+            import headstart
+
+            quieten()
+            self.use_threads()
+            return headstart.load(
+                self.model,
+                drafter=chosen,
+                planner=planner,
+                device=self.device,
+                dtype=self.dtype,
+                exact="auto" if self.exact is None else self.exact,
+                memory=None if self.memory is None else read_bytes(self.memory),
+                accept=self.accept,
+            )
+
+    def plan(self) -> "Planner | None":
+        from headstart.planner import parse
+
+        if self.planner and self.drafter == "none":
+            raise ValueError("--planner says how much to guess, but --drafter none guesses nothing; leave one of them out")
+        return parse(self.planner) if self.planner else None
+
+    def use_threads(self) -> None:
+        if self.threads is None:
+            return
+        if self.threads < 1:
+            raise ValueError(f"threads is {self.threads}; it must be at least 1")
+        import torch
+
+        torch.set_num_threads(self.threads)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is sampled and when it ends."""
+
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens of an answer at most.", show_default="256, or what fits", rich_help_panel=_SAMPLING),
+    ] = None
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING)] = 0.0
+    top_k: Annotated[int | None, typer.Option(help="Only the k likeliest tokens.", rich_help_panel=_SAMPLING)] = None
+    top_p: Annotated[
+        float | None, typer.Option(help="Only the likeliest tokens that make up this share.", rich_help_panel=_SAMPLING)
+    ] = None
+    min_p: Annotated[
+        float | None, typer.Option(help="Only tokens at least this share as likely as the best.", rich_help_panel=_SAMPLING)
+    ] = None
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Hugging Face's, over prompt and answer.", rich_help_panel=_SAMPLING)
+    ] = 1.0
+    presence_penalty: Annotated[float, typer.Option(help="OpenAI's, over the answer.", rich_help_panel=_SAMPLING)] = 0.0
+    frequency_penalty: Annotated[float, typer.Option(help="OpenAI's, over the answer.", rich_help_panel=_SAMPLING)] = 0.0
+    seed: Annotated[
+        int | None, typer.Option(help="Repeats an answer; drawn, and told by --json, if left out.", rich_help_panel=_SAMPLING)
+    ] = None
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text before which the answer ends; may be given again.", rich_help_panel=_SAMPLING)
+    ] = None
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on where the model would stop.", rich_help_panel=_SAMPLING)
+    ] = False
+
+    def params(self, **more: Any) -> "SamplingParams":
+        """Checked, before anything is loaded. more: fields that only one command has."""
+        from headstart.sampling import SamplingParams
+
+        settings = {field.name: getattr(self, field.name) for field in fields(self)}
+        settings["max_tokens"] = 256 if self.max_tokens is None else self.max_tokens
+        return SamplingParams(**{**settings, **more, "stop": tuple(self.stop or ())})
+
+
+def expanded(command: Callable[..., None]) -> Callable[..., None]:
+    """`command`, with each parameter that is a dataclass of options replaced by its fields, as typer wants them."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name in groups:
+            parameters += _fields(groups[parameter.name])
+        else:
+            parameters.append(parameter.replace(annotation=hints[parameter.name], kind=inspect.Parameter.KEYWORD_ONLY))
+
+    def run(**given: Any) -> None:
+        grouped = {name: group(**{f.name: given.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
+        command(**grouped, **given)
+
+    run.__name__, run.__doc__, run.__module__ = command.__name__, command.__doc__, command.__module__
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return run
+
+
+def _fields(group: Any) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return [inspect.Parameter(f.name, kind, default=f.default, annotation=hints[f.name]) for f in fields(group)]
+
+
+def read_bytes(text: str) -> int:
+    """`512M` is 536,870,912. Raises ValueError for what is no amount."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if not found:
+        raise ValueError(f"memory is {text!r}; write a number of bytes with K, M or G, such as 512M or 2G")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def read_prompt(prompt: str | None) -> str:
+    """The prompt argument, or standard input for `-` or nothing. Raises ValueError where that is not text."""
+    if prompt is not None and prompt != "-":
+        if any("\udc80" <= character <= "\udcff" for character in prompt):  # how the system hands over bytes that are no text
+            raise ValueError("the prompt is not valid UTF-8; convert it, for example with iconv -t utf-8")
+        return prompt
+    if prompt is None and sys.stdin.isatty():
+        raise ValueError("there is no prompt; give one as an argument, or pipe it into standard input")
+    return decoded(sys.stdin.buffer.read())
+
+
+def decoded(line: bytes) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = line[error.start]
+        raise ValueError(
+            f"standard input is not valid UTF-8 (byte 0x{byte:02x} at offset {error.start}); convert it, for example with iconv"
+        ) from None
+
+
+@contextmanager
+def loading(what: str | Path) -> Iterator[None]:
+    """A spinner on standard error, if that is a terminal."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"loading {what}"):
+        yield
+
+
+def quieten() -> None:
+    """Keep transformers' own progress bars and advice out of the output."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
