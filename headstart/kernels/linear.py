@@ -49,7 +49,8 @@ class Pack:
 
     def dense(self, member: int) -> Tensor:
         """The plain weight of one member, [out, in], unpacked anew at every call."""
-        return self.packed.to_dense().split(self.sizes)[member]
+        parts: tuple[Tensor, ...] = self.packed.to_dense().split(self.sizes)
+        return parts[member]
 
     @property
     def nbytes(self) -> int:
@@ -192,7 +193,9 @@ def _pack_alike(linears: Sequence[nn.Module]) -> list[PackedLinear]:
         return []
     pack = Pack(weights, biases)
     shared = Shared(pack)
-    packed = [SharedLinear(shared, i) for i in range(len(linears))] if len(linears) > 1 else [PackedLinear(pack)]
+    packed: list[PackedLinear] = [PackedLinear(pack)]
+    if len(linears) > 1:
+        packed = [SharedLinear(shared, member) for member in range(len(linears))]
     return packed if all(map(_agree, linears, packed)) else []
 
 
