@@ -19,7 +19,7 @@ from headstart.engine import Engine, Stats
 from headstart.planner import Best, Planner
 from headstart.sampling import SamplingParams, draw_seed, mix
 from headstart.scheduler import Request
-from headstart.target import Target
+from headstart.target import Target, check_folder
 from headstart.text import Prompt, TextStream, encode_prompt, load_tokenizer, stop_token_ids
 
 if TYPE_CHECKING:
@@ -174,6 +174,7 @@ def load(
     """
     place: Any = embedded("target") if model is None else model
     if isinstance(place, str | Path):
+        check_folder(place)
         tokenizer = tokenizer or load_tokenizer(place)
         target = Target.load(place, dtype=dtype, device=device, exact=exact)
     else:

@@ -107,7 +107,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request. Raises ValueError if even an empty cache could not hold it."""
         if self.slots(request) > self.seating.num_slots:
-            room = self.seating.num_slots - self.headroom
+            room = max(0, self.seating.num_slots - self.headroom)
             raise ValueError(
                 f"prompt of {len(request.prompt)} tokens plus max_tokens={request.params.max_tokens} exceeds the cache, which "
                 f"holds {room} tokens of one request; shorten the prompt, lower max_tokens, or allow more memory"

@@ -244,12 +244,8 @@ def load_model(path: str | Path, dtype: str | torch.dtype = "auto", device: str 
     """A causal LM from a folder or the hub. Raises ValueError in one sentence for everything that can be wrong with it."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    folder = Path(path)
-    looks_local = folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
-    if looks_local and not (folder / "config.json").is_file():
-        what = "has no config.json" if folder.is_dir() else "does not exist" if not folder.exists() else "is not a folder"
-        raise ValueError(f"model folder {path} {what}; a model is a folder with config.json, weights and tokenizer, or a hub id")
+    place = _device(device)
+    check_folder(path)
     try:
         config = AutoConfig.from_pretrained(path)
         if type(config) not in AutoModelForCausalLM._model_mapping:
@@ -257,13 +253,36 @@ def load_model(path: str | Path, dtype: str | torch.dtype = "auto", device: str 
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
         model, info = loaded
     except Exception as error:  # safetensors, json and hub errors share no base class
-        raise ValueError(f"model {path} cannot be loaded: {_first_line(error)}") from error
+        why = "its weights are damaged or cut short: " if "Safetensor" in type(error).__name__ else ""
+        raise ValueError(f"model {path} cannot be loaded: {why}{_first_line(error)}") from error
     broken = {kind: sorted(names) for kind, names in info.items() if names and kind in ("missing_keys", "mismatched_keys")}
     if broken:
         kind, names = next(iter(broken.items()))
         raise ValueError(f"model {path} is not whole: {len(names)} {kind.replace('_', ' ')}, first {names[0]}")
     placed: PreTrainedModel = model.to(place)
     return placed
+
+
+def check_folder(path: str | Path) -> None:
+    """Raise ValueError if `path` looks like a folder and holds no model; a hub id passes."""
+    folder = Path(path)
+    looks_local = folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
+    if looks_local and not (folder / "config.json").is_file():
+        what = "has no config.json" if folder.is_dir() else "does not exist" if not folder.exists() else "is not a folder"
+        raise ValueError(f"model folder {path} {what}; a model is a folder with config.json, weights and tokenizer, or a hub id")
+
+
+def _device(name: str) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda" if has_cuda else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device {name!r} is unknown; write auto, cpu, cuda or cuda:NUMBER") from None
+    if device.type == "cuda" and (not has_cuda or (device.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"device {name!r} is not there; torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
 
 
 def _first_line(error: Exception) -> str:
