@@ -217,6 +217,8 @@ def _context(config: Any, name: str) -> int:
             # Frequencies follow the longest position of the whole forward: beyond this, one row would change its neighbours.
             original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
             longest = min(longest, original or longest)
+    if getattr(config, "attn_temperature_tuning", False) and hasattr(config, "floor_scale"):
+        longest = min(longest, int(config.floor_scale) - 1)  # from here on Llama 4 counts nodes, not positions
     return int(longest)
 
 

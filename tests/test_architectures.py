@@ -88,6 +88,21 @@ def test_a_rope_that_follows_the_longest_row_limits_the_context(kind):
         engine.add([1] * 30, SamplingParams(max_tokens=19))
 
 
+def test_llama4_is_limited_to_where_it_does_not_scale_queries_by_their_place_in_the_forward():
+    config = ARCHITECTURES["llama4"]()
+    config.attn_temperature_tuning, config.floor_scale = True, 64
+    target = Target(random_model(config))
+    assert target.context == 63
+    requests = asks(VOCAB, [3, 40, 12], [60, 23, 20], GREEDY)
+    plain, _ = decode(target, requests)
+    drafter = Scripted(random_trees(VOCAB, 9), texts(requests, plain))
+    drafted, _ = decode(target, requests, drafter, AsDrafted(9), max_rows=3, chunk=20)
+    assert drafted == plain
+    with target.original() as model:
+        ids = model.generate(torch.tensor([requests[0].prompt]), max_new_tokens=60, do_sample=False)
+    assert plain[0] == ids[0, 3:].tolist()
+
+
 def test_a_model_that_hands_its_attention_something_unknown_is_refused(monkeypatch):
     model = random_model(ARCHITECTURES["llama"]())
     forward = model.forward

@@ -45,13 +45,14 @@ ARCHITECTURES: dict[str, Config] = {
     "cohere": lambda: hf.CohereConfig(**_COMMON),
     "smollm3": lambda: hf.SmolLM3Config(**_COMMON, pad_token_id=0, no_rope_layers=[1, 0, 1]),
     "deepseek_v3": lambda: hf.DeepseekV3Config(
-        **_SHAPE, intermediate_size=96, moe_intermediate_size=32, num_key_value_heads=4, n_routed_experts=8, n_group=2, topk_group=1,
-        num_experts_per_tok=2, kv_lora_rank=16, q_lora_rank=24, qk_rope_head_dim=8, v_head_dim=12, qk_nope_head_dim=16,
-        first_k_dense_replace=1,
+        **_SHAPE, intermediate_size=96, moe_intermediate_size=32, num_key_value_heads=4, n_routed_experts=8, n_group=2,
+        topk_group=1, num_experts_per_tok=2, kv_lora_rank=16, q_lora_rank=24, qk_rope_head_dim=8, v_head_dim=12,
+        qk_nope_head_dim=16, first_k_dense_replace=1,
     ),
     "gpt_oss": lambda: hf.GptOssConfig(**_COMMON, **_EXPERTS, head_dim=16, sliding_window=WINDOW, layer_types=_MIXED),
     "llama4": lambda: hf.Llama4TextConfig(
-        **_COMMON, head_dim=16, num_local_experts=2, attention_chunk_size=WINDOW, intermediate_size_mlp=96, no_rope_layers=[1, 0, 1],
+        **_COMMON, head_dim=16, num_local_experts=2, attention_chunk_size=WINDOW, intermediate_size_mlp=96,
+        no_rope_layers=[1, 0, 1], attn_temperature_tuning=False,
         layer_types=["chunked_attention", "full_attention", "chunked_attention"],
     ),
     "cohere2": lambda: hf.Cohere2Config(**_COMMON, sliding_window=WINDOW, layer_types=_MIXED),
