@@ -264,7 +264,8 @@ class Engine:
     def _laws_of(self, requests: Sequence[Request]) -> Laws:
         key = tuple(request.id for request in requests)
         if self._laws is None or self._laws[0] != key:
-            laws = Laws.of([request.params for request in requests], [request.seed for request in requests], self.target.device)
+            params, seeds = [request.params for request in requests], [request.seed for request in requests]
+            laws = Laws.of(params, seeds, self.target.vocab, self.target.device)
             self._laws = key, laws
         return self._laws[1]
 
@@ -302,7 +303,10 @@ class Engine:
             elif request.left == 0:
                 self._finish(request, "length")
             if request.stream is not None and stop is None and request.finish_reason is not None:
-                text += request.stream.flush().text
+                rest = request.stream.flush()
+                text += rest.text
+                if rest.stopped is not None:
+                    request.finish_reason = "stop"
             events.append(Event(request, kept, guessed, text))
         return events
 

@@ -111,9 +111,18 @@ def noise_keys(seeds: Tensor, positions: Tensor) -> Tensor:
     return _scramble(_scramble(seeds.clone()) + (positions + 1) * _GOLDEN)
 
 
+def noise_key(seed: int, position: int) -> int:
+    """`noise_keys` for one pair, on the host, as a signed integer."""
+    return _signed(_scramble_int((_scramble_int(seed & _MASK) + (position + 1) * _GOLDEN) & _MASK))
+
+
 def uniform_bits(keys: Tensor, ids: Tensor) -> Tensor:
     """32 random bits for every (key, token), in an int64: SplitMix64's stream of `key`, read at `ids`."""
-    value = keys + (ids + 1) * _GOLDEN
+    return _stream_bits(keys, (ids + 1) * _GOLDEN)
+
+
+def _stream_bits(keys: Tensor, counters: Tensor) -> Tensor:
+    value = keys + counters
     value.bitwise_xor_((value >> 30).bitwise_and_((1 << 34) - 1)).mul_(_MIX_1)
     value.bitwise_xor_((value >> 27).bitwise_and_((1 << 37) - 1)).mul_(_MIX_2)
     return (value >> 32).bitwise_and_(0xFFFFFFFF)  # the high half is mixed well without the last xor
@@ -130,8 +139,11 @@ def gumbel(keys: Tensor, ids: Tensor) -> Tensor:
     keys and ids broadcast: [rows, 1] and [vocab] give [rows, vocab]. `-log(-log1p(-w))` keeps its precision where noise is
     large, which is where it decides; at the other end it is cut at -2.8, a change of the law of less than 2^-24.
     """
-    below_one = 1 - 2.0**-24
-    w = uniform_bits(keys, ids).to(torch.float32).add_(0.5).mul_(2.0**-32).clamp_(max=below_one)
+    return _gumbel(uniform_bits(keys, ids))
+
+
+def _gumbel(bits: Tensor) -> Tensor:
+    w = bits.to(torch.float32).add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
     return w.neg_().log1p_().neg_().log_().neg_()
 
 
@@ -143,7 +155,7 @@ class Laws:
     """The sampling settings of several rows as tensors, made once when the set of rows changes.
 
     temperature, top_p, min_p, repetition, presence, frequency: [rows] float32; top_k: [rows] int64, 0 for off; seeds: [rows]
-    int64. biases: (row, token, value) triples as three tensors, or None. The flags say on the host what is used at all.
+    int64; counters: [vocab] int64, where each token stands in a noise stream. secrets: the seeds on the host. biases: (row, token, value) triples as three tensors, or None. The flags say on the host what is used at all.
     """
 
     temperature: Tensor
@@ -154,6 +166,8 @@ class Laws:
     presence: Tensor
     frequency: Tensor
     seeds: Tensor
+    counters: Tensor
+    secrets: tuple[int, ...]
     biases: tuple[Tensor, Tensor, Tensor] | None
     is_sampled: bool
     is_truncated: bool
@@ -161,7 +175,7 @@ class Laws:
     has_penalties: bool
 
     @classmethod
-    def of(cls, params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device | str = "cpu") -> Laws:
+    def of(cls, params: Sequence[SamplingParams], seeds: Sequence[int], vocab: int, device: torch.device | str = "cpu") -> Laws:
         def column(values: Sequence[float]) -> Tensor:
             return torch.tensor(values, dtype=torch.float32).to(device)
 
@@ -176,6 +190,8 @@ class Laws:
             presence=column([p.presence_penalty for p in params]),
             frequency=column([p.frequency_penalty for p in params]),
             seeds=torch.tensor([_signed(seed) for seed in seeds]).to(device),
+            counters=(torch.arange(vocab) + 1).mul_(_GOLDEN).to(device),
+            secrets=tuple(seeds),
             biases=_triples(biases, device) if biases else None,
             is_sampled=bool(sampled),
             is_truncated=any(p.top_k or (p.top_p or 1) < 1 or p.min_p for p in sampled),
@@ -350,8 +366,9 @@ class Rows:
     def noise(self, level: int) -> Tensor:
         """[rows, vocab] Gumbel noise of the position `level` after each root: evaluated once per round, shared by all."""
         if level not in self._noise:
-            keys = noise_keys(self.laws.seeds, self.positions + level)
-            self._noise[level] = gumbel(keys[:, None], torch.arange(self.vocab, device=keys.device))
+            keys = [[noise_key(seed, place + level)] for seed, place in zip(self.laws.secrets, self.places, strict=True)]
+            counters = self.laws.counters
+            self._noise[level] = _gumbel(_stream_bits(torch.tensor(keys).to(counters.device), counters))
         return self._noise[level]
 
     def adjust(self, logits: Tensor, paths: Paths, ids: Tensor | None = None) -> Tensor:

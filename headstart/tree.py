@@ -183,6 +183,8 @@ def merge(
         if is_whole:
             asked += range(end - 1, end + count)
     num_dead = max(0, num_nodes - len(tokens))
+    if not asked:  # every stem is cut: some node must be asked all the same, for no model answers nothing
+        asked.append(len(tokens) - 1)
     asked += range(len(tokens), len(tokens) + min(num_dead, max(0, min(num_nodes, 2) - len(asked))))
     flat = torch.tensor([tokens + [0] * num_dead, positions + [0] * num_dead]).to(device)
     if places:

@@ -56,7 +56,8 @@ def asked_nodes(forest: Forest) -> Asked:
         )
     else:
         starts = [sum(sizes[:at]) for at in range(len(sizes))]
-        rows, roots = torch.tensor([whole, sizes]), torch.tensor(starts, device=device)
+        rows = torch.tensor([whole, sizes], dtype=torch.int64)
+        roots = torch.tensor(starts, dtype=torch.int64).to(device)
         shifts = torch.repeat_interleave(torch.arange(1, len(whole) + 1), rows[1] - 1).to(device)
         rows = torch.repeat_interleave(rows[0], rows[1]).to(device)
         drafts = torch.arange(len(forest.drafts), device=device) + shifts  # behind its own and all earlier rows' roots
