@@ -88,7 +88,7 @@ class Event:
 
 
 class Engine:
-    """Runs requests through rounds on one target, with one drafter (or none) and one planner.
+    """Runs requests through rounds on one target, with one drafter (or none) and one planner (None: the drafter's own).
 
     max_rows: requests that run at once. memory: bytes for keys and values, the drafter's included; None: enough for `max_rows`
     requests of the target's full context, but at most 1 GiB. accept: the rule, "coupled" or "rejection". chunk: prompt tokens
@@ -108,15 +108,13 @@ class Engine:
     ) -> None:
         if accept not in RULES:
             raise ValueError(f"accept is {accept!r}; the rules are {', '.join(RULES)}")
-        if drafter is not None and planner is None:
-            raise ValueError("an engine with a drafter needs a planner: Chain, Best or Shape of headstart.planner")
         if max_rows < 1 or chunk < 1:
             raise ValueError(f"max_rows is {max_rows} and chunk is {chunk}; both must be at least 1")
         self.target = target
         self.drafter = drafter
-        self.planner = planner
+        self.planner = planner or (drafter.planner if drafter else None)
         self.rule = RULES[accept]
-        headroom = max(planner.headroom(max_rows) if planner and drafter else 0, target.min_nodes)
+        headroom = max(self.planner.headroom(max_rows) if self.planner and drafter else 0, target.min_nodes)
         self.slot_bytes = target.slot_bytes + (drafter.slot_bytes if drafter else 0)
         self.seating = Seating(max_rows, _slots(target.context + headroom, max_rows, memory, self.slot_bytes))
         self.scheduler = Scheduler(self.seating, headroom, chunk)
@@ -265,7 +263,7 @@ class Engine:
         key = tuple(request.id for request in requests)
         if self._laws is None or self._laws[0] != key:
             params, seeds = [request.params for request in requests], [request.seed for request in requests]
-            laws = Laws.of(params, seeds, self.target.vocab, self.target.device)
+            laws = Laws.of(params, seeds, self.target.device)
             self._laws = key, laws
         return self._laws[1]
 

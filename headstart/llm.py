@@ -16,7 +16,7 @@ from torch import Tensor
 
 from headstart.drafters import Drafter, make
 from headstart.engine import Engine, Stats
-from headstart.planner import Best, Planner
+from headstart.planner import Planner
 from headstart.sampling import SamplingParams, draw_seed, mix
 from headstart.scheduler import Request
 from headstart.target import Target, check_folder
@@ -168,9 +168,9 @@ def load(
 
     model: a folder, a hub id, a transformers model you hold (then give its `tokenizer` too), or None for the embedded one.
     drafter: "auto" (the embedded model's sibling, else lookup), "lookup", "model:PATH", a drafter of your own, or None for plain
-    decoding. planner: how much to speculate. exact: True for equality to the bit on CPU, "auto" where it is nearly free.
-    max_rows: requests at once. memory: bytes for keys and values. accept: "coupled" (same text as plain decoding) or "rejection"
-    (same law). Raises ValueError, in one sentence, for whatever is wrong with a path or a setting.
+    decoding. planner: how much to speculate, None for what suits the drafter. exact: True for equality to the bit on CPU, "auto"
+    where it is nearly free. max_rows: requests at once. memory: bytes for keys and values. accept: "coupled" (same text as plain
+    decoding) or "rejection" (same law). Raises ValueError, in one sentence, for whatever is wrong with a path or a setting.
     """
     place: Any = embedded("target") if model is None else model
     if isinstance(place, str | Path):
@@ -183,8 +183,6 @@ def load(
         target = Target(place, exact=exact)
     if isinstance(drafter, str):
         drafter = make(_automatic(model) if drafter == "auto" else drafter, target)
-    if drafter is not None and planner is None:
-        planner = Best()
     return LLM(Engine(target, drafter, planner, max_rows=max_rows, memory=memory, accept=accept), tokenizer)
 
 
@@ -271,7 +269,7 @@ def custom_generate(
     target = Target(model)
     try:
         made = make(drafter, target) if isinstance(drafter, str) else drafter
-        engine = Engine(target, made, planner or (Best() if made else None), max_rows=min(8, len(prompts)))
+        engine = Engine(target, made, planner, max_rows=min(8, len(prompts)))
         seeds = torch.randint(0, 2**62, (len(prompts),)).tolist() if params.temperature else [0] * len(prompts)
         requests = [engine.add(ids, params, seed=seed, stop_ids=stops) for ids, seed in zip(prompts, seeds, strict=True)]
         for _ in engine.run():

@@ -82,7 +82,8 @@ class Best:
             raise ValueError(f"floor is {self.floor}; a chance below which drafts are dropped must be in [0, 1)")
 
     def headroom(self, max_rows: int) -> int:
-        return 1 + self.width * (1 + (self.depth - 1) * self.beam)  # all that one row can draft
+        drafted = self.width * (1 + (self.depth - 1) * self.beam)
+        return 1 + max(min(drafted, self.nodes * max_rows), self.beam * (self.depth - 1))  # verified, or run by the drafter
 
     def plan(self, depths: Sequence[int], is_fixed: bool) -> Plan:
         drafting = sum(depth > 0 for depth in depths)

@@ -155,7 +155,8 @@ class Laws:
     """The sampling settings of several rows as tensors, made once when the set of rows changes.
 
     temperature, top_p, min_p, repetition, presence, frequency: [rows] float32; top_k: [rows] int64, 0 for off; seeds: [rows]
-    int64; counters: [vocab] int64, where each token stands in a noise stream. secrets: the seeds on the host. biases: (row, token, value) triples as three tensors, or None. The flags say on the host what is used at all.
+    int64, and secrets the same on the host. biases: (row, token, value) triples as three tensors, or None. The flags say on the
+    host what is used at all.
     """
 
     temperature: Tensor
@@ -166,16 +167,16 @@ class Laws:
     presence: Tensor
     frequency: Tensor
     seeds: Tensor
-    counters: Tensor
     secrets: tuple[int, ...]
     biases: tuple[Tensor, Tensor, Tensor] | None
     is_sampled: bool
     is_truncated: bool
     max_top_k: int
     has_penalties: bool
+    _counters: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, params: Sequence[SamplingParams], seeds: Sequence[int], vocab: int, device: torch.device | str = "cpu") -> Laws:
+    def of(cls, params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device | str = "cpu") -> Laws:
         def column(values: Sequence[float]) -> Tensor:
             return torch.tensor(values, dtype=torch.float32).to(device)
 
@@ -190,7 +191,6 @@ class Laws:
             presence=column([p.presence_penalty for p in params]),
             frequency=column([p.frequency_penalty for p in params]),
             seeds=torch.tensor([_signed(seed) for seed in seeds]).to(device),
-            counters=(torch.arange(vocab) + 1).mul_(_GOLDEN).to(device),
             secrets=tuple(seeds),
             biases=_triples(biases, device) if biases else None,
             is_sampled=bool(sampled),
@@ -198,6 +198,12 @@ class Laws:
             max_top_k=max((p.top_k or 0 for p in sampled), default=0),
             has_penalties=any(p.has_penalties for p in params),
         )
+
+    def counters(self, vocab: int) -> Tensor:
+        """[vocab] int64, where each token stands in a noise stream."""
+        if vocab not in self._counters:
+            self._counters[vocab] = (torch.arange(vocab, device=self.seeds.device) + 1).mul_(_GOLDEN)
+        return self._counters[vocab]
 
     def rows(self, rows: Tensor) -> Laws:
         """The laws of `rows` ([n] indices), one line per logits line, for everything except the biases.
@@ -367,7 +373,7 @@ class Rows:
         """[rows, vocab] Gumbel noise of the position `level` after each root: evaluated once per round, shared by all."""
         if level not in self._noise:
             keys = [[noise_key(seed, place + level)] for seed, place in zip(self.laws.secrets, self.places, strict=True)]
-            counters = self.laws.counters
+            counters = self.laws.counters(self.vocab)
             self._noise[level] = _gumbel(_stream_bits(torch.tensor(keys).to(counters.device), counters))
         return self._noise[level]
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from headstart.planner import Planner
 from headstart.sampling import Rows
 from headstart.tree import Drafts, Kept
 
@@ -24,12 +25,13 @@ class Drafter(Protocol):
     """Guesses what the target will say.
 
     name: for tables and metrics. taps: the target layers whose output it reads, () for none. slot_bytes: its own memory per
-    slot, counted in the announced budget. planner: the planner that suits it, by name, unless the user chooses.
+    slot, counted in the announced budget. planner: how much to speculate, unless the user chooses.
     """
 
     name: str
     taps: tuple[int, ...]
     slot_bytes: int
+    planner: Planner
 
     def attach(self, target: Target, seating: Seating) -> None:
         """Get to know the target (embedding, device, dtype) and allocate; seats and slots are those of `seating`."""

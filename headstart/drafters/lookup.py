@@ -12,6 +12,7 @@ from heapq import heappop, heappush
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
+from headstart.planner import Best, Planner
 from headstart.sampling import Rows
 from headstart.tree import ROOT, Drafts, Kept
 
@@ -222,6 +223,7 @@ class Lookup:
     name = "lookup"
     taps: tuple[int, ...] = ()
     slot_bytes = 0
+    planner: Planner = Best(nodes=15, depth=15, width=3, beam=1)
 
     def __init__(self, floor: float = 0.08, worth: float = 0.25) -> None:
         if not 0 < floor < 1:

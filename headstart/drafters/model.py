@@ -14,8 +14,10 @@ from torch import Tensor
 from headstart.attention import Sight
 from headstart.cache import KVCache, Seating
 from headstart.drafters.grow import Level, grow
+from headstart.planner import Best, Planner
 from headstart.sampling import Rows
 from headstart.target import Target
+from headstart.text import load_tokenizer
 from headstart.tree import Drafts, Kept, merge
 
 _PIECE = 256  # certain tokens scored at once while a prompt streams in
@@ -26,6 +28,7 @@ class ModelDrafter:
 
     name = "model"
     taps: tuple[int, ...] = ()
+    planner: Planner = Best(nodes=8, depth=4, width=3, beam=2)
 
     def __init__(self, model: Target) -> None:
         self.model = model
@@ -35,8 +38,9 @@ class ModelDrafter:
 
     @classmethod
     def load(cls, path: str | Path, target: Target) -> ModelDrafter:
-        """From a folder or hub id, in the target's precision, on its device."""
-        return cls(Target.load(path, dtype=target.dtype, device=str(target.device)))
+        """From a folder or hub id, in the target's precision, on its device. Raises ValueError if it speaks other tokens."""
+        _same_tokens(path, target)
+        return cls(Target.load(path, dtype=target.dtype, device=str(target.device), exact=False))
 
     @property
     def cache(self) -> KVCache:
@@ -112,3 +116,17 @@ class ModelDrafter:
         tokens = level.tokens.reshape(-1)
         everything = torch.arange(len(tokens), device=tokens.device)
         return self.model.forward(tokens, positions[:, level.earlier :].reshape(-1), seen, self.cache, everything).logits
+
+
+def _same_tokens(path: str | Path, target: Target) -> None:
+    """Two vocabularies of one size may still be two; where either has no tokenizer beside it, the sizes must do."""
+    try:
+        own, its = load_tokenizer(path).get_vocab(), load_tokenizer(target.name).get_vocab()
+    except ValueError:
+        return
+    if own != its and len(own) == len(its):
+        token = min(set(own.items()) ^ set(its.items()))[0]
+        raise ValueError(
+            f"drafter {path} and target {target.name} have {len(own)} tokens each, but not the same ones (token {token!r} "
+            f"differs); a model can only draft for a target with the same tokenizer"
+        )
