@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -250,8 +251,9 @@ def load_model(path: str | Path, dtype: str | torch.dtype = "auto", device: str 
     check_folder(path)
     try:
         config = AutoConfig.from_pretrained(path)
-        if type(config) not in AutoModelForCausalLM._model_mapping:
-            raise ValueError(f"{path} holds a {config.model_type} model, which is not a causal language model")
+        if type(config) not in AutoModelForCausalLM._model_mapping or not _is_causal(config.architectures):
+            kind = (config.architectures or [config.model_type])[0]
+            raise ValueError(f"it holds a {kind}, which is not a causal language model")
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
         model, info = loaded
     except Exception as error:  # safetensors, json and hub errors share no base class
@@ -272,6 +274,11 @@ def check_folder(path: str | Path) -> None:
     if looks_local and not (folder / "config.json").is_file():
         what = "has no config.json" if folder.is_dir() else "does not exist" if not folder.exists() else "is not a folder"
         raise ValueError(f"model folder {path} {what}; a model is a folder with config.json, weights and tokenizer, or a hub id")
+
+
+def _is_causal(architectures: Sequence[str] | None) -> bool:
+    """By name: the same weights may be stored for another task, as a masked language model or a classifier."""
+    return not architectures or any(re.search("CausalLM|LMHead|ConditionalGeneration", name) for name in architectures)
 
 
 def _device(name: str) -> torch.device:
