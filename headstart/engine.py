@@ -23,7 +23,7 @@ from headstart.sampling import History, Laws, Rows, SamplingParams, draw_seed
 from headstart.scheduler import Request, Scheduler, Stream, Turn
 from headstart.target import Scored, Target
 from headstart.tree import Drafts, Forest, Kept, merge
-from headstart.verify import RULES, Verdict, verify
+from headstart.verify import RULES, Rule, Verdict, verify
 
 
 @dataclass
@@ -91,8 +91,8 @@ class Engine:
     """Runs requests through rounds on one target, with one drafter (or none) and one planner (None: the drafter's own).
 
     max_rows: requests that run at once. memory: bytes for keys and values, the drafter's included; None: enough for `max_rows`
-    requests of the target's full context, but at most 1 GiB. accept: the rule, "coupled" or "rejection". chunk: prompt tokens
-    per round. Raises ValueError for settings that cannot be honoured.
+    requests of the target's full context, but at most 1 GiB. accept: the rule, "coupled", "rejection" or one of your own.
+    chunk: prompt tokens per round. Raises ValueError for settings that cannot be honoured.
     """
 
     def __init__(
@@ -103,17 +103,17 @@ class Engine:
         *,
         max_rows: int = 8,
         memory: int | None = None,
-        accept: str = "coupled",
+        accept: str | Rule = "coupled",
         chunk: int = 256,
     ) -> None:
-        if accept not in RULES:
+        if isinstance(accept, str) and accept not in RULES:
             raise ValueError(f"accept is {accept!r}; the rules are {', '.join(RULES)}")
         if max_rows < 1 or chunk < 1:
             raise ValueError(f"max_rows is {max_rows} and chunk is {chunk}; both must be at least 1")
         self.target = target
         self.drafter = drafter
         self.planner = planner or (drafter.planner if drafter else None)
-        self.rule = RULES[accept]
+        self.rule = accept if isinstance(accept, Rule) else RULES[accept]
         headroom = max(self.planner.headroom(max_rows) if self.planner and drafter else 0, target.min_nodes)
         self.slot_bytes = target.slot_bytes + (drafter.slot_bytes if drafter else 0)
         self.seating = Seating(max_rows, _slots(target.context + headroom, max_rows, memory, self.slot_bytes))
