@@ -111,7 +111,7 @@ def cut(target: Target, layers: int) -> Target:
     """The same Llama with its first layers only: a drafter that is often right."""
     config = copy.deepcopy(target.model.config)
     config.num_hidden_layers = layers
-    model = type(target.model)(config).to(target.dtype)
+    model = hf.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=target.dtype)
     found = model.load_state_dict(target.model.state_dict(), strict=False)
     assert not found.missing_keys
     return Target(model)

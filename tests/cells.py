@@ -1,0 +1,149 @@
+"""The cells of the identity tests: every drafter, law and number of rows, on models large enough to say something.
+
+`tests/test_engine_identity.py` runs a few hundred tokens per cell, `benchmarks/identity.py` as many as one likes.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from scripted import AsDrafted, Ask, Scripted, decode, random_trees, right, right_then_wrong, texts, wrong
+from tiny import cut, tiny
+
+from headstart.bench.identity import Split, find_split
+from headstart.drafters import Drafter
+from headstart.drafters.lookup import Lookup
+from headstart.drafters.model import ModelDrafter
+from headstart.planner import Best, Chain, Planner, Shape
+from headstart.sampling import SamplingParams
+from headstart.target import Target
+from headstart.text import encode_prompt, load_tokenizer
+
+ROOT = Path(__file__).parent.parent
+MODELS = ROOT.parent / "shared" / "models"  # beside the checkout of those who have it
+EMBEDDED = ROOT / "headstart" / "embedded" / "target"
+
+LAWS = {
+    "greedy": SamplingParams(),
+    "T=0.7": SamplingParams(temperature=0.7),
+    "T=1 top-p 0.9 penalties": SamplingParams(
+        temperature=1.0, top_p=0.9, repetition_penalty=1.1, presence_penalty=0.2, frequency_penalty=0.1
+    ),
+}
+
+STORIES = [
+    "Once upon a time, there was a little girl named Lily.",
+    "Tom had a big red ball. One day, he",
+    "The cat sat on the mat. The cat sat on the mat. The cat",
+    "One day, a small bird wanted to fly very high. But",
+    "S",
+    "Ben and Mia went to the park. They saw a big dog. Mia said, \"Look, a big dog!\" Ben said,",
+    "It was raining. Sam was sad because he could not play",
+    "There was an old man who lived in a house by the sea. Every day he",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Voice:
+    """A model under test, prompts it has something to say to, and a smaller model that drafts for it."""
+
+    name: str
+    target: Target
+    prompts: Sequence[tuple[int, ...]]
+    draft: Target
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One drafter under one law: what it said, compared with plain decoding."""
+
+    drafter: str
+    law: str
+    rows: int
+    tokens: int
+    tau: float
+    splits: tuple[Split, ...]
+
+    def __str__(self) -> str:
+        flips = "; ".join(map(str, self.splits)) or "identical"
+        return f"{self.drafter:22} {self.law:24} {self.rows:2} rows {self.tokens:6} tokens  tau {self.tau:5.2f}  {flips}"
+
+
+def voices() -> dict[str, Callable[[], Voice]]:
+    """The models that are there: the tiny one always, the others beside the checkout, the embedded one once it is trained."""
+    found: dict[str, Callable[[], Voice]] = {"tiny": tiny_voice}
+    for name in ("stories260K", "babyllama105", "talk13M"):
+        if (MODELS / name / "config.json").is_file():
+            found[name] = lambda name=name: folder_voice(name, MODELS / name)
+    if (EMBEDDED / "config.json").is_file():
+        found["embedded"] = lambda: folder_voice("embedded", EMBEDDED)
+    return found
+
+
+def tiny_voice() -> Voice:
+    target = tiny("llama")
+    rng = random.Random(1)
+    prompts = [tuple(rng.randrange(target.vocab) for _ in range(size)) for size in (5, 1, 12, 30, 2, 8, 17, 3)]
+    return Voice("tiny", target, prompts, cut(target, 2))
+
+
+def folder_voice(name: str, folder: Path) -> Voice:
+    target = Target.load(folder, dtype=torch.float32)
+    tokenizer = load_tokenizer(folder)
+    sibling = folder.with_name(folder.name + "-draft") if name != "embedded" else folder.with_name("draft")
+    draft = Target.load(sibling, dtype=torch.float32) if (sibling / "config.json").is_file() else cut(target, 2)
+    return Voice(name, target, [tuple(encode_prompt(tokenizer, prompt)) for prompt in STORIES], draft)
+
+
+Maker = Callable[[Voice, Sequence[Sequence[int]]], tuple[Drafter | None, Planner | None]]
+
+
+def scripted(
+    script: Callable[[int], Callable[[Sequence[int], int], list[tuple[int, int]]]], nodes: int = 16, depth: int = 8
+) -> Maker:
+    return lambda voice, answers: (Scripted(script(voice.target.vocab), answers), AsDrafted(nodes, depth))
+
+
+DRAFTERS: dict[str, Maker] = {
+    "none": lambda voice, answers: (None, None),
+    "lookup": lambda voice, answers: (Lookup(), Best(nodes=10, depth=5)),
+    "model, chain": lambda voice, answers: (ModelDrafter(voice.draft), Chain(4)),
+    "model, static tree": lambda voice, answers: (ModelDrafter(voice.draft), Shape.full(3, 2, 1)),
+    "model, dynamic tree": lambda voice, answers: (ModelDrafter(voice.draft), Best(nodes=8, depth=4, width=3, beam=2)),
+    "scripted right": scripted(lambda vocab: right()),
+    "scripted wrong": scripted(wrong),
+    "scripted right to 3": scripted(lambda vocab: right_then_wrong(3, vocab)),
+    "scripted random trees": scripted(lambda vocab: random_trees(vocab, 14)),
+}
+
+
+def requests_of(voice: Voice, law: SamplingParams, tokens: int, count: int = 8) -> list[Ask]:
+    """`count` requests of different length, `tokens` in all, with seeds of their own; none stops early."""
+    shares = [1 + place % 5 for place in range(count)]
+    return [
+        Ask(prompt, replace(law, max_tokens=max(1, tokens * share // sum(shares)), seed=77 + place, ignore_eos=True))
+        for place, (prompt, share) in enumerate(zip(voice.prompts[:count], shares, strict=True))
+    ]
+
+
+def cells(voice: Voice, law: str, tokens: int, drafters: Sequence[str] = tuple(DRAFTERS)) -> Iterator[Cell]:
+    """Every drafter under one law, alone in its engine and then in a crowd of eight requests for three seats.
+
+    tokens: of each of these two. Plain decoding of one row at a time is what all are compared with.
+    """
+    requests = requests_of(voice, LAWS[law], tokens)
+    plain, _ = decode(voice.target, requests)
+    answers = texts(requests, plain)
+    for name in drafters:
+        for rows in (1, 3):
+            drafter, planner = DRAFTERS[name](voice, answers)
+            outputs, engine = decode(voice.target, requests, drafter, planner, max_rows=rows, chunk=64)
+            splits = [
+                find_split(voice.target, ask.prompt, ask.params, expected, found)
+                for ask, expected, found in zip(requests, plain, outputs, strict=True)
+            ]
+            yield Cell(name, law, rows, sum(map(len, outputs)), engine.stats.tau, tuple(split for split in splits if split))
