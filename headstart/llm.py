@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from headstart.drafters import Drafter, make
-from headstart.engine import Engine, Stats
+from headstart.engine import Engine
+from headstart.noise import draw_seed, mix
 from headstart.planner import Planner
-from headstart.sampling import SamplingParams, draw_seed, mix
+from headstart.sampling import SamplingParams
 from headstart.scheduler import Request
+from headstart.stats import Stats
 from headstart.target import Target, check_folder
 from headstart.text import Prompt, TextStream, encode_prompt, load_tokenizer, stop_token_ids
 

@@ -8,7 +8,6 @@ This file knows logits, laws and noise. It refuses to know trees' shapes, models
 from __future__ import annotations
 
 import math
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,11 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# SplitMix64 (Steele, Lea, Flood 2014), as signed 64-bit integers: torch has no unsigned arithmetic.
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
-_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
-_MIX_2 = 0x94D049BB133111EB - 2**64
-_MASK = 2**64 - 1
+from headstart.noise import gumbel, noise_key, noise_keys, signed
+
+_LARGE = 1e6  # no setting beyond this means anything, and float32 logits would lose their differences or overflow
 
 
 @dataclass(frozen=True)
@@ -56,15 +53,17 @@ class SamplingParams:
         object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
-        _require(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 (greedy) or a finite positive number")
+        _require(0 <= self.temperature <= _LARGE, "temperature", self.temperature, f"0 (greedy) or positive, at most {_LARGE:g}")
         _require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1, or None for off")
         _require(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1], or None for off")
         _require(self.min_p is None or 0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1], or None for off")
-        _require(0 < self.repetition_penalty < math.inf, "repetition_penalty", self.repetition_penalty, "positive; 1 is off")
-        _require(math.isfinite(self.presence_penalty), "presence_penalty", self.presence_penalty, "finite; 0 is off")
-        _require(math.isfinite(self.frequency_penalty), "frequency_penalty", self.frequency_penalty, "finite; 0 is off")
+        between = f"between -{_LARGE:g} and {_LARGE:g}"
+        for name in ("presence_penalty", "frequency_penalty"):
+            _require(abs(getattr(self, name)) <= _LARGE, name, getattr(self, name), f"{between}; 0 is off")
+        is_moderate = 1 / _LARGE <= self.repetition_penalty <= _LARGE
+        _require(is_moderate, "repetition_penalty", self.repetition_penalty, f"between {1 / _LARGE:g} and {_LARGE:g}; 1 is off")
         for token, bias in self.logit_bias.items():
-            _require(not math.isnan(bias) and bias < math.inf, f"logit_bias of token {token}", bias, "a number or -inf")
+            _require(abs(bias) <= _LARGE or bias == -math.inf, f"logit_bias of token {token}", bias, f"{between}, or -inf")
         _require(self.seed is None or -(2**63) <= self.seed < 2**64, "seed", self.seed, "a 64-bit integer, or None to draw one")
         _require(self.n >= 1, "n", self.n, "at least 1")
         _require(all(self.stop), "stop", self.stop, "strings that are not empty")
@@ -78,73 +77,6 @@ class SamplingParams:
 def _require(is_met: bool, name: str, value: object, limit: str) -> None:
     if not is_met:
         raise ValueError(f"{name} is {value}; it must be {limit}")
-
-
-# -- noise ------------------------------------------------------------------------------------------------------------------
-
-
-def draw_seed() -> int:
-    """64 fresh bits, for a request that names no seed."""
-    return secrets.randbits(64)
-
-
-def mix(seed: int, index: int) -> int:
-    """The seed of sample or prompt `index`, so that several answers to one request do not share noise."""
-    return _scramble_int((_scramble_int(seed & _MASK) + (index + 1) * 0x9E3779B97F4A7C15) & _MASK)
-
-
-def _scramble_int(value: int) -> int:
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
-
-
-def _scramble(value: Tensor) -> Tensor:
-    """SplitMix64's finaliser in place, on int64 seen as unsigned (`>>` is arithmetic in torch, hence the masks)."""
-    value.bitwise_xor_((value >> 30).bitwise_and_((1 << 34) - 1)).mul_(_MIX_1)
-    value.bitwise_xor_((value >> 27).bitwise_and_((1 << 37) - 1)).mul_(_MIX_2)
-    return value.bitwise_xor_((value >> 31).bitwise_and_((1 << 33) - 1))
-
-
-def noise_keys(seeds: Tensor, positions: Tensor) -> Tensor:
-    """One key for each (seed, position), both int64 of a common shape: the state from which that position's noise counts on."""
-    return _scramble(_scramble(seeds.clone()) + (positions + 1) * _GOLDEN)
-
-
-def noise_key(seed: int, position: int) -> int:
-    """`noise_keys` for one pair, on the host, as a signed integer."""
-    return _signed(_scramble_int((_scramble_int(seed & _MASK) + (position + 1) * _GOLDEN) & _MASK))
-
-
-def uniform_bits(keys: Tensor, ids: Tensor) -> Tensor:
-    """32 random bits for every (key, token), in an int64: SplitMix64's stream of `key`, read at `ids`."""
-    return _stream_bits(keys, (ids + 1) * _GOLDEN)
-
-
-def _stream_bits(keys: Tensor, counters: Tensor) -> Tensor:
-    value = keys + counters
-    value.bitwise_xor_((value >> 30).bitwise_and_((1 << 34) - 1)).mul_(_MIX_1)
-    value.bitwise_xor_((value >> 27).bitwise_and_((1 << 37) - 1)).mul_(_MIX_2)
-    return (value >> 32).bitwise_and_(0xFFFFFFFF)  # the high half is mixed well without the last xor
-
-
-def uniform(keys: Tensor, ids: Tensor) -> Tensor:
-    """float64 in (0, 1), one for every (key, id)."""
-    return (uniform_bits(keys, ids).double() + 0.5) * 2.0**-32
-
-
-def gumbel(keys: Tensor, ids: Tensor) -> Tensor:
-    """Standard Gumbel noise, float32, one for every (key, token).
-
-    keys and ids broadcast: [rows, 1] and [vocab] give [rows, vocab]. `-log(-log1p(-w))` keeps its precision where noise is
-    large, which is where it decides; at the other end it is cut at -2.8, a change of the law of less than 2^-24.
-    """
-    return _gumbel(uniform_bits(keys, ids))
-
-
-def _gumbel(bits: Tensor) -> Tensor:
-    w = bits.to(torch.float32).add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
-    return w.neg_().log1p_().neg_().log_().neg_()
 
 
 # -- laws -------------------------------------------------------------------------------------------------------------------
@@ -173,7 +105,6 @@ class Laws:
     is_truncated: bool
     max_top_k: int
     has_penalties: bool
-    _counters: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device | str = "cpu") -> Laws:
@@ -184,13 +115,13 @@ class Laws:
         biases = [(row, token, bias) for row, p in enumerate(params) for token, bias in p.logit_bias.items()]
         return cls(
             temperature=column([p.temperature for p in params]),
-            top_k=torch.tensor([p.top_k or 0 for p in params]).to(device),
+            top_k=torch.tensor([min(p.top_k or 0, 2**31) for p in params]).to(device),
             top_p=column([1.0 if p.top_p is None else p.top_p for p in params]),
             min_p=column([p.min_p or 0.0 for p in params]),
             repetition=column([p.repetition_penalty for p in params]),
             presence=column([p.presence_penalty for p in params]),
             frequency=column([p.frequency_penalty for p in params]),
-            seeds=torch.tensor([_signed(seed) for seed in seeds]).to(device),
+            seeds=torch.tensor([signed(seed) for seed in seeds]).to(device),
             secrets=tuple(seeds),
             biases=_triples(biases, device) if biases else None,
             is_sampled=bool(sampled),
@@ -198,12 +129,6 @@ class Laws:
             max_top_k=max((p.top_k or 0 for p in sampled), default=0),
             has_penalties=any(p.has_penalties for p in params),
         )
-
-    def counters(self, vocab: int) -> Tensor:
-        """[vocab] int64, where each token stands in a noise stream."""
-        if vocab not in self._counters:
-            self._counters[vocab] = (torch.arange(vocab, device=self.seeds.device) + 1).mul_(_GOLDEN)
-        return self._counters[vocab]
 
     def rows(self, rows: Tensor) -> Laws:
         """The laws of `rows` ([n] indices), one line per logits line, for everything except the biases.
@@ -213,11 +138,6 @@ class Laws:
             return self
         names = ("temperature", "top_k", "top_p", "min_p", "repetition", "presence", "frequency", "seeds")
         return replace(self, **{name: getattr(self, name)[rows] for name in names})
-
-
-def _signed(seed: int) -> int:
-    seed &= _MASK
-    return seed - 2**64 if seed >= 2**63 else seed
 
 
 def _triples(biases: Sequence[tuple[int, int, float]], device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
@@ -242,7 +162,7 @@ class Truncation:
         total = self.mass.sum(-1, dtype=torch.float64)
         if laws.max_top_k:
             top = self.mass.topk(min(laws.max_top_k, logits.shape[-1]), -1).values.cumsum(-1, dtype=torch.float64)
-            last = laws.top_k.clamp(1, top.shape[-1])[:, None] - 1
+            last = (laws.top_k.clamp(1, top.shape[-1])[:, None] - 1).expand(top.shape[0], 1)
             total = torch.where(laws.top_k > 0, top.gather(-1, last).squeeze(-1), total)
         self.limit = torch.where(laws.top_p < 1, laws.top_p * total, torch.inf)  # [n], what may be larger than a member
 
@@ -255,21 +175,32 @@ class Truncation:
             is_in &= (self.laws.top_k == 0) | (larger.sum(-1) < self.laws.top_k)
         return is_in & (own.squeeze(-1).exp() >= self.laws.min_p)
 
+    def members(self) -> Tensor:
+        """[n, vocab] bool: what `admits` says of every token, by the same arithmetic. Costs a sort."""
+        scaled, order = self.scaled.sort(dim=-1, descending=True, stable=True)
+        larger = torch.zeros_like(self.mass, dtype=torch.float64)
+        larger[:, 1:] = self.mass.gather(-1, order).cumsum(-1, dtype=torch.float64)[:, :-1]
+        is_in = larger < self.limit[:, None]
+        if self.laws.max_top_k:
+            is_in &= (self.laws.top_k == 0)[:, None] | (self.index < self.laws.top_k[:, None])
+        is_in &= scaled.exp() >= self.laws.min_p[:, None]
+        return torch.empty_like(is_in).scatter_(-1, order, is_in)
+
 
 def warp(logits: Tensor, laws: Laws) -> Tensor:
-    """The law that is really sampled, by the book, with a sort: the oracle of `inside`, and what `rejection` needs.
+    """The law that is really sampled, by the book, with a sort: the oracle of `Truncation`, and what `rejection` needs.
 
     logits: [n, vocab] after penalties; laws: one line per logits line. Returns [n, vocab] float64, lines sum to one; greedy
     lines are one-hot.
     """
     values, order = logits.double().sort(dim=-1, descending=True, stable=True)  # stable: ties by lower index
     greedy = laws.temperature[:, None] == 0
-    law = torch.softmax(values / torch.where(greedy, 1, laws.temperature[:, None]), -1)
+    law = torch.exp((values - values[:, :1]) / torch.where(greedy, 1, laws.temperature[:, None]))  # the best has mass 1
     rank = torch.arange(law.shape[-1], device=law.device)
     law = law * ((laws.top_k[:, None] == 0) | (rank < laws.top_k[:, None]))
-    law = law / law.sum(-1, keepdim=True)
-    before = law.cumsum(-1) - law
-    law = law * ((before < laws.top_p[:, None]) | (laws.top_p[:, None] >= 1)) * (law >= laws.min_p[:, None] * law[:, :1])
+    mass = law.cumsum(-1)
+    before = torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], -1)
+    law = law * ((before < laws.top_p[:, None] * mass[:, -1:]) | (laws.top_p[:, None] >= 1)) * (law >= laws.min_p[:, None])
     law = torch.where(greedy, (rank == 0).double(), law)
     return torch.zeros_like(law).scatter_(-1, order, law / law.sum(-1, keepdim=True))
 
@@ -373,8 +304,8 @@ class Rows:
         """[rows, vocab] Gumbel noise of the position `level` after each root: evaluated once per round, shared by all."""
         if level not in self._noise:
             keys = [[noise_key(seed, place + level)] for seed, place in zip(self.laws.secrets, self.places, strict=True)]
-            counters = self.laws.counters(self.vocab)
-            self._noise[level] = _gumbel(_stream_bits(torch.tensor(keys).to(counters.device), counters))
+            device = self.laws.seeds.device
+            self._noise[level] = gumbel(torch.tensor(keys).to(device), torch.arange(self.vocab, device=device))
         return self._noise[level]
 
     def adjust(self, logits: Tensor, paths: Paths, ids: Tensor | None = None) -> Tensor:
@@ -418,9 +349,8 @@ class Rows:
             scores = logits + laws.temperature[:, None] * (noise if ids is None else noise[:, ids])
         best = scores.topk(k, -1)
         heat = torch.full_like(laws.temperature, self.warmth)
-        chances = torch.exp(
-            (best.values - torch.logsumexp(scores / heat[:, None], -1, keepdim=True) * heat[:, None]) / heat[:, None]
-        )
+        # One division for both: a chance above one by a rounding would put a child before its parent.
+        chances = torch.exp(best.values / heat[:, None] - torch.logsumexp(scores / heat[:, None], -1, keepdim=True))
         tokens = best.indices if ids is None else ids[best.indices]
         if self.laws.is_truncated:
             truncation = Truncation(logits, laws)
@@ -474,7 +404,8 @@ class Rows:
         logits = self.adjust(logits, paths)
         laws = self.laws.rows(paths.rows)
         scores = self._scores(logits, levels, span, paths.rows, laws)
-        return scores.masked_fill(warp(logits, laws) == 0, -torch.inf).argmax(-1)
+        is_out = ~Truncation(logits, laws).members() & (laws.temperature > 0)[:, None]
+        return scores.masked_fill(is_out, -torch.inf).argmax(-1)
 
     def _scores(self, logits: Tensor, levels: Tensor, span: range, rows: Tensor, laws: Laws) -> Tensor:
         """z + T g of the position after each asked node: [asked, vocab]."""

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headstart.sampling import Paths, Rows, gumbel, noise_keys, uniform, warp
+from headstart.noise import gumbel, noise_keys, uniform
+from headstart.sampling import Paths, Rows, warp
 from headstart.tree import ROOT, Forest
 
 
@@ -188,8 +189,8 @@ def rejection(forest: Forest, asked: Asked, logits: Tensor, rows: Rows, in_full:
         child, parent = child[followed[parent] < 0], parent[followed[parent] < 0]
         token = tokens[child][:, None]
         p, q = law[parent], proposal[parent]
-        if drafts.laws is None:
-            q = torch.zeros_like(q).scatter_(1, token, 1.0)
+        # Nothing left to draw from: the child was picked, as all are without a law, and is accepted with its own chance.
+        q = torch.where(q.gather(1, token) > 0, q, torch.zeros_like(q).scatter_(1, token, 1.0))
         u = uniform(keys[parent][:, None], torch.tensor([step], device=law.device)).squeeze(-1)
         takes = u * q.gather(1, token).squeeze(-1) < p.gather(1, token).squeeze(-1)
         ok[child] = takes

@@ -1,0 +1,58 @@
+"""Where time and tokens went, over any number of rounds."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class Stats:
+    """Where time and tokens went. Seconds: draft, score, verify, commit, host (all the rest of a round)."""
+
+    rounds: int = 0
+    row_rounds: int = 0  # rounds in which a row emitted something, summed over rows
+    tokens: int = 0
+    nodes: int = 0
+    drafts: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("draft", "score", "verify", "commit", "host"), 0.0))
+    tried: list[int] = field(default_factory=list)  # per depth: rows that had a draft there
+    held: list[int] = field(default_factory=list)  # per depth: rows that kept one
+
+    @property
+    def tau(self) -> float:
+        """Tokens emitted per round and row; plain decoding has 1."""
+        return self.tokens / self.row_rounds if self.row_rounds else 0.0
+
+    @property
+    def acceptance(self) -> list[float]:
+        """By depth: how often a draft there was kept, of the rounds that had one."""
+        return [held / tried if tried else 0.0 for held, tried in zip(self.held, self.tried, strict=True)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: the numbers, and what follows from them."""
+        return asdict(self) | {"tau": self.tau, "acceptance": self.acceptance}
+
+    def copy(self) -> Stats:
+        return copy.deepcopy(self)
+
+    def since(self, before: Stats) -> Stats:
+        """What was added after `before` was copied."""
+        more = self.copy()
+        for name in ("rounds", "row_rounds", "tokens", "nodes", "drafts"):
+            setattr(more, name, getattr(self, name) - getattr(before, name))
+        more.seconds = {share: spent - before.seconds[share] for share, spent in self.seconds.items()}
+        for mine, old in ((more.tried, before.tried), (more.held, before.held)):
+            mine[: len(old)] = [now - then for now, then in zip(mine, old, strict=False)]
+        return more
+
+    def count(self, tried: int, held: int, emitted: int) -> None:
+        self.row_rounds += 1
+        self.tokens += emitted
+        while len(self.tried) < tried:
+            self.tried.append(0)
+            self.held.append(0)
+        for depth in range(tried):
+            self.tried[depth] += 1
+            self.held[depth] += depth < held
