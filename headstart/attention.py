@@ -19,7 +19,7 @@ from headstart.cache import KVCache
 NAME = "headstart"
 
 # Keywords that transformers' layers hand to every attention function and that change nothing here.
-_HARMLESS = {"dropout", "position_ids", "is_causal", "use_cache", "past_key_values", "position_embeddings"}
+_HARMLESS = {"dropout", "position_ids", "is_causal", "use_cache", "past_key_values", "position_embeddings", "output_hidden_states"}
 
 
 @dataclass(frozen=True)

@@ -106,11 +106,12 @@ class Target:
     ) -> Scored:
         """The forward underneath `score`, for drafters that grow a tree level by level in their own cache."""
         gaze = Gaze(seen, cache, self.kernel, self.reaches, self.together)
-        extra: dict[str, Any] = {"output_hidden_states": [tap + 1 for tap in taps]} if taps else {}
+        states = [tap % self.num_layers + 1 for tap in taps]  # transformers counts the embedding as state 0
+        extra: dict[str, Any] = {"output_hidden_states": states} if taps else {}
         out = self.model(
             input_ids=tokens[None], position_ids=positions[None], use_cache=False, logits_to_keep=asked, headstart=gaze, **extra
         )
-        features = torch.cat([out.hidden_states[tap + 1][0] for tap in taps], -1) if taps else None
+        features = torch.cat([out.hidden_states[state][0] for state in states], -1) if taps else None
         return Scored(out.logits[0], features)
 
     # -- how it is examined --

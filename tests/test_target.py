@@ -1,0 +1,266 @@
+"""The target scores a forest as it scores texts one after the other, and refuses a model with which it would not."""
+
+import math
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, VOCAB, WINDOW, random_model, tiny
+
+from headstart import attention
+from headstart import target as target_module
+from headstart.attention import Manner, Reach, Sight, fused, plain
+from headstart.cache import KVCache, Seating
+from headstart.target import Target
+from headstart.tree import ROOT, Drafts, merge
+
+STEMS = [[5, 17, 3, 44, 90, 12, 8, 61, 7, 30, 2], [11, 4, 4, 70]]
+TREE = [(13, ROOT), (14, ROOT), (15, 0), (16, 0), (17, 1), (18, 2)]  # token, parent; the same behind each stem
+PATHS = [[], [13], [14], [13, 15], [13, 16], [14, 17], [13, 15, 18]]  # what the root and each node have behind the stem
+
+
+def forest_of(stems, num_nodes=0):
+    size = len(TREE)
+    parents = [parent if parent == ROOT else parent + row * size for row in range(len(stems)) for _, parent in TREE]
+    rows = [row for row in range(len(stems)) for _ in TREE]
+    depths = [len(path) for path in PATHS[1:]] * len(stems)
+    drafts = Drafts.of([token for token, _ in TREE] * len(stems), parents, rows, depths, [0.5] * len(rows))
+    return merge(stems, [0] * len(stems), [True] * len(stems), drafts, num_nodes)
+
+
+def fresh_cache(target, stems):
+    seating = Seating(len(stems), 40 * len(stems))
+    return target.new_cache(seating), [seating.take(40) for _ in stems]
+
+
+def score(target, stems, taps=(), num_nodes=0):
+    cache, seats = fresh_cache(target, stems)
+    return target.score(forest_of(stems, num_nodes), cache, seats, taps)
+
+
+def alone(target, text, layers=False):
+    """The model's own word on a text, by its own attention: logits [text, vocab] and, if asked, what every layer puts out."""
+    with torch.inference_mode(), target.original() as model:
+        out = model(torch.tensor([text]), use_cache=False, output_hidden_states=layers)
+    return out.logits[0], [state[0] for state in out.hidden_states[1:]] if layers else None
+
+
+# -- what it is held to -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss", "llama4", "gpt2"])
+@pytest.mark.parametrize("together", [False, True], ids=["apart", "together"])
+def test_a_forest_of_two_rows_says_what_each_path_says_alone(name, together, monkeypatch):
+    target = tiny(name)
+    monkeypatch.setattr(target, "together", together)
+    found = score(target, STEMS).logits.split(len(PATHS))
+    for stem, logits in zip(STEMS, found, strict=True):
+        for path, line in zip(PATHS, logits, strict=True):
+            torch.testing.assert_close(line, alone(target, stem + path)[0][-1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["apart", "together"])
+def test_two_rows_of_different_length_in_one_forward_equal_each_alone(together, monkeypatch):
+    target = tiny()
+    monkeypatch.setattr(target, "together", together)
+    both = score(target, STEMS).logits.split(len(PATHS))
+    for stem, logits in zip(STEMS, both, strict=True):
+        torch.testing.assert_close(logits, score(target, [stem]).logits, atol=1e-12, rtol=0)
+
+
+def test_dead_nodes_change_nothing():
+    target = tiny()
+    size = len(forest_of(STEMS))
+    scored, filled = score(target, STEMS), score(target, STEMS, num_nodes=size + 5)
+    torch.testing.assert_close(filled.logits[: len(scored.logits)], scored.logits, atol=1e-12, rtol=0)
+
+
+def test_only_the_asked_nodes_get_logits():
+    target, forest = tiny(), forest_of(STEMS)
+    cache, seats = fresh_cache(target, STEMS)
+    logits = target.score(forest, cache, seats).logits
+    assert logits.shape == (2 * len(PATHS), VOCAB)
+    everything = torch.arange(len(forest))
+    in_full = target.forward(forest.tokens, forest.positions, target_module.sights(forest, cache, seats), cache, everything).logits
+    torch.testing.assert_close(logits, in_full[forest.asked], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("taps", [(0,), (1, 0), (2,), (-1, 0), (0, 1, 2)], ids=str)
+def test_features_are_what_the_tapped_layers_put_out(taps):
+    """The features of all nodes, inner stem nodes too; layers in the order asked for."""
+    target = tiny()
+    features = score(target, STEMS[:1], taps).features
+    (stem,) = STEMS[:1]
+    assert features.shape == (len(stem) + len(TREE), len(taps) * target.hidden)
+    _, layers = alone(target, stem + PATHS[-1], layers=True)
+    expected = torch.cat([layers[tap] for tap in taps], -1)
+    on_path = [*range(len(stem)), *(len(stem) + node for node in (0, 2, 5))]
+    torch.testing.assert_close(features[on_path], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_without_taps_there_are_no_features():
+    assert score(tiny(), STEMS).features is None
+
+
+# -- kernels ----------------------------------------------------------------------------------------------------------------
+
+
+def by_hand(query, keys, values, sight, manner):
+    """One head and one node at a time."""
+    out = query.new_zeros(query.shape[0], query.shape[1], values.shape[-1])
+    visible, group = sight.visible(manner.reach), query.shape[0] // keys.shape[0]
+    for head in range(query.shape[0]):
+        for node in range(query.shape[1]):
+            slots = visible[node].nonzero()[:, 0]
+            scores = keys[head // group, slots] @ query[head, node] * manner.scaling
+            if manner.softcap is not None:
+                scores = manner.softcap * torch.tanh(scores / manner.softcap)
+            weights = scores.exp()
+            sink = 0 if manner.sinks is None else manner.sinks[head].exp()
+            out[head, node] = weights @ values[head // group, slots] / (weights.sum() + sink)
+    return out
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("reach", [Reach(), Reach(window=6), Reach(chunk=6)], ids=str)
+@pytest.mark.parametrize("extra", ["", "softcap", "sinks"])
+def test_kernels_attend_as_by_hand(kv_heads, reach, extra):
+    generator = torch.Generator().manual_seed(0)
+    forest = forest_of([[1, 2]])
+    nodes, committed = len(forest), 9
+    positions = forest.positions + committed
+    seen = target_module._seen(forest.lineage, 2)
+    sight = Sight(0, nodes, 0, committed, seen, positions)
+    query = torch.randn(4, nodes, 5, generator=generator).double()
+    keys, values = (torch.randn(kv_heads, sight.context, size, generator=generator).double() for size in (5, 3))
+    sinks = torch.randn(4, generator=generator).double() if extra == "sinks" else None
+    manner = Manner(0.7, reach, 1.5 if extra == "softcap" else None, sinks)
+    expected = by_hand(query, keys, values, sight, manner)
+    for kernel in (plain, fused):
+        torch.testing.assert_close(kernel(query, keys, values, sight, manner), expected, atol=1e-12, rtol=0)
+
+
+def test_a_window_is_measured_in_positions_not_in_slots():
+    """Two siblings at position 3 behind three committed slots: with a window of 3 both see slots 1 and 2, and themselves."""
+    seen = torch.eye(2, dtype=torch.bool)
+    sight = Sight(0, 2, 0, 3, seen, torch.tensor([3, 3]))
+    assert sight.visible(Reach(window=3)).int().tolist() == [[0, 1, 1, 1, 0], [0, 1, 1, 0, 1]]
+    assert sight.visible(Reach(chunk=2)).int().tolist() == [[0, 0, 1, 1, 0], [0, 0, 1, 0, 1]]
+    assert sight.visible(Reach(chunk=3)).int().tolist() == [[0, 0, 0, 1, 0], [0, 0, 0, 0, 1]]
+
+
+# -- the self-check notices -------------------------------------------------------------------------------------------------
+
+
+def refused(name, reason="scored at once differs from the sequential text"):
+    return pytest.raises(ValueError, match=f"cannot be a target.*{reason}") if name else None
+
+
+def test_a_sound_model_passes_the_self_check():
+    tiny().check()
+
+
+def test_the_self_check_notices_siblings_that_see_each_other(monkeypatch):
+    monkeypatch.setattr(
+        target_module, "_seen", lambda lineage, stem: torch.ones(stem + len(lineage), stem + len(lineage)).tril() > 0
+    )
+    with refused("llama"):
+        tiny("llama").check()
+
+
+def test_the_self_check_notices_nodes_that_see_too_little(monkeypatch):
+    by_the_book = Sight.visible
+    monkeypatch.setattr(Sight, "visible", lambda sight, reach: by_the_book(sight, reach).index_fill(1, torch.tensor([2]), False))
+    with refused("llama"):
+        tiny("llama").check()
+
+
+def test_the_self_check_notices_positions_counted_in_nodes(monkeypatch):
+    forward = Target.forward
+
+    def in_order(self, tokens, positions, *rest):
+        return forward(self, tokens, torch.arange(len(positions)) + positions.min(), *rest)
+
+    monkeypatch.setattr(Target, "forward", in_order)
+    with refused("llama"):
+        tiny("llama").check()
+
+
+def test_the_self_check_notices_rows_that_read_each_others_slots(monkeypatch):
+    monkeypatch.setattr(Sight, "start", property(lambda sight: 0, lambda sight, value: None), raising=False)
+    with refused("llama"):
+        tiny("llama").check()
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3", "gpt_oss", "cohere2", "llama4"])
+def test_the_self_check_notices_a_forgotten_window_or_chunk(name, monkeypatch):
+    model = random_model(ARCHITECTURES[name]())
+    monkeypatch.setattr(target_module, "_reach", lambda config, layer, window: Reach())
+    with refused(name):
+        Target(model)
+
+
+@pytest.mark.parametrize("wrong", [Reach(window=WINDOW - 1), Reach(window=WINDOW + 1)], ids=str)
+def test_the_self_check_notices_a_window_that_is_off_by_one(wrong, monkeypatch):
+    model = random_model(ARCHITECTURES["mistral"]())
+    monkeypatch.setattr(target_module, "_reach", lambda config, layer, window: wrong)
+    with refused("mistral"):
+        Target(model)
+
+
+def test_the_self_check_notices_a_forgotten_soft_cap_or_sink(monkeypatch):
+    by_the_book = attention.plain
+
+    def forgetful(query, keys, values, sight, manner):
+        return by_the_book(query, keys, values, sight, Manner(manner.scaling, manner.reach))
+
+    for name in ("gemma2", "gpt_oss"):
+        model = random_model(ARCHITECTURES[name]())
+        with refused(name):
+            Target(model, kernel=forgetful)
+
+
+def test_a_refused_model_is_handed_back_as_it_came(monkeypatch):
+    model = random_model(ARCHITECTURES["llama"]())
+    text = torch.tensor([STEMS[0]])
+    with torch.inference_mode():
+        before = model(text).logits
+        monkeypatch.setattr(
+            target_module, "_seen", lambda lineage, stem: torch.ones(stem + len(lineage), stem + len(lineage)).tril() > 0
+        )
+        with refused("llama"):
+            Target(model)
+        assert torch.equal(model(text).logits, before)
+
+
+# -- one model, two holders -------------------------------------------------------------------------------------------------
+
+
+def test_releasing_a_model_that_another_target_holds_leaves_that_one_sound():
+    first = Target(random_model(ARCHITECTURES["llama"]()))
+    expected = score(first, STEMS).logits
+    second = Target(first.model)
+    second.release()
+    assert torch.equal(score(first, STEMS).logits, expected)
+    first.release()
+    assert first.model.config._attn_implementation == "sdpa"
+
+
+def test_a_target_says_what_it_holds():
+    target = tiny("deepseek_v3")
+    shape = target.shapes[0]
+    assert (shape.kv_heads, shape.key_dim, shape.value_dim) == (4, 24, 12)
+    assert target.slot_bytes == 3 * 4 * (24 + 12) * 8
+    assert target.vocab == VOCAB
+    cache = target.new_cache(Seating(2, 50))
+    assert cache.bytes == 50 * target.slot_bytes == sum(store.nbytes for store in cache._stores.values())
+    assert isinstance(cache, KVCache)
+
+
+def test_a_kernel_that_is_not_understood_is_named():
+    layer = tiny().model.model.layers[0].self_attn
+    some = torch.zeros(1, 1, 1, 4)
+    with pytest.raises(ValueError, match="LlamaAttention hands its attention frobnicate, which is not understood here"):
+        attention.attend(layer, some, some, some, None, frobnicate=1)
+    with pytest.raises(ValueError, match="LlamaAttention does not pass keyword arguments on"):
+        attention.attend(layer, some, some, some, None, frobnicate=None)
+    assert math.isfinite(layer.scaling)
