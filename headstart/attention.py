@@ -160,6 +160,7 @@ class Probe:
 
     shapes: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # layer -> kv_heads, key_dim, value_dim
     windows: dict[int, int | None] = field(default_factory=dict)
+    heads: dict[int, int] = field(default_factory=dict)
 
 
 def attend(
@@ -215,6 +216,7 @@ def _row(
 def _probe(probe: Probe, layer: int, query: Tensor, key: Tensor, value: Tensor, manner: Manner, window: int | None) -> Tensor:
     probe.shapes[layer] = (key.shape[1], key.shape[3], value.shape[3])
     probe.windows[layer] = window
+    probe.heads[layer] = query.shape[1]
     nodes = query.shape[2]
     sight = Sight(0, nodes, 0, 0, None, torch.arange(nodes, device=query.device))
     return plain(query[0], key[0], value[0], sight, manner).transpose(0, 1)[None]

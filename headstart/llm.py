@@ -182,7 +182,8 @@ def load(
     else:
         if tokenizer is None:
             raise ValueError("load was given a model object without its tokenizer; pass tokenizer=...")
-        target = Target(place, exact=exact)
+        target = Target(place)
+        target.equip(exact)
     if isinstance(drafter, str):
         drafter = make(_automatic(model) if drafter == "auto" else drafter, target)
     return LLM(Engine(target, drafter, planner, max_rows=max_rows, memory=memory, accept=accept), tokenizer)

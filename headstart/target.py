@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch import Tensor
 from headstart import attention
 from headstart.attention import Gaze, Kernel, Probe, Reach, Sight
 from headstart.cache import KVCache, LayerShape, Seating
+from headstart.kernels.choice import Equipment, equip
 from headstart.tree import Drafts, Forest, merge
 
 if TYPE_CHECKING:
@@ -43,13 +45,13 @@ class Target:
     ValueError, naming the model and the reason, if it cannot be served exactly.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, *, kernel: Kernel = attention.fused, exact: bool | str = "auto", check: bool = True
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, *, kernel: Kernel = attention.fused, check: bool = True) -> None:
         self.model: PreTrainedModel = model.eval()
         self.kernel = kernel
-        self.together = False  # one attention call for all rows
+        self.together = model.device.type != "cpu"  # one attention call for all rows, where a call costs more than padding
         self.min_nodes = 1  # the smallest forest whose rows do not depend on its size; dead nodes fill up to it
+        self.is_exact = False  # whether equality to the bit is promised
+        self.equipment: Equipment | None = None
         text = model.config.get_text_config()
         self.name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         self.num_layers = int(text.num_hidden_layers)
@@ -62,14 +64,45 @@ class Target:
         probe = self._probe()
         self.context = _context(text, self.name)
         self.shapes = tuple(LayerShape(*probe.shapes[layer]) for layer in range(self.num_layers))
+        self.heads = max(probe.heads.values())
         self.reaches = tuple(_reach(text, layer, probe.windows[layer]) for layer in range(self.num_layers))
         if check:
             self.check()
 
     @classmethod
     def load(cls, path: str | Path, dtype: str | torch.dtype = "auto", device: str = "auto", exact: bool | str = "auto") -> Target:
-        """From a folder or hub id."""
-        return cls(load_model(path, dtype, device), exact=exact)
+        """From a folder or hub id, with this machine's kernels (`equip`)."""
+        target = cls(load_model(path, dtype, device), check=False)
+        target.equip(exact)
+        target.check()
+        return target
+
+    def equip(self, exact: bool | str = "auto") -> None:
+        """Choose this machine's kernels: the model's linears are packed in place, and stay so.
+
+        exact: True for equality to the bit (ValueError where it cannot be had), False, or "auto" for where it is nearly free.
+        """
+        if exact not in (True, False, "auto"):
+            raise ValueError(f"exact is {exact!r}; it must be True, False or 'auto'")
+        self.equipment = equip(self.model, self.heads, self.shapes, exact, self._seconds)
+        self.kernel = self.equipment.kernel
+        self.min_nodes = self.equipment.min_nodes
+        self.is_exact = self.equipment.is_exact
+
+    def _seconds(self, kernel: Kernel, nodes: int) -> float:
+        """How long one pass of `nodes` nodes behind up to 256 tokens takes with a kernel."""
+        behind = min(256, self.context - nodes)
+        seating = Seating(1, behind + nodes)
+        cache, seat = self.new_cache(seating), seating.take(behind + nodes)
+        assert seat is not None
+        cache.lengths[seat] = behind
+        forest = merge([[0] * nodes], [behind], [False], Drafts.none(self.device))
+        before, self.kernel = self.kernel, kernel
+        began = time.perf_counter()
+        self.score(forest, cache, [seat])
+        spent = time.perf_counter() - began
+        self.kernel = before
+        return spent
 
     # -- what it is --
 
