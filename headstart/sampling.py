@@ -222,7 +222,7 @@ class History:
     def start(self, seat: int, prompt: Sequence[int], output: Sequence[int] = ()) -> None:
         self.seen[seat] = False
         self.written[seat] = 0
-        self.seen[seat, torch.tensor([*prompt], device=self.seen.device)] = True
+        self.seen[seat, torch.tensor([*prompt], dtype=torch.int64, device=self.seen.device)] = True
         self.write(seat, output)
 
     def write(self, seat: int, tokens: Sequence[int]) -> None:

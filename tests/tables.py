@@ -1,0 +1,151 @@
+"""Targets and drafters that are tables: the law after two tokens is a line that a test can write down."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from scipy import stats
+from torch import Tensor
+
+from headstart.drafters.grow import Level, grow
+from headstart.planner import Planner
+from headstart.sampling import History, Laws, Paths, Rows, SamplingParams, warp
+from headstart.tree import ROOT, Drafts, Forest, merge
+from headstart.verify import Rule, verify
+
+Draft = Callable[[Rows, Sequence[Sequence[int]]], Drafts]
+
+
+def make_rows(
+    params: Sequence[SamplingParams],
+    seeds: Sequence[int],
+    vocab: int,
+    *,
+    places: Sequence[int] | None = None,
+    roots: Sequence[int] | None = None,
+    depths: Sequence[int] | None = None,
+    width: int = 2,
+    beam: int = 2,
+    noise_rule: str = "shared",
+    history: History | None = None,
+) -> Rows:
+    count = len(params)
+    return Rows(
+        seats=tuple(range(count)),
+        roots=tuple(roots or [0] * count),
+        places=tuple(places or [0] * count),
+        depths=tuple(depths or [1] * count),
+        width=width,
+        beam=beam,
+        nodes=10**6,
+        laws=Laws.of(params, seeds),
+        vocab=vocab,
+        noise_rule=noise_rule,
+        history=history,
+    )
+
+
+def paths_of(rows: Sequence[int], tokens: Sequence[Sequence[int]] | None = None) -> Paths:
+    at = torch.tensor(rows)
+    return Paths(at, torch.tensor(tokens) if tokens else at.new_empty(len(rows), 0), torch.arange(len(rows)))
+
+
+def forest_of(drafts: Drafts, texts: Sequence[Sequence[int]]) -> Forest:
+    """Every row's stem is its last token."""
+    return merge([text[-1:] for text in texts], [len(text) - 1 for text in texts], [True] * len(texts), drafts)
+
+
+def asked_logits(table: Tensor, forest: Forest, texts: Sequence[Sequence[int]]) -> Tensor:
+    """table: [vocab, vocab, vocab] logits after (token before last, last token). Returns [asked, vocab]."""
+    lines, first = [], 0
+    tokens, parents = forest.drafts.tokens.tolist(), forest.drafts.parents.tolist()
+    for text, count in zip(texts, forest.counts, strict=True):
+        lines.append((text[-2], text[-1]))
+        for node in range(first, first + count):
+            lines.append((text[-1] if parents[node] == ROOT else tokens[parents[node]], tokens[node]))
+        first += count
+    before, last = torch.tensor(lines).T
+    return table[before, last]
+
+
+def drafting(table: Tensor) -> Draft:
+    """A drafter that grows trees by a table of its own; it reads paths out of `seen`, so a wrong mask gives wrong guesses."""
+
+    def propose(rows: Rows, texts: Sequence[Sequence[int]]) -> Drafts:
+        run: dict[int, list[int]] = {}  # per row, the nodes run so far
+
+        def expand(level: Level) -> Tensor:
+            lines = []
+            for row, tokens, seen in zip(level.rows, level.tokens.tolist(), level.seen.tolist(), strict=True):
+                run[row] = run.get(row, [])[: level.earlier] + tokens
+                for mask in seen:
+                    path = [*texts[row], *(token for token, is_seen in zip(run[row], mask, strict=True) if is_seen)]
+                    lines.append((path[-2], path[-1]))
+            before, last = torch.tensor(lines).T
+            return table[before, last]
+
+        before, last = torch.tensor([text[-2:] for text, depth in zip(texts, rows.depths, strict=True) if depth]).T
+        return grow(rows, table[before, last], expand)
+
+    return propose
+
+
+def rounds(
+    target: Tensor,
+    draft: Draft,
+    rule: Rule,
+    planner: Planner,
+    params: Sequence[SamplingParams],
+    seeds: Sequence[int],
+    length: int,
+    depth: int = 2,
+) -> list[list[int]]:
+    """Decode every row, from the text (0, 0), until all have `length` tokens; one row per seed."""
+    texts = [[0, 0] for _ in seeds]
+    is_fixed = rule.noise == "fresh"
+    while min(map(len, texts)) < 2 + length:
+        plan = planner.plan([depth] * len(texts), is_fixed)
+        rows = make_rows(
+            params,
+            seeds,
+            target.shape[-1],
+            places=[len(text) - 1 for text in texts],
+            roots=[text[-1] for text in texts],
+            depths=[min(plan.depth, depth)] * len(texts),
+            width=plan.width,
+            beam=plan.beam,
+            noise_rule=rule.noise,
+        )
+        drafts = planner.prune(draft(rows, texts), plan, len(rows), is_fixed)
+        forest = forest_of(drafts, texts)
+        verdict = verify(forest, asked_logits(target, forest, texts), rows, rule)
+        for text, tokens in zip(texts, verdict.emitted, strict=True):
+            text += tokens
+    return [text[2 : 2 + length] for text in texts]
+
+
+def joint_law(target: Tensor, params: SamplingParams, length: int) -> Tensor:
+    """[vocab ** length] the law of the first tokens after the text (0, 0), by enumeration."""
+    vocab = target.shape[-1]
+    laws = warp(target.reshape(-1, vocab), Laws.of([params], [0])).reshape(target.shape)
+    joint = torch.ones(1, dtype=torch.float64)
+    ends = torch.zeros(1, 2, dtype=torch.int64)
+    for _ in range(length):
+        joint = (joint[:, None] * laws[ends[:, 0], ends[:, 1]]).reshape(-1)
+        ends = torch.stack([ends[:, 1].repeat_interleave(vocab), torch.arange(vocab).repeat(len(ends))], -1)
+    return joint
+
+
+def p_value(texts: Sequence[Sequence[int]], joint: Tensor, vocab: int) -> float:
+    """Of the chi-square test that the texts follow the joint law; 0 where an impossible text was emitted."""
+    cells = torch.zeros(len(texts), dtype=torch.int64)
+    for place in torch.tensor(texts).T:
+        cells = cells * vocab + place
+    counts = torch.bincount(cells, minlength=len(joint)).double()
+    if bool((counts[joint == 0] > 0).any()):
+        return 0.0
+    expected = joint * len(texts)
+    small = expected < 5  # cells too small for the test are taken together
+    counts = torch.cat([counts[~small], counts[small].sum()[None]])
+    expected = torch.cat([expected[~small], expected[small].sum()[None]])
+    is_there = expected > 0
+    return float(stats.chisquare(counts[is_there].numpy(), expected[is_there].numpy(), sum_check=False).pvalue)
