@@ -1,5 +1,6 @@
 """Write docs/cli.md from the commands themselves, so that the reference cannot drift from `--help`."""
 
+from html import unescape
 from pathlib import Path
 
 import typer
@@ -15,7 +16,7 @@ def reference(app: typer.Typer) -> str:
     command = typer.main.get_command(app)
     context = typer.Context(command, obj={MARKUP_MODE_KEY: app.rich_markup_mode})
     page = get_docs_for_click(obj=command, ctx=context, name="headstart")
-    return HEADER + page.strip() + "\n"
+    return HEADER + unescape(page).strip() + "\n"
 
 
 if __name__ == "__main__":

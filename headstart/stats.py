@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 
@@ -36,6 +38,18 @@ class Stats:
 
     def copy(self) -> Stats:
         return copy.deepcopy(self)
+
+    @classmethod
+    def total(cls, parts: Iterable[Stats]) -> Stats:
+        """The sum of several."""
+        result = cls()
+        for part in parts:
+            for name in ("rounds", "row_rounds", "tokens", "nodes", "drafts"):
+                setattr(result, name, getattr(result, name) + getattr(part, name))
+            result.seconds = {share: spent + part.seconds[share] for share, spent in result.seconds.items()}
+            result.tried = [a + b for a, b in zip_longest(result.tried, part.tried, fillvalue=0)]
+            result.held = [a + b for a, b in zip_longest(result.held, part.held, fillvalue=0)]
+        return result
 
     def since(self, before: Stats) -> Stats:
         """What was added after `before` was copied."""

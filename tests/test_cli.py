@@ -18,9 +18,8 @@ from typer.testing import CliRunner, Result
 from headstart.cli import app
 from headstart.engine import Engine
 
-LOADING = {
-    "--model", "--drafter", "--planner", "--dtype", "--device", "--exact", "--no-exact", "--memory", "--accept", "--threads",
-}  # fmt: skip
+MODEL = {"--model", "--dtype", "--device", "--exact", "--no-exact", "--accept", "--threads"}
+DRAFTING = {"--drafter", "--planner", "--memory"}
 SAMPLING = {
     "--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--presence-penalty",
     "--frequency-penalty", "--seed", "--stop", "--ignore-eos",
@@ -29,9 +28,11 @@ ANSWER = {"--system", "--show-drafts", "--json"}
 
 # A new command or option edits this list on purpose.
 FROZEN = {
-    "generate": LOADING | SAMPLING | ANSWER | {"--n", "--logprobs", "--raw"},
-    "chat": LOADING | SAMPLING | ANSWER,
+    "demo": MODEL | {"--max-tokens", "--drafter", "--json"},
+    "generate": MODEL | DRAFTING | SAMPLING | ANSWER | {"--n", "--logprobs", "--raw"},
+    "chat": MODEL | DRAFTING | SAMPLING | ANSWER,
     "inspect": {"--device", "--json"},
+    "bench": MODEL | SAMPLING | {"--run", "--prompts", "--limit", "--repeat", "--raw", "--chat", "--replay", "--json"},
 }
 
 

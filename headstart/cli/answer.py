@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from headstart.cli.settings import Json, Loading, Sampling, decoded, read_prompt
+from headstart.cli.settings import Drafting, Json, Model, Sampling, decoded, read_prompt
 
 if TYPE_CHECKING:
     from headstart.llm import LLM, Answering, Fragment
@@ -21,7 +21,8 @@ UNDERLINE, PLAIN = "\x1b[4m", "\x1b[24m"
 
 
 def generate(
-    loading: Loading,
+    model: Model,
+    drafting: Drafting,
     sampling: Sampling,
     prompt: Annotated[
         str | None, typer.Argument(help="The prompt; - or nothing reads standard input.", show_default=False)
@@ -37,14 +38,14 @@ def generate(
 ) -> None:
     """Answer one prompt, streaming.
 
-    [bold]Example:[/bold] headstart generate "Once upon a time" --max-tokens 64 --temperature 0.8 --seed 7 --show-drafts
+    Example: headstart generate "Once upon a time" --max-tokens 64 --temperature 0.8 --seed 7 --show-drafts
     """
     _check_output(show_drafts, json, logprobs)
-    params = sampling.params(n=n, logprobs=logprobs)
+    params, settings = sampling.params(n=n, logprobs=logprobs), drafting.settings()
     text = read_prompt(prompt)
     if raw and system is not None:
         raise ValueError("--system needs the chat template, which --raw leaves out; drop one of them")
-    llm = loading.load()
+    llm = model.load(**settings)
     ids = _encode(llm, text, system, raw)
     answering = llm.start([ids], _fitted(params, sampling, llm, ids))
     if not _print(llm, answering, show_drafts, json):
@@ -52,19 +53,22 @@ def generate(
 
 
 def chat(
-    loading: Loading,
+    model: Model,
+    drafting: Drafting,
     sampling: Sampling,
     system: System = None,
     show_drafts: ShowDrafts = False,
     json: Json = False,
 ) -> None:
-    """Talk with a model, line by line; Ctrl-D ends, Ctrl-C ends an answer.
+    """Talk with a model.
 
-    [bold]Example:[/bold] headstart chat --model ./talk13M --drafter lookup --temperature 0.7 --show-drafts
+    A line of input is a message; Ctrl-C ends an answer, Ctrl-D the talk.
+
+    Example: headstart chat --model ./talk13M --drafter lookup --temperature 0.7 --show-drafts
     """
     _check_output(show_drafts, json, None)
-    params = sampling.params()
-    llm = loading.load()
+    params, settings = sampling.params(), drafting.settings()
+    llm = model.load(**settings)
     if llm.tokenizer.chat_template is None:
         raise ValueError(f"{llm.engine.target.name} has no chat template, so it cannot chat; use headstart generate")
     messages = [] if system is None else [{"role": "system", "content": system}]

@@ -20,9 +20,11 @@ def inspect(
     device: Annotated[str, typer.Option(help="Where to try it: auto, cpu, cuda, ...")] = "auto",
     json: Json = False,
 ) -> None:
-    """Say what a folder holds: sizes, context, cache, tokenizer, and problems.
+    """Say what a folder holds.
 
-    [bold]Example:[/bold] headstart inspect ./talk13M --json
+    Sizes, context, cache, tokenizer, fingerprint, and problems that stand in the way of serving it exactly.
+
+    Example: headstart inspect ./talk13M --json
     """
     from headstart.llm import embedded
 

@@ -16,9 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 import typer
 
 if TYPE_CHECKING:
-    from headstart.drafters import Drafter
     from headstart.llm import LLM
-    from headstart.planner import Planner
     from headstart.sampling import SamplingParams
 
 _MODEL, _SAMPLING = "Model and decoding", "Sampling"
@@ -28,23 +26,12 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on st
 
 
 @dataclass(frozen=True)
-class Loading:
-    """Which model, and how it decodes."""
+class Model:
+    """Which model, where, and how exactly."""
 
     model: Annotated[
         str | None,
         typer.Option(help="Folder or hub id of a causal language model.", show_default="embedded", rich_help_panel=_MODEL),
-    ] = None
-    drafter: Annotated[
-        str, typer.Option(help="What guesses: auto, lookup, model:PATH, an installed name, or none.", rich_help_panel=_MODEL)
-    ] = "auto"
-    planner: Annotated[
-        str | None,
-        typer.Option(
-            help="How much is guessed: chain:5, full:3,2,1 or best:nodes=15,depth=6,width=4,beam=4.",
-            show_default="best",
-            rich_help_panel=_MODEL,
-        ),
     ] = None
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16", "float64"],
@@ -60,10 +47,6 @@ class Loading:
             rich_help_panel=_MODEL,
         ),
     ] = None
-    memory: Annotated[
-        str | None,
-        typer.Option(help="Memory for keys and values, such as 512M or 2G.", show_default="by context", rich_help_panel=_MODEL),
-    ] = None
     accept: Annotated[
         Literal["coupled", "rejection"],
         typer.Option(help="coupled: the text of plain decoding; rejection: its law.", rich_help_panel=_MODEL),
@@ -72,34 +55,17 @@ class Loading:
         int | None, typer.Option(help="Threads of the processor.", show_default="torch's", rich_help_panel=_MODEL)
     ] = None
 
-    def load(self, drafter: "str | Drafter | None" = None) -> "LLM":
-        """The model, ready to answer; a spinner while it loads. drafter: instead of the one named by the options."""
-        chosen = drafter or (None if self.drafter == "none" else self.drafter)
-        planner = self.plan()
+    def load(self, **settings: Any) -> "LLM":
+        """The model, with a spinner while it loads. settings: of `headstart.load`."""
         with loading(self.model or "the embedded model"):
             import headstart
 
             quieten()
-            self.use_threads()
-            return headstart.load(
-                self.model,
-                drafter=chosen,
-                planner=planner,
-                device=self.device,
-                dtype=self.dtype,
-                exact="auto" if self.exact is None else self.exact,
-                memory=None if self.memory is None else read_bytes(self.memory),
-                accept=self.accept,
-            )
+            self._use_threads()
+            exact = "auto" if self.exact is None else self.exact
+            return headstart.load(self.model, device=self.device, dtype=self.dtype, exact=exact, accept=self.accept, **settings)
 
-    def plan(self) -> "Planner | None":
-        from headstart.planner import parse
-
-        if self.planner and self.drafter == "none":
-            raise ValueError("--planner says how much to guess, but --drafter none guesses nothing; leave one of them out")
-        return parse(self.planner) if self.planner else None
-
-    def use_threads(self) -> None:
+    def _use_threads(self) -> None:
         if self.threads is None:
             return
         if self.threads < 1:
@@ -107,6 +73,39 @@ class Loading:
         import torch
 
         torch.set_num_threads(self.threads)
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """What guesses, how much, and in how much memory."""
+
+    drafter: Annotated[
+        str, typer.Option(help="What guesses: auto, lookup, model:PATH, an installed name, or none.", rich_help_panel=_MODEL)
+    ] = "auto"
+    planner: Annotated[
+        str | None,
+        typer.Option(
+            help="How much is guessed: chain:5, full:3,2,1 or best:nodes=15,depth=6,width=4,beam=4.",
+            show_default="the drafter's",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Memory for keys and values, such as 512M or 2G.", show_default="by context", rich_help_panel=_MODEL),
+    ] = None
+
+    def settings(self) -> dict[str, Any]:
+        """For `headstart.load`; checked, before anything is loaded."""
+        from headstart.planner import parse
+
+        if self.planner and self.drafter == "none":
+            raise ValueError("--planner says how much to guess, but --drafter none guesses nothing; leave one of them out")
+        return {
+            "drafter": None if self.drafter == "none" else self.drafter,
+            "planner": parse(self.planner) if self.planner else None,
+            "memory": None if self.memory is None else read_bytes(self.memory),
+        }
 
 
 @dataclass(frozen=True)

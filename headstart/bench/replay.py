@@ -1,0 +1,41 @@
+"""Replay: the target runs at full cost, and a reference answer decides.
+
+Small models cannot copy an article or edit code, so how drafters fare on such work is measured with answers that somebody else
+wrote: forward, rule and noise are computed as ever, then each decided token is replaced by the reference's at that position.
+Whatever is measured so is labelled `replay`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from headstart.sampling import Rows
+from headstart.tree import Forest
+from headstart.verify import Asked, Rule, Ruling
+
+
+class Replay:
+    """The rule of one request at a time, whose whole text is known: `follow` a text, then run the request.
+
+    inner: the rule whose work is done and thrown away.
+    """
+
+    def __init__(self, inner: Rule) -> None:
+        self._inner = inner
+        self._text = torch.empty(0, dtype=torch.int64)
+        self.rule = Rule(self._judge, inner.noise)
+
+    def follow(self, prompt: Sequence[int], reference: Sequence[int]) -> None:
+        """From now on the answer to `prompt` is `reference`."""
+        self._text = torch.tensor([*prompt, *reference])
+
+    def _judge(self, forest: Forest, asked: Asked, logits: Tensor, rows: Rows, in_full: bool) -> Ruling:
+        assert len(rows) == 1, "a replay follows one text, so it runs one request at a time"
+        decided = self._inner.judge(forest, asked, logits, rows, in_full)
+        text = self._text.to(logits.device)
+        following = rows.positions[asked.rows] + asked.levels + 1  # a node at position j decides index j + 1
+        tokens = text[following.clamp(max=len(text) - 1)]
+        return Ruling(tokens, tokens[asked.parents] == forest.drafts.tokens, decided.is_sure)

@@ -1,0 +1,162 @@
+"""Engines side by side: every prompt through plain decoding and through each drafter in turn, in one process.
+
+One target serves all runs, so that only drafting differs. A sample notes how long the process waited for a processor (Linux
+counts that), so that what another program spoiled can be told from what was measured.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from headstart.bench.replay import Replay
+from headstart.drafters import make
+from headstart.engine import Engine
+from headstart.noise import mix
+from headstart.planner import Planner, parse
+from headstart.sampling import SamplingParams
+from headstart.scheduler import Request
+from headstart.stats import Stats
+from headstart.target import Target
+from headstart.verify import RULES
+
+PLAIN = "plain"
+CLEAN = 0.02  # of its time a clean sample may have waited for a processor
+PLANNERS = ("chain", "best", "full")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A prompt as tokens; reference: the answer to be replayed, or None."""
+
+    prompt: tuple[int, ...]
+    reference: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all runs share. params: sampling and max_tokens; the seed of task `i` is `mix(seed, i)`."""
+
+    target: Target
+    tasks: tuple[Task, ...]
+    params: SamplingParams
+    stop_ids: tuple[int, ...] = ()
+    accept: str = "coupled"
+    is_replay: bool = False
+
+    def params_of(self, task: int) -> SamplingParams:
+        """A replay ends where its reference ends; any other answer at a stop token or at max_tokens."""
+        params = replace(self.params, seed=mix(self.params.seed or 0, task))
+        if not self.is_replay:
+            return params
+        reference = self.tasks[task].reference or ()
+        return replace(params, max_tokens=min(params.max_tokens, len(reference)), ignore_eos=True)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer by one run. seconds: all of it; prompt_seconds: until its first token; stats: of the rounds after that.
+    delay: the share of the time that the process waited for a processor, None where that is not known."""
+
+    run: str
+    task: int
+    tokens: tuple[int, ...]
+    seconds: float
+    prompt_seconds: float
+    stats: Stats
+    delay: float | None
+
+    @property
+    def is_clean(self) -> bool:
+        return self.delay is not None and self.delay <= CLEAN
+
+
+@dataclass(frozen=True)
+class Run:
+    """A way to decode: an engine of its own on the common target. replay: its rule, if a reference decides."""
+
+    name: str
+    engine: Engine
+    replay: Replay | None
+
+
+def prepare(setup: Setup, specs: Sequence[str]) -> list[Run]:
+    """Plain decoding, then one run per `DRAFTER[@PLANNER]`. Raises ValueError for an unknown one."""
+    if len({PLAIN, *specs}) <= len(specs):
+        raise ValueError(f"a run is named twice, or {PLAIN!r}, which always runs: {', '.join(specs)}")
+    return [_run(setup, PLAIN), *(_run(setup, spec) for spec in specs)]
+
+
+def split_spec(spec: str) -> tuple[str, Planner | None]:
+    """`model:PATH@chain:4` into the drafter and its planner; a path may hold an @ of its own."""
+    drafter, at, planner = spec.rpartition("@")
+    if at and planner.partition(":")[0] in PLANNERS:
+        return drafter, parse(planner)
+    return spec, None
+
+
+def _run(setup: Setup, spec: str) -> Run:
+    name, planner = split_spec(spec)
+    drafter = None if spec == PLAIN else make(name, setup.target)
+    planner = planner or (drafter.planner if drafter else None)
+    headroom = max(planner.headroom(1) if planner else 0, setup.target.min_nodes)
+    longest = max(len(task.prompt) + setup.params_of(place).max_tokens for place, task in enumerate(setup.tasks))
+    slot_bytes = setup.target.slot_bytes + (drafter.slot_bytes if drafter else 0)
+    replay = Replay(RULES[setup.accept]) if setup.is_replay else None
+    rule = replay.rule if replay else setup.accept
+    engine = Engine(setup.target, drafter, planner, max_rows=1, memory=(longest + headroom) * slot_bytes, accept=rule)
+    return Run(spec, engine, replay)
+
+
+def measure(setup: Setup, runs: Sequence[Run], repeat: int = 1, tell: Callable[[], None] = lambda: None) -> list[Sample]:
+    """All samples: per repetition and prompt, plain first, then each run. The first prompt warms every run up, unmeasured.
+
+    tell: called after each answer, for progress.
+    """
+    if repeat < 1:
+        raise ValueError(f"repeat is {repeat}; it must be at least 1")
+    for run in runs:
+        _answer(setup, run, 0)
+        tell()
+    samples: list[Sample] = []
+    for _ in range(repeat):
+        for task in range(len(setup.tasks)):
+            for run in runs:
+                samples.append(_answer(setup, run, task))
+                tell()
+    return samples
+
+
+def _answer(setup: Setup, run: Run, place: int) -> Sample:
+    task, params, engine = setup.tasks[place], setup.params_of(place), run.engine
+    if run.replay:
+        run.replay.follow(task.prompt, task.reference or ())
+    waited, began = waiting_seconds(), time.perf_counter()
+    request = engine.add(task.prompt, params, stop_ids=setup.stop_ids)
+    prompt_seconds, before = _read_prompt(engine, request, began)
+    while request.finish_reason is None:
+        engine.step()
+    seconds = time.perf_counter() - began
+    now = waiting_seconds()
+    delay = None if waited is None or now is None else (now - waited) / seconds
+    return Sample(run.name, place, tuple(request.output), seconds, prompt_seconds, engine.stats.since(before), delay)
+
+
+def _read_prompt(engine: Engine, request: Request, began: float) -> tuple[float, Stats]:
+    """Rounds until the first token is out: how long they took, and the statistics so far."""
+    while not request.output:
+        engine.step()
+    return time.perf_counter() - began, engine.stats.copy()
+
+
+def waiting_seconds() -> float | None:
+    """How long this process's threads have waited for a processor so far; None where the system does not count it."""
+    total = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            total += int(path.read_text().split()[1])
+        except (OSError, IndexError):
+            continue  # a thread that ended meanwhile
+    return total / 1e9 if total else None
