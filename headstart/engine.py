@@ -110,6 +110,8 @@ class Engine:
         strange = [token for token in (*prompt, *params.logit_bias) if not 0 <= token < self.target.vocab]
         if strange:
             raise ValueError(f"token {strange[0]} is not in the vocabulary of {self.target.vocab} of {self.target.name}")
+        if (params.logprobs or 0) > self.target.vocab:
+            raise ValueError(f"logprobs is {params.logprobs}; the vocabulary has {self.target.vocab} tokens to choose from")
         own = () if params.ignore_eos else stop_ids
         if seed is None:
             seed = draw_seed() if params.seed is None else params.seed
@@ -204,9 +206,9 @@ class Engine:
         return rows, plan
 
     def _depth_limit(self, turn: Turn) -> int:
-        """A round emits one token more than the deepest kept draft. Rows still in their prompt, even one of a single token,
-        do not draft: the drafter has heard nothing of them."""
-        return turn.request.left - 1 if turn.is_whole and len(turn.stem) == 1 and turn.request.scored else 0
+        """A round emits one token more than the deepest kept draft. Rows still in their prompt, be it of one token or forked
+        but for the last, do not draft: the drafter has not heard of their root."""
+        return turn.request.left - 1 if turn.request.output else 0
 
     def _laws_of(self, requests: Sequence[Request]) -> Laws:
         key = tuple(request.id for request in requests)

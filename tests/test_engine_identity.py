@@ -13,7 +13,7 @@ from headstart.drafters.model import ModelDrafter
 from headstart.planner import Chain
 from headstart.sampling import Laws, SamplingParams, warp
 
-TOKENS = {"tiny": 120, "stories260K": 180, "babyllama105": 180, "talk13M": 180, "embedded": 180}  # per cell; there are 54
+TOKENS = {"tiny": 90, "stories260K": 90, "babyllama105": 90, "talk13M": 60, "embedded": 60}  # in each of 54 cells
 
 
 def report(found):

@@ -84,10 +84,13 @@ def test_only_the_asked_nodes_get_logits():
     torch.testing.assert_close(logits, in_full[forest.asked], atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("taps", [(0,), (1, 0), (2,), (-1, 0), (0, 1, 2)], ids=str)
-def test_features_are_what_the_tapped_layers_put_out(taps):
-    """The features of all nodes, inner stem nodes too; layers in the order asked for."""
-    target = tiny()
+TAPPED = [("llama", taps) for taps in [(0,), (1, 0), (2,), (0, 1, 2)]] + [(name, (-1, 0)) for name in ARCHITECTURES]
+
+
+@pytest.mark.parametrize(("name", "taps"), TAPPED, ids=str)
+def test_features_are_what_the_tapped_layers_put_out(name, taps):
+    """The features of all nodes, inner stem nodes too; layers in the order asked for; the last one's with the final norm."""
+    target = tiny(name)
     features = score(target, STEMS[:1], taps).features
     (stem,) = STEMS[:1]
     assert features.shape == (len(stem) + len(TREE), len(taps) * target.hidden)
