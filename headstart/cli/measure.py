@@ -48,7 +48,10 @@ def demo(
     cases = [*suites.SUITES["stories"][:2], *suites.SUITES["questions"][:2]]
     params = SamplingParams(max_tokens=max_tokens, seed=0)
     llm = model.load(drafter=None, max_rows=1)
-    setup = runner.Setup(llm.engine.target, _tasks(llm, cases, max_tokens, None, False)[0], params, llm.stop_ids, model.accept)
+    tasks, num_skipped = _tasks(llm, cases, max_tokens, None, False)
+    if num_skipped:
+        raise ValueError(f"max_tokens is {max_tokens}; with the demo's prompts that exceeds the context, so lower it")
+    setup = runner.Setup(llm.engine.target, tasks, params, llm.stop_ids, model.accept)
     runs = drafter or _available(model)
     samples = _measure(setup, runs, repeat=3)
     found = report.rows(setup, samples)

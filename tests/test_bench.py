@@ -1,0 +1,297 @@
+"""The bench: what it reads, what it counts, and that a replay says what the reference says."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from folders import write_model
+from typer.testing import CliRunner, Result
+
+from headstart.bench import report, runner, suites
+from headstart.bench.replay import Replay
+from headstart.cli import app
+from headstart.engine import Engine
+from headstart.planner import Best, Chain
+from headstart.sampling import SamplingParams
+from headstart.stats import Stats
+from headstart.target import Target
+from headstart.verify import RULES
+
+
+@pytest.fixture(scope="module")
+def target(model_folder):
+    return Target.load(model_folder)
+
+
+@pytest.fixture(scope="module")
+def setup(target):
+    tasks = tuple(runner.Task(tuple(range(first, first + 12))) for first in (10, 40, 70))
+    return runner.Setup(target, tasks, SamplingParams(max_tokens=20, seed=3, ignore_eos=True))
+
+
+# -- prompts --
+
+
+@pytest.mark.parametrize(
+    ("line", "case"),
+    [
+        ({"turns": ["one", "two"], "reference": ["yes", "no"]}, suites.Case("one", "yes")),
+        ({"turns": ["one"], "category": ""}, suites.Case("one")),
+        ({"prompt": "def f():", "canonical_solution": " return 1"}, suites.Case("def f():", " return 1")),
+        ({"instruction": "Sort", "input": "3 1 2", "output": "1 2 3"}, suites.Case("Sort\n\n3 1 2", "1 2 3")),
+        ({"instruction": "Sort", "instances": [{"input": "3 1", "output": "1 3"}]}, suites.Case("Sort\n\n3 1")),
+        ({"Instruction": "Why?"}, suites.Case("Why?")),
+        ({"question": "6 * 7?", "answer": "42"}, suites.Case("6 * 7?", "42")),
+    ],
+)
+def test_every_format_of_the_field_is_read(tmp_path, line, case):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps(line) + "\n\n")
+    assert suites.load_cases(str(path)) == [case]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "holds no prompt"),
+        (b'{"prompt": "a"}\nnot json\n', "line 2 of .* is not JSON"),
+        (b'{"text": "a"}\n', "line 1 of .* has no prompt"),
+        (b'["a"]\n', "line 1 of .* has no prompt"),
+        (b"\xff\n", "not valid UTF-8"),
+    ],
+)
+def test_a_bad_file_is_refused_with_its_line(tmp_path, content, words):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        suites.load_cases(str(path))
+
+
+def test_a_suite_that_is_not_there_is_refused_with_those_that_are():
+    with pytest.raises(ValueError, match="stories, questions, edits"):
+        suites.load_cases("no-such-suite")
+    with pytest.raises(ValueError, match="limit is 0"):
+        suites.load_cases("stories", 0)
+
+
+def test_edits_repeat_their_input_with_small_changes():
+    cases = suites.load_cases("edits")
+    assert len(cases) == 12
+    for case in cases:
+        code = case.prompt.partition("\n\n")[2]
+        assert case.reference != code
+        before, after = code.splitlines(), case.reference.splitlines()
+        assert len(before) == len(after)
+        assert sum(a == b for a, b in zip(before, after, strict=True)) >= len(before) // 3
+
+
+# -- counting --
+
+
+def test_loops_are_what_stands_inside_repeated_runs():
+    text = [*range(10), *range(100, 110)]
+    assert report.loop_share(text) == 0
+    assert report.loop_share([*text, *range(8)]) == 8 / 28  # eight tokens that stood there before
+    assert report.loop_share([*text, *range(7)]) == 0  # seven are no run of eight
+    assert report.loop_share([5] * 100) == 99 / 100  # all but the very first
+    assert report.loop_share([]) == 0
+
+
+def test_a_run_is_a_drafter_and_perhaps_a_planner():
+    assert runner.split_spec("lookup") == ("lookup", None)
+    assert runner.split_spec("lookup@best:nodes=8") == ("lookup", Best(nodes=8))
+    assert runner.split_spec("model:a@b/c@chain:4") == ("model:a@b/c", Chain(4))
+    assert runner.split_spec("model:a@b/c") == ("model:a@b/c", None)
+
+
+def test_waiting_for_a_processor_only_grows():
+    first = runner.waiting_seconds()
+    torch.randn(300, 300) @ torch.randn(300, 300)
+    second = runner.waiting_seconds()
+    assert first is None or second >= first >= 0
+
+
+def test_a_target_widened_with_zeros_is_called_padded(target, tmp_path):
+    assert not report.is_padded(target)
+    padded = Target.load(write_model(tmp_path))
+    with torch.no_grad():
+        padded.model.get_input_embeddings().weight[:, -4:] = 0
+    assert report.is_padded(padded)
+
+
+def test_statistics_add_up():
+    one = Stats(rounds=2, row_rounds=2, tokens=5, tried=[2], held=[1])
+    two = Stats(rounds=1, row_rounds=1, tokens=1, tried=[1, 1], held=[1, 0])
+    total = Stats.total([one, two])
+    assert (total.rounds, total.tokens, total.tried, total.held) == (3, 6, [3, 1], [2, 0])
+    assert total.tau == 2
+
+
+# -- runs --
+
+
+def test_runs_alternate_prompt_by_prompt_and_say_the_same(setup, draft_folder):
+    runs = runner.prepare(setup, ["lookup", f"model:{draft_folder}@chain:3"])
+    samples = runner.measure(setup, runs, repeat=2)
+    assert [(sample.task, sample.run) for sample in samples[:6]] == [(task, run.name) for task in (0, 1) for run in runs]
+    assert len(samples) == 2 * 3 * 3
+    found = report.rows(setup, samples)
+    assert [row.run for row in found] == [run.name for run in runs]
+    for row in found:
+        assert row.identical == "yes"
+        assert (row.tokens, row.splits) == (60, [])
+        assert row.tokens_per_second > 0 < row.forward
+        assert abs(sum(row.shares.values()) - 1) < 1e-6
+    plain, _, chain = found
+    assert (plain.speed_up, plain.tau, plain.nodes, plain.acceptance) == (1, 1, setup.target.min_nodes, [])
+    assert chain.tau >= 1
+    assert len(chain.acceptance) == 3
+
+
+def test_a_drafter_that_is_always_right_has_full_acceptance(setup, model_folder):
+    runs = runner.prepare(setup, [f"model:{model_folder}@chain:4"])
+    own = report.rows(setup, runner.measure(setup, runs))[1]
+    assert own.acceptance == [1, 1, 1, 1]
+    assert own.tau > 4
+
+
+def test_every_prompt_has_its_own_seed(setup):
+    warm = replace(setup, params=replace(setup.params, temperature=1.0))
+    assert len({warm.params_of(task).seed for task in range(3)}) == 3
+    first = runner.measure(warm, runner.prepare(warm, ["lookup"]))
+    again = runner.measure(warm, runner.prepare(warm, ["lookup"]))
+    assert [sample.tokens for sample in first] == [sample.tokens for sample in again]
+
+
+def test_a_different_answer_is_counted_and_shown(setup):
+    runs = runner.prepare(setup, ["lookup"])
+    samples = runner.measure(setup, runs)
+    wrong = [replace(s, tokens=(*s.tokens[:5], (s.tokens[5] + 1) % 320, *s.tokens[6:])) for s in samples if s.run == "lookup"]
+    row = report.rows(setup, [*(s for s in samples if s.run == "plain"), *wrong])[1]
+    assert (row.differing, row.near_ties) == (3, 0)
+    assert row.identical == "3 differ, 0 near-ties"
+    assert row.splits[0].startswith("token 5: ")
+
+
+def test_a_rule_that_keeps_the_law_does_not_promise_the_text(setup, draft_folder):
+    drawn = replace(setup, params=replace(setup.params, temperature=1.0), accept="rejection")
+    samples = runner.measure(drawn, runner.prepare(drawn, [f"model:{draft_folder}@full:2,1"]))
+    assert report.rows(drawn, samples)[1].identical == "in law"
+
+
+def test_clean_samples_are_preferred():
+    stats = Stats(rounds=1, row_rounds=1, tokens=1)
+    spoiled, clean = (runner.Sample("plain", 0, (1,), seconds, 0.0, stats, delay) for seconds, delay in ((9.0, 0.5), (1.0, 0.0)))
+    assert report._by_task([spoiled, clean]) == [[clean]]
+    assert report._by_task([spoiled]) == [[spoiled]]
+    assert report.clean_share([spoiled, clean]) == 0.5
+
+
+# -- replay --
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("spec", ["lookup", "model:{}@best:nodes=6"])
+def test_a_replay_emits_the_reference(target, draft_folder, spec, temperature):
+    reference = (*range(20, 30), *range(10, 22), *range(20, 28))
+    task = runner.Task(tuple(range(10, 40)), reference)
+    params = SamplingParams(max_tokens=100, temperature=temperature, top_p=0.9)
+    setup = runner.Setup(target, (task,), params, is_replay=True)
+    samples = runner.measure(setup, runner.prepare(setup, [spec.format(draft_folder)]))
+    assert [sample.tokens for sample in samples] == [reference] * 2
+    assert "replay" in report.labels(setup)
+
+
+def test_a_replay_is_faster_where_the_reference_repeats_the_prompt(target):
+    task = runner.Task(tuple(range(10, 60)), tuple(range(20, 55)))
+    setup = runner.Setup(target, (task,), SamplingParams(), is_replay=True)
+    plain, lookup = report.rows(setup, runner.measure(setup, runner.prepare(setup, ["lookup"])))
+    assert plain.tau == 1
+    assert lookup.tau > 2
+
+
+def test_a_replay_ends_at_max_tokens_too(target):
+    replay = Replay(RULES["coupled"])
+    replay.follow((5, 6, 7), (8, 9, 10, 11))
+    engine = Engine(target, accept=replay.rule, max_rows=1)
+    request = engine.add((5, 6, 7), SamplingParams(max_tokens=2))
+    list(engine.run())
+    assert request.output == [8, 9]
+
+
+# -- the commands --
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+RUN_FIELDS = {
+    "run", "tokens", "seconds", "tokens_per_second", "speed_up", "median_speed_up", "decode_speed_up", "tau", "acceptance",
+    "forward", "nodes", "shares", "loops", "differing", "near_ties", "splits", "identical",
+}  # fmt: skip
+MACHINE_FIELDS = {"cpu", "cores", "threads", "device", "python", "torch", "transformers", "headstart", "command"}
+
+
+def test_bench_prints_a_table_and_one_json_line(model_folder, draft_folder):
+    base = ("bench", "--model", model_folder, "--limit", 2, "--max-tokens", 8, "--repeat", 1, "--run", "lookup")
+    result = run(*base, "--run", f"model:{draft_folder}@chain:2", "--seed", 4, "--temperature", 0.5)
+    assert result.exit_code == 0, result.output
+    *table, last = result.stdout.splitlines()
+    assert any("speed-up" in line for line in table)
+    assert any("clean samples" in line for line in table)
+    found = json.loads(last)
+    assert found.keys() == {"model", "machine", "settings", "labels", "num_samples", "clean_share", "runs"}
+    assert found["machine"].keys() == MACHINE_FIELDS
+    assert [one["run"] for one in found["runs"]] == ["plain", "lookup", f"model:{draft_folder}@chain:2"]
+    assert all(one.keys() == RUN_FIELDS for one in found["runs"])
+    assert (found["settings"]["seed"], found["settings"]["temperature"], found["settings"]["num_prompts"]) == (4, 0.5, 2)
+
+
+def test_bench_replays_references_from_a_file(model_folder, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"turns": ["the cat and the sea"], "reference": ["the cat and the sea"]}\n')
+    result = run("bench", "--model", model_folder, "--prompts", path, "--replay", "--repeat", 1, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["labels"] == ["replay"]
+    assert all(one["identical"] == "yes" for one in found["runs"])
+
+
+def test_prompts_that_exceed_the_context_are_left_out_and_counted(model_folder, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "the cat"}\n' + json.dumps({"prompt": "the cat and the sea " * 100}) + "\n")
+    result = run("bench", "--model", model_folder, "--prompts", path, "--max-tokens", 4, "--repeat", 1, "--raw", "--json")
+    assert json.loads(result.stdout)["settings"]["num_skipped"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--prompts", "nowhere.jsonl"), "neither a JSONL file nor"),
+        (("--replay",), "needs reference answers"),
+        (("--max-tokens", 5000), "exceeds the context of 256 tokens"),
+        (("--run", "crystal-ball"), "is unknown"),
+        (("--run", "lookup", "--run", "lookup"), "named twice"),
+        (("--run", "plain"), "named twice"),
+        (("--run", "lookup@chain:0"), "depth is 0"),
+        (("--repeat", 0), "repeat is 0"),
+        (("--limit", 0), "limit is 0"),
+    ],
+)
+def test_a_bad_setting_of_bench_is_one_sentence(model_folder, arguments, words):
+    result = run("bench", "--model", model_folder, *arguments)
+    assert result.exit_code == 2, result.output
+    assert words in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_the_demo_prints_each_text_once_and_a_table(model_folder):
+    result = run("demo", "--model", model_folder, "--max-tokens", 6)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("little fox who could not sleep") == 1
+    table = result.stdout[result.stdout.index("tokens/s") :]
+    assert "plain" in table
+    assert "lookup" in table
+    assert "yes" in table
