@@ -18,10 +18,11 @@ from headstart.drafters import Drafter, make
 from headstart.engine import Engine
 from headstart.noise import draw_seed, mix
 from headstart.planner import Planner
+from headstart.pretrained import check_folder
 from headstart.sampling import SamplingParams
 from headstart.scheduler import Request
 from headstart.stats import Stats
-from headstart.target import Target, check_folder
+from headstart.target import Target
 from headstart.text import Prompt, TextStream, encode_prompt, load_tokenizer, stop_token_ids
 
 if TYPE_CHECKING:
@@ -237,8 +238,8 @@ _REFUSED = {
     "encoder_repetition_penalty": 1.0,
     "guidance_scale": None,
     "sequence_bias": None,
-    "min_length": 0,
     "min_new_tokens": None,
+    "min_length": 0,
     "forced_bos_token_id": None,
     "forced_eos_token_id": None,
     "suppress_tokens": None,
@@ -246,6 +247,18 @@ _REFUSED = {
     "exponential_decay_length_penalty": None,
     "stop_strings": None,
     "max_time": None,
+    "return_dict_in_generate": False,
+}
+
+# What transformers makes of the settings that are honoured; any other step would be ignored, so it is refused.
+_HONOURED = {
+    "TemperatureLogitsWarper",
+    "TopKLogitsWarper",
+    "TopPLogitsWarper",
+    "MinPLogitsWarper",
+    "RepetitionPenaltyLogitsProcessor",
+    "MaxLengthCriteria",
+    "EosTokenCriteria",
 }
 
 
@@ -266,6 +279,9 @@ def custom_generate(
     """
     config = generation_config or model.generation_config
     params = _from_generation_config(config, input_ids.shape[1])
+    for step in (*(logits_processor or ()), *(stopping_criteria or ())):
+        if type(step).__name__ not in _HONOURED:
+            raise ValueError(f"{type(step).__name__} is not supported by headstart.custom_generate; leave it out")
     mask = rest.get("attention_mask")
     prompts = _unpadded(input_ids, mask)
     stops = stop_token_ids(None, config, model.config)

@@ -7,9 +7,6 @@ This file knows models. It refuses to know drafters, rules and requests.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +21,8 @@ from headstart import attention
 from headstart.attention import Gaze, Kernel, Probe, Reach, Sight
 from headstart.cache import KVCache, LayerShape, Seating
 from headstart.kernels.choice import Equipment, equip
+from headstart.pretrained import load_model
+from headstart.selfcheck import self_check
 from headstart.tree import Drafts, Forest, merge
 
 if TYPE_CHECKING:
@@ -201,10 +200,7 @@ class Target:
         Raises ValueError, naming the model, where they differ. A window longer than `MAX_CHECK` tokens is not exceeded here.
         """
         with torch.inference_mode():
-            _self_check(self)
-
-
-MAX_CHECK = 600  # tokens; a longer window is not run into at load
+            self_check(self)
 
 
 def sights(forest: Forest, cache: KVCache, seats: Sequence[int]) -> list[Sight]:
@@ -261,131 +257,3 @@ def _context(config: Any, name: str) -> int:
 def _ropes(parameters: dict[str, Any]) -> list[dict[str, Any]]:
     nested = [rope for rope in parameters.values() if isinstance(rope, dict)]
     return nested or [parameters]
-
-
-def digest(model: PreTrainedModel) -> str:
-    """A fingerprint that tells a fine-tune: the LM head and three layers' weights, sampled."""
-    sha = hashlib.sha256(json.dumps(model.config.to_diff_dict(), sort_keys=True, default=str).encode())
-    state = model.state_dict()
-    names = sorted(state)
-    head = [name for name in names if "lm_head" in name or "embed" in name]
-    for name in [*head, *names[:: max(1, len(names) // 3)]]:
-        flat = state[name].detach().reshape(-1)
-        sha.update(flat[:: max(1, len(flat) // 4096)].float().cpu().numpy().tobytes())
-    return sha.hexdigest()[:16]
-
-
-# -- loading ----------------------------------------------------------------------------------------------------------------
-
-
-def load_model(path: str | Path, dtype: str | torch.dtype = "auto", device: str = "auto") -> PreTrainedModel:
-    """A causal LM from a folder or the hub. Raises ValueError in one sentence for everything that can be wrong with it."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    place = _device(device)
-    check_folder(path)
-    try:
-        config = AutoConfig.from_pretrained(path)
-        if type(config) not in AutoModelForCausalLM._model_mapping or not _is_causal(config.architectures):
-            kind = (config.architectures or [config.model_type])[0]
-            raise ValueError(f"it holds a {kind}, which is not a causal language model")
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
-        model, info = loaded
-    except Exception as error:  # safetensors, json and hub errors share no base class
-        why = "its weights are damaged or cut short: " if "Safetensor" in type(error).__name__ else ""
-        raise ValueError(f"model {path} cannot be loaded: {why}{_first_line(error)}") from error
-    broken = {kind: sorted(names) for kind, names in info.items() if names and kind in ("missing_keys", "mismatched_keys")}
-    if broken:
-        kind, names = next(iter(broken.items()))
-        raise ValueError(f"model {path} is not whole: {len(names)} {kind.replace('_', ' ')}, first {names[0]}")
-    placed: PreTrainedModel = model.to(place)
-    return placed
-
-
-def check_folder(path: str | Path) -> None:
-    """Raise ValueError if `path` looks like a folder and holds no model; a hub id passes."""
-    folder = Path(path)
-    looks_local = folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
-    if looks_local and not (folder / "config.json").is_file():
-        what = "has no config.json" if folder.is_dir() else "does not exist" if not folder.exists() else "is not a folder"
-        raise ValueError(f"model folder {path} {what}; a model is a folder with config.json, weights and tokenizer, or a hub id")
-
-
-def _is_causal(architectures: Sequence[str] | None) -> bool:
-    """By name: the same weights may be stored for another task, as a masked language model or a classifier."""
-    return not architectures or any(re.search("CausalLM|LMHead|ConditionalGeneration", name) for name in architectures)
-
-
-def _device(name: str) -> torch.device:
-    has_cuda = torch.cuda.is_available()
-    if name == "auto":
-        return torch.device("cuda" if has_cuda else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device {name!r} is unknown; write auto, cpu, cuda or cuda:NUMBER") from None
-    if device.type == "cuda" and (not has_cuda or (device.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f"device {name!r} is not there; torch sees {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-
-
-# -- the self-check ---------------------------------------------------------------------------------------------------------
-
-
-def _self_check(target: Target) -> None:
-    windows = [limit for reach in target.reaches for limit in (reach.window, reach.chunk) if limit is not None]
-    beyond = min((limit + 5 for limit in windows), default=24)
-    length = min(beyond if beyond <= MAX_CHECK else 24, target.context - 8)
-    if length < 4:
-        return
-    generator = torch.Generator().manual_seed(0)
-    texts = [torch.randint(0, target.vocab, (size,), generator=generator).tolist() for size in (length, max(3, length // 2))]
-    branches = torch.randint(0, target.vocab, (2, 2), generator=generator).tolist()
-    branches[1][0] = (branches[0][0] + 1) % target.vocab  # siblings are distinct
-    expected = [_own_logits(target, text, branches) for text in texts]
-    for rows in ([0, 1], [0], [1]):
-        found = _tree_logits(target, [texts[row] for row in rows], branches)
-        for row, logits in zip(rows, found, strict=True):
-            _compare(target, expected[row], logits, "two rows together" if len(rows) > 1 else "a tree")
-
-
-def _own_logits(target: Target, text: list[int], branches: list[list[int]]) -> Tensor:
-    """[1 + 4, vocab] by the model's own attention, one forward per branch: root, then each branch's two nodes."""
-    with target.original() as model:
-        out = [
-            model(input_ids=torch.tensor([text + branch], device=target.device), use_cache=False).logits[0, len(text) - 1 :]
-            for branch in branches
-        ]
-    return torch.cat([out[0][:1], out[0][1:], out[1][1:]])
-
-
-def _tree_logits(target: Target, texts: list[list[int]], branches: list[list[int]]) -> list[Tensor]:
-    """The same nodes by two forwards of forests: the prompts without their roots, then roots and both branches at once."""
-    capacity = max(map(len, texts)) + 8
-    seating = Seating(len(texts), capacity * len(texts))
-    cache = target.new_cache(seating)
-    seats = [seating.take(capacity) or 0 for _ in texts]
-    prompts = merge([text[:-1] for text in texts], [0] * len(texts), [False] * len(texts), Drafts.none(target.device))
-    target.score(prompts, cache, seats)
-    cache.commit(seats, prompts.stems, [()] * len(texts))
-    tokens = [token for branch in branches for token in branch]
-    rows = [row for row in range(len(texts)) for _ in tokens]
-    parents = [parent + 4 * row if parent >= 0 else parent for row in range(len(texts)) for parent in (-1, 0, -1, 2)]
-    drafts = Drafts.of(tokens * len(texts), parents, rows, [1, 2, 1, 2] * len(texts), [1.0] * len(rows), device=target.device)
-    forest = merge([text[-1:] for text in texts], [len(text) - 1 for text in texts], [True] * len(texts), drafts)
-    return list(target.score(forest, cache, seats).logits.split(5))
-
-
-def _compare(target: Target, expected: Tensor, found: Tensor, what: str) -> None:
-    tolerance = {torch.float64: 1e-5, torch.float32: 2e-3}.get(target.dtype, 0.25)
-    gap = float((expected.double() - found.double()).abs().max() / expected.double().std())
-    if not gap <= tolerance:
-        target.release()
-        raise ValueError(
-            f"{target.name} ({type(target.model).__name__}) cannot be a target: {what} scored at once differs from the sequential "
-            f"text by {gap:.2g} standard deviations of its logits (allowed: {tolerance:g})"
-        )

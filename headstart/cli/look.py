@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from headstart.attention import Reach
+    from headstart.target import Target
 
 
 def inspect(
@@ -40,7 +41,7 @@ def inspect(
 def facts(path: str, device: str = "auto") -> dict[str, Any]:
     """Everything `inspect` says. Raises ValueError where there is no model that can be loaded."""
     quieten()
-    from headstart.target import digest, load_model
+    from headstart.pretrained import digest, load_model
 
     model = load_model(path, "auto", device)
     text = model.config.get_text_config()
@@ -62,10 +63,12 @@ def facts(path: str, device: str = "auto") -> dict[str, Any]:
 
 def _as_target(model: "PreTrainedModel", problems: list[str]) -> dict[str, Any]:
     """What only a target knows; empty, with the reason among the problems, if the model is refused."""
-    from headstart.target import MAX_CHECK, Target
+    from headstart.selfcheck import MAX_CHECK
+    from headstart.target import Target
 
     try:
         target = Target(model)
+        target.equip()
     except ValueError as error:
         problems.append(str(error))
         return {}
@@ -79,7 +82,16 @@ def _as_target(model: "PreTrainedModel", problems: list[str]) -> dict[str, Any]:
         "context": target.context,
         "reach": [_reach(reach) for reach in target.reaches],
         "cache_bytes_per_token": target.slot_bytes,
+        "exact": _exactness(target),
     }
+
+
+def _exactness(target: "Target") -> str:
+    """Whether speculation equals plain decoding to the bit here, by default."""
+    found = target.equipment
+    assert found is not None, "equip the target first"
+    cost = "" if found.cost is None else f", at {found.cost:.0%} of a pass"
+    return f"to the bit{cost}" if found.is_exact else f"up to near-ties: {found.why_not or f'the bit costs too much{cost}'}"
 
 
 def _reach(reach: "Reach") -> str:
