@@ -33,8 +33,7 @@ def held_out_losses(model: LlamaForCausalLM, streams: dict[str, np.ndarray]) -> 
     for name, stream in streams.items():
         pieces = list(windows(stream))
         total = sum(
-            F.cross_entropy(model(piece[:, :-1]).logits[0].float(), piece[0, 1:], reduction="sum").item()
-            for piece in pieces
+            F.cross_entropy(model(piece[:, :-1]).logits[0].float(), piece[0, 1:], reduction="sum").item() for piece in pieces
         )
         losses[name] = round(total / sum(piece.shape[1] - 1 for piece in pieces), 3)
     return losses

@@ -28,9 +28,7 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> PreTrainedTokenizerFast
     bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
@@ -61,9 +59,7 @@ def sample_for_vocabulary(parts: dict[str, list[Document]], num_characters: int)
 
 def encode(documents: list[Document], tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     """Chain documents, each ended by <|endoftext|>. Returns [tokens] uint16."""
-    texts = [
-        tokenizer.apply_chat_template(list(d.messages), tokenize=False) if d.messages else d.text for d in documents
-    ]
+    texts = [tokenizer.apply_chat_template(list(d.messages), tokenize=False) if d.messages else d.text for d in documents]
     end = tokenizer.eos_token_id
     return np.array([i for ids in tokenizer(texts)["input_ids"] for i in (*ids, end)], dtype=np.uint16)
 

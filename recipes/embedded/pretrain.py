@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from recipes.embedded.measure import held_out_losses
 from recipes.embedded.mixture import Mixture, load_streams
@@ -99,7 +107,7 @@ def new_model(shape: dict[str, int], tokenizer: PreTrainedTokenizerFast, seed: i
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
-    model.generation_config.do_sample = False
+    model.generation_config = GenerationConfig(do_sample=False, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id)
     return model
 
 
@@ -169,10 +177,10 @@ def describe(run: Run) -> str:
     return f"step {run.step}  loss {mean:.3f}  tokens {run.tokens:,}  {run.seconds / 60:.1f} min  {speed:,.0f} tokens/s"
 
 
-def export(run: Run, tokenizer: PreTrainedTokenizerFast, work: Path, folder: Path) -> None:
+def export(run: Run, work: Path, folder: Path) -> None:
     """Write the model in bf16 with its tokenizer, and what was measured on held-out text beside the checkpoint."""
     run.model.eval().to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    shutil.copytree(work / "tokenizer", folder, dirs_exist_ok=True)
     report = {"steps": run.step, "tokens": run.tokens, "seconds": round(run.seconds), "mixture": run.mixture.state()}
     report["held_out"] = held_out_losses(run.model.float(), load_streams(work, "held_out"))
     folder.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
@@ -189,7 +197,7 @@ def pretrain(work: Path, shape: str, plan: Plan, seed: int, teacher_folder: Path
         teacher = AutoModelForCausalLM.from_pretrained(teacher_folder, dtype=torch.float32).eval()
     print(f"{shape}: {model.num_parameters():,} parameters", flush=True)
     train(run, plan, work / f"{shape}.checkpoint.pt", teacher)
-    export(run, tokenizer, work, work / shape)
+    export(run, work, work / shape)
 
 
 def main() -> None:

@@ -62,8 +62,8 @@ class Document:
 # t0_p3_sample, whose upstream sets have many licences; the llamafactory demos, whose prompts and answers
 # descend from Stanford Alpaca (CC BY-NC) and other sets although the repository that carries them is Apache-2.0.
 SOURCES = (
-    Source("african_storybook", "stories_simple.jsonl.gz", "CC BY 4.0", 0.03),
-    Source("pratham_storyweaver", "stories_simple.jsonl.gz", "CC BY 4.0", 0.05),
+    Source("african_storybook", "stories_simple.jsonl.gz", "CC BY", 0.03),
+    Source("pratham_storyweaver", "stories_simple.jsonl.gz", "CC BY", 0.05),
     Source("tinystories_sample", "stories_simple.jsonl.gz", "CDLA-Sharing-1.0", 0.01),
     Source("grimm_fairy_tales", "stories_simple.jsonl.gz", "public domain", 0.10),
     Source("fairytaleqa_train", "stories_simple.jsonl.gz", "Apache-2.0, public-domain texts", 0.13),
@@ -106,7 +106,7 @@ def read_rows(path: Path) -> Iterator[dict]:
 def _document(row: dict) -> Document:
     if "messages" in row:
         return Document(key=row["messages"][0]["content"], messages=tuple(row["messages"]))
-    text = row["text"].replace("\r\n", "\n").strip()
+    text = _clean(row["text"])
     heading = f"{row['title'].strip()}\n\n" if row.get("title") else ""
     return Document(key=row.get("title") or row.get("path") or text, text=heading + text)
 
@@ -118,5 +118,10 @@ def _requested(row: dict) -> Iterator[Document]:
     key = _document(row).key
     choices = REQUESTS if row["title"] else UNTITLED_REQUESTS
     request = choices[zlib.crc32(row["text"].encode()) % len(choices)].format(title=row["title"].strip())
-    answer = {"role": "assistant", "content": row["text"].strip()}
+    answer = {"role": "assistant", "content": _clean(row["text"])}
     yield Document(key=key, messages=({"role": "user", "content": request}, answer))
+
+
+def _clean(text: str) -> str:
+    """Drop carriage returns and the "##" that closes every African Storybook and StoryWeaver text."""
+    return text.replace("\r\n", "\n").strip().removesuffix("##").rstrip()

@@ -6,11 +6,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipes.embedded.measure import agreement, held_out_losses
 from recipes.embedded.mixture import LONG_EVERY, Mixture
 from recipes.embedded.prepare import encode, train_tokenizer
-from recipes.embedded.pretrain import Plan, Run, loss_of, new_model, new_optimizers, train
+from recipes.embedded.pretrain import Plan, Run, export, loss_of, new_model, new_optimizers, train
 from recipes.embedded.sources import SOURCES, Document, documents, is_allowed
 
 TINY = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 1}
@@ -44,6 +45,13 @@ def test_a_story_without_a_free_licence_is_not_read(tmp_path):
     write_rows(tmp_path, "stories_simple.jsonl.gz", [{**row, "text": name, "license": name} for name in licences])
     assert [d.text for d in documents(source("african_storybook"), tmp_path)] == ["T\n\nCC-BY"]
     assert [d.messages[1]["content"] for d in documents(source("story_requests"), tmp_path)] == ["CC-BY"]
+
+
+def test_the_mark_that_closes_a_story_is_not_read(tmp_path):
+    row = {"source": "pratham_storyweaver", "license": "CC-BY", "title": "T", "text": "He slept.\r\nThe end. ##"}
+    write_rows(tmp_path, "stories_simple.jsonl.gz", [row])
+    assert [d.text for d in documents(source("pratham_storyweaver"), tmp_path)] == ["T\n\nHe slept.\nThe end."]
+    assert [d.messages[1]["content"] for d in documents(source("story_requests"), tmp_path)] == ["He slept.\nThe end."]
 
 
 def test_a_source_that_is_not_listed_is_not_read(tmp_path):
@@ -172,3 +180,16 @@ def test_a_model_agrees_with_itself_and_a_new_one_knows_nothing(tokenizer):
     streams = {"a": np.arange(100, dtype=np.uint16)}
     assert agreement(model, model, streams)["a"] == {"greedy": 1.0, "sampled": 1.0}
     assert held_out_losses(model, streams)["a"] == pytest.approx(np.log(280), abs=0.2)
+
+
+def test_what_is_exported_loads_with_the_auto_classes(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "tokens").mkdir()
+    np.save(tmp_path / "tokens" / "a.held_out.npy", np.arange(50, dtype=np.uint16))
+    run = new_run(tokenizer)
+    export(run, tmp_path, tmp_path / "target")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
+    assert model.dtype == torch.bfloat16
+    assert model.generation_config.eos_token_id == [0, 3]
+    assert AutoTokenizer.from_pretrained(tmp_path / "target").get_vocab() == tokenizer.get_vocab()
+    assert json.loads((tmp_path / "target.json").read_text())["held_out"].keys() == {"a"}
