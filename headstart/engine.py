@@ -198,6 +198,7 @@ class Engine:
             width=plan.width if plan else 0,
             beam=plan.beam if plan else 0,
             nodes=plan.nodes if plan else 0,
+            parents=plan.parents if plan else frozenset(),
             laws=self._laws_of(requests),
             vocab=self.target.vocab,
             noise_rule=self.rule.noise,

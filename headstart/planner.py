@@ -19,12 +19,14 @@ from headstart.tree import ROOT, Drafts
 @dataclass(frozen=True)
 class Plan:
     """depth: levels per row at most; width: children per parent; beam: parents expanded per level and row;
-    nodes: drafts verified in all, over all rows."""
+    nodes: drafts verified in all, over all rows. parents: the paths of ranks to expand, where a shape names them; empty: the
+    likeliest."""
 
     depth: int
     width: int
     beam: int
     nodes: int
+    parents: frozenset[tuple[int, ...]] = frozenset()
 
 
 class Planner(Protocol):
@@ -136,9 +138,10 @@ class Shape:
 
     def plan(self, depths: Sequence[int], is_fixed: bool) -> Plan:
         depth = max(map(len, self.paths))
-        levels = [[path for path in self.paths if len(path) == level] for level in range(1, depth + 1)]
+        parents = frozenset(path[:-1] for path in self.paths if len(path) > 1)
+        beam = max(sum(len(path) == level for path in parents) for level in range(1, depth + 1))
         width = 1 + max(path[-1] for path in self.paths)
-        return Plan(depth, width, max(map(len, levels)), len(self.paths) * sum(d > 0 for d in depths))
+        return Plan(depth, width, max(1, beam), len(self.paths) * sum(d > 0 for d in depths), parents)
 
     def prune(self, drafts: Drafts, plan: Plan, num_rows: int, is_fixed: bool) -> Drafts:
         wanted = set(self.paths)

@@ -25,6 +25,7 @@ def make_rows(
     depths: Sequence[int] | None = None,
     width: int = 2,
     beam: int = 2,
+    parents: frozenset[tuple[int, ...]] = frozenset(),
     noise_rule: str = "shared",
     history: History | None = None,
 ) -> Rows:
@@ -41,6 +42,7 @@ def make_rows(
         vocab=vocab,
         noise_rule=noise_rule,
         history=history,
+        parents=parents,
     )
 
 
@@ -113,6 +115,7 @@ def rounds(
             depths=[min(plan.depth, depth)] * len(texts),
             width=plan.width,
             beam=plan.beam,
+            parents=plan.parents,
             noise_rule=rule.noise,
         )
         drafts = planner.prune(draft(rows, texts), plan, len(rows), is_fixed)

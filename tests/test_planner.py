@@ -78,10 +78,31 @@ def test_a_full_shape_has_every_node_of_every_level():
     assert len(Shape.full(3, 2, 1).paths) == 3 + 6 + 6
 
 
-def test_a_shape_keeps_its_paths_of_ranks_and_nothing_else():
-    shape = Shape(((0,), (1,), (0, 0), (0, 1), (0, 0, 0)))
-    rows = make_rows([SamplingParams()] * 2, [0, 1], VOCAB, depths=[3, 2], width=2, beam=9)
-    kept = shape.prune(drafting(TABLE)(rows, [(0, 1), (2, 3)]), shape.plan([3, 2], True), 2, True)
+@pytest.mark.parametrize("rule", ["shared", "fresh"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(((0,), (1,), (0, 0), (0, 1), (0, 0, 0))),
+        Shape(((0,), (1,), (1, 0), (1, 1), (1, 1, 0))),  # through the less likely children
+        Shape.full(3, 2, 1),
+        Shape.full(2),
+    ],
+    ids=["top", "bottom", "full", "flat"],
+)
+def test_a_shape_is_drafted_whole_and_nothing_else_is_kept(shape, rule):
+    plan = shape.plan([3, 2], True)
+    depths = [min(3, plan.depth), min(2, plan.depth)]
+    rows = make_rows(
+        [SamplingParams(temperature=1.0)] * 2,
+        [0, 1],
+        VOCAB,
+        depths=depths,
+        width=plan.width,
+        beam=plan.beam,
+        parents=plan.parents,
+        noise_rule=rule,
+    )
+    kept = shape.prune(drafting(TABLE)(rows, [(0, 1), (2, 3)]), plan, 2, True)
     kept.check()
     ranks = rank_paths(kept)
     assert [{ranks[node] for node in range(len(kept)) if kept.rows[node] == row} for row in range(2)] == [
@@ -132,6 +153,7 @@ def test_no_row_verifies_or_runs_more_than_its_headroom(planner, limits, is_fixe
         depths=depths,
         width=plan.width,
         beam=plan.beam,
+        parents=plan.parents,
         noise_rule="fresh" if is_fixed else "shared",
     )
     num_run = 0  # per row

@@ -98,6 +98,7 @@ class _Growth:
         self.chances: list[Tensor] = []
         self.laws: list[tuple[Tensor, Tensor]] = []  # lines of `Drafts.laws` and their content
         self.size = 0
+        self.ranks: list[tuple[int, ...]] = []  # paths of ranks of the last level's candidates, the same for all rows of a shape
         self.run_depths = torch.empty(0, dtype=torch.int64, device=device)
 
     def plant(self, drafting: tuple[int, ...], logits: Tensor) -> _Grown:
@@ -108,6 +109,7 @@ class _Growth:
         choice = self.rows.choose(logits, 1, paths, self.rows.width, self.ids)
         if choice.law is not None:
             self.laws.append((row_ids, choice.law))
+        self.ranks = [(rank,) for rank in range(choice.tokens.shape[1])]
         parents = torch.full_like(choice.tokens, ROOT)
         places = self._add(choice.tokens, parents, row_ids[:, None].expand_as(parents), 1, choice.chances)
         nothing = torch.zeros(count, places.shape[1], 0, dtype=torch.bool, device=self.device)
@@ -126,14 +128,23 @@ class _Growth:
                 grown.origins[at],
                 grown.seen[at],
             )
-        width = min(self.rows.beam, grown.places.shape[1])
-        best = grown.chances.topk(width, -1).indices.sort(-1).values  # [rows, width]
+        best = self._shaped(len(going)) if self.rows.parents else self._likeliest(grown)  # [rows, width], ascending
+        width = best.shape[1]
         paths = grown.paths.gather(1, best[..., None].expand(-1, -1, depth))
         seen = grown.seen.gather(1, best[..., None].expand(-1, -1, grown.seen.shape[2]))
         own = torch.eye(width, dtype=torch.bool, device=self.device).expand(len(going), -1, -1)
         self.run_depths = torch.cat([self.run_depths, torch.full((width,), depth, device=self.device)])
         level = Level(grown.rows, paths[..., -1], torch.cat([seen, own], -1), self.run_depths, grown.origins.gather(1, best))
         return _Beam(level, grown.places.gather(1, best), grown.chances.gather(1, best), paths)
+
+    def _likeliest(self, grown: _Grown) -> Tensor:
+        width = min(self.rows.beam, grown.places.shape[1])
+        return grown.chances.topk(width, -1).indices.sort(-1).values
+
+    def _shaped(self, num_rows: int) -> Tensor:
+        wanted = [place for place, path in enumerate(self.ranks) if path in self.rows.parents]
+        self.ranks = [self.ranks[place] for place in wanted]
+        return torch.tensor(wanted, dtype=torch.int64, device=self.device).expand(num_rows, -1)
 
     def expand(self, beam: _Beam, depth: int, logits: Tensor) -> _Grown:
         """The children of a beam. logits: [rows * width, vocab]."""
@@ -145,6 +156,8 @@ class _Growth:
         if choice.law is not None:
             self.laws.append((len(self.rows) + beam.places.reshape(-1), choice.law))
         children = choice.tokens.shape[1]
+        if self.rows.parents:
+            self.ranks = [(*path, rank) for path in self.ranks for rank in range(children)]
         chances = (beam.chances.reshape(-1, 1) * choice.chances).reshape(count, width * children)
         tokens = choice.tokens.reshape(count, width * children)
         parents = beam.places[..., None].expand(-1, -1, children).reshape(count, -1)
