@@ -255,7 +255,7 @@ def test_bench_replays_references_from_a_file(model_folder, tmp_path):
     result = run("bench", "--model", model_folder, "--prompts", path, "--replay", "--repeat", 1, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert found["labels"] == ["replay"]
+    assert "replay" in found["labels"]
     assert all(one["identical"] == "yes" for one in found["runs"])
 
 

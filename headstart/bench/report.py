@@ -162,7 +162,7 @@ def machine(target: Target) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "headstart": headstart.__version__,
-        "command": " ".join(["headstart", *sys.argv[1:]]),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
 
@@ -173,8 +173,13 @@ def cpu_name() -> str:
 
 
 def labels(setup: Setup) -> list[str]:
-    """What a reader must know before comparing: replayed answers, a padded target, a rule that changes the law."""
-    found = {"replay": setup.is_replay, "padded": is_padded(setup.target), "lossy": setup.accept == "typical"}
+    """What a reader must know: equality to the bit, replayed answers, a padded target, a rule that changes the law."""
+    found = {
+        "exact": setup.target.is_exact,
+        "replay": setup.is_replay,
+        "padded": is_padded(setup.target),
+        "lossy": setup.accept == "typical",
+    }
     return [label for label, applies in found.items() if applies]
 
 
@@ -193,9 +198,14 @@ def clean_share(samples: Sequence[Sample]) -> float | None:
 def as_json(setup: Setup, samples: Sequence[Sample], found: Sequence[Row], settings: dict[str, Any]) -> dict[str, Any]:
     """Everything, for one line."""
     target = setup.target
-    model = {"name": target.name, "dtype": str(target.dtype).removeprefix("torch."), "context": target.context}
     return {
-        "model": model,
+        "model": {
+            "name": target.name,
+            "dtype": str(target.dtype).removeprefix("torch."),
+            "context": target.context,
+            "exact": target.is_exact,
+            "exact_cost": target.equipment.cost if target.equipment else None,
+        },
         "machine": machine(target),
         "settings": settings | {"accept": setup.accept, "num_prompts": len(setup.tasks)},
         "labels": labels(setup),

@@ -118,18 +118,19 @@ def measure(setup: Setup, runs: Sequence[Run], repeat: int = 1, tell: Callable[[
     if repeat < 1:
         raise ValueError(f"repeat is {repeat}; it must be at least 1")
     for run in runs:
-        _answer(setup, run, 0)
+        answer(setup, run, 0)
         tell()
     samples: list[Sample] = []
     for _ in range(repeat):
         for task in range(len(setup.tasks)):
             for run in runs:
-                samples.append(_answer(setup, run, task))
+                samples.append(answer(setup, run, task))
                 tell()
     return samples
 
 
-def _answer(setup: Setup, run: Run, place: int) -> Sample:
+def answer(setup: Setup, run: Run, place: int) -> Sample:
+    """One task through one run, timed."""
     task, params, engine = setup.tasks[place], setup.params_of(place), run.engine
     if run.replay:
         run.replay.follow(task.prompt, task.reference or ())
