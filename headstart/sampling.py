@@ -286,7 +286,7 @@ class Rows:
     noise_rule: str = "shared"
     history: History | None = None
     parents: frozenset[tuple[int, ...]] = frozenset()  # paths of ranks to expand, where the plan is a fixed shape
-    warmth: float = 1.0  # tau_d of the chances, until it is fitted per depth
+    warmth: float = 0.6  # tau_d of the chances, until it is fitted per depth (docs/log.md)
     _noise: dict[int, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
