@@ -97,7 +97,7 @@ def verify(forest: Forest, logits: Tensor, rows: Rows, rule: Rule) -> Verdict:
     logits = logits[: asked.rows.shape[0]]
     ruling = rule.judge(forest, asked, logits, rows, False)
     answer = _walk(forest, asked, ruling)
-    if not answer[2].all():  # rare: a rule's shortcut did not reach
+    if not (answer[2] >= answer[1]).all():  # rare: on the kept path a rule's shortcut did not reach
         answer = _walk(forest, asked, rule.judge(forest, asked, logits, rows, True))
     return _read(forest, answer)
 
@@ -145,28 +145,40 @@ def coupled(forest: Forest, asked: Asked, logits: Tensor, rows: Rows, in_full: b
     """A draft is accepted if it is the token that the target itself decides there: the same text, whatever was drafted.
 
     On a GPU all asked nodes are decided at once, for asking it anything costs more. On a CPU only those that the walk reaches
-    are, level by level: what is decided is what is emitted, and no vocabulary is touched in vain.
+    are: what is decided is what is emitted, and no vocabulary is touched in vain.
     """
-    at_once = logits.device.type != "cpu"
+    way = coupled_as_reached if logits.device.type == "cpu" else coupled_at_once
+    return way(forest, asked, logits, rows, in_full)
+
+
+def coupled_at_once(forest: Forest, asked: Asked, logits: Tensor, rows: Rows, in_full: bool) -> Ruling:
+    """`coupled`, every asked node in one step."""
+    span = range(asked.max_level + 1)
+    tokens, is_sure = _decide(rows, logits, asked.levels, span, asked_paths(forest, asked, rows), in_full)
+    return Ruling(tokens, tokens[asked.parents] == forest.drafts.tokens, is_sure)
+
+
+def coupled_as_reached(forest: Forest, asked: Asked, logits: Tensor, rows: Rows, in_full: bool) -> Ruling:
+    """`coupled`, level by level, only where the walk arrives."""
     everywhere = asked_paths(forest, asked, rows)
     tokens = torch.full_like(asked.levels, -1)
     is_sure = torch.ones_like(tokens, dtype=torch.bool)
-    frontier, span = asked.roots, range(1)
-    if at_once:
-        frontier, span = everywhere.places, range(asked.max_level + 1)
+    frontier, level = asked.roots, 0
     while True:
         paths = Paths(everywhere.rows[frontier], everywhere.tokens[frontier], frontier)
-        here = logits[frontier], asked.levels[frontier], span, paths
-        found, sure = (rows.decide_fully(*here), is_sure[frontier]) if in_full else rows.decide(*here)
-        tokens[frontier], is_sure[frontier] = found, sure
+        found = _decide(rows, logits[frontier], asked.levels[frontier], range(level, level + 1), paths, in_full)
+        tokens[frontier], is_sure[frontier] = found
         ok = tokens[asked.parents] == forest.drafts.tokens  # an undecided parent wants no token at all
-        if at_once or not len(ok):
-            break
-        frontier = asked.drafts[ok & (tokens[asked.drafts] < 0)]
-        span = range(span[0] + 1, span[0] + 2)
+        frontier, level = asked.drafts[ok & (tokens[asked.drafts] < 0)], level + 1
         if not len(frontier):
-            break
-    return Ruling(tokens, ok, is_sure)
+            return Ruling(tokens, ok, is_sure)
+
+
+def _decide(rows: Rows, logits: Tensor, levels: Tensor, span: range, paths: Paths, in_full: bool) -> tuple[Tensor, Tensor]:
+    """The decided tokens, and whether they are certain, both [n]."""
+    if in_full:
+        return rows.decide_fully(logits, levels, span, paths), torch.ones_like(levels, dtype=torch.bool)
+    return rows.decide(logits, levels, span, paths)
 
 
 def rejection(forest: Forest, asked: Asked, logits: Tensor, rows: Rows, in_full: bool) -> Ruling:

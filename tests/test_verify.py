@@ -11,7 +11,7 @@ from tables import asked_logits, drafting, forest_of, joint_law, make_rows, p_va
 from headstart.planner import Best, Chain, Shape
 from headstart.sampling import Rows, SamplingParams
 from headstart.tree import ROOT, Drafts, merge
-from headstart.verify import RULES, Rule, Ruling, asked_nodes, verify
+from headstart.verify import RULES, Rule, Ruling, asked_nodes, coupled_as_reached, coupled_at_once, verify
 
 VOCAB = 4
 NODES = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3), st.integers(0, VOCAB - 1)), max_size=24)
@@ -98,6 +98,40 @@ def test_the_coupled_rule_keeps_what_the_target_decides_alone(nodes, seed):
     for row in range(4):
         assert (list(verdict.emitted[row]), list(verdict.kept[row])) == descend(wanted[first:], drafts, row)
         first += forest.counts[row] + 1
+
+
+@pytest.mark.parametrize("tries", [1, 2])
+@given(NODES, st.lists(st.booleans(), min_size=4, max_size=4), st.integers(0, 999))
+def test_deciding_at_once_keeps_what_deciding_as_reached_keeps(tries, nodes, whole, seed):
+    """What a GPU does and what a CPU does, with a shortcut that often does not reach: after one try at a truncated law."""
+    drafts = drafts_of(nodes, tuple(whole))
+    forest = merge([[0]] * 4, [3, 0, 8, 5], whole, drafts, num_nodes=30)
+    logits = torch.randn(len(forest.asked), VOCAB, generator=torch.Generator().manual_seed(seed))
+    rows = make_rows(PARAMS, range(seed, seed + 4), VOCAB, places=[3, 0, 8, 5])
+    decide = Rows.decide
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rows, "decide", lambda *args: decide(*args, tries=tries))
+        verdicts = [vars(verify(forest, logits, rows, Rule(way, "shared"))) for way in (coupled_at_once, coupled_as_reached)]
+    assert verdicts[0] == verdicts[1] == vars(verify(forest, logits, rows, Rule(in_full, "shared")))
+
+
+def in_full(forest, asked, logits, rows, _):
+    """The coupled rule without any shortcut."""
+    return coupled_at_once(forest, asked, logits, rows, True)
+
+
+def test_a_node_off_the_kept_path_may_be_unsure():
+    """The law is laid out in full, with a sort, only where the answer depends on it."""
+    asked_in_full = []
+
+    def judge(forest, asked, logits, rows, in_full):
+        asked_in_full.append(in_full)
+        return Ruling(torch.tensor([1, 2, 3]), torch.tensor([True, False]), torch.tensor([True, True, False]))
+
+    drafts = Drafts.of([1, 2], [ROOT, ROOT], [0, 0], [1, 1], [0.5, 0.5])
+    rows = make_rows(PARAMS[:1], [0], VOCAB)
+    assert verify(forest_of(drafts, [[0]]), torch.zeros(3, VOCAB), rows, Rule(judge, "shared")).emitted == ((1, 2),)
+    assert asked_in_full == [False]
 
 
 def test_nothing_is_decided_where_every_stem_is_cut():
