@@ -137,6 +137,8 @@ class Target:
         self, tokens: Tensor, positions: Tensor, seen: Sequence[Sight], cache: KVCache, asked: Tensor, taps: Sequence[int] = ()
     ) -> Scored:
         """The forward underneath `score`, for drafters that grow a tree level by level in their own cache."""
+        if self.model.config._attn_implementation != attention.NAME:
+            raise ValueError(f"{self.name} was released and no longer attends as a target; make a new Target of it")
         gaze = Gaze(seen, cache, self.kernel, self.reaches, self.together)
         states = [tap % self.num_layers + 1 for tap in taps]  # transformers counts the embedding as state 0
         extra: dict[str, Any] = {"output_hidden_states": states} if taps else {}

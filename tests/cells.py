@@ -19,6 +19,7 @@ from headstart.drafters import Drafter
 from headstart.drafters.lookup import Lookup
 from headstart.drafters.model import ModelDrafter
 from headstart.planner import Best, Chain, Planner, Shape
+from headstart.pretrained import load_model
 from headstart.sampling import SamplingParams
 from headstart.target import Target
 from headstart.text import encode_prompt, load_tokenizer
@@ -88,14 +89,17 @@ def tiny_voice() -> Voice:
     target = tiny("llama")
     rng = random.Random(1)
     prompts = [tuple(rng.randrange(target.vocab) for _ in range(size)) for size in (5, 1, 12, 30, 2, 8, 17, 3)]
-    return Voice("tiny", target, prompts, cut(target, 2))
+    return Voice("tiny", target, prompts, cut(target.model, 2))
 
 
 def folder_voice(name: str, folder: Path) -> Voice:
-    target = Target.load(folder, dtype=torch.float32)
+    target = Target.load(folder, dtype=torch.float32, device="cpu")
     tokenizer = load_tokenizer(folder)
     sibling = folder.with_name(folder.name + "-draft") if name != "embedded" else folder.with_name("draft")
-    draft = Target.load(sibling, dtype=torch.float32) if (sibling / "config.json").is_file() else cut(target, 2)
+    has_sibling = (sibling / "config.json").is_file()
+    draft = (
+        Target.load(sibling, dtype=torch.float32, device="cpu") if has_sibling else cut(load_model(folder, torch.float32, "cpu"), 2)
+    )
     return Voice(name, target, [tuple(encode_prompt(tokenizer, prompt)) for prompt in STORIES], draft)
 
 

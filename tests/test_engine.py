@@ -114,7 +114,7 @@ def test_the_draft_models_cache_equals_a_fresh_prefill_too(joins, aborts, chain)
 
 @cache
 def draft():
-    return cut(tiny(), 2)
+    return cut(tiny().model, 2)
 
 
 def test_kept_branches_move_and_the_cache_still_equals_a_fresh_prefill():

@@ -39,7 +39,7 @@ def voice(request):
 def test_a_trained_model_says_the_same_in_fp32_but_for_near_ties(voice, law):
     splits = report(list(cells(voice, law, TOKENS[voice.name])))
     assert all(split.is_near_tie for split in splits)
-    assert len(splits) <= 2
+    assert len(splits) <= (0 if voice.target.is_exact else 2)
 
 
 # -- the number of rounds ---------------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def test_a_target_that_drafts_for_itself_is_always_right_even_at_temperature_one
     """Shared noise: the same logits and the same noise give the same token."""
     target, requests = tiny(), asks(VOCAB, [6], [21], SamplingParams(temperature=1))
     plain, _ = decode(target, requests)
-    drafted, engine = decode(target, requests, ModelDrafter(cut(target, 3)), Chain(4))
+    drafted, engine = decode(target, requests, ModelDrafter(cut(target.model, 3)), Chain(4))
     assert drafted == plain
     assert engine.stats.rounds == 1 + 20 // 5
 

@@ -101,17 +101,21 @@ def random_model(config: Any, dtype: torch.dtype = torch.float64, seed: int = 0)
     return model.eval()
 
 
-@cache
 def tiny(name: str = "llama", dtype: torch.dtype = torch.float64) -> Target:
     """A target of that architecture; every test may use it, none may change it."""
+    return _tiny(name, dtype)
+
+
+@cache
+def _tiny(name: str, dtype: torch.dtype) -> Target:
     return Target(random_model(ARCHITECTURES[name](), dtype))
 
 
-def cut(target: Target, layers: int) -> Target:
+def cut(model: Any, layers: int) -> Target:
     """The same Llama with its first layers only: a drafter that is often right."""
-    config = copy.deepcopy(target.model.config)
+    config = copy.deepcopy(model.config)
     config.num_hidden_layers = layers
-    model = hf.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=target.dtype)
-    found = model.load_state_dict(target.model.state_dict(), strict=False)
+    shorter = hf.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=model.dtype)
+    found = shorter.load_state_dict(model.state_dict(), strict=False)
     assert not found.missing_keys
-    return Target(model)
+    return Target(shorter)
