@@ -107,7 +107,7 @@ class Engine:
             )
         if params.stop and stream is None:
             raise ValueError("stop strings need a tokenizer; use headstart.load, or hand the engine a TextStream")
-        strange = [token for token in (*prompt, *params.logit_bias) if not 0 <= token < self.target.vocab]
+        strange = [token for token in (*prompt, *params.logit_bias, *params.stop_token_ids) if not 0 <= token < self.target.vocab]
         if strange:
             raise ValueError(f"token {strange[0]} is not in the vocabulary of {self.target.vocab} of {self.target.name}")
         if (params.logprobs or 0) > self.target.vocab:

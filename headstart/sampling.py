@@ -86,7 +86,8 @@ def _require(is_met: bool, name: str, value: object, limit: str) -> None:
 class Laws:
     """The sampling settings of several rows as tensors, made once when the set of rows changes.
 
-    temperature, top_p, min_p, repetition, presence, frequency: [rows] float32; top_k: [rows] int64, 0 for off; seeds: [rows]
+    temperature, min_p, repetition, presence, frequency: [rows] float32; top_p: [rows] float64, for 0.3 must mean 0.3 where
+    masses tie with it; top_k: [rows] int64, 0 for off; seeds: [rows]
     int64, and secrets the same on the host. biases: (row, token, value) triples as three tensors, or None. The flags say on the
     host what is used at all.
     """
@@ -116,7 +117,7 @@ class Laws:
         return cls(
             temperature=column([p.temperature for p in params]),
             top_k=torch.tensor([min(p.top_k or 0, 2**31) for p in params]).to(device),
-            top_p=column([1.0 if p.top_p is None else p.top_p for p in params]),
+            top_p=torch.tensor([1.0 if p.top_p is None else p.top_p for p in params], dtype=torch.float64).to(device),
             min_p=column([p.min_p or 0.0 for p in params]),
             repetition=column([p.repetition_penalty for p in params]),
             presence=column([p.presence_penalty for p in params]),
@@ -324,14 +325,15 @@ class Rows:
                 seen, written = seen[:, ids], written[:, ids]
             logits = penalise(logits, self.laws.rows(paths.rows), seen, written)
         if self.laws.biases is not None:
-            logits = logits + self._bias(logits.dtype)[paths.rows][:, slice(None) if ids is None else ids]
+            logits = logits + self._bias.to(logits.dtype)[paths.rows][:, slice(None) if ids is None else ids]
         return logits
 
-    def _bias(self, dtype: torch.dtype) -> Tensor:
+    @cached_property
+    def _bias(self) -> Tensor:
+        """[rows, vocab] what each row adds to its logits."""
         assert self.laws.biases is not None
         rows, tokens, values = self.laws.biases
-        bias = torch.zeros(len(self), self.vocab, dtype=dtype, device=values.device)
-        return bias.index_put_((rows, tokens), values.to(dtype))
+        return torch.zeros(len(self), self.vocab, device=values.device).index_put_((rows, tokens), values)
 
     def choose(self, logits: Tensor, level: int, paths: Paths, k: int, ids: Tensor | None = None) -> Choice:
         """A drafter's logits turned into children, under each row's own law and the noise that the rule prescribes.
