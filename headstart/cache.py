@@ -121,9 +121,13 @@ class KVCache:
                 heights[dim] = first + shape.kv_heads
                 place.append((dim, first, heights[dim]))
             places.append(place)
-        self._stores = {
-            dim: torch.zeros(height, seating.num_slots, dim, dtype=dtype, device=device) for dim, height in heights.items()
-        }
+        try:
+            self._stores = {
+                dim: torch.zeros(height, seating.num_slots, dim, dtype=dtype, device=device) for dim, height in heights.items()
+            }
+        except RuntimeError as error:  # torch's out-of-memory errors on every device
+            what = f"a cache of {seating.num_slots} slots takes {self.bytes / 2**30:.2f} GiB, which {device} does not have"
+            raise ValueError(f"{what}; give less memory, or fewer rows") from error
         self._layers = [tuple(self._stores[dim][first:last] for dim, first, last in place) for place in places]
 
     def layer(self, index: int) -> tuple[Tensor, ...]:

@@ -279,6 +279,7 @@ def test_inspect_refuses_what_is_no_model(broken, folder):
         (("--memory", "20K"), "exceeds the cache"),
         (("--memory", "10"), "holds no token"),
         (("--memory", "lots"), "such as 512M or 2G"),
+        (("--memory", "900000G"), "does not have; give less memory"),
         (("--drafter", "crystal-ball"), "drafter 'crystal-ball' is unknown; there are lookup, model"),
         (("--drafter", "model"), "model:PATH"),
         (("--drafter", "lookup:3"), "takes no argument"),

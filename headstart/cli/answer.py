@@ -3,12 +3,13 @@
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from headstart.cli.settings import Drafting, Json, Model, Sampling, decoded, read_prompt
+from headstart.cli.settings import Drafting, Json, Model, Sampling, decoded, read_prompt, waiting
 
 if TYPE_CHECKING:
     from headstart.llm import LLM, Answering, Fragment
@@ -137,11 +138,13 @@ def _print(llm: "LLM", answering: "Answering", show_drafts: bool, as_json: bool)
     is_whole = True
     several = len(answering.answers) > 1
     marks = Marks(llm)
+    is_streamed = not as_json and not several
     try:
-        for fragment in answering:
-            if not as_json and not several:
-                sys.stdout.write(marks.underlined(fragment) if show_drafts else fragment.text)
-                sys.stdout.flush()
+        with nullcontext() if is_streamed else waiting("answering"):
+            for fragment in answering:
+                if is_streamed:
+                    sys.stdout.write(marks.underlined(fragment) if show_drafts else fragment.text)
+                    sys.stdout.flush()
     except KeyboardInterrupt:
         answering.abort()
         is_whole = False

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headstart.cli.settings import Json, loading, quieten
+from headstart.cli.settings import Json, quieten, waiting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,7 +30,7 @@ def inspect(
     from headstart.llm import embedded
 
     place = path or str(embedded("target"))
-    with loading(place):
+    with waiting(f"loading {place}"):
         found = facts(place, device)
     if json:
         print(json_format.dumps(found))

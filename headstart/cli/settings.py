@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
@@ -57,7 +56,7 @@ class Model:
 
     def load(self, **settings: Any) -> "LLM":
         """The model, with a spinner while it loads. settings: of `headstart.load`."""
-        with loading(self.model or "the embedded model"):
+        with waiting(f"loading {self.model or 'the embedded model'}"):
             import headstart
 
             quieten()
@@ -205,17 +204,19 @@ def decoded(line: bytes) -> str:
 
 
 @contextmanager
-def loading(what: str | Path) -> Iterator[None]:
+def waiting(what: str) -> Iterator[None]:
     """A spinner on standard error, if that is a terminal."""
     from rich.console import Console
 
-    with Console(stderr=True).status(f"loading {what}"):
+    with Console(stderr=True).status(what):
         yield
 
 
 def quieten() -> None:
-    """Keep transformers' own progress bars and advice out of the output."""
+    """Keep other packages' progress bars, retries and advice out of the output."""
+    from huggingface_hub.utils import logging as hub
     from transformers.utils import logging
 
+    hub.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.set_verbosity_error()
     logging.disable_progress_bar()
