@@ -22,7 +22,8 @@ def smallest_invariant_size(linears: Iterable[nn.Module], sizes: Sequence[int] =
     One linear of each distinct shape and kind is tested, with weights of its own making; other modules are ignored.
     """
     failing = {size for linear in distinct(linears) for size in varying_sizes(linear, sizes)}
-    return next((size for size in sizes if all(size > other for other in failing)), None)
+    confirmed = sorted(sizes)[:-1]  # the largest is what the others are compared with
+    return next((size for size in confirmed if all(size > other for other in failing)), None)
 
 
 def distinct(linears: Iterable[nn.Module]) -> list[tuple[int, int, torch.dtype, bool]]:
