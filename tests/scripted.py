@@ -66,6 +66,23 @@ def random_trees(vocab: int, size: int, seed: int = 0, skill: float = 0.6) -> Sc
     return script
 
 
+@dataclass(frozen=True)
+class AsDrafted:
+    """Verifies whatever was drafted: at most `nodes` per row, at most `depth` deep."""
+
+    nodes: int = 24
+    depth: int = 8
+
+    def headroom(self, max_rows: int) -> int:
+        return self.nodes + 1
+
+    def plan(self, depths: Sequence[int], is_fixed: bool) -> Plan:
+        return Plan(self.depth, self.nodes, self.nodes, self.nodes * len(depths))
+
+    def prune(self, drafts: Drafts, plan: Plan, num_rows: int, is_fixed: bool) -> Drafts:
+        return drafts.by_row(num_rows)
+
+
 @dataclass
 class Scripted:
     """Drafts what a script makes of the answer. answers: whole texts, prompts included; the one that begins like a row's is its."""
@@ -75,6 +92,7 @@ class Scripted:
     name: str = "scripted"
     taps: tuple[int, ...] = ()
     slot_bytes: int = 0
+    planner: Planner = AsDrafted()
     texts: dict[int, list[int]] = field(default_factory=dict)
 
     def attach(self, target: Target, seating: Seating) -> None:
@@ -116,23 +134,6 @@ class Scripted:
 
 
 @dataclass(frozen=True)
-class AsDrafted:
-    """Verifies whatever was drafted: at most `nodes` per row, at most `depth` deep."""
-
-    nodes: int = 24
-    depth: int = 8
-
-    def headroom(self, max_rows: int) -> int:
-        return self.nodes + 1
-
-    def plan(self, depths: Sequence[int], is_fixed: bool) -> Plan:
-        return Plan(self.depth, self.nodes, self.nodes, self.nodes * len(depths))
-
-    def prune(self, drafts: Drafts, plan: Plan, num_rows: int, is_fixed: bool) -> Drafts:
-        return drafts.by_row(num_rows)
-
-
-@dataclass(frozen=True)
 class Ask:
     """A prompt and how it is to be continued; `params.seed` is set."""
 
@@ -159,7 +160,7 @@ def decode(
     chunk: int = 256,
 ) -> tuple[list[list[int]], Engine]:
     """The answers, and the engine as it stands afterwards: idle, with every slot free."""
-    engine = Engine(target, drafter, planner or (AsDrafted() if drafter else None), max_rows=max_rows, chunk=chunk)
+    engine = Engine(target, drafter, planner, max_rows=max_rows, chunk=chunk)
     running: list[Request] = [engine.add(ask.prompt, ask.params) for ask in requests]
     for _ in engine.run():
         engine.seating.check()

@@ -20,7 +20,7 @@ from headstart.drafters.model import ModelDrafter
 from headstart.engine import Engine
 from headstart.llm import LLM
 from headstart.noise import mix
-from headstart.planner import Best, Chain
+from headstart.planner import Best, Chain, Shape
 from headstart.sampling import SamplingParams
 from headstart.target import Target
 from headstart.text import TextStream, load_tokenizer
@@ -131,6 +131,21 @@ def test_kept_branches_move_and_the_cache_still_equals_a_fresh_prefill():
     assert engine.stats.tau > 1.5
 
 
+def test_rejection_keeps_the_cache_sound_and_a_seed_repeats_its_answer():
+    target, requests = tiny(), asks(VOCAB, [5, 11, 2], [25, 14, 20], SAMPLED)
+    answers = []
+    for _ in range(2):
+        engine = Engine(target, ModelDrafter(draft()), Shape.full(3, 2), max_rows=2, accept="rejection")
+        running = [engine.add(ask.prompt, ask.params) for ask in requests]
+        while not engine.scheduler.is_idle:
+            engine.step()
+            check_caches(engine, 1e-5)
+        check_empty(engine)
+        answers.append([request.output for request in running])
+    assert answers[0] == answers[1]
+    assert engine.stats.tau > 1.3
+
+
 # -- where an answer ends ---------------------------------------------------------------------------------------------------
 
 
@@ -209,6 +224,13 @@ def test_logprobs_are_the_models_own_whatever_the_law_and_the_drafts(law):
         best = line.topk(3)
         assert list(table) == best.indices.tolist()
         assert list(table.values()) == pytest.approx(best.values.tolist(), abs=1e-5)
+
+
+def test_a_drafter_brings_its_planner_unless_another_is_given():
+    drafter = Lookup()
+    assert Engine(tiny(), drafter).planner is drafter.planner
+    assert Engine(tiny(), drafter, Chain(2)).planner == Chain(2)
+    assert Engine(tiny()).planner is None
 
 
 # -- who sits and who waits -------------------------------------------------------------------------------------------------
