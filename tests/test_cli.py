@@ -28,7 +28,7 @@ ANSWER = {"--system", "--show-drafts", "--json"}
 
 # A new command or option edits this list on purpose.
 FROZEN = {
-    "demo": MODEL | {"--max-tokens", "--drafter", "--json"},
+    "demo": MODEL | {"--max-tokens", "--temperature", "--seed", "--drafter", "--json"},
     "generate": MODEL | DRAFTING | SAMPLING | ANSWER | {"--n", "--logprobs", "--raw"},
     "chat": MODEL | DRAFTING | SAMPLING | ANSWER,
     "inspect": {"--device", "--json"},

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from headstart.bench.runner import Sample, Setup, Task
     from headstart.bench.suites import Case
     from headstart.llm import LLM
+    from headstart.target import Target
 
 _BENCH = "Measuring"
 Raw = Annotated[
@@ -33,6 +34,8 @@ Raw = Annotated[
 def demo(
     model: Model,
     max_tokens: Annotated[int, typer.Option(help="Tokens of each answer at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; small greedy models loop, which flatters drafters.")] = 0.7,
+    seed: Annotated[int, typer.Option(help="Repeats the answers.")] = 0,
     drafter: Annotated[
         list[str] | None, typer.Option(help="Guess with this one; may be given again.", show_default="all there are")
     ] = None,
@@ -45,9 +48,10 @@ def demo(
     from headstart.bench import report, runner, suites
     from headstart.sampling import SamplingParams
 
-    cases = [*suites.SUITES["stories"][:2], *suites.SUITES["questions"][:2]]
-    params = SamplingParams(max_tokens=max_tokens, seed=0)
+    cases = [*suites.SUITES["stories"][:3], suites.SUITES["questions"][0]]
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     llm = model.load(drafter=None, max_rows=1)
+    _make_exact(llm.engine.target, model)
     tasks, num_skipped = _tasks(llm, cases, max_tokens, None, False)
     if num_skipped:
         raise ValueError(f"max_tokens is {max_tokens}; with the demo's prompts that exceeds the context, so lower it")
@@ -56,11 +60,19 @@ def demo(
     samples = _measure(setup, runs, repeat=3)
     found = report.rows(setup, samples)
     if json:
-        print(json_format.dumps(report.as_json(setup, samples, found, {"seed": 0, "max_tokens": max_tokens})))
+        settings = {"seed": seed, "max_tokens": max_tokens, "temperature": temperature}
+        print(json_format.dumps(report.as_json(setup, samples, found, settings)))
         return
     for case, sample in zip(cases, samples[:: len(runs) + 1], strict=False):
-        _print_text(case.prompt, llm, sample)
-    _console().print(report.table(found, f"{_title(setup)}: the same text, sooner", is_short=True))
+        _print_text(case, llm, sample)
+    _console().print(report.table(found, f"The same text, sooner: {_title(setup, model)}", is_short=True))
+
+
+def _make_exact(target: "Target", model: Model) -> None:
+    """A demonstration shows equality to the bit wherever that can be had, unless it was refused."""
+    equipment = target.equipment
+    if model.exact is None and equipment is not None and not equipment.is_exact and equipment.why_not is None:
+        target.equip(True)
 
 
 def bench(
@@ -119,7 +131,7 @@ def bench(
     } | {name: value for name, value in vars(params).items() if name not in ("n", "logprobs")}
     result = report.as_json(setup, samples, found, settings)
     if not json:
-        _console().print(report.table(found, _title(setup)))
+        _console().print(report.table(found, _title(setup, model)))
         _print_caution(result)
     print(json_format.dumps(result))
 
@@ -190,11 +202,12 @@ def _progress(total: int) -> "Iterator[Callable[[], None]]":
         yield lambda: progress.advance(bar)
 
 
-def _title(setup: "Setup") -> str:
+def _title(setup: "Setup", model: Model) -> str:
     from headstart.bench.report import cpu_name, labels
 
     target, params = setup.target, setup.params
-    words = [target.name, str(target.dtype).removeprefix("torch."), cpu_name(), f"temperature {params.temperature:g}"]
+    name = model.model or "embedded model"
+    words = [name, str(target.dtype).removeprefix("torch."), cpu_name(), f"temperature {params.temperature:g}"]
     return ", ".join([*words, f"{len(setup.tasks)} prompts", *labels(setup)])
 
 
@@ -207,9 +220,10 @@ def _print_caution(result: dict[str, Any]) -> None:
             print(f"{row['run']} differs at {split}")
 
 
-def _print_text(prompt: str, llm: "LLM", sample: "Sample") -> None:
+def _print_text(case: "Case", llm: "LLM", sample: "Sample") -> None:
     from rich.text import Text
 
     from headstart.text import decode
 
-    _console().print(Text(prompt, style="bold"), Text(decode(llm.tokenizer, sample.tokens)), "")
+    answer = decode(llm.tokenizer, sample.tokens)
+    _console().print(Text.assemble((case.prompt, "bold"), "" if case.is_beginning else "\n", answer, "\n"))
