@@ -1,0 +1,144 @@
+"""What the CPU kernels cost and gain: one pass of a model, and one attention layer, each beside its plain reference.
+
+    python benchmarks/kernels.py path/to/model [--dtype bfloat16] [--context 256] [--repeats 40]
+
+Times are interleaved; a sample during which the scheduler kept this process waiting for more than 2 % of it is not counted.
+Printed is the median of the counted samples, in milliseconds, how many there were, and the ratio to the plain pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from headstart import attention
+from headstart.attention import Kernel, Manner, Reach, Sight
+from headstart.cache import Seating
+from headstart.kernels.attention import ordered, wide
+from headstart.kernels.fuse import fuse
+from headstart.kernels.linear import packed_bytes, prepack
+from headstart.pretrained import load_model
+from headstart.target import Target
+
+NODES = (1, 2, 8, 16)
+
+
+def waited() -> float:
+    """Seconds that this process's threads have stood ready without a core, since they started; Linux only."""
+    total = 0
+    for file in Path("/proc/self/task").glob("*/schedstat"):
+        total += int(file.read_text().split()[1])
+    return total / 1e9
+
+
+def measure(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, tuple[float, int]]:
+    """Median milliseconds of the undisturbed samples of each job, and their number; all samples where none was undisturbed."""
+    clean: dict[str, list[float]] = {name: [] for name in jobs}
+    every: dict[str, list[float]] = {name: [] for name in jobs}
+    for repeat in range(repeats + 3):
+        for name, job in jobs.items():
+            before, start = waited(), time.perf_counter()
+            job()
+            took = time.perf_counter() - start
+            if repeat < 3:
+                continue
+            every[name].append(took * 1e3)
+            if waited() - before <= 0.02 * took:
+                clean[name].append(took * 1e3)
+    return {name: (statistics.median(clean[name] or every[name]), len(clean[name])) for name in jobs}
+
+
+def sight(nodes: int, context: int) -> Sight:
+    """A row behind `context` committed slots whose nodes are a root and random drafts."""
+    generator = torch.Generator().manual_seed(nodes)
+    seen, depths = torch.eye(nodes, dtype=torch.bool), [0] * nodes
+    for node in range(1, nodes):
+        parent = int(torch.randint(0, node, (), generator=generator))
+        seen[node] |= seen[parent]
+        depths[node] = depths[parent] + 1
+    return Sight(0, nodes, 0, context, None if nodes == 1 else seen, torch.tensor(depths) + context)
+
+
+def one_pass(target: Target, kernel: Kernel, nodes: int, context: int) -> Callable[[], object]:
+    seating = Seating(1, context + nodes)
+    seating.take(context + nodes)
+    cache = target.new_cache(seating)
+    tokens, asked = torch.arange(nodes) % target.vocab, torch.arange(nodes)
+
+    def run() -> Tensor:
+        target.kernel = kernel
+        row = sight_of[nodes]
+        fresh = Sight(0, nodes, 0, context, row.seen, row.positions)  # masks are made anew in every pass
+        return target.forward(tokens, row.positions, [fresh], cache, asked).logits
+
+    sight_of = {nodes: sight(nodes, context)}
+    return run
+
+
+def one_layer(
+    kernel: Kernel, dtype: torch.dtype, nodes: int, context: int, heads: int = 16, width: int = 64
+) -> Callable[[], object]:
+    query, row = torch.randn(heads, nodes, width).to(dtype), sight(nodes, context)
+    stores = [torch.randn(2, heads, context + nodes, width).to(dtype) for _ in range(8)]
+    return lambda: [kernel(query, keys, values, row, Manner(width**-0.5, Reach())) for keys, values in stores]
+
+
+def show(title: str, columns: list[str], rows: list[tuple[str, dict[str, tuple[float, int]]]]) -> None:
+    print(f"\n{title}\n| | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
+    for name, cells in rows:
+        plain = rows[0][1]
+        text = [f"{cells[c][0]:.2f} ({cells[c][0] / plain[c][0]:.2f}x, {cells[c][1]} clean)" for c in columns]
+        print(f"| {name} | " + " | ".join(text) + " |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=2)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    dtype = getattr(torch, given.dtype)
+    with torch.inference_mode():
+        layers(dtype, given.repeats)
+        passes(given.model, dtype, given.context, given.repeats)
+
+
+def layers(dtype: torch.dtype, repeats: int) -> None:
+    kernels: dict[str, Kernel] = {"torch sdpa": attention.fused, "ordered": ordered, "fp64": wide}
+    for context in (64, 256, 1024):
+        jobs = {f"{name} {nodes}": one_layer(kernel, dtype, nodes, context) for nodes in NODES for name, kernel in kernels.items()}
+        found = measure(jobs, repeats)
+        table = [(name, {str(nodes): found[f"{name} {nodes}"] for nodes in NODES}) for name in kernels]
+        show(f"attention, 8 layers of 16 heads x 64, {dtype}, {context} slots; ms by nodes", [str(n) for n in NODES], table)
+
+
+def passes(path: str, dtype: torch.dtype, context: int, repeats: int) -> None:
+    models = [load_model(path, dtype, "cpu") for _ in range(3)]
+    fused = fuse(models[2])
+    counts = [prepack(model) for model in models[1:]]
+    print(f"\nlinears packed: {counts[0]}; modules fused: {fused}; packed weights {packed_bytes(models[2]) / 1e6:.0f} MB")
+    targets = [Target(model, check=False) for model in models]
+    variants = {
+        "plain": (targets[0], attention.fused),
+        "packed": (targets[1], attention.fused),
+        "packed, fused": (targets[2], attention.fused),
+        "packed, fused, exact": (targets[2], ordered),
+        "packed, fused, exact by fp64": (targets[2], wide),
+    }
+    jobs = {f"{name} {n}": one_pass(*variant, n, context) for n in NODES for name, variant in variants.items()}
+    found = measure(jobs, repeats)
+    table = [(name, {str(n): found[f"{name} {n}"] for n in NODES}) for name in variants]
+    show(f"one pass of {path}, {dtype}, {context} slots; ms by nodes", [str(n) for n in NODES], table)
+
+
+if __name__ == "__main__":
+    main()
