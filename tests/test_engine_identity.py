@@ -4,14 +4,16 @@ import math
 
 import pytest
 import torch
-from cells import LAWS, cells, voices
-from scripted import AsDrafted, Scripted, asks, decode, right, right_then_wrong, texts, wrong
+from cells import EMBEDDED, LAWS, cells, voices
+from scripted import AsDrafted, Scripted, asks, decode, random_trees, right, right_then_wrong, texts, wrong
 from tiny import VOCAB, cut, tiny
 
 from headstart.bench.identity import Split, _borders, find_split, tie_gap
 from headstart.drafters.model import ModelDrafter
+from headstart.engine import Engine
 from headstart.planner import Chain
 from headstart.sampling import Laws, SamplingParams, warp
+from headstart.target import Target
 
 TOKENS = {"tiny": 90, "stories260K": 90, "babyllama105": 90, "talk13M": 60, "embedded": 60}  # in each of 54 cells
 
@@ -135,3 +137,36 @@ def test_a_token_at_the_border_of_top_p_is_a_near_tie_though_its_score_is_not():
     logits = torch.tensor([0.5, 0.25, 0.25 - 1e-9]).log().double()
     borders = _borders(logits, SamplingParams(temperature=1, top_p=0.75 + 1e-7))
     assert borders.tolist() == pytest.approx([0.75 + 1e-7, 0.25 + 1e-7, 1e-7], abs=1e-8)
+
+
+# -- to the bit -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_exact_target_decides_by_the_same_bits_whatever_was_drafted(dtype, exact_folder):
+    """Not the tokens alone: every log-probability, from trees in a crowd and from plain decoding of one row."""
+    try:
+        target = Target.load(exact_folder, dtype=dtype, device="cpu", exact=True)
+    except ValueError as error:
+        pytest.skip(str(error))
+    law = SamplingParams(temperature=1.0, logprobs=0)
+    requests = asks(target.vocab, [5, 1, 40, 17], [20, 12, 25, 30], law)
+    plain = logprobs(Engine(target), requests)
+    answers = texts(requests, [[token for token, _ in answer] for answer in plain])
+    drafter = Scripted(random_trees(target.vocab, 14, skill=0.8), answers)
+    assert logprobs(Engine(target, drafter, max_rows=3, chunk=32), requests) == plain
+
+
+@pytest.fixture
+def exact_folder(model_folder):
+    """The embedded model, or a random one where it is not there yet."""
+    return EMBEDDED if (EMBEDDED / "config.json").is_file() else model_folder
+
+
+def logprobs(engine, requests):
+    """Tokens with their log-probabilities, of every request."""
+    running = [engine.add(ask.prompt, ask.params) for ask in requests]
+    for _ in engine.run():
+        pass
+    return [[(token, own) for token, (own, _) in zip(r.output, r.logprobs, strict=True)] for r in running]
