@@ -9,6 +9,7 @@ from folders import write_model
 from typer.testing import CliRunner, Result
 
 from headstart.bench import report, runner, suites
+from headstart.bench.identity import find_split
 from headstart.bench.replay import Replay
 from headstart.cli import app
 from headstart.engine import Engine
@@ -172,6 +173,13 @@ def test_a_different_answer_is_counted_and_shown(setup):
     assert (row.differing, row.near_ties) == (3, 0)
     assert row.identical == "3 differ, 0 near-ties"
     assert row.splits[0].startswith("token 5: ")
+
+
+def test_what_counts_as_a_near_tie_follows_the_precision(target, model_folder):
+    coarse = Target.load(model_folder, dtype="bfloat16")
+    params = SamplingParams(max_tokens=1, seed=0)
+    splits = [find_split(one, [5, 6], params, [7], [8]) for one in (target, coarse)]
+    assert [split.tolerance for split in splits] == [1e-4, 0.125]
 
 
 def test_a_rule_that_keeps_the_law_does_not_promise_the_text(setup, draft_folder):

@@ -19,20 +19,24 @@ from headstart.target import Target
 from headstart.tree import Drafts, merge
 
 NEAR_TIE = 1e-4  # in fp32
+# Coarser types: logits of 8 to 16 lie 1/16 (bf16) or 1/128 (fp16) apart, and either of two may move by that much.
+_COARSE_TIES = {torch.bfloat16: 0.125, torch.float16: 0.016}
 
 
 @dataclass(frozen=True)
 class Split:
     """Where two answers part. place: index of the first different token; tokens: what either says there, None past its end;
-    gap: the smallest change of scores or chances that makes both tokens possible, infinite where one answer just ends."""
+    gap: the smallest change of scores or chances that makes both tokens possible, infinite where one answer just ends.
+    tolerance: the gap that a rounding of the target's precision explains."""
 
     place: int
     tokens: tuple[int | None, int | None]
     gap: float
+    tolerance: float = NEAR_TIE
 
     @property
     def is_near_tie(self) -> bool:
-        return self.gap < NEAR_TIE
+        return self.gap < self.tolerance
 
     def __str__(self) -> str:
         return f"token {self.place}: {self.tokens[0]} or {self.tokens[1]}, gap {self.gap:.2g}"
@@ -48,7 +52,8 @@ def find_split(
     mine, other = (answer[place] if place < len(answer) else None for answer in (expected, found))
     if mine is None or other is None:
         return Split(place, (mine, other), torch.inf)
-    return Split(place, (mine, other), tie_gap(target, prompt, params, expected[:place], (mine, other)))
+    gap = tie_gap(target, prompt, params, expected[:place], (mine, other))
+    return Split(place, (mine, other), gap, _COARSE_TIES.get(target.dtype, NEAR_TIE))
 
 
 def tie_gap(target: Target, prompt: Sequence[int], params: SamplingParams, common: Sequence[int], tokens: tuple[int, int]) -> float:
