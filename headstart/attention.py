@@ -246,8 +246,8 @@ class Padded:
         slots = [[sight.start + min(slot, sight.context - 1) for slot in range(context)] for sight in sights]
         nodes = [[min(node, sight.last - 1) for node in range(sight.first, sight.first + most)] for sight in sights]
         places = [(row, column) for row, sight in enumerate(sights) for column in range(sight.nodes)]
-        rows, columns = torch.tensor(places).T.to(device)
-        tables = [torch.tensor(table).to(device) for table in (own, slots, nodes)]
+        rows, columns = torch.tensor(places).T.to(device, non_blocking=True)
+        tables = [torch.tensor(table).to(device, non_blocking=True) for table in (own, slots, nodes)]
         return cls(tables[0], tables[1], tables[2], rows, columns, sights)
 
     def mask(self, reach: Reach, dtype: torch.dtype) -> Tensor:

@@ -164,5 +164,5 @@ class KVCache:
         if not sources:
             return
         for store in self._stores.values():
-            places = torch.tensor([sources, targets]).to(store.device)
+            places = torch.tensor([sources, targets]).to(store.device, non_blocking=True)
             store.index_copy_(1, places[1], store.index_select(1, places[0]))

@@ -307,7 +307,9 @@ def _follow(turns: Sequence[Turn], seats: Sequence[int], forest: Forest, scored:
         texts.append((*turn.stem, *rest))
         places += [*range(first, first + size), *(first + size + place for place in kept)]
         first += size + forest.counts[row]
-    features = None if scored.features is None else scored.features[torch.tensor(places, device=scored.features.device)]
+    features = scored.features
+    if features is not None:
+        features = features[torch.tensor(places).to(features.device, non_blocking=True)]
     return Kept(
         seats=tuple(seats),
         texts=tuple(texts),
@@ -323,8 +325,9 @@ def _logprobs(
     logits: Tensor, asked: Sequence[int], tokens: Sequence[int], alternatives: int
 ) -> list[tuple[float, dict[int, float]]]:
     """Per token its raw target log-probability (before temperature), and those of the best alternatives."""
-    lines = torch.log_softmax(logits[list(asked)].double(), -1)
-    own = lines[torch.arange(len(tokens)), torch.tensor(tokens, device=lines.device)].tolist()
+    places = torch.tensor([asked, tokens]).to(logits.device, non_blocking=True)
+    lines = torch.log_softmax(logits[places[0]].double(), -1)
+    own = lines.gather(-1, places[1][:, None]).squeeze(-1).tolist()
     best = lines.topk(alternatives, -1)
     tables = [dict(zip(ids, values, strict=True)) for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
     return list(zip(own, tables, strict=True))

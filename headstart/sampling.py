@@ -109,20 +109,20 @@ class Laws:
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device | str = "cpu") -> Laws:
-        def column(values: Sequence[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32).to(device)
+        def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
         sampled = [p for p in params if p.temperature > 0]
         biases = [(row, token, bias) for row, p in enumerate(params) for token, bias in p.logit_bias.items()]
         return cls(
             temperature=column([p.temperature for p in params]),
-            top_k=torch.tensor([min(p.top_k or 0, 2**31) for p in params]).to(device),
-            top_p=torch.tensor([1.0 if p.top_p is None else p.top_p for p in params], dtype=torch.float64).to(device),
+            top_k=column([min(p.top_k or 0, 2**31) for p in params], torch.int64),
+            top_p=column([1.0 if p.top_p is None else p.top_p for p in params], torch.float64),
             min_p=column([p.min_p or 0.0 for p in params]),
             repetition=column([p.repetition_penalty for p in params]),
             presence=column([p.presence_penalty for p in params]),
             frequency=column([p.frequency_penalty for p in params]),
-            seeds=torch.tensor([signed(seed) for seed in seeds]).to(device),
+            seeds=column([signed(seed) for seed in seeds], torch.int64),
             secrets=tuple(seeds),
             biases=_triples(biases, device) if biases else None,
             is_sampled=bool(sampled),
@@ -143,7 +143,10 @@ class Laws:
 
 def _triples(biases: Sequence[tuple[int, int, float]], device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
     rows, tokens, values = zip(*biases, strict=True)
-    return torch.tensor(rows).to(device), torch.tensor(tokens).to(device), torch.tensor(values, dtype=torch.float32).to(device)
+    dtypes = (torch.int64, torch.int64, torch.float32)
+    parts = zip((rows, tokens, values), dtypes, strict=True)
+    first, second, third = (torch.tensor(part, dtype=dtype).to(device, non_blocking=True) for part, dtype in parts)
+    return first, second, third
 
 
 class Truncation:
@@ -223,12 +226,12 @@ class History:
     def start(self, seat: int, prompt: Sequence[int], output: Sequence[int] = ()) -> None:
         self.seen[seat] = False
         self.written[seat] = 0
-        self.seen[seat, torch.tensor([*prompt], dtype=torch.int64, device=self.seen.device)] = True
+        self.seen[seat, torch.tensor([*prompt], dtype=torch.int64).to(self.seen.device, non_blocking=True)] = True
         self.write(seat, output)
 
     def write(self, seat: int, tokens: Sequence[int]) -> None:
         if tokens:
-            ids = torch.tensor([*tokens], device=self.seen.device)
+            ids = torch.tensor([*tokens]).to(self.seen.device, non_blocking=True)
             self.seen[seat, ids] = True
             self.written[seat].index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
 
@@ -300,14 +303,14 @@ class Rows:
     @cached_property
     def positions(self) -> Tensor:
         """[rows] int64: the roots' positions, on the device of the laws."""
-        return torch.tensor(self.places).to(self.laws.seeds.device)
+        return torch.tensor(self.places).to(self.laws.seeds.device, non_blocking=True)
 
     def noise(self, level: int) -> Tensor:
         """[rows, vocab] Gumbel noise of the position `level` after each root: evaluated once per round, shared by all."""
         if level not in self._noise:
             keys = [[noise_key(seed, place + level)] for seed, place in zip(self.laws.secrets, self.places, strict=True)]
             device = self.laws.seeds.device
-            self._noise[level] = gumbel(torch.tensor(keys).to(device), torch.arange(self.vocab, device=device))
+            self._noise[level] = gumbel(torch.tensor(keys).to(device, non_blocking=True), torch.arange(self.vocab, device=device))
         return self._noise[level]
 
     def adjust(self, logits: Tensor, paths: Paths, ids: Tensor | None = None) -> Tensor:
@@ -315,7 +318,7 @@ class Rows:
         logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
         if self.laws.has_penalties:
             assert self.history is not None
-            seats = torch.tensor(self.seats, device=logits.device)[paths.rows]
+            seats = torch.tensor(self.seats).to(logits.device, non_blocking=True)[paths.rows]
             seen, written = self.history.seen[seats], self.history.written[seats]
             if paths.tokens.shape[1]:
                 valid = (paths.tokens >= 0).to(torch.int32)

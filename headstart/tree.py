@@ -59,8 +59,8 @@ class Drafts:
         device: torch.device | str = "cpu",
     ) -> Drafts:
         """Drafts from plain lists, for drafters that work on the host."""
-        flat = torch.tensor([tokens, parents, rows, depths], dtype=torch.int64).reshape(4, -1).to(device)
-        weights = torch.tensor(chances, dtype=torch.float32).to(device)
+        flat = torch.tensor([tokens, parents, rows, depths], dtype=torch.int64).reshape(4, -1).to(device, non_blocking=True)
+        weights = torch.tensor(chances, dtype=torch.float32).to(device, non_blocking=True)
         sources = torch.full_like(flat[0], source)
         return cls(flat[0], flat[1], flat[2], flat[3], weights, sources, max_depth=max(depths, default=0))
 
@@ -186,9 +186,9 @@ def merge(
     if not asked:  # every stem is cut: some node must be asked all the same, for no model answers nothing
         asked.append(len(tokens) - 1)
     asked += range(len(tokens), len(tokens) + min(num_dead, max(0, min(num_nodes, 2) - len(asked))))
-    flat = torch.tensor([tokens + [0] * num_dead, positions + [0] * num_dead]).to(device)
+    flat = torch.tensor([tokens + [0] * num_dead, positions + [0] * num_dead]).to(device, non_blocking=True)
     if places:
-        at = torch.tensor([places, roots]).to(device)
+        at = torch.tensor([places, roots]).to(device, non_blocking=True)
         flat[0, at[0]] = drafts.tokens
         flat[1, at[0]] = drafts.depths + at[1]
     max_depth = int(drafts.depths.max()) if len(drafts) and device.type == "cpu" else drafts.max_depth
@@ -201,7 +201,7 @@ def merge(
         stems=tuple(map(len, stems)),
         counts=tuple(counts),
         whole=tuple(whole),
-        asked=torch.tensor(asked, dtype=torch.int64).to(device),
+        asked=torch.tensor(asked, dtype=torch.int64).to(device, non_blocking=True),
         num_dead=num_dead,
     )
 

@@ -58,9 +58,9 @@ def asked_nodes(forest: Forest) -> Asked:
     else:
         starts = [sum(sizes[:at]) for at in range(len(sizes))]
         rows = torch.tensor([whole, sizes], dtype=torch.int64)
-        roots = torch.tensor(starts, dtype=torch.int64).to(device)
-        shifts = torch.repeat_interleave(torch.arange(1, len(whole) + 1), rows[1] - 1).to(device)
-        rows = torch.repeat_interleave(rows[0], rows[1]).to(device)
+        roots = torch.tensor(starts, dtype=torch.int64).to(device, non_blocking=True)
+        shifts = torch.repeat_interleave(torch.arange(1, len(whole) + 1), rows[1] - 1).to(device, non_blocking=True)
+        rows = torch.repeat_interleave(rows[0], rows[1]).to(device, non_blocking=True)
         drafts = torch.arange(len(forest.drafts), device=device) + shifts  # behind its own and all earlier rows' roots
         parents = torch.where(hanging == ROOT, roots[shifts - 1], hanging + shifts)
     levels = torch.zeros_like(rows)

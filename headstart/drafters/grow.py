@@ -104,7 +104,7 @@ class _Growth:
     def plant(self, drafting: tuple[int, ...], logits: Tensor) -> _Grown:
         """The children of the roots."""
         count = len(drafting)
-        row_ids = torch.tensor(drafting, device=self.device)
+        row_ids = torch.tensor(drafting).to(self.device, non_blocking=True)
         paths = Paths(row_ids, row_ids.new_empty(count, 0), torch.zeros_like(row_ids))
         choice = self.rows.choose(logits, 1, paths, self.rows.width, self.ids)
         if choice.law is not None:
@@ -119,7 +119,7 @@ class _Growth:
         """The most promising nodes of each row that may still go deeper."""
         going = [place for place, row in enumerate(grown.rows) if self.rows.depths[row] > depth]
         if len(going) < len(grown.rows):
-            at = torch.tensor(going, device=self.device)
+            at = torch.tensor(going).to(self.device, non_blocking=True)
             grown = _Grown(
                 tuple(grown.rows[place] for place in going),
                 grown.places[at],
@@ -144,13 +144,13 @@ class _Growth:
     def _shaped(self, num_rows: int) -> Tensor:
         wanted = [place for place, path in enumerate(self.ranks) if path in self.rows.parents]
         self.ranks = [self.ranks[place] for place in wanted]
-        return torch.tensor(wanted, dtype=torch.int64, device=self.device).expand(num_rows, -1)
+        return torch.tensor(wanted, dtype=torch.int64).to(self.device, non_blocking=True).expand(num_rows, -1)
 
     def expand(self, beam: _Beam, depth: int, logits: Tensor) -> _Grown:
         """The children of a beam. logits: [rows * width, vocab]."""
         level = beam.level
         count, width = level.tokens.shape
-        row_ids = torch.tensor(level.rows, device=self.device)[:, None].expand(count, width).reshape(-1)
+        row_ids = torch.tensor(level.rows).to(self.device, non_blocking=True)[:, None].expand(count, width).reshape(-1)
         paths = Paths(row_ids, beam.paths.reshape(count * width, depth), beam.places.reshape(-1))
         choice = self.rows.choose(logits, depth + 1, paths, self.rows.width, self.ids)
         if choice.law is not None:

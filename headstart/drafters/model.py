@@ -6,6 +6,7 @@ the first level; deeper levels are scratch behind it, overwritten in the next ro
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -66,9 +67,12 @@ class ModelDrafter:
             self._score_stems(long, [self._pending[seat] for seat in long])
 
     def propose(self, rows: Rows) -> Drafts:
-        drafting = [row for row, depth in enumerate(rows.depths) if depth > 0]
-        if not drafting or not all(self._fits(rows.seats[row], 1 + rows.depths[row]) for row in drafting):
-            return Drafts.none(self.model.device)  # the draft model's context is shorter than the target's
+        # Where the draft model's context is shorter than the target's, a row stops drafting when it has outgrown it.
+        fitting = [depth if self._fits(seat, 1 + depth) else 0 for seat, depth in zip(rows.seats, rows.depths, strict=True)]
+        rows = replace(rows, depths=tuple(fitting))
+        drafting = [row for row, depth in enumerate(fitting) if depth > 0]
+        if not drafting:
+            return Drafts.none(self.model.device)
         seats = [rows.seats[row] for row in drafting]
         stems = [[*self._pending.get(seat, []), rows.roots[row]] for seat, row in zip(seats, drafting, strict=True)]
         logits = self._score_stems(seats, stems)
@@ -100,7 +104,8 @@ class ModelDrafter:
         """[rows * width, vocab] behind the nodes of a level, whose earlier levels lie as scratch in the cache."""
         width = level.width
         firsts = [self.cache.lengths[rows.seats[row]] - 1 for row in level.rows]  # the roots' positions
-        positions = torch.tensor(firsts, device=level.tokens.device)[:, None] + level.depths  # [rows, earlier + width]
+        roots = torch.tensor(firsts).to(level.tokens.device, non_blocking=True)
+        positions = roots[:, None] + level.depths  # [rows, earlier + width]
         seen = [
             Sight(
                 place * width,

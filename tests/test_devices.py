@@ -1,0 +1,76 @@
+"""On a machine with a GPU no tensor of the host meets one of the device, and the host hardly ever waits (see elsewhere.py)."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from elsewhere import pretending, send
+from scripted import asks
+from tiny import ARCHITECTURES, VOCAB, cut, random_model
+
+from headstart.drafters.lookup import Lookup
+from headstart.drafters.model import ModelDrafter
+from headstart.engine import Engine
+from headstart.planner import Best, Chain, Shape
+from headstart.sampling import SamplingParams
+from headstart.target import Target
+
+MODEL = random_model(ARCHITECTURES["llama"](), torch.float64)
+LAWS = {
+    "greedy": SamplingParams(),
+    "sampled": SamplingParams(temperature=0.7),
+    "all": SamplingParams(
+        temperature=1.0, top_p=0.9, repetition_penalty=1.1, presence_penalty=0.1, logit_bias={3: 1.0}, logprobs=2
+    ),
+}
+DRAFTERS = {
+    "none": lambda draft: (None, None),
+    "lookup": lambda draft: (Lookup(floor=0.01, worth=0.01), Best(nodes=8, depth=3)),
+    "chain": lambda draft: (ModelDrafter(draft), Chain(3)),
+    "best": lambda draft: (ModelDrafter(draft), Best(nodes=5, depth=3, width=2, beam=2)),
+    "shape": lambda draft: (ModelDrafter(draft), Shape.full(2, 1)),
+}
+CASES = [
+    ("all", "coupled", 3, "best"),
+    ("all", "coupled", 1, "chain"),
+    ("all", "coupled", 3, "lookup"),
+    ("greedy", "coupled", 3, "shape"),
+    ("greedy", "coupled", 1, "none"),
+    ("sampled", "coupled", 1, "chain"),
+    ("sampled", "coupled", 3, "best"),
+    ("sampled", "coupled", 3, "lookup"),
+    ("all", "rejection", 3, "best"),
+]
+
+
+def answers(target, draft, law, accept, rows, name, pretence=None):
+    """What is said, and in which rounds the host waited for what."""
+    drafter, planner = DRAFTERS[name](draft)
+    engine = Engine(target, drafter, planner, max_rows=rows, accept=accept)
+    requests = [engine.add(ask.prompt, ask.params) for ask in asks(VOCAB, [5, 1, 12], [7, 5, 6], LAWS[law])]
+    waits = []
+    while not engine.scheduler.is_idle:
+        before = len(pretence.waits) if pretence else 0
+        engine.step()
+        waits.append(Counter(pretence.waits[before:] if pretence else ()))
+    return [request.output for request in requests], waits
+
+
+@pytest.mark.parametrize(("law", "accept", "rows", "name"), CASES)
+def test_the_device_says_what_the_host_says(law, accept, rows, name):
+    here = Target(copy.deepcopy(MODEL), check=False), Target(cut(MODEL, 2).release(), check=False)
+    expected, _ = answers(*here, law, accept, rows, name)
+    there = copy.deepcopy(MODEL), cut(MODEL, 2).release()
+    with pretending() as pretence:
+        target, draft = (Target(send(model), check=False) for model in there)
+        assert target.together
+        found, waits = answers(target, draft, law, accept, rows, name, pretence)
+    assert found == expected
+    if accept == "coupled" and LAWS[law].logprobs is None:
+        allowed = Counter({"down: aten._to_copy": WAITS[name], "aten.bincount": rows > 1})
+        assert all(wait <= allowed for wait in waits[2:]), f"the host waits too often: {waits}"
+
+
+# How often a round brings something to the host: its verdict, and each row's share of what the device chose.
+WAITS = {"none": 1, "lookup": 2, "chain": 1, "best": 2, "shape": 4}
