@@ -153,6 +153,7 @@ class Engine:
                 [turn.is_whole for turn in turns],
                 drafts,
                 self.target.min_nodes,
+                self.target.device,
             )
         with self._clock("score"):
             scored = self.target.score(forest, self.cache, seats, self.drafter.taps if self.drafter else ())
@@ -188,8 +189,7 @@ class Engine:
     def _rows(self, turns: Sequence[Turn], seats: Sequence[int]) -> tuple[Rows, Plan | None]:
         requests = [turn.request for turn in turns]
         limits = [self._depth_limit(turn) for turn in turns] if self.drafter else [0] * len(turns)
-        is_fixed = self.rule.noise == "fresh"
-        plan = self.planner.plan(limits, is_fixed) if self.planner and any(limits) else None
+        plan = self.planner.plan(limits) if self.planner and any(limits) else None
         rows = Rows(
             seats=tuple(seats),
             roots=tuple(turn.stem[-1] for turn in turns),
@@ -223,7 +223,7 @@ class Engine:
         if plan is None or self.drafter is None or self.planner is None:
             return Drafts.none(self.target.device)
         drafts = self.drafter.propose(rows)
-        return self.planner.prune(drafts, plan, len(rows), self.rule.noise == "fresh")
+        return self.planner.prune(drafts, plan, len(rows))
 
     # -- what comes out --
 

@@ -36,13 +36,14 @@ class Planner(Protocol):
         """Slots that one row's drafts may take, beyond its text."""
         ...
 
-    def plan(self, depths: Sequence[int], is_fixed: bool) -> Plan:
-        """depths: per row, how deep it may draft at all (context, max_tokens and slots left; 0 for a row that does not draft).
-        is_fixed: the rule forbids looking at what was drawn (`rejection`)."""
+    def plan(self, depths: Sequence[int]) -> Plan:
+        """depths: per row, how deep it may draft at all (context, max_tokens and slots left; 0 for a row that does not draft)."""
         ...
 
-    def prune(self, drafts: Drafts, plan: Plan, num_rows: int, is_fixed: bool) -> Drafts:
-        """The drafts worth verifying, row after row (`Drafts.by_row`)."""
+    def prune(self, drafts: Drafts, plan: Plan, num_rows: int) -> Drafts:
+        """The drafts worth verifying, row after row (`Drafts.by_row`).
+
+        Under a rule that forbids looking at what was drawn, chances are those of the ranks: no planner can peek."""
         ...
 
 
@@ -58,10 +59,10 @@ class Chain:
     def headroom(self, max_rows: int) -> int:
         return self.depth + 1
 
-    def plan(self, depths: Sequence[int], is_fixed: bool) -> Plan:
+    def plan(self, depths: Sequence[int]) -> Plan:
         return Plan(self.depth, 1, 1, self.depth * len(depths))
 
-    def prune(self, drafts: Drafts, plan: Plan, num_rows: int, is_fixed: bool) -> Drafts:
+    def prune(self, drafts: Drafts, plan: Plan, num_rows: int) -> Drafts:
         return drafts.by_row(num_rows)
 
 
@@ -88,11 +89,11 @@ class Best:
         drafted = self.width * (1 + (self.depth - 1) * self.beam)
         return 1 + max(min(drafted, self.nodes * max_rows), self.beam * (self.depth - 1))  # verified, or run by the drafter
 
-    def plan(self, depths: Sequence[int], is_fixed: bool) -> Plan:
+    def plan(self, depths: Sequence[int]) -> Plan:
         drafting = sum(depth > 0 for depth in depths)
         return Plan(self.depth, self.width, self.beam, self.nodes * drafting)
 
-    def prune(self, drafts: Drafts, plan: Plan, num_rows: int, is_fixed: bool) -> Drafts:
+    def prune(self, drafts: Drafts, plan: Plan, num_rows: int) -> Drafts:
         if len(drafts) > plan.nodes:
             # A child never beats its parent, and a stable sort keeps the earlier of equals: the choice is closed under parents.
             best = torch.sort(drafts.chances, descending=True, stable=True).indices[: plan.nodes]
@@ -134,17 +135,17 @@ class Shape:
         return cls(tuple(paths))
 
     def headroom(self, max_rows: int) -> int:
-        plan = self.plan([1], True)
+        plan = self.plan([1])
         return 1 + plan.width * (1 + (plan.depth - 1) * plan.beam)
 
-    def plan(self, depths: Sequence[int], is_fixed: bool) -> Plan:
+    def plan(self, depths: Sequence[int]) -> Plan:
         depth = max(map(len, self.paths))
         parents = frozenset(path[:-1] for path in self.paths if len(path) > 1)
         beam = max(sum(len(path) == level for path in parents) for level in range(1, depth + 1))
         width = 1 + max(path[-1] for path in self.paths)
         return Plan(depth, width, max(1, beam), len(self.paths) * sum(d > 0 for d in depths), parents)
 
-    def prune(self, drafts: Drafts, plan: Plan, num_rows: int, is_fixed: bool) -> Drafts:
+    def prune(self, drafts: Drafts, plan: Plan, num_rows: int) -> Drafts:
         wanted = set(self.paths)
         ranks = rank_paths(drafts)
         chosen = [index for index, path in enumerate(ranks) if path in wanted]

@@ -76,10 +76,10 @@ class AsDrafted:
     def headroom(self, max_rows: int) -> int:
         return self.nodes + 1
 
-    def plan(self, depths: Sequence[int], is_fixed: bool) -> Plan:
+    def plan(self, depths: Sequence[int]) -> Plan:
         return Plan(self.depth, self.nodes, self.nodes, self.nodes * len(depths))
 
-    def prune(self, drafts: Drafts, plan: Plan, num_rows: int, is_fixed: bool) -> Drafts:
+    def prune(self, drafts: Drafts, plan: Plan, num_rows: int) -> Drafts:
         return drafts.by_row(num_rows)
 
 

@@ -103,9 +103,8 @@ def rounds(
 ) -> list[list[int]]:
     """Decode every row, from the text (0, 0), until all have `length` tokens; one row per seed."""
     texts = [[0, 0] for _ in seeds]
-    is_fixed = rule.noise == "fresh"
     while min(map(len, texts)) < 2 + length:
-        plan = planner.plan([depth] * len(texts), is_fixed)
+        plan = planner.plan([depth] * len(texts))
         rows = make_rows(
             params,
             seeds,
@@ -118,7 +117,7 @@ def rounds(
             parents=plan.parents,
             noise_rule=rule.noise,
         )
-        drafts = planner.prune(draft(rows, texts), plan, len(rows), is_fixed)
+        drafts = planner.prune(draft(rows, texts), plan, len(rows))
         forest = forest_of(drafts, texts)
         verdict = verify(forest, asked_logits(target, forest, texts), rows, rule)
         for text, tokens in zip(texts, verdict.emitted, strict=True):

@@ -35,9 +35,9 @@ def drafts_of(nodes: list[tuple[int, int, float]]) -> Drafts:
 def test_best_is_the_subset_of_highest_chance_that_has_all_its_parents(nodes, budget):
     drafts = drafts_of(nodes)
     planner = Best(nodes=budget)
-    plan = planner.plan([1, 0, 0], False)
+    plan = planner.plan([1, 0, 0])
     assert plan.nodes == budget
-    kept = planner.prune(drafts, plan, 3, False)
+    kept = planner.prune(drafts, plan, 3)
     kept.check()
     size = min(budget, len(drafts))
     chances, parents = drafts.chances.tolist(), drafts.parents.tolist()
@@ -52,25 +52,24 @@ def test_best_is_the_subset_of_highest_chance_that_has_all_its_parents(nodes, bu
 
 
 @given(NODES, st.sampled_from([0.1, 0.3, 0.6]))
-def test_a_floor_drops_what_is_less_likely_but_not_under_a_rule_that_may_not_look(nodes, floor):
+def test_a_floor_drops_what_is_less_likely(nodes, floor):
     drafts = drafts_of(nodes)
     planner = Best(nodes=99, floor=floor)
-    plan = planner.plan([1] * 3, False)
-    kept = planner.prune(drafts, plan, 3, False)
+    plan = planner.plan([1] * 3)
+    kept = planner.prune(drafts, plan, 3)
     kept.check()
     assert sorted(kept.tokens.tolist()) == [node for node, chance in enumerate(drafts.chances) if chance >= floor]
-    assert len(planner.prune(drafts, plan, 3, True)) == len(drafts)
 
 
 def test_rows_compete_for_one_budget():
     drafts = Drafts.of([0, 1, 2, 3], [ROOT, ROOT, 0, 1], [0, 1, 0, 1], [1, 1, 2, 2], [0.9, 0.2, 0.8, 0.1])
     planner = Best(nodes=1)
-    assert planner.prune(drafts, planner.plan([2, 2], False), 2, False).tokens.tolist() == [0, 2]
+    assert planner.prune(drafts, planner.plan([2, 2]), 2).tokens.tolist() == [0, 2]
 
 
 def test_rows_that_do_not_draft_bring_no_budget():
-    assert Best(nodes=7).plan([3, 0, 1], False).nodes == 14
-    assert Shape.full(2, 1).plan([3, 0, 1], False).nodes == 8
+    assert Best(nodes=7).plan([3, 0, 1]).nodes == 14
+    assert Shape.full(2, 1).plan([3, 0, 1]).nodes == 8
 
 
 def test_a_full_shape_has_every_node_of_every_level():
@@ -90,7 +89,7 @@ def test_a_full_shape_has_every_node_of_every_level():
     ids=["top", "bottom", "full", "flat"],
 )
 def test_a_shape_is_drafted_whole_and_nothing_else_is_kept(shape, rule):
-    plan = shape.plan([3, 2], True)
+    plan = shape.plan([3, 2])
     depths = [min(3, plan.depth), min(2, plan.depth)]
     rows = make_rows(
         [SamplingParams(temperature=1.0)] * 2,
@@ -102,7 +101,7 @@ def test_a_shape_is_drafted_whole_and_nothing_else_is_kept(shape, rule):
         parents=plan.parents,
         noise_rule=rule,
     )
-    kept = shape.prune(drafting(TABLE)(rows, [(0, 1), (2, 3)]), plan, 2, True)
+    kept = shape.prune(drafting(TABLE)(rows, [(0, 1), (2, 3)]), plan, 2)
     kept.check()
     ranks = rank_paths(kept)
     assert [{ranks[node] for node in range(len(kept)) if kept.rows[node] == row} for row in range(2)] == [
@@ -143,7 +142,7 @@ PLANNERS = st.one_of(
 @settings(deadline=None)
 @given(PLANNERS, st.lists(st.integers(0, 6), min_size=1, max_size=3).filter(any), st.booleans())
 def test_no_row_verifies_or_runs_more_than_its_headroom(planner, limits, is_fixed):
-    plan = planner.plan(limits, is_fixed)
+    plan = planner.plan(limits)
     depths = [min(limit, plan.depth) for limit in limits]
     count = len(limits)
     rows = make_rows(
@@ -164,7 +163,7 @@ def test_no_row_verifies_or_runs_more_than_its_headroom(planner, limits, is_fixe
         return TABLE[0, level.tokens.reshape(-1)]
 
     drafts = grow(rows, TABLE[0, 1].expand(sum(depth > 0 for depth in depths), -1), expand)
-    kept = planner.prune(drafts, plan, count, is_fixed)
+    kept = planner.prune(drafts, plan, count)
     kept.check()
     headroom = planner.headroom(count)
     assert len(kept) <= plan.nodes

@@ -262,7 +262,7 @@ def test_a_planner_that_peeks_at_what_was_drawn_is_noticed():
     """It drops children that the drafter itself finds unlikely, after it saw which they are."""
 
     class Peeking(Chain):
-        def prune(self, drafts, plan, num_rows, is_fixed):
+        def prune(self, drafts, plan, num_rows):
             own = drafts.laws[drafts.rows].gather(1, drafts.tokens[:, None]).squeeze(1)
             return drafts.take((own > 0.4).nonzero().flatten(), num_rows).by_row(num_rows)
 
