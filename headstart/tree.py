@@ -7,7 +7,7 @@ padded. This file knows indices only. It refuses to know tokens' meaning, logits
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -63,6 +63,14 @@ class Drafts:
         weights = torch.tensor(chances, dtype=torch.float32).to(device, non_blocking=True)
         sources = torch.full_like(flat[0], source)
         return cls(flat[0], flat[1], flat[2], flat[3], weights, sources, max_depth=max(depths, default=0))
+
+    def to(self, device: torch.device) -> Drafts:
+        """The same drafts on another device, without waiting for it."""
+        if self.tokens.device == device:
+            return self
+        names = ("tokens", "parents", "rows", "depths", "chances", "sources", "laws")
+        parts = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: part.to(device, non_blocking=True) for name, part in parts.items() if part is not None})
 
     def check(self) -> None:
         """Assert what every drafter promises. Costs a device synchronisation: for tests and host-made drafts."""
@@ -158,15 +166,19 @@ def merge(
     whole: Sequence[bool],
     drafts: Drafts,
     num_nodes: int = 0,
+    device: torch.device | None = None,
 ) -> Forest:
     """One flat forest from the rows' stems and the drafts behind those that are whole.
 
     stems: per row the known tokens that this round scores, at least one; starts: the position of each stem's first token;
     whole: whether the stem ends with its row's root. drafts: row after row (`Drafts.by_row`), only behind whole stems.
-    num_nodes: dead nodes fill the forest up to this size, and the asked ones up to two.
+    num_nodes: dead nodes fill the forest up to this size, and the asked ones up to two. device: where the forest is wanted;
+    None: where the drafts are.
     """
-    device = drafts.tokens.device
     counts = count_by_row(drafts, len(stems))
+    max_depth = int(drafts.depths.max()) if len(drafts) and drafts.tokens.device.type == "cpu" else drafts.max_depth
+    drafts = drafts if device is None else drafts.to(device)
+    device = drafts.tokens.device
     tokens: list[int] = []
     positions: list[int] = []
     asked: list[int] = []
@@ -191,7 +203,6 @@ def merge(
         at = torch.tensor([places, roots]).to(device, non_blocking=True)
         flat[0, at[0]] = drafts.tokens
         flat[1, at[0]] = drafts.depths + at[1]
-    max_depth = int(drafts.depths.max()) if len(drafts) and device.type == "cpu" else drafts.max_depth
     return Forest(
         tokens=flat[0],
         positions=flat[1],

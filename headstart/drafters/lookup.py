@@ -17,8 +17,6 @@ from headstart.sampling import Rows
 from headstart.tree import ROOT, Drafts, Kept
 
 if TYPE_CHECKING:
-    import torch
-
     from headstart.cache import Seating
     from headstart.target import Target
 
@@ -233,10 +231,8 @@ class Lookup:
         self.floor = floor
         self.worth = worth
         self._texts: dict[int, _Text] = {}
-        self._device: torch.device | str = "cpu"
 
     def attach(self, target: Target, seating: Seating) -> None:
-        self._device = target.device
         self._texts = {}
 
     def extend(self, kept: Kept) -> None:
@@ -260,9 +256,9 @@ class Lookup:
             for doubt, _, token, parent, level, _ in grown:
                 drafts.append((token, ROOT if parent == ROOT else first + parent, row, level, -doubt))
         if not drafts:
-            return Drafts.none(self._device)
+            return Drafts.none()
         tokens, parents, row_ids, depths, chances = zip(*drafts, strict=True)
-        return Drafts.of(tokens, parents, row_ids, depths, chances, device=self._device)
+        return Drafts.of(tokens, parents, row_ids, depths, chances)
 
     def fork(self, source: int, seat: int, length: int) -> None:
         self._texts[seat] = _Text(self._texts[source].automaton.tokens[:length])
