@@ -19,6 +19,7 @@ not laws: `is_order_proof` measures them, and `wide`, in fp64, serves where they
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -45,15 +46,14 @@ def ordered(query: Tensor, keys: Tensor, values: Tensor, sight: Sight, manner: M
         batch = 2 if heads % 2 == 0 else heads
         keys, values = keys.expand(batch, -1, -1), values.expand(batch, -1, -1)
     rows = query.reshape(batch, -1, width).float()  # groups of query heads become query rows: no key is repeated
-    num_rows = rows.shape[1]
-    least = _least(min(width, values.shape[-1]))
-    scores = _scores(_lengthen(rows, least), _lengthen(keys.float(), MIN_KEYS), manner)[..., : keys.shape[1]]
+    num_rows, least = rows.shape[1], _least(min(width, values.shape[-1]))
     mask = sight.mask(manner.reach, torch.float32)
-    if mask is not None:
-        scores += _lengthen(mask.repeat(num_rows // nodes, 1)[None], least)[0]
+    if mask is not None and num_rows > nodes:
+        mask = mask.repeat(num_rows // nodes, 1)
+    scores = _scores(_lengthen(rows, least), keys.float(), mask, manner)
     sinks = None if manner.sinks is None else manner.sinks.reshape(batch, -1, 1).repeat_interleave(nodes, 1)
     weights, total = _weigh(scores, None if sinks is None else _lengthen(sinks.float(), least))
-    out = _add_up(weights, values.float(), sight) / total
+    out = _add_up(weights, values.float(), sight).div_(total)
     return out[:, :num_rows].reshape(heads, nodes, -1).to(query.dtype)
 
 
@@ -68,11 +68,17 @@ def _lengthen(x: Tensor, least: int) -> Tensor:
     return F.pad(x, (0, 0, 0, missing)) if missing > 0 else x
 
 
-def _scores(rows: Tensor, keys: Tensor, manner: Manner) -> Tensor:
-    """[batch, rows, dim], [batch, context, dim] -> [batch, rows, context]"""
-    scores = torch.bmm(rows, keys.mT).mul_(manner.scaling)
+def _scores(rows: Tensor, keys: Tensor, mask: Tensor | None, manner: Manner) -> Tensor:
+    """[batch, rows, dim], [batch, context, dim], [rows or fewer, context] -> [batch, rows, context]"""
+    context = keys.shape[1]
+    rows, keys = rows * manner.scaling, _lengthen(keys, MIN_KEYS)  # before the product, where masked and unmasked meet
+    if manner.softcap is None and mask is not None and keys.shape[1] == context:
+        return torch.baddbmm(_lengthen(mask[None], rows.shape[1]), rows, keys.mT)
+    scores = torch.bmm(rows, keys.mT)[..., :context]
     if manner.softcap is not None:
         scores = scores.div_(manner.softcap).tanh_().mul_(manner.softcap)
+    if mask is not None:
+        scores += _lengthen(mask[None], rows.shape[1])
     return scores
 
 
@@ -93,30 +99,30 @@ def _add_up(weights: Tensor, values: Tensor, sight: Sight) -> Tensor:
     out: Tensor | None = None
     for first, last, members in _blocks(sight):
         part = weights[..., first:last]
-        if members is not None:
-            part = part * torch.tensor(members)
-        product = _product(part, values[:, first:last])
+        product = _product(part if members is None else part * members, values[:, first:last])
         out = product if out is None else out.add_(product)
     assert out is not None, "a node sees at least itself"
     return out
 
 
-def _blocks(sight: Sight) -> list[tuple[int, int, list[bool] | None]]:
+@lru_cache(maxsize=32)  # the same for all layers of a forward
+def _blocks(sight: Sight) -> list[tuple[int, int, Tensor | None]]:
     """Per block of positions, ascending: the run of slots [first, last) that holds it.
 
-    Around a border the run also holds slots of other blocks, as drafts of all depths are mixed: then true for every slot of
-    this block, false for the others; else None.
+    Around a border the run also holds slots of other blocks, as drafts of all depths are mixed: then [last - first] bool,
+    true for the slots of this block; else None.
     """
     straight = sight.context if sight.seen is None else sight.committed  # so many slots are their positions
-    drafts = [] if sight.seen is None else [position // BLOCK for position in sight.positions.tolist()]
     runs = {first // BLOCK: (first, min(first + BLOCK, straight)) for first in range(0, straight, BLOCK)}
+    if sight.seen is None:
+        return [(first, last, None) for first, last in runs.values()]
+    drafts: list[int] = (sight.positions // BLOCK).tolist()
     for slot, block in enumerate(drafts, straight):
         runs[block] = (runs.get(block, (slot, slot))[0], slot + 1)
-    result: list[tuple[int, int, list[bool] | None]] = []
-    for block, (first, last) in sorted(runs.items()):
-        members = [slot < straight or drafts[slot - straight] == block for slot in range(first, last)]
-        result.append((first, last, None if all(members) else members))
-    return result
+    if len(set(drafts)) == 1:  # no border among the drafts
+        return [(first, last, None) for _, (first, last) in sorted(runs.items())]
+    homes = torch.tensor([slot // BLOCK for slot in range(straight)] + drafts)
+    return [(first, last, homes[first:last] == block) for block, (first, last) in sorted(runs.items())]
 
 
 def _product(weights: Tensor, values: Tensor) -> Tensor:
@@ -136,7 +142,7 @@ def _product(weights: Tensor, values: Tensor) -> Tensor:
 
 def _least(width: int) -> int:
     """Rows below which a product of this width is made by another kernel, in another order."""
-    return max(MIN_ROWS, math.ceil(MIN_WORK / width))
+    return max(1, math.ceil(MIN_WORK / width / MIN_ROWS)) * MIN_ROWS  # whole groups: no slower than a part of one
 
 
 def is_order_proof(heads: int, kv_heads: int, width: int, value_width: int, dtype: torch.dtype) -> bool:
@@ -146,7 +152,7 @@ def is_order_proof(heads: int, kv_heads: int, width: int, value_width: int, dtyp
     stem, and among the drafts of a tree with a stranger before every ancestor.
     """
     generator = torch.Generator().manual_seed(width)
-    length, manner = 300, Manner(width**-0.5, Reach())
+    length, manner = 300, Manner(0.1, Reach())  # no power of two: scaling rounds
 
     def draw(count: int, size: int) -> Tensor:
         return torch.randn(count, length, size, generator=generator).to(dtype)
