@@ -72,7 +72,7 @@ def _exact_parts(
         return fused, 1, f"it is for CPU in bf16 or fp32, and the model is in {parameter.dtype} on {parameter.device.type}"
     min_nodes = smallest_invariant_size(model.modules())
     if min_nodes is None or min_nodes > 2:
-        return fused, 1, "this machine's linears give a row other bits when other rows are beside it"
+        return fused, 1, "linears or experts of this model give a row other bits when other rows are beside it"
     is_proof = all(
         is_order_proof(heads, shape.kv_heads, shape.key_dim, shape.value_dim, parameter.dtype) for shape in dict.fromkeys(shapes)
     )

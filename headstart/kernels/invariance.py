@@ -19,11 +19,22 @@ MAX_WEIGHTS = 2**23  # of a tested matrix; a wider vocabulary repeats the same b
 def smallest_invariant_size(linears: Iterable[nn.Module], sizes: Sequence[int] = SIZES) -> int | None:
     """The smallest number of rows from which on every tested number gives each row the same bits; None if there is none.
 
-    One linear of each distinct shape and kind is tested, with weights of its own making; other modules are ignored.
+    One linear of each distinct shape and kind is tested, with weights of its own making. None also where a module multiplies by
+    a matrix that is no plain linear's, as experts and routers do: how many rows meet there is not the forest's to say.
     """
-    failing = {size for linear in distinct(linears) for size in varying_sizes(linear, sizes)}
+    modules = list(linears)
+    if any(map(multiplies_by_itself, modules)):
+        return None
+    failing = {size for linear in distinct(modules) for size in varying_sizes(linear, sizes)}
     confirmed = sorted(sizes)[:-1]  # the largest is what the others are compared with
     return next((size for size in confirmed if all(size > other for other in failing)), None)
+
+
+def multiplies_by_itself(module: nn.Module) -> bool:
+    """Whether a module owns a matrix, or a stack of them, and is neither an embedding nor a linear that can be tested."""
+    if isinstance(module, nn.Embedding | PackedLinear) or is_plain(module):
+        return False
+    return any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
 
 
 def distinct(linears: Iterable[nn.Module]) -> list[tuple[int, int, torch.dtype, bool]]:

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from headstart.kernels import invariance
-from headstart.kernels.invariance import distinct, smallest_invariant_size, varying_sizes
+from headstart.kernels.invariance import distinct, multiplies_by_itself, smallest_invariant_size, varying_sizes
 from headstart.kernels.linear import can_pack, prepack
 
 
@@ -41,3 +42,12 @@ def test_a_sum_that_is_split_shows_although_every_number_in_it_is_rounded(monkey
 
     monkeypatch.setattr(invariance.F, "linear", split_if_alone)
     assert 1 in varying_sizes((256, 1024, torch.bfloat16, False), (1, 16, 64))
+
+
+def test_a_model_with_experts_is_never_called_invariant():
+    config = MixtralConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, num_local_experts=4
+    )
+    model = MixtralForCausalLM(config)
+    assert not any(map(multiplies_by_itself, model.model.layers[0].self_attn.modules()))
+    assert smallest_invariant_size(model.modules()) is None
