@@ -1,0 +1,327 @@
+"""Is the engine right on this device, and what does a pass cost? One command, on a GPU or on a CPU.
+
+    python benchmarks/gpu_check.py                          # the embedded model
+    python benchmarks/gpu_check.py --model PATH --draft PATH
+    python benchmarks/gpu_check.py --random 16x2048         # a Llama of that size with random weights: for timings
+
+Identity: every drafter against plain decoding of one row at a time. In fp32 the texts may part at near ties only; in bf16 they are
+counted. Then: all rows in one attention call against row by row, the cost of a pass, the engine against `model.generate`, how
+often the host waits for the device in a round, and memory. Prints a table and one line of JSON; exit code 1 if anything is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from headstart.bench.identity import find_split
+from headstart.bench.report import machine
+from headstart.cache import Seating
+from headstart.drafters import Drafter
+from headstart.drafters.lookup import Lookup
+from headstart.drafters.model import ModelDrafter
+from headstart.engine import Engine
+from headstart.llm import embedded
+from headstart.planner import Best
+from headstart.sampling import SamplingParams
+from headstart.target import Target, load_model
+from headstart.tree import ROOT, Drafts, merge
+
+LAWS = {
+    "greedy": SamplingParams(),
+    "T=0.7": SamplingParams(temperature=0.7),
+    "T=1 top-p 0.9": SamplingParams(temperature=1.0, top_p=0.9),
+}
+LENGTHS = (5, 40, 1, 17, 90, 9, 33, 3)  # of the prompts
+NODES = (1, 2, 8, 16, 64)
+CONTEXTS = (256, 1024)
+MEMORY = 2**29  # bytes of an engine's caches
+
+Line = tuple[str, str, bool]  # what was checked, the finding, whether it is as it should be
+
+
+def main() -> int:
+    options = read_options()
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu")
+    result: dict[str, Any] = {}
+    lines: list[Line] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        target, draft = targets(options, dtype, device)
+        result["machine"] = machine(target) | {"command": " ".join(["python", *sys.argv])}
+        result["model"] = {"name": target.name, "parameters": sum(p.numel() for p in target.model.parameters())}
+        name = str(dtype).removeprefix("torch.")
+        result[name] = {"identity": identity(target, draft, options.tokens, lines), "together": together(target, lines)}
+        if dtype == torch.bfloat16 or options.both:
+            result[name] |= {
+                "pass_ms": passes(target, lines),
+                "generate": against_generate(target, options.tokens, lines),
+                "waits": waits(target, draft, lines),
+                "memory": memory(target, draft, lines),
+            }
+        del target, draft
+    show(lines, result)
+    print(json.dumps(result))
+    return 0 if all(is_right for _, _, is_right in lines) else 1
+
+
+def read_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="folder or hub id (default: the embedded model)")
+    parser.add_argument("--draft", help="a smaller model with the same tokens (default: the target's first two layers)")
+    parser.add_argument("--random", metavar="LAYERSxHIDDEN", help="a Llama with random weights instead of a model")
+    parser.add_argument("--device", choices=["auto", "cpu"], default="auto")
+    parser.add_argument("--tokens", type=int, default=64, help="of each answer")
+    parser.add_argument("--both", action="store_true", help="time fp32 too, not only bf16")
+    return parser.parse_args()
+
+
+def targets(options: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> tuple[Target, Target]:
+    """The model under test and a smaller one that drafts for it; plain torch operations, so that both devices run the same."""
+    if options.random:
+        layers, hidden = map(int, options.random.split("x"))
+        model = random_llama(layers, hidden, dtype, device)
+    else:
+        model = load_model(options.model or embedded("target"), dtype, str(device))
+    place = options.draft or (None if options.model or options.random else embedded("draft"))
+    if place is None:
+        return Target(model), Target(first_layers(model, 2))
+    return Target(model), Target(load_model(place, dtype, str(device)))
+
+
+def random_llama(layers: int, hidden: int, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
+    heads = max(1, hidden // 64)
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 4 if heads % 4 == 0 else heads,
+        max_position_embeddings=4096,
+        initializer_range=0.05,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    with torch.device(device):
+        return LlamaForCausalLM(config).to(dtype)
+
+
+def first_layers(model: Any, layers: int) -> Any:
+    """A drafter that is often right: the same model, cut. The weights are shared."""
+    config = type(model.config).from_dict(model.config.to_dict() | {"num_hidden_layers": layers, "layer_types": None})
+    with torch.device("meta"):
+        cut = type(model)(config)
+    cut.load_state_dict(model.state_dict(), strict=False, assign=True)
+    cut.tie_weights()
+    cut.model.rotary_emb = model.model.rotary_emb  # its tables are computed, not loaded
+    return cut
+
+
+# -- right? -----------------------------------------------------------------------------------------------------------------
+
+
+def prompts(target: Target) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(target.vocab, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+def answers(
+    target: Target, drafter: Drafter | None, params: SamplingParams, max_rows: int, asked: list[list[int]]
+) -> tuple[list[list[int]], float]:
+    engine = Engine(target, drafter, max_rows=max_rows, memory=MEMORY)
+    requests = [engine.add(prompt, replace(params, seed=place)) for place, prompt in enumerate(asked)]
+    for _ in engine.run():
+        pass
+    return [request.output for request in requests], engine.stats.tau
+
+
+def identity(target: Target, draft: Target, tokens: int, lines: list[Line]) -> list[dict[str, Any]]:
+    """Every drafter under every law, one row at a time and eight ragged rows at once."""
+    drafters: dict[str, Callable[[], Drafter | None]] = {
+        "none": lambda: None, "lookup": lambda: Lookup(floor=0.02, worth=0.02), "model": lambda: ModelDrafter(draft)
+    }  # fmt: skip
+    asked, found = prompts(target), []
+    tokens = min(tokens, target.context - max(LENGTHS))
+    for law, base in LAWS.items():
+        params = replace(base, max_tokens=tokens, ignore_eos=True)
+        plain, _ = answers(target, None, params, 1, asked)
+        for name, make in drafters.items():
+            for rows in (1, len(asked)):
+                if (name, rows) == ("none", 1):
+                    continue
+                said, tau = answers(target, make(), params, rows, asked)
+                pairs = enumerate(zip(asked, plain, said, strict=True))
+                splits = [find_split(target, ask, replace(params, seed=i), old, new) for i, (ask, old, new) in pairs]
+                gaps = [split.gap for split in splits if split]
+                found.append({"drafter": name, "law": law, "rows": rows, "tau": tau, "differing": len(gaps), "gaps": gaps})
+                is_right = target.dtype != torch.float32 or all(split.is_near_tie for split in splits if split)
+                finding = f"tau {tau:.2f}, {len(gaps)} of {len(said)} differ" + (f", gap up to {max(gaps):.1g}" if gaps else "")
+                lines.append((f"{dtype_name(target)} {law}, {name}, {rows} rows", finding, is_right))
+    return found
+
+
+def together(target: Target, lines: list[Line]) -> float:
+    """The largest difference between all rows in one attention call and row by row, in standard deviations of the logits."""
+    scored = []
+    before = target.together
+    for target.together in (True, False):
+        cache, seats, forest = trees(target, (7, 40, 3), 6)
+        scored.append(target.score(forest, cache, seats).logits.double())
+    target.together = before
+    gap = float((scored[0] - scored[1]).abs().max() / scored[1].std())
+    is_right = gap < (2e-3 if target.dtype == torch.float32 else 0.25)  # as at load
+    lines.append((f"{dtype_name(target)} rows together, row by row", f"{gap:.1g} sd", is_right))
+    return gap
+
+
+def trees(target: Target, behind: tuple[int, ...], size: int) -> tuple[Any, list[int], Any]:
+    """Rows with so many committed tokens and a tree of `size` drafts each: two branches from the root."""
+    texts = [[(7 * place + row) % target.vocab for place in range(length + 1)] for row, length in enumerate(behind)]
+    room = max(behind) + size + 2
+    seating = Seating(len(behind), room * len(behind))
+    cache, seats = target.new_cache(seating), [seating.take(room) or 0 for _ in behind]
+    forest = merge([text[:-1] for text in texts], [0] * len(texts), [False] * len(texts), Drafts.none(target.device))
+    target.score(forest, cache, seats)
+    cache.commit(seats, forest.stems, [()] * len(seats))
+    parents = [ROOT, ROOT, *range(size - 2)][:size]
+    depths = [1 + place // 2 for place in range(size)]
+    count = len(texts)
+    drafts = Drafts.of(
+        [(place + 1) % target.vocab for _ in texts for place in range(size)],
+        [ROOT if parent == ROOT else parent + row * size for row in range(count) for parent in parents],
+        [row for row in range(count) for _ in range(size)], depths * count, [0.5] * size * count, device=target.device,
+    )  # fmt: skip
+    return cache, seats, merge([text[-1:] for text in texts], list(behind), [True] * count, drafts)
+
+
+# -- how fast? --------------------------------------------------------------------------------------------------------------
+
+
+def seconds(target: Target, work: Callable[[], object], repeat: int = 9) -> float:
+    """Median, after two unmeasured."""
+    times = []
+    for _ in range(repeat + 2):
+        synchronise(target)
+        began = time.perf_counter()
+        work()
+        synchronise(target)
+        times.append(time.perf_counter() - began)
+    return median(times[2:])
+
+
+def synchronise(target: Target) -> None:
+    if target.device.type == "cuda":
+        torch.cuda.synchronize(target.device)
+
+
+@torch.inference_mode()
+def passes(target: Target, lines: list[Line]) -> dict[str, float]:
+    """Milliseconds of a pass by nodes and context."""
+    found = {}
+    for behind in dict.fromkeys(min(context, target.context - max(NODES) - 1) for context in CONTEXTS):
+        for nodes in NODES:
+            cache, seats, forest = trees(target, (behind,), nodes - 1)
+            found[f"{nodes}@{behind}"] = 1000 * seconds(target, lambda c=cache, s=seats, f=forest: target.score(f, c, s))
+        row = [found[f"{nodes}@{behind}"] for nodes in NODES]
+        finding = "  ".join(f"{nodes}: {ms:.2f} (x{ms / row[0]:.2f})" for nodes, ms in zip(NODES, row, strict=True))
+        lines.append((f"{dtype_name(target)} ms of a pass, nodes behind {behind}", finding, True))
+    return found
+
+
+def against_generate(target: Target, tokens: int, lines: list[Line]) -> dict[str, float]:
+    """Tokens/s of one row, greedy, drafter none: our engine and transformers' loop."""
+    prompt = prompts(target)[1]
+    tokens = min(tokens, target.context - len(prompt))
+    params = SamplingParams(max_tokens=tokens, ignore_eos=True)
+    engine = Engine(target, max_rows=1, memory=(len(prompt) + tokens + 1) * target.slot_bytes)
+
+    def answer() -> None:
+        engine.add(prompt, params)
+        list(engine.run())
+
+    ours = seconds(target, answer, 3)
+    ids = torch.tensor([prompt], device=target.device)
+    settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    with target.original() as model:
+        theirs = seconds(target, lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **settings), 3)
+    finding = f"{tokens / ours:.1f} against {tokens / theirs:.1f} tokens/s (x{theirs / ours:.2f})"
+    lines.append((f"{dtype_name(target)} engine, model.generate", finding, True))
+    return {"engine": tokens / ours, "generate": tokens / theirs}
+
+
+def waits(target: Target, draft: Target, lines: list[Line]) -> dict[str, float] | None:
+    """How often a round makes the host wait for the device. A drafted round should wait once, to read its verdict."""
+    if target.device.type != "cuda":
+        return None
+    found = {}
+    drafters: dict[str, Drafter | None] = {"none": None, "lookup": Lookup(floor=0.02, worth=0.02), "model": ModelDrafter(draft)}
+    for name, drafter in drafters.items():
+        for rows in (1, 8):
+            engine = Engine(target, drafter, max_rows=rows, memory=MEMORY)
+            for prompt in prompts(target)[:rows]:
+                engine.add(prompt, SamplingParams(max_tokens=40, ignore_eos=True, temperature=1.0, top_p=0.9, seed=1))
+            for _ in range(5):
+                engine.step()
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+                for _ in range(5):
+                    engine.step()
+                torch.cuda.set_sync_debug_mode("default")
+            found[f"{name}, {rows} rows"] = sum("synchroniz" in str(w.message) for w in caught) / 5
+    lines.append((f"{dtype_name(target)} waits a round", "  ".join(f"{name}: {n:.1f}" for name, n in found.items()), True))
+    return found
+
+
+def memory(target: Target, draft: Target, lines: list[Line]) -> dict[str, int | None]:
+    """Announced and allocated bytes of the caches, and whether decoding leaves anything behind."""
+    before = torch.cuda.memory_allocated() if target.device.type == "cuda" else None
+    drafter = ModelDrafter(draft)
+    engine = Engine(target, drafter, Best(nodes=8, depth=4), max_rows=4, memory=2**27)
+    held = engine.cache.bytes + drafter.cache.bytes
+    allocated = None if before is None else torch.cuda.memory_allocated() - before
+    for prompt in prompts(target):
+        engine.add(prompt, SamplingParams(max_tokens=8, ignore_eos=True))
+    for _ in engine.run():
+        pass
+    engine.seating.check()
+    is_right = held == engine.memory and (allocated is None or abs(allocated - held) <= 2**21)
+    grown = None if before is None or allocated is None else torch.cuda.memory_allocated() - before - allocated
+    finding = f"announced {engine.memory:,}, caches {held:,}, allocated {allocated}, more after decoding {grown}"
+    lines.append((f"{dtype_name(target)} bytes", finding, is_right and (grown or 0) < 2**24))
+    return {"announced": engine.memory, "held": held, "allocated": allocated, "grown": grown}
+
+
+# -- printing ---------------------------------------------------------------------------------------------------------------
+
+
+def dtype_name(target: Target) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[target.dtype]
+
+
+def show(lines: list[Line], result: dict[str, Any]) -> None:
+    where = result["machine"]
+    title = f"{result['model']['name']} on {where['device']} ({where['cpu']}), torch {where['torch']}"
+    table = Table(title=title, title_justify="left")
+    for heading in ("checked", "found", ""):
+        table.add_column(heading, overflow="fold")
+    for what, finding, is_right in lines:
+        table.add_row(what, finding, "ok" if is_right else "WRONG")
+    Console(width=160).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
