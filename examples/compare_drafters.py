@@ -10,7 +10,7 @@ from headstart.llm import embedded
 from headstart.text import encode_prompt
 
 model, draft = [*sys.argv[1:], None, None][:2] if len(sys.argv) > 1 else (None, embedded("draft"))
-llm = headstart.load(model, drafter=None, max_rows=1)
+llm = headstart.load(model, drafter=None, max_rows=1, dtype="float32")
 
 # DRAFTER or DRAFTER@PLANNER, as on the command line. Plain decoding always runs, and all are compared with it.
 specs = ["lookup", "lookup@chain:4"]
