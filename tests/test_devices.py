@@ -8,10 +8,12 @@ import torch
 from elsewhere import pretending, send
 from scripted import asks
 from tiny import ARCHITECTURES, VOCAB, cut, random_model
+from transformers import GenerationConfig
 
 from headstart.drafters.lookup import Lookup
 from headstart.drafters.model import ModelDrafter
 from headstart.engine import Engine
+from headstart.llm import custom_generate
 from headstart.planner import Best, Chain, Shape
 from headstart.sampling import SamplingParams
 from headstart.target import Target
@@ -74,3 +76,22 @@ def test_the_device_says_what_the_host_says(law, accept, rows, name):
 
 # How often a round brings something to the host: its verdict, and each row's share of what the device chose.
 WAITS = {"none": 1, "lookup": 1, "chain": 1, "best": 2, "shape": 4}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_passes_its_check_on_the_device(name):
+    model = random_model(ARCHITECTURES[name]())
+    with pretending():
+        Target(send(model))
+
+
+def test_custom_generate_works_on_the_device():
+    ids, mask = torch.tensor([[5, 6, 7, 5, 6, 7], [0, 0, 1, 2, 3, 1]]), torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=0)
+    expected = custom_generate(copy.deepcopy(MODEL), ids, generation_config=config, attention_mask=mask)
+    model = copy.deepcopy(MODEL)
+    with pretending():
+        sent = [tensor.to("meta") for tensor in (ids, mask)]
+        found = custom_generate(send(model), sent[0], generation_config=config, attention_mask=sent[1])
+        assert found.device == sent[0].device
+        assert found.tolist() == expected.tolist()
