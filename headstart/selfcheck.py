@@ -26,15 +26,44 @@ def self_check(target: Target) -> None:
     length = min(beyond if beyond <= MAX_CHECK else 24, target.context - 8)
     if length < 4:
         return
-    generator = torch.Generator().manual_seed(0)
-    texts = [torch.randint(0, target.vocab, (size,), generator=generator).tolist() for size in (length, max(3, length // 2))]
-    branches = torch.randint(0, target.vocab, (2, 2), generator=generator).tolist()
-    branches[1][0] = (branches[0][0] + 1) % target.vocab  # siblings are distinct
+    texts, branches = _draw(target, (length, max(3, length // 2)))
     expected = [_own_logits(target, text, branches) for text in texts]
     for rows in ([0, 1], [0], [1]):
         found = _tree_logits(target, [texts[row] for row in rows], branches)
         for row, logits in zip(rows, found, strict=True):
             _compare(target, expected[row], logits, "two rows together" if len(rows) > 1 else "a tree")
+
+
+def holds_to_the_bit(target: Target) -> bool:
+    """Whether a tree's logits are those of one token at a time, bit for bit: the whole model, with the kernels it runs with."""
+    length = min(24, target.context - 8)
+    if length < 4:
+        return True
+    (text,), branches = _draw(target, (length,))
+    (found,) = _tree_logits(target, [text], branches)
+    paths = [_one_by_one(target, text, branch) for branch in branches]
+    return torch.equal(found, torch.cat([paths[0], paths[1][1:]]))
+
+
+def _draw(target: Target, sizes: tuple[int, ...]) -> tuple[list[list[int]], list[list[int]]]:
+    """Random texts of these sizes, and two branches of two tokens to hang on each."""
+    generator = torch.Generator().manual_seed(0)
+    texts: list[list[int]] = [torch.randint(0, target.vocab, (size,), generator=generator).tolist() for size in sizes]
+    branches: list[list[int]] = torch.randint(0, target.vocab, (2, 2), generator=generator).tolist()
+    branches[1][0] = (branches[0][0] + 1) % target.vocab  # siblings are distinct
+    return texts, branches
+
+
+def _one_by_one(target: Target, text: list[int], branch: list[int]) -> Tensor:
+    """[1 + branch, vocab]: the prompt as a stem, then root and branch, one node a forward."""
+    seating = Seating(1, len(text) + len(branch) + 1)
+    cache, seats = target.new_cache(seating), [seating.take(seating.num_slots) or 0]
+    lines: list[Tensor] = []
+    for stem in (text[:-1], text[-1:], *([token] for token in branch)):
+        forest = merge([stem], [cache.lengths[seats[0]]], [True], Drafts.none(target.device), target.min_nodes)
+        lines.append(target.score(forest, cache, seats).logits[:1])
+        cache.commit(seats, forest.stems, [()])
+    return torch.cat(lines[1:])
 
 
 def _own_logits(target: Target, text: list[int], branches: list[list[int]]) -> Tensor:

@@ -22,7 +22,7 @@ from headstart.attention import Gaze, Kernel, Probe, Reach, Sight
 from headstart.cache import KVCache, LayerShape, Seating
 from headstart.kernels.choice import Equipment, equip
 from headstart.pretrained import load_model
-from headstart.selfcheck import self_check
+from headstart.selfcheck import holds_to_the_bit, self_check
 from headstart.tree import Drafts, Forest, merge
 
 if TYPE_CHECKING:
@@ -83,10 +83,16 @@ class Target:
         """
         if exact not in (True, False, "auto"):
             raise ValueError(f"exact is {exact!r}; it must be True, False or 'auto'")
-        self.equipment = equip(self.model, self.heads, self.shapes, exact, self._seconds)
-        self.kernel = self.equipment.kernel
-        self.min_nodes = self.equipment.min_nodes
-        self.is_exact = self.equipment.is_exact
+        self._use(equip(self.model, self.heads, self.shapes, exact, self._seconds))
+        if self.is_exact and not holds_to_the_bit(self):
+            why_not = "a node of a tree comes out with other bits than the same node alone, somewhere in its layers"
+            if exact is True:
+                raise ValueError(f"exact=True is not to be had for {self.name}: {why_not}")
+            self._use(Equipment(attention.fused, 1, False, why_not=why_not))
+
+    def _use(self, equipment: Equipment) -> None:
+        self.equipment = equipment
+        self.kernel, self.min_nodes, self.is_exact = equipment.kernel, equipment.min_nodes, equipment.is_exact
 
     def _seconds(self, kernel: Kernel, nodes: int) -> float:
         """What one pass of `nodes` nodes behind up to 256 tokens costs with a kernel, in processor time of one thread.

@@ -279,3 +279,16 @@ def test_a_kernel_that_is_not_understood_is_named():
     with pytest.raises(ValueError, match="LlamaAttention does not pass keyword arguments on"):
         attention.attend(layer, some, some, some, None, frobnicate=None)
     assert math.isfinite(layer.scaling)
+
+
+def test_a_layer_that_mixes_its_rows_ends_the_promise_of_equal_bits():
+    def mixing() -> Target:
+        model = random_model(ARCHITECTURES["llama"](), torch.float32)
+        model.model.layers[1].register_forward_hook(lambda _module, _inputs, out: out + 1e-7 * out.abs().amax(1, keepdim=True))
+        return Target(model, check=False)
+
+    with pytest.raises(ValueError, match="exact=True is not to be had .* other bits"):
+        mixing().equip(True)
+    target = mixing()
+    target.equip("auto")
+    assert not target.is_exact
