@@ -337,9 +337,11 @@ def test_an_unknown_command_is_one_sentence():
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
+    """A process of its own, which can be interrupted even where the tests run in the background and Ctrl-C is ignored."""
     command = [sys.executable, "-c", "from headstart.cli import main; main()", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    return subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler), **pipes)
 
 
 @pytest.fixture(scope="session")
