@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -262,6 +263,9 @@ _HONOURED = {
 }
 
 
+_CHECKED: WeakSet[PreTrainedModel] = WeakSet()  # a model is checked once, however often its `generate` is called
+
+
 def custom_generate(
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -285,7 +289,8 @@ def custom_generate(
     mask = rest.get("attention_mask")
     prompts = _unpadded(input_ids, mask)
     stops = stop_token_ids(None, config, model.config)
-    target = Target(model)
+    target = Target(model, check=model not in _CHECKED)
+    _CHECKED.add(model)
     try:
         made = make(drafter, target) if isinstance(drafter, str) else drafter
         engine = Engine(target, made, planner, max_rows=min(8, len(prompts)))
