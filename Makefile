@@ -16,6 +16,7 @@ test: lint types pytest  ## everything CI runs: lint, types, all tests
 
 lint: $(READY)  ## ruff
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet headstart tests examples benchmarks recipes
 
 types: $(READY)  ## mypy, strict, on the package
 	$(BIN)/mypy

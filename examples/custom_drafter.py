@@ -9,7 +9,6 @@ from headstart.tree import Drafts
 
 
 class Bigrams:
-    """Guesses that a token is followed by what followed it last."""
     name, taps, slot_bytes, planner = "bigrams", (), 0, Chain(4)
 
     def attach(self, target, seating):

@@ -94,9 +94,7 @@ def test_the_answer_is_the_same_with_any_drafter_and_planner(model_folder, draft
 
 def test_json_says_everything_that_repeats_the_answer(model_folder):
     first = answer("generate", "the cat", "--model", model_folder, "--max-tokens", 12, "--temperature", 1, "--logprobs", 2)
-    again = answer(
-        "generate", "the cat", "--model", model_folder, "--max-tokens", 12, "--temperature", 1, "--seed", first["seed"]
-    )
+    again = answer("generate", "the cat", "--model", model_folder, "--max-tokens", 12, "--temperature", 1, "--seed", first["seed"])
     assert again["token_ids"] == first["token_ids"]
     assert first["finish_reason"] in ("stop", "length")
     assert {"rounds", "tau", "seconds"} <= first["stats"].keys()
@@ -351,9 +349,7 @@ def endless_folder(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_interrupting_keeps_the_partial_text(endless_folder):
-    process = start(
-        "generate", "the cat", "--model", endless_folder, "--max-tokens", 100_000, "--ignore-eos", "--drafter", "none"
-    )
+    process = start("generate", "the cat", "--model", endless_folder, "--max-tokens", 100_000, "--ignore-eos", "--drafter", "none")
     first = process.stdout.read(40)  # it is streaming
     process.send_signal(signal.SIGINT)
     rest, err = process.communicate(timeout=60)

@@ -20,11 +20,7 @@ def module_name(path: Path) -> str:
 
 
 MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
-METHODS = [
-    name.split(".")[2]
-    for name in MODULES
-    if name.startswith("headstart.drafters.") and name not in SHARED_DRAFTER_PARTS
-]
+METHODS = [name.split(".")[2] for name in MODULES if name.startswith("headstart.drafters.") and name not in SHARED_DRAFTER_PARTS]
 
 
 def imports(source: str, module: str, is_package: bool = False) -> Iterator[str]:

@@ -25,9 +25,7 @@ def generate(
     model: Model,
     drafting: Drafting,
     sampling: Sampling,
-    prompt: Annotated[
-        str | None, typer.Argument(help="The prompt; - or nothing reads standard input.", show_default=False)
-    ] = None,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; - or nothing reads standard input.", show_default=False)] = None,
     n: Annotated[int, typer.Option(help="Answers to this prompt.", rich_help_panel="Sampling")] = 1,
     logprobs: Annotated[
         int | None, typer.Option(help="With --json: each token's log-probability, and so many alternatives.")

@@ -169,9 +169,7 @@ def _tasks(
         if len(prompt) + min(max_tokens, max_tokens if reference is None else len(reference)) <= context:
             tasks.append(Task(tuple(prompt), None if reference is None else tuple(reference)))
     if not tasks:
-        raise ValueError(
-            f"every prompt plus max_tokens={max_tokens} exceeds the context of {context} tokens; lower --max-tokens"
-        )
+        raise ValueError(f"every prompt plus max_tokens={max_tokens} exceeds the context of {context} tokens; lower --max-tokens")
     return tuple(tasks), len(cases) - len(tasks)
 
 
