@@ -131,7 +131,8 @@ class Forest:
     tokens, positions: [nodes] int64; position is the node's index in its row's text. A dead node has position 0.
     drafts: the candidates of all rows, row after row; lineage: [drafts, drafts], see `lineage`.
     stems, counts: on the host, stem nodes and draft nodes of each row; whole: which stems end with their row's root.
-    asked: [asked] nodes whose logits are needed: of each whole row the root and then its drafts, row after row.
+    asked: [asked] nodes whose logits are needed: of each whole row the root and then its drafts, row after row; perhaps the
+    last node again, to make them enough.
     max_depth: a bound of the drafts' depth.
     num_dead: dead nodes at the end; they belong to no row, are never kept, and only make the forest larger.
     """
@@ -156,7 +157,7 @@ class Forest:
 
     @property
     def num_asked(self) -> int:
-        """How many of `asked` decide something; a dead node may follow them."""
+        """How many of `asked` decide something; the rest only makes them enough."""
         return sum(count + 1 for count, is_whole in zip(self.counts, self.whole, strict=True) if is_whole)
 
 
@@ -172,8 +173,8 @@ def merge(
 
     stems: per row the known tokens that this round scores, at least one; starts: the position of each stem's first token;
     whole: whether the stem ends with its row's root. drafts: row after row (`Drafts.by_row`), only behind whole stems.
-    num_nodes: dead nodes fill the forest up to this size, and the asked ones up to two. device: where the forest is wanted;
-    None: where the drafts are.
+    num_nodes: dead nodes fill the forest up to this size, and the last node, asked again, fills up the asked ones. device: where
+    the forest is wanted; None: where the drafts are.
     """
     counts = count_by_row(drafts, len(stems))
     max_depth = int(drafts.depths.max()) if len(drafts) and drafts.tokens.device.type == "cpu" else drafts.max_depth
@@ -195,9 +196,8 @@ def merge(
         if is_whole:
             asked += range(end - 1, end + count)
     num_dead = max(0, num_nodes - len(tokens))
-    if not asked:  # every stem is cut: some node must be asked all the same, for no model answers nothing
-        asked.append(len(tokens) - 1)
-    asked += range(len(tokens), len(tokens) + min(num_dead, max(0, min(num_nodes, 2) - len(asked))))
+    # The head multiplies asked rows only, so they too must be enough not to depend on their number; and no model answers nothing.
+    asked += [len(tokens) - 1] * (max(1, num_nodes) - len(asked))
     flat = torch.tensor([tokens + [0] * num_dead, positions + [0] * num_dead]).to(device, non_blocking=True)
     if places:
         at = torch.tensor([places, roots]).to(device, non_blocking=True)

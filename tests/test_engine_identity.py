@@ -6,7 +6,8 @@ import pytest
 import torch
 from cells import EMBEDDED, LAWS, cells, voices
 from scripted import AsDrafted, Scripted, asks, decode, random_trees, right, right_then_wrong, texts, wrong
-from tiny import VOCAB, cut, tiny
+from tiny import VOCAB, cut, random_model, tiny
+from transformers import LlamaConfig
 
 from headstart.bench.identity import Split, _borders, find_split, tie_gap
 from headstart.drafters.model import ModelDrafter
@@ -170,3 +171,17 @@ def logprobs(engine, requests):
     for _ in engine.run():
         pass
     return [[(token, own) for token, (own, _) in zip(r.output, r.logprobs, strict=True)] for r in running]
+
+
+@pytest.mark.slow
+def test_the_first_token_behind_a_prompt_has_the_same_bits_alone_and_in_a_crowd():
+    """A prompt brings many nodes but asks one: a head so wide multiplies a single row in another order than several."""
+    wide = {"hidden_size": 2304, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 16}
+    config = LlamaConfig(vocab_size=97, num_hidden_layers=1, max_position_embeddings=128, tie_word_embeddings=False, **wide)
+    target = Target(random_model(config, torch.float32), check=False)
+    try:
+        target.equip(True)
+    except ValueError as error:
+        pytest.skip(str(error))
+    requests = asks(target.vocab, [30, 7, 45, 3], [3, 3, 3, 3], SamplingParams(logprobs=0))
+    assert logprobs(Engine(target, max_rows=4), requests) == logprobs(Engine(target, max_rows=1), requests)
