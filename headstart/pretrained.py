@@ -6,7 +6,6 @@ This file knows files and configurations. It refuses to know what is done with a
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,17 +16,35 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+SAMPLES = 4096  # of each weight
+LAYER = re.compile(r"\.(\d+)\.")
+
 
 def digest(model: PreTrainedModel) -> str:
-    """A fingerprint that tells a fine-tune: the LM head and three layers' weights, sampled."""
-    sha = hashlib.sha256(json.dumps(model.config.to_diff_dict(), sort_keys=True, default=str).encode())
-    state = model.state_dict()
-    names = sorted(state)
-    head = [name for name in names if "lm_head" in name or "embed" in name]
-    for name in [*head, *names[:: max(1, len(names) // 3)]]:
-        flat = state[name].detach().reshape(-1)
-        sha.update(flat[:: max(1, len(flat) // 4096)].float().cpu().numpy().tobytes())
+    """16 hex digits that tell a fine-tune: the weights of both ends and of the first, the middle and the last layer, sampled.
+
+    Samples are rounded to bfloat16, and a packed linear shows its plain weight. So weights have one digest, whether loaded as
+    stored or in a wider dtype, and whichever kernels a target has put in their place.
+    """
+    sha = hashlib.sha256()
+    for name, module in _telling(model):
+        weight: Any = module.weight.T if type(module).__name__ == "Conv1D" else module.weight  # GPT-2's is transposed
+        flat = weight.detach().reshape(-1)
+        sample = flat[:: max(1, len(flat) // SAMPLES)].to(torch.bfloat16).float()
+        sha.update(f"{name} {tuple(weight.shape)}".encode() + sample.cpu().numpy().tobytes())
     return sha.hexdigest()[:16]
+
+
+def _telling(model: PreTrainedModel) -> list[tuple[str, Any]]:
+    """The modules with a matrix, by name, outside the layers and in three of them. A packed one has its matrix as a property."""
+    matrices = [
+        (name, module)
+        for name, module in model.named_modules()
+        if hasattr(type(module), "weight") or getattr(module._parameters.get("weight"), "ndim", 0) == 2
+    ]
+    layers = sorted({int(number[1]) for name, _ in matrices if (number := LAYER.search(name))})
+    chosen = {layers[0], layers[len(layers) // 2], layers[-1]} if layers else set()
+    return [(name, module) for name, module in matrices if not (number := LAYER.search(name)) or int(number[1]) in chosen]
 
 
 def load_model(path: str | Path, dtype: str | torch.dtype = "auto", device: str = "auto") -> PreTrainedModel:
