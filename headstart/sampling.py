@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from headstart.chances import UNFITTED, Calibration
 from headstart.noise import gumbel, noise_key, noise_keys, signed
 
 _LARGE = 1e6  # no setting beyond this means anything, and float32 logits would lose their differences or overflow
@@ -290,7 +291,6 @@ class Rows:
     noise_rule: str = "shared"
     history: History | None = None
     parents: frozenset[tuple[int, ...]] = frozenset()  # paths of ranks to expand, where the plan is a fixed shape
-    warmth: float = 0.6  # tau_d of the chances, until it is fitted per depth (docs/log.md)
     _noise: dict[int, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -338,23 +338,33 @@ class Rows:
         rows, tokens, values = self.laws.biases
         return torch.zeros(len(self), self.vocab, device=values.device).index_put_((rows, tokens), values)
 
-    def choose(self, logits: Tensor, level: int, paths: Paths, k: int, ids: Tensor | None = None) -> Choice:
+    def choose(
+        self,
+        logits: Tensor,
+        level: int,
+        paths: Paths,
+        k: int,
+        ids: Tensor | None = None,
+        calibration: Calibration = UNFITTED,
+    ) -> Choice:
         """A drafter's logits turned into children, under each row's own law and the noise that the rule prescribes.
 
         logits: [n, vocab], or [n, draft_vocab] with `ids` [draft_vocab] naming the target token of each column; one line per
-        entry of `paths`. level: depth of the children (a root's children: 1). k: children per parent.
+        entry of `paths`. level: depth of the children (a root's children: 1). k: children per parent. calibration: how the
+        drafter's scores become chances.
         """
         logits = self.adjust(logits, paths, ids)
         laws = self.laws.rows(paths.rows)
         k = min(k, logits.shape[-1])
         if self.noise_rule == "fresh" and self.laws.is_sampled:
-            return self._draw(logits, level, paths, laws, k, ids)
+            ranks = calibration.of_ranks(laws.temperature, level, k)
+            return self._draw(logits, level, paths, laws, ranks, ids)
         scores = logits
         if self.laws.is_sampled and self.noise_rule == "shared":
             noise = self.noise(level)[paths.rows]
             scores = logits + laws.temperature[:, None] * (noise if ids is None else noise[:, ids])
         best = scores.topk(k, -1)
-        heat = torch.full_like(laws.temperature, self.warmth)
+        heat = calibration.heat(laws.temperature, level)
         # One division for both: a chance above one by a rounding would put a child before its parent.
         chances = torch.exp(best.values / heat[:, None] - torch.logsumexp(scores / heat[:, None], -1, keepdim=True))
         tokens = best.indices if ids is None else ids[best.indices]
@@ -364,21 +374,20 @@ class Rows:
             chances = chances * (admitted | (laws.temperature[:, None] == 0))
         return Choice(tokens, chances.float(), None)
 
-    def _draw(self, logits: Tensor, level: int, paths: Paths, laws: Laws, k: int, ids: Tensor | None) -> Choice:
+    def _draw(self, logits: Tensor, level: int, paths: Paths, laws: Laws, ranks: Tensor, ids: Tensor | None) -> Choice:
         """Children drawn without replacement (Gumbel top-k, Kool et al. 2019) with noise used nowhere else.
 
         The noise is keyed by the round (the root's position), the level and the parent's place: a position that is drafted
         again in a later round must not meet the same noise. Chances are those of the ranks, for a draw may not be judged by
-        what was drawn.
+        what was drawn. ranks: [n, k] these chances, or one line for all.
         """
         law = warp(logits, laws)
         round_keys = noise_keys(laws.seeds, self.positions[paths.rows])
         keys = noise_keys(round_keys, level * 2**20 + paths.places + 2**40)
         scores = law.log() + gumbel(keys[:, None], torch.arange(law.shape[-1], device=law.device))
-        drawn = scores.topk(k, -1).indices
+        drawn = scores.topk(ranks.shape[1], -1).indices
         wide = law if ids is None else law.new_zeros(law.shape[0], self.vocab).index_copy_(1, ids, law)
-        ranks = 0.6 * 0.4 ** torch.arange(k, device=law.device, dtype=torch.float32)
-        return Choice(drawn if ids is None else ids[drawn], ranks.expand(law.shape[0], k), wide)
+        return Choice(drawn if ids is None else ids[drawn], ranks.expand_as(drawn), wide)
 
     def decide(self, logits: Tensor, levels: Tensor, span: range, paths: Paths, tries: int = 2) -> tuple[Tensor, Tensor]:
         """The target's own token after each asked node, and whether it is certain.

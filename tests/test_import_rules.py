@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "headstart"
-MATHEMATICS = {f"headstart.{room}" for room in ("tree", "sampling", "verify", "planner", "scheduler")}
+MATHEMATICS = {f"headstart.{room}" for room in ("tree", "chances", "sampling", "verify", "planner", "scheduler")}
 SHARED_DRAFTER_PARTS = {"headstart.drafters", "headstart.drafters.grow", "headstart.drafters.layers"}
 JUDGES = {"headstart.engine", "headstart.verify"}
 SURFACES = ("headstart.cli", "headstart.serve", "headstart.bench")

@@ -17,6 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from headstart.chances import Calibration
 from headstart.sampling import History, Laws, SamplingParams, Truncation, penalise, warp
 
 VOCAB = 50
@@ -342,8 +343,8 @@ def test_the_best_child_of_a_perfect_drafter_is_what_the_target_decides():
 @given(st.integers(0, 1000), st.sampled_from([0.3, 0.7, 1.0, 1.7]), st.sampled_from([1e-2, 1.0, 1e3]))
 def test_a_chance_is_never_above_one_and_siblings_share_one(seed, warmth, scale):
     rows = make_rows([SamplingParams(temperature=0.7)], [seed], VOCAB)
-    rows.warmth = warmth
-    chances = rows.choose(random_logits(8, seed=seed, scale=scale), 1, paths_of([0] * 8), VOCAB).chances
+    fitted = Calibration((0.0,), ((warmth,),), (((0.6,),),))
+    chances = rows.choose(random_logits(8, seed=seed, scale=scale), 1, paths_of([0] * 8), VOCAB, calibration=fitted).chances
     assert float(chances.max()) <= 1
     assert chances.sum(-1).tolist() == pytest.approx([1.0] * 8, rel=1e-3)
 
