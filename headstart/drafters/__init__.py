@@ -8,7 +8,9 @@ text after the colon of `--drafter NAME:ARGUMENT` (or an empty string) and the t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from headstart.planner import Planner
@@ -17,6 +19,7 @@ from headstart.tree import Drafts, Kept
 
 if TYPE_CHECKING:
     from headstart.cache import Seating
+    from headstart.drafters.heads import Heads
     from headstart.target import Target
 
 
@@ -73,7 +76,33 @@ def _model(argument: str, target: Target) -> Drafter:
     return ModelDrafter.load(argument, target)
 
 
+# Methods whose drafters are trained and kept in a folder: where their class is, which has a `config_type` and is made of
+# (config, hidden, vocab).
+METHODS: dict[str, str] = {"hydra": "headstart.drafters.hydra:Hydra", "medusa": "headstart.drafters.medusa:Medusa"}
+
+
+def method(name: str) -> type[Heads]:
+    """The class of a method that is trained. Raises ValueError for a name that nobody knows."""
+    if name not in METHODS:
+        raise ValueError(f"method {name!r} is unknown; there are {', '.join(METHODS)}")
+    module, _, kind = METHODS[name].partition(":")
+    found: type[Heads] = getattr(import_module(module), kind)
+    return found
+
+
 _MAKERS: dict[str, Maker] = {"lookup": _lookup, "model": _model}
+
+
+def heads_in(folder: str | Path, target: Target) -> Heads:
+    """The heads in a folder, with what was measured of them. Raises ValueError where they are damaged or another target's."""
+    from headstart.chances import load_plan
+    from headstart.checkpoint import facts_of, load
+
+    heads = load(Path(folder), facts_of(target.model, None))
+    plan = load_plan(Path(folder))
+    if plan is not None:
+        heads.calibration = plan.calibration
+    return heads.to(target.device, target.dtype)
 
 
 def names() -> Sequence[str]:
@@ -82,7 +111,9 @@ def names() -> Sequence[str]:
 
 
 def make(spec: str, target: Target) -> Drafter:
-    """The drafter named by `spec`, as `NAME` or `NAME:ARGUMENT`. Raises ValueError for a name that nobody knows."""
+    """The drafter named by `spec`: a folder of heads, or `NAME` or `NAME:ARGUMENT`. Raises ValueError for what nobody knows."""
+    if Path(spec).is_dir():
+        return heads_in(spec, target)
     name, _, argument = spec.partition(":")
     if name in _MAKERS:
         return _MAKERS[name](argument, target)

@@ -1,0 +1,55 @@
+"""The model card beside heads: what they are, for which target, how to use them. Plain text; knows no files."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from headstart.checkpoint.native import Description
+
+CARD = """---
+base_model: {name}
+library_name: headstart
+tags:
+- speculative-decoding
+- {method}
+---
+
+# {method} heads for {name}
+
+{parameters:,} parameters that guess what {name} ({architecture}, {layers} layers, hidden size {hidden}, vocabulary {vocab}) will
+say next. Headstart lets the model check the guesses: under its default rule the text is that of {name} alone, sooner where the
+guesses are often right. How often depends on {name} being the very model these heads were made for{digest}; a fine-tune of it
+takes them too, with fewer guesses accepted.
+
+```
+headstart generate "Once upon a time" --model {name} --drafter FOLDER
+```
+
+where FOLDER is this folder, and `{name}` may need the path at which you keep that model.
+
+## Settings
+
+{settings}
+
+## Training
+
+{training}
+"""
+
+
+def card(described: Description, parameters: int) -> str:
+    """The text of `README.md`. parameters: how many numbers the heads have."""
+    target = described.target
+    return CARD.format(
+        **target.model_dump(exclude={"digest", "tokenizer"}),
+        digest="" if target.digest is None else f" (digest {target.digest})",
+        method=described.method,
+        parameters=parameters,
+        settings=_list(described.settings),
+        training=_list(described.training) if described.training else "Nothing was written down.",
+    )
+
+
+def _list(facts: dict[str, object]) -> str:
+    return "\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in facts.items())

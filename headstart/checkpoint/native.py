@@ -1,0 +1,224 @@
+"""Heads in a folder: `config.json` says what they are, `model.safetensors` holds them, `README.md` tells people.
+
+Saving never harms the heads that were there. Everything is written into a hidden folder inside first; the heads change in the one
+moment in which the new `model.safetensors` takes the name of the old one. It carries its own copy of the configuration, so that a
+kill before `config.json` follows leaves whole heads, too: `load` then believes the copy. This file knows no method by name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from headstart.chances import PLAN
+from headstart.checkpoint.card import card
+from headstart.checkpoint.facts import TargetFacts, check
+from headstart.drafters import METHODS
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+STAGING = ".saving-"
+
+
+class Description(BaseModel):
+    """The `config.json` of native heads.
+
+    settings: of the method's `config_type`. training: whatever the trainer thinks worth telling.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["headstart"] = "headstart"
+    version: Literal[1] = 1
+    method: str
+    settings: dict[str, Any]
+    target: TargetFacts
+    training: dict[str, Any] = {}
+
+
+def save(folder: str | Path, drafter: nn.Module, facts: TargetFacts, training: Mapping[str, Any]) -> None:
+    """Write heads whole, or leave those that were there as they are. A `plan.json` of the old heads goes with them.
+
+    Raises ValueError where the folder cannot be written, as on a full disk, and where it holds something else, as a model.
+    """
+    folder = Path(folder)
+    _refuse_others(folder)
+    described = Description(
+        method=type(drafter).name,  # type: ignore[attr-defined]
+        settings=drafter.config.model_dump(mode="json"),  # type: ignore[union-attr, operator]
+        target=facts,
+        training=dict(training),
+    )
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in drafter.state_dict().items()}
+    with torch.device("meta"):
+        wanted = _build(described, folder).state_dict()
+    assert tensors.keys() == wanted.keys(), "these heads are packed for drafting; save their twin"
+    with _in_one_sentence(folder, "heads that were there are untouched"), _staging(folder) as staged:
+        _write(staged, described, tensors)
+        os.replace(staged / WEIGHTS, folder / WEIGHTS)  # the moment: old heads before it, new heads after it
+        with _in_one_sentence(folder, f"the new heads are whole, but {CARD} and {PLAN} may still be of the old ones"):
+            os.replace(staged / CONFIG, folder / CONFIG)
+            (folder / PLAN).unlink(missing_ok=True)
+            os.replace(staged / CARD, folder / CARD)
+
+
+def load(folder: str | Path, facts: TargetFacts | None = None) -> nn.Module:
+    """The drafter saved in `folder`, in evaluation mode, in the dtype it was saved in; not yet bound to a target.
+
+    facts: of the target it shall work for, None to look at it without one. Raises ValueError, in one sentence, for a folder
+    that holds no native heads, an unknown key or method, a version of another time, a tensor that is missing, extra or
+    misshaped, and heads of another hidden size, vocabulary or tokenizer. Warns about heads of another digest, as of a fine-tune.
+    """
+    folder = Path(folder)
+    described = describe(folder)
+    if facts is not None:
+        check(described.target, facts, folder)
+    with torch.random.fork_rng(devices=[]):  # what it starts from is thrown away; nobody's random numbers shall depend on it
+        drafter = _build(described, folder)
+    tensors = _tensors(folder)
+    _match(drafter.state_dict(), tensors, folder)
+    drafter.load_state_dict(tensors, assign=True)
+    return drafter.eval()
+
+
+def describe(folder: str | Path) -> Description:
+    """What the native heads in `folder` are, without reading them. Raises ValueError where there are none."""
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} holds no heads: it has no {CONFIG}; heads are a folder made by `headstart train` or `import`")
+    described = _parse((folder / CONFIG).read_text(encoding="utf-8"), folder)
+    with _reading(folder) as file:
+        copy = (file.metadata() or {}).get("headstart")
+    return described if copy is None else _parse(copy, folder)
+
+
+def is_native(config: object) -> bool:
+    """Whether the content of a `config.json` is ours, of whatever version."""
+    return isinstance(config, Mapping) and config.get("format") == "headstart"
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------------
+
+
+def _parse(text: str, folder: Path) -> Description:
+    where = folder / CONFIG
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+    if not is_native(found):
+        raise ValueError(f"{folder} holds no native heads; `headstart inspect {folder}` says what it is")
+    if found.get("version") != 1:
+        raise ValueError(f"{where} is of format version {found.get('version')!r}, and this headstart reads version 1; update it")
+    try:
+        return Description.model_validate(found)
+    except ValidationError as error:
+        raise ValueError(_first(error, where)) from None
+
+
+def _build(described: Description, folder: Path) -> nn.Module:
+    """The module, with weights that mean nothing yet."""
+    if described.method not in METHODS:
+        known = ", ".join(sorted(METHODS))
+        raise ValueError(f"{folder} holds heads of method {described.method!r}, which is unknown; there are {known}")
+    module, _, name = METHODS[described.method].partition(":")
+    kind = getattr(importlib.import_module(module), name)
+    try:
+        settings = kind.config_type.model_validate(described.settings)
+    except ValidationError as error:
+        raise ValueError(_first(error, folder / CONFIG)) from None
+    drafter: nn.Module = kind(settings, described.target.hidden, described.target.vocab)
+    return drafter
+
+
+def _first(error: ValidationError, where: Path) -> str:
+    """The first complaint, with the key's name."""
+    found = error.errors()[0]
+    key = ".".join(map(str, found["loc"])) or "its content"
+    if found["type"] == "extra_forbidden":
+        return f"{where} has an unknown key {key}; remove it, or update headstart"
+    if found["type"] == "missing":
+        return f"{where} lacks the key {key}"
+    return f"{where}: {key} is {found['input']!r}: {found['msg']}"
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[Any]:
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            yield file
+    except FileNotFoundError:
+        raise ValueError(f"the heads in {folder} have no {WEIGHTS}; copy the folder again") from None
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is damaged or cut short: {error}; copy it again") from None
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    with _reading(folder) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (a file is no mapping)
+
+
+def _match(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], folder: Path) -> None:
+    where = folder / WEIGHTS
+    for name, tensor in wanted.items():
+        if name not in found:
+            raise ValueError(f"{where} lacks {name} {list(tensor.shape)}")
+        if found[name].shape != tensor.shape:
+            raise ValueError(f"{where} has {name} as {list(found[name].shape)}, but these heads need {list(tensor.shape)}")
+    if extra := sorted(found.keys() - wanted.keys()):
+        raise ValueError(f"{where} has {len(extra)} tensors that these heads have no place for, first {extra[0]}")
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------------
+
+
+def _refuse_others(folder: Path) -> None:
+    """A model's folder has files of the same names; they are not ours to replace."""
+    try:
+        is_other = not is_native(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        is_other = False
+    except (ValueError, OSError):
+        is_other = True
+    if is_other:
+        raise ValueError(f"{folder} holds something else than heads of this format; name another folder for the heads")
+
+
+def _write(staged: Path, described: Description, tensors: Mapping[str, Tensor]) -> None:
+    text = described.model_dump_json(indent=2) + "\n"
+    save_file(dict(tensors), staged / WEIGHTS, metadata={"format": "pt", "headstart": text})
+    (staged / CONFIG).write_text(text, encoding="utf-8")
+    (staged / CARD).write_text(card(described, sum(map(Tensor.numel, tensors.values()))), encoding="utf-8")
+    for path in staged.iterdir():  # onto the disk: after a power cut, no name stands for half a file
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+@contextmanager
+def _staging(folder: Path) -> Iterator[Path]:
+    """A hidden folder on the same disk. One that a killed run left behind is removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(f"{STAGING}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=STAGING, dir=folder, ignore_cleanup_errors=True) as staged:
+        yield Path(staged)
+
+
+@contextmanager
+def _in_one_sentence(folder: Path, remains: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"heads cannot be written to {folder}: {error}; {remains}; free space or name another folder") from error
