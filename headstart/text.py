@@ -210,7 +210,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     _not_empty(prompt, "the prompt is an empty list: give at least one message or token id")
     if all(isinstance(item, int) for item in prompt):
         return _within_vocabulary(tokenizer, cast("Sequence[int]", prompt))
-    return _apply_chat_template(tokenizer, [_message(place, item) for place, item in enumerate(prompt)])
+    token_ids = render(tokenizer, checked_messages(prompt), add_generation_prompt=True, return_dict=False)
+    return _not_empty(token_ids, f"the chat template of {name_of(tokenizer)} made an empty prompt")
 
 
 def _not_empty(items: Sequence[Any], sentence: str) -> list[Any]:
@@ -220,11 +221,21 @@ def _not_empty(items: Sequence[Any], sentence: str) -> list[Any]:
 
 
 def _within_vocabulary(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[int]:
-    size = max([len(tokenizer), *(token_id + 1 for token_id in tokenizer.added_tokens_decoder)])
+    size = vocabulary_size(tokenizer)
     wrong = next((token_id for token_id in token_ids if not 0 <= token_id < size), None)
     if wrong is not None:
-        raise ValueError(f"token id {wrong} is not in the vocabulary of {_name(tokenizer)}: ids are 0 to {size - 1}")
+        raise ValueError(f"token id {wrong} is not in the vocabulary of {name_of(tokenizer)}: ids are 0 to {size - 1}")
     return list(token_ids)
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest token id, added tokens included. Slow: it counts them."""
+    return max([len(tokenizer), *(token_id + 1 for token_id in tokenizer.added_tokens_decoder)])
+
+
+def checked_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
+    """Messages as dicts. Raises ValueError, naming the place, for what is no message with 'role' and 'content'."""
+    return [_message(place, item) for place, item in enumerate(messages)]
 
 
 def _message(place: int, item: object) -> dict[str, Any]:
@@ -239,22 +250,26 @@ def _message(place: int, item: object) -> dict[str, Any]:
     return dict(item)
 
 
-def _apply_chat_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> list[int]:
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], **settings: Any) -> Any:
+    """Messages through the chat template: what `apply_chat_template` gives with these settings.
+
+    Raises ValueError if there is no template, or if it refuses the messages.
+    """
     if tokenizer.chat_template is None:
         raise ValueError(
-            f"{_name(tokenizer)} has no chat template: give the prompt as one string, "
+            f"{name_of(tokenizer)} has no chat template: give the prompt as one string, "
             "or set tokenizer.chat_template to the template the model was trained with"
         )
     from jinja2 import TemplateError
 
     try:
-        token_ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        return tokenizer.apply_chat_template([dict(message) for message in messages], **settings)
     except TemplateError as error:
-        raise ValueError(f"the chat template of {_name(tokenizer)} refuses these messages: {error}") from error
-    return _not_empty(cast("list[int]", token_ids), f"the chat template of {_name(tokenizer)} made an empty prompt")
+        raise ValueError(f"the chat template of {name_of(tokenizer)} refuses these messages: {error}") from error
 
 
-def _name(tokenizer: PreTrainedTokenizerBase) -> str:
+def name_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """For sentences."""
     return f"the tokenizer {tokenizer.name_or_path!r}" if tokenizer.name_or_path else "the tokenizer"
 
 

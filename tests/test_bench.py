@@ -58,7 +58,7 @@ def test_every_format_of_the_field_is_read(tmp_path, line, case):
         (b"", "holds no prompt"),
         (b'{"prompt": "a"}\nnot json\n', "line 2 of .* is not JSON"),
         (b'{"text": "a"}\n', "line 1 of .* has no prompt"),
-        (b'["a"]\n', "line 1 of .* has no prompt"),
+        (b'["a"]\n', "line 1 of .* each line must be a JSON object"),
         (b"\xff\n", "not valid UTF-8"),
     ],
 )

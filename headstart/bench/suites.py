@@ -5,14 +5,13 @@ This file knows prompts and reference answers as text. It refuses to know models
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PROMPTS = ("turns", "prompt", "instruction", "Instruction", "question")
+from headstart.records import PROMPTS, applied_to, first_text, read_records
+
 REFERENCES = ("reference", "answer", "canonical_solution", "output")
 
 
@@ -37,42 +36,17 @@ def load_cases(source: str, limit: int | None = None) -> list[Case]:
 def _from_file(path: Path) -> list[Case]:
     if not path.is_file():
         raise ValueError(f"prompts {str(path)!r} is neither a JSONL file nor a built-in suite ({', '.join(SUITES)})")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not valid UTF-8 (byte offset {error.start})") from None
-    cases = [_from_line(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    cases = [_from_record(path, number, fields) for number, fields in read_records(path)]
     if not cases:
         raise ValueError(f"{path} holds no prompt")
     return cases
 
 
-def _from_line(path: Path, number: int, line: str) -> Case:
-    try:
-        fields = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"line {number} of {path} is not JSON: {error.msg}") from None
-    prompt = _first(fields, PROMPTS) if isinstance(fields, dict) else None
+def _from_record(path: Path, number: int, fields: dict[str, Any]) -> Case:
+    prompt = first_text(fields, PROMPTS)
     if not prompt:
         raise ValueError(f"line {number} of {path} has no prompt; give one of the fields {', '.join(PROMPTS)}")
-    return Case(prompt + _input(fields), _first(fields, REFERENCES))
-
-
-def _first(fields: dict[str, Any], names: Sequence[str]) -> str | None:
-    """The first of these fields that holds a text; of a list (turns, references) its first one."""
-    for name in names:
-        value = fields.get(name)
-        if isinstance(value, list) and value:
-            value = value[0]
-        if isinstance(value, str) and value.strip():
-            return value
-    return None
-
-
-def _input(fields: dict[str, Any]) -> str:
-    """What an instruction is applied to, where a file keeps it apart."""
-    given = fields.get("input") or next((one.get("input") for one in fields.get("instances", [])), None)
-    return f"\n\n{given}" if given else ""
+    return Case(prompt + applied_to(fields), first_text(fields, REFERENCES))
 
 
 # -- built in ---------------------------------------------------------------------------------------------------------------
