@@ -23,7 +23,7 @@ from headstart.scheduler import Request, Scheduler, Stream, Turn
 from headstart.stats import Stats
 from headstart.target import Scored, Target
 from headstart.tree import Drafts, Forest, Kept, merge
-from headstart.verify import RULES, Rule, Verdict, verify
+from headstart.verify import Rule, Verdict, parse_rule, verify
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Engine:
     """Runs requests through rounds on one target, with one drafter (or none) and one planner (None: the drafter's own).
 
     max_rows: requests that run at once. memory: bytes for keys and values, the drafter's included; None: enough for `max_rows`
-    requests of the target's full context, but at most 1 GiB. accept: the rule, "coupled", "rejection" or one of your own.
+    requests of the target's full context, but at most 1 GiB. accept: the rule, as `parse_rule` reads it, or one of your own.
     chunk: prompt tokens per round. Raises ValueError for settings that cannot be honoured.
     """
 
@@ -55,14 +55,12 @@ class Engine:
         accept: str | Rule = "coupled",
         chunk: int = 256,
     ) -> None:
-        if isinstance(accept, str) and accept not in RULES:
-            raise ValueError(f"accept is {accept!r}; the rules are {', '.join(RULES)}")
         if max_rows < 1 or chunk < 1:
             raise ValueError(f"max_rows is {max_rows} and chunk is {chunk}; both must be at least 1")
         self.target = target
         self.drafter = drafter
         self.planner = planner or (drafter.planner if drafter else None)
-        self.rule = accept if isinstance(accept, Rule) else RULES[accept]
+        self.rule = accept if isinstance(accept, Rule) else parse_rule(accept)
         headroom = max(self.planner.headroom(max_rows) if self.planner and drafter else 0, target.min_nodes)
         self.slot_bytes = target.slot_bytes + (drafter.slot_bytes if drafter else 0)
         self.seating = Seating(max_rows, _slots(target.context + headroom, max_rows, memory, self.slot_bytes))

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Answer:
     """One completion. guessed: which tokens a drafter had proposed. seed: repeats the answer. logprobs: per token its own raw
-    log-probability and those of the alternatives asked for, or None. stats: of the engine while this call ran."""
+    log-probability and those of the alternatives asked for, or None. stats: of the engine while this call ran. is_lossy: whether
+    the rule changed the law, so that this is not what plain decoding would have said."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -42,6 +43,7 @@ class Answer:
     seed: int
     logprobs: tuple[tuple[float, dict[int, float]], ...] | None
     stats: Stats
+    is_lossy: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: stats with tau and acceptance by depth."""
@@ -96,7 +98,8 @@ class Answering:
     @property
     def answers(self) -> list[Answer]:
         stats = self._engine.stats.since(self._before)
-        return [_answer(request, text, stats) for request, text in zip(self._requests, self._texts, strict=True)]
+        is_lossy = self._engine.rule.is_lossy
+        return [_answer(request, text, stats, is_lossy) for request, text in zip(self._requests, self._texts, strict=True)]
 
 
 class LLM:
@@ -174,7 +177,8 @@ def load(
     drafter: "auto" (the embedded model's sibling, else lookup), "lookup", "model:PATH", a drafter of your own, or None for plain
     decoding. planner: how much to speculate, None for what suits the drafter. exact: True for equality to the bit on CPU, "auto"
     where it is nearly free. max_rows: requests at once. memory: bytes for keys and values. accept: "coupled" (same text as plain
-    decoding) or "rejection" (same law). Raises ValueError, in one sentence, for whatever is wrong with a path or a setting.
+    decoding), "rejection" (same law) or "typical" (lossy: another law, which `Answer.is_lossy` recalls). Raises ValueError, in
+    one sentence, for whatever is wrong with a path or a setting.
     """
     place: Any = embedded("target") if model is None else model
     if isinstance(place, str | Path):
@@ -218,11 +222,10 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(prompts)  # type: ignore[arg-type]
 
 
-def _answer(request: Request, text: str, stats: Stats) -> Answer:
+def _answer(request: Request, text: str, stats: Stats, is_lossy: bool) -> Answer:
     logprobs = None if request.params.logprobs is None else tuple(request.logprobs)
-    return Answer(
-        text, tuple(request.output), tuple(request.guessed), request.finish_reason or "abort", request.seed, logprobs, stats
-    )
+    reason = request.finish_reason or "abort"
+    return Answer(text, tuple(request.output), tuple(request.guessed), reason, request.seed, logprobs, stats, is_lossy)
 
 
 # -- inside transformers ----------------------------------------------------------------------------------------------------

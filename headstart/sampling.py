@@ -276,7 +276,7 @@ class Rows:
     seats, roots, places: on the host, per row: its seat, the root's token and the root's position. depths: how deep each row may
     draft (0 = not). width: children per parent at most; beam: parents expanded per level and row; nodes: how
     many drafts can be verified in all.
-    vocab: the target's logits width. noise_rule: "shared" for `coupled`, "fresh" for `rejection`.
+    vocab: the target's logits width. noise_rule: "shared" for `coupled`, "fresh" for `rejection`, "none" for `typical`.
     """
 
     seats: tuple[int, ...]

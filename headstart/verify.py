@@ -7,8 +7,10 @@ This file knows laws and trees. It refuses to know models, caches and how drafts
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -85,10 +87,12 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Rule:
-    """judge: what is accepted; noise: which noise a drafter chooses with, "shared" with the target's own or "fresh"."""
+    """judge: what is accepted; noise: which noise a drafter chooses with, "shared" with the target's own, "fresh" or "none".
+    is_lossy: whether the text follows another law than the target's, which must be said wherever a result is printed."""
 
     judge: Callable[[Forest, Asked, Tensor, Rows, bool], Ruling]
     noise: str
+    is_lossy: bool = False
 
 
 def verify(forest: Forest, logits: Tensor, rows: Rows, rule: Rule) -> Verdict:
@@ -250,4 +254,66 @@ def asked_paths(forest: Forest, asked: Asked, rows: Rows) -> Paths:
     return Paths(asked.rows, tokens, places)
 
 
-RULES = {"coupled": Rule(coupled, noise="shared"), "rejection": Rule(rejection, noise="fresh")}
+def typical(epsilon: float = 0.09, delta: float = 0.3) -> Rule:
+    """Typical acceptance (Cai et al. 2024, section 2.3.2), **lossy**: a draft is accepted if p > min(epsilon, delta exp(-H)).
+
+    p is the draft's chance under the target's law, as the row samples it, and H that law's entropy in nats: where the target is
+    undecided, more is accepted. A row keeps its deepest alive draft, then the likeliest path, then the first; what follows is the
+    target's own choice. Drafters choose without noise: what is judged by p alone is best picked by chance alone, and noise would
+    only bring in rarer tokens. A greedy row's law is one-hot, so its text is that of plain decoding.
+    Raises ValueError for thresholds outside (0, 1): at 1, not even a greedy row could accept.
+    """
+    for name, value in (("epsilon", epsilon), ("delta", delta)):
+        if not 0 < value < 1:
+            raise ValueError(f"{name} of the typical rule is {value:g}; it must be between 0 and 1")
+    return Rule(partial(_typical, epsilon, delta), noise="none", is_lossy=True)
+
+
+def _typical(epsilon: float, delta: float, forest: Forest, asked: Asked, logits: Tensor, rows: Rows, in_full: bool) -> Ruling:
+    drafts, paths = forest.drafts, asked_paths(forest, asked, rows)
+    law = warp(rows.adjust(logits, paths), rows.laws.rows(asked.rows))
+    threshold = (delta * torch.exp(-torch.special.entr(law).sum(-1))).clamp(max=epsilon)
+    chances = law[asked.parents, drafts.tokens]
+    path, ends = deepest(forest, asked, chances > threshold[asked.parents], chances.log())
+    span, standing = range(asked.max_level + 1), Paths(paths.rows[ends], paths.tokens[ends], ends)
+    tokens = torch.full_like(asked.levels, -1)
+    is_sure = torch.ones_like(tokens, dtype=torch.bool)
+    tokens = tokens.scatter_reduce(0, asked.parents, torch.where(path, drafts.tokens, -1), "amax")  # what is kept follows
+    tokens[ends], is_sure[ends] = _decide(rows, logits[ends], asked.levels[ends], span, standing, in_full)
+    return Ruling(tokens, path, is_sure)
+
+
+def deepest(forest: Forest, asked: Asked, ok: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """One path a row, where several siblings may be ok: to the deepest alive draft, then of the largest sum of scores, then first.
+
+    ok: [drafts] bool; scores: [drafts], finite where ok. Returns [drafts] bool, which are on their row's path, and [whole rows],
+    the asked node at which it ends. Without a host synchronisation.
+    """
+    drafts, order = forest.drafts, torch.arange(len(forest.drafts), device=ok.device)
+    is_end = alive(forest, ok)
+    nothing = torch.full((forest.num_rows,), ROOT, device=ok.device)
+    sums = torch.where(forest.lineage, scores, 0).sum(-1)
+    for value in (drafts.depths.double(), sums.double(), -order.double()):
+        value = value.masked_fill(~is_end, -math.inf)
+        most = torch.full_like(nothing, -math.inf, dtype=torch.float64).scatter_reduce(0, drafts.rows, value, "amax")
+        is_end = is_end & (value == most[drafts.rows])
+    last = nothing.scatter_reduce(0, drafts.rows, torch.where(is_end, order, ROOT), "amax")[asked.rows[asked.roots]]
+    ends = torch.cat([asked.drafts, asked.roots.new_full((1,), ROOT)])[last]  # ROOT reads the entry behind the drafts
+    return (forest.lineage & is_end[:, None]).any(0), torch.where(last == ROOT, asked.roots, ends)
+
+
+RULES = {"coupled": Rule(coupled, noise="shared"), "rejection": Rule(rejection, noise="fresh"), "typical": typical()}
+
+
+def parse_rule(spec: str) -> Rule:
+    """The rule that a line of text names: one of `RULES`, or `typical:EPSILON,DELTA`. Raises ValueError for anything else."""
+    name, colon, argument = spec.partition(":")
+    if not colon and name in RULES:
+        return RULES[name]
+    if name != "typical":
+        raise ValueError(f"accept is {spec!r}; the rules are {', '.join(RULES)} and typical:EPSILON,DELTA")
+    try:
+        epsilon, delta = map(float, argument.split(","))
+    except ValueError:
+        raise ValueError(f"accept is {spec!r}; write both thresholds of the typical rule, as in typical:0.09,0.3") from None
+    return typical(epsilon, delta)

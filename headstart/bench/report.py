@@ -25,6 +25,7 @@ from headstart.bench.identity import Split, find_split
 from headstart.bench.runner import PLAIN, Sample, Setup
 from headstart.stats import Stats
 from headstart.target import Target
+from headstart.verify import parse_rule
 
 NGRAM = 8
 
@@ -34,7 +35,7 @@ class Row:
     """One run's numbers. speed_up: ratio of tokens/s; median_speed_up: median over prompts; decode_speed_up: without the time
     until the first token. forward: seconds of a target forward over those of plain decoding; nodes: scored in it. shares: of
     the time after the first token. differing: answers unlike plain's, near_ties: those of them that a rounding explains;
-    both None where the rule does not promise the same text."""
+    both None where the rule does not promise the same text. is_lossy: nor even the same law."""
 
     run: str
     tokens: int
@@ -52,12 +53,13 @@ class Row:
     differing: int | None
     near_ties: int | None
     splits: list[str]
+    is_lossy: bool = False
 
     @property
     def identical(self) -> str:
         """For people."""
         if self.differing is None:
-            return "in law"
+            return "lossy" if self.is_lossy else "in law"
         return "yes" if not self.differing else f"{self.differing} differ, {self.near_ties} near-ties"
 
 
@@ -101,6 +103,7 @@ def _row(setup: Setup, name: str, own: list[list[Sample]], plain: list[list[Samp
         differing=None if splits is None else len(splits),
         near_ties=None if splits is None else sum(split.is_near_tie for split in splits),
         splits=[str(split) for split in splits or ()],
+        is_lossy=name != PLAIN and parse_rule(setup.accept).is_lossy,
     )
 
 
@@ -124,7 +127,7 @@ def _per_round(stats: Stats, share: str) -> float:
 
 
 def _splits(setup: Setup, own: list[list[Sample]], plain: list[list[Sample]]) -> list[Split] | None:
-    """Where answers differ from plain's; None where the rule promises the same law, not the same text."""
+    """Where answers differ from plain's; None where the rule does not promise the same text."""
     if setup.accept != "coupled" and setup.params.temperature > 0:
         return None
     found: list[Split] = []
@@ -178,7 +181,7 @@ def labels(setup: Setup) -> list[str]:
         "exact": setup.target.is_exact,
         "replay": setup.is_replay,
         "padded": is_padded(setup.target),
-        "lossy": setup.accept == "typical",
+        "lossy": parse_rule(setup.accept).is_lossy,
     }
     return [label for label, applies in found.items() if applies]
 

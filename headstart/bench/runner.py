@@ -20,7 +20,7 @@ from headstart.sampling import SamplingParams
 from headstart.scheduler import Request
 from headstart.stats import Stats
 from headstart.target import Target
-from headstart.verify import RULES
+from headstart.verify import parse_rule
 
 PLAIN = "plain"
 CLEAN = 0.02  # of its time a clean sample may have waited for a processor
@@ -104,7 +104,7 @@ def _run(setup: Setup, spec: str) -> Run:
     headroom = max(planner.headroom(1) if planner else 0, setup.target.min_nodes)
     longest = max(len(task.prompt) + setup.params_of(place).max_tokens for place, task in enumerate(setup.tasks))
     slot_bytes = setup.target.slot_bytes + (drafter.slot_bytes if drafter else 0)
-    replay = Replay(RULES[setup.accept]) if setup.is_replay else None
+    replay = Replay(parse_rule(setup.accept)) if setup.is_replay else None
     rule = replay.rule if replay else setup.accept
     engine = Engine(setup.target, drafter, planner, max_rows=1, memory=(longest + headroom) * slot_bytes, accept=rule)
     return Run(spec, engine, replay)

@@ -159,7 +159,8 @@ def _print(llm: "LLM", answering: "Answering", show_drafts: bool, as_json: bool)
 def _print_summary(answering: "Answering") -> None:
     done = answering.answers
     stats, guessed = done[0].stats, sum(sum(answer.guessed) for answer in done)
-    print(f"{stats.tokens} tokens in {stats.row_rounds} rounds: tau {stats.tau:.2f}, {guessed} guessed", file=sys.stderr)
+    lossy = ", lossy: not the text of plain decoding" if done[0].is_lossy else ""
+    print(f"{stats.tokens} tokens in {stats.row_rounds} rounds: tau {stats.tau:.2f}, {guessed} guessed{lossy}", file=sys.stderr)
 
 
 class Marks:

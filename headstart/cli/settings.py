@@ -47,8 +47,11 @@ class Model:
         ),
     ] = None
     accept: Annotated[
-        Literal["coupled", "rejection"],
-        typer.Option(help="coupled: the text of plain decoding; rejection: its law.", rich_help_panel=_MODEL),
+        str,
+        typer.Option(
+            help="coupled: the text of plain decoding; rejection: its law; typical or typical:0.09,0.3: lossy, another law.",
+            rich_help_panel=_MODEL,
+        ),
     ] = "coupled"
     threads: Annotated[
         int | None, typer.Option(help="Threads of the processor.", show_default="torch's", rich_help_panel=_MODEL)
@@ -58,7 +61,9 @@ class Model:
         """The model, with a spinner while it loads. settings: of `headstart.load`."""
         with waiting(f"loading {self.model or 'the embedded model'}"):
             import headstart
+            from headstart.verify import parse_rule
 
+            parse_rule(self.accept)  # refused before anything is loaded
             quieten()
             self._use_threads()
             exact = "auto" if self.exact is None else self.exact
