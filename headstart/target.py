@@ -11,16 +11,19 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from headstart import attention
 from headstart.attention import Gaze, Kernel, Probe, Reach, Sight
 from headstart.cache import KVCache, LayerShape, Seating
+from headstart.ends import Ends
 from headstart.kernels.choice import Equipment, equip
+from headstart.kernels.linear import prepack
 from headstart.pretrained import load_model
 from headstart.selfcheck import holds_to_the_bit, self_check
 from headstart.tree import Drafts, Forest, merge
@@ -135,6 +138,16 @@ class Target:
 
     def new_cache(self, seating: Seating) -> KVCache:
         return KVCache(self.shapes, seating, self.device, self.dtype)
+
+    @cached_property
+    def ends(self) -> Ends:
+        """Embedding and head, for drafters that borrow them. Raises ValueError where the head does something unknown."""
+        return Ends(self.model)
+
+    def hasten(self, drafter: nn.Module) -> None:
+        """Give a drafter's linears this machine's kernels too, in place and for good."""
+        if self.equipment is not None and self.device.type == "cpu":
+            prepack(drafter)
 
     # -- what it does --
 

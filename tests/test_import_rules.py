@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "headstart"
 MATHEMATICS = {f"headstart.{room}" for room in ("tree", "chances", "sampling", "verify", "planner", "scheduler")}
-SHARED_DRAFTER_PARTS = {"headstart.drafters", "headstart.drafters.grow", "headstart.drafters.layers"}
+SHARED_DRAFTER_PARTS = {f"headstart.drafters{part}" for part in ("", ".grow", ".heads", ".layers")}
 JUDGES = {"headstart.engine", "headstart.verify"}
 SURFACES = ("headstart.cli", "headstart.serve", "headstart.bench")
 
@@ -57,7 +57,7 @@ def breach(importer: str, imported: str) -> str | None:
     ):
         return "2: a drafter proposes; it knows no engine, scheduler, verifier or trainer"
     if importer.startswith("headstart.drafters.") and is_sibling(importer, imported):
-        return "2: drafters share grow and layers, nothing else"
+        return "2: drafters share grow, heads and layers, nothing else"
     if importer in JUDGES and imported.startswith("headstart.drafters.") and imported in MODULES:
         return "3: a new drafter is one file; engine and verify know none by name"
     if {importer, imported} == {"headstart.engine", "headstart.train"}:

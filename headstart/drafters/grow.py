@@ -7,13 +7,14 @@ computes the logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from headstart.sampling import Paths, Rows
+from headstart.chances import UNFITTED, Calibration
+from headstart.sampling import Choice, Paths, Rows
 from headstart.tree import ROOT, Drafts
 
 
@@ -45,19 +46,47 @@ class Level:
 Expand = Callable[[Level], Tensor]  # -> logits [rows * width, vocab]
 
 
-def grow(rows: Rows, logits: Tensor, expand: Expand, ids: Tensor | None = None, source: int = 0) -> Drafts:
+def grow(
+    rows: Rows,
+    logits: Tensor,
+    expand: Expand,
+    ids: Tensor | None = None,
+    source: int = 0,
+    calibration: Calibration = UNFITTED,
+    deepest: int | None = None,
+) -> Drafts:
     """Candidates behind the root of every row that drafts.
 
     logits: [drafting rows, vocab] after each root, in the order of the rows; expand: runs one level and returns what follows each
-    of its nodes. ids: target ids where the drafter's vocabulary is reduced. The plan's depth, width and beam are in `rows`.
+    of its nodes. ids: target ids where the drafter's vocabulary is reduced. deepest: the level at which the drafter must end, None
+    for none. The plan's depth, width and beam are in `rows`.
     """
-    drafting = tuple(row for row, depth in enumerate(rows.depths) if depth > 0)
-    growth = _Growth(rows, ids, logits.device)
-    grown = growth.plant(drafting, logits)
-    for depth in range(1, rows.max_depth):
+    growth = _Growth(rows, ids, logits.device, calibration)
+    grown = growth.plant(drafting_rows(rows), logits)
+    for depth in range(1, min(rows.max_depth, deepest or rows.max_depth)):
         beam = growth.narrow(grown, depth)
-        grown = growth.expand(beam, depth, expand(beam.level))
+        grown = growth.expand(beam, growth.choose(beam, depth, expand(beam.level)))
     return growth.drafts(source)
+
+
+def compose(rows: Rows, logits: Sequence[Tensor], calibration: Calibration = UNFITTED, source: int = 0) -> Drafts:
+    """The same where what follows depends on the depth alone: parallel heads. One choice per depth serves all parents.
+
+    logits: per depth [drafting rows, vocab], in the order of the rows. Under a rule that draws children, parents of one level
+    share their draw: a text has one of them at most.
+    """
+    drafting = drafting_rows(rows)
+    growth = _Growth(rows, None, logits[0].device, calibration)
+    grown = growth.plant(drafting, logits[0])
+    for depth, said in enumerate(logits[1 : rows.max_depth], 1):
+        beam = growth.narrow(grown, depth)
+        grown = growth.expand(beam, growth.repeat(beam, drafting, growth.choose_once(drafting, depth, said)))
+    return growth.drafts(source)
+
+
+def drafting_rows(rows: Rows) -> tuple[int, ...]:
+    """The rows of the round that draft, on the host."""
+    return tuple(row for row, depth in enumerate(rows.depths) if depth > 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,9 +116,10 @@ class _Beam:
 class _Growth:
     """The candidates so far."""
 
-    def __init__(self, rows: Rows, ids: Tensor | None, device: torch.device) -> None:
+    def __init__(self, rows: Rows, ids: Tensor | None, device: torch.device, calibration: Calibration) -> None:
         self.rows = rows
         self.ids = ids
+        self.calibration = calibration
         self.device = device
         self.tokens: list[Tensor] = []
         self.parents: list[Tensor] = []
@@ -105,8 +135,7 @@ class _Growth:
         """The children of the roots."""
         count = len(drafting)
         row_ids = torch.tensor(drafting).to(self.device, non_blocking=True)
-        paths = Paths(row_ids, row_ids.new_empty(count, 0), torch.zeros_like(row_ids))
-        choice = self.rows.choose(logits, 1, paths, self.rows.width, self.ids)
+        choice = self.choose_once(drafting, 0, logits)
         if choice.law is not None:
             self.laws.append((row_ids, choice.law))
         self.ranks = [(rank,) for rank in range(choice.tokens.shape[1])]
@@ -146,22 +175,40 @@ class _Growth:
         self.ranks = [self.ranks[place] for place in wanted]
         return torch.tensor(wanted, dtype=torch.int64).to(self.device, non_blocking=True).expand(num_rows, -1)
 
-    def expand(self, beam: _Beam, depth: int, logits: Tensor) -> _Grown:
-        """The children of a beam. logits: [rows * width, vocab]."""
+    def choose_once(self, drafting: tuple[int, ...], depth: int, logits: Tensor) -> Choice:
+        """Children for parents of one depth, one choice per row. logits: [rows, vocab]."""
+        row_ids = torch.tensor(drafting).to(self.device, non_blocking=True)
+        paths = Paths(row_ids, row_ids.new_empty(len(drafting), 0), torch.zeros_like(row_ids))
+        return self.rows.choose(logits, depth + 1, paths, self.rows.width, self.ids, self.calibration)
+
+    def choose(self, beam: _Beam, depth: int, logits: Tensor) -> Choice:
+        """Children for each node of a beam. logits: [rows * width, vocab]."""
+        paths = Paths(self._row_ids(beam).reshape(-1), beam.paths.reshape(-1, depth), beam.places.reshape(-1))
+        return self.rows.choose(logits, depth + 1, paths, self.rows.width, self.ids, self.calibration)
+
+    def repeat(self, beam: _Beam, drafting: tuple[int, ...], choice: Choice) -> Choice:
+        """The choice of each node's row, for every node of a beam."""
+        lines = torch.tensor([drafting.index(row) for row in beam.level.rows]).to(self.device, non_blocking=True)
+        lines = lines.repeat_interleave(beam.level.width)
+        return Choice(choice.tokens[lines], choice.chances[lines], None if choice.law is None else choice.law[lines])
+
+    def _row_ids(self, beam: _Beam) -> Tensor:
+        """[rows, width] the row of each node."""
+        return torch.tensor(beam.level.rows).to(self.device, non_blocking=True)[:, None].expand_as(beam.level.tokens)
+
+    def expand(self, beam: _Beam, choice: Choice) -> _Grown:
+        """The children of a beam, chosen [rows * width, k]."""
         level = beam.level
         count, width = level.tokens.shape
-        row_ids = torch.tensor(level.rows).to(self.device, non_blocking=True)[:, None].expand(count, width).reshape(-1)
-        paths = Paths(row_ids, beam.paths.reshape(count * width, depth), beam.places.reshape(-1))
-        choice = self.rows.choose(logits, depth + 1, paths, self.rows.width, self.ids)
+        children = choice.tokens.shape[1]
         if choice.law is not None:
             self.laws.append((len(self.rows) + beam.places.reshape(-1), choice.law))
-        children = choice.tokens.shape[1]
         if self.rows.parents:
             self.ranks = [(*path, rank) for path in self.ranks for rank in range(children)]
         chances = (beam.chances.reshape(-1, 1) * choice.chances).reshape(count, width * children)
         tokens = choice.tokens.reshape(count, width * children)
         parents = beam.places[..., None].expand(-1, -1, children).reshape(count, -1)
-        places = self._add(tokens, parents, row_ids.reshape(count, width)[:, :1].expand_as(tokens), depth + 1, chances)
+        places = self._add(tokens, parents, self._row_ids(beam)[:, :1].expand_as(tokens), len(self.depths) + 1, chances)
         origins = torch.arange(width, device=self.device).repeat_interleave(children).expand(count, -1)
         seen = level.seen.repeat_interleave(children, 1)
         older = beam.paths.repeat_interleave(children, 1)

@@ -1,0 +1,181 @@
+"""What drafters made of heads behind the target's last layer have in common: ends, seats, loss, and their facts.
+
+A method's own file says what a head computes; this one what is the same for all of them. It refuses to know any method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from headstart.chances import UNFITTED, Calibration
+from headstart.lessons import Batch, Guess, Metrics, Objective, learn
+from headstart.planner import Best, Planner
+from headstart.sampling import Rows
+from headstart.tree import Drafts, Kept
+
+if TYPE_CHECKING:
+    from headstart.cache import Seating
+    from headstart.ends import Ends
+    from headstart.target import Target
+
+
+class HeadsConfig(BaseModel):
+    """num_heads: how deep it drafts. num_layers: blocks per head. projection: a matrix to the vocabulary of each head's own, which
+    starts as the target's, or the target's head shared."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_heads: int = Field(default=4, ge=1, le=64)
+    num_layers: int = Field(default=1, ge=1, le=64)
+    projection: Literal["own", "shared"] = "own"
+
+
+class Block(nn.Module):
+    """x + SiLU(W x + b), a residual block of Medusa (Cai et al. 2024). Starts as the identity: W and b are zero."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width]"""
+        return x + nn.functional.silu(self.linear(x))
+
+
+class Heads(nn.Module):
+    """A drafter of `num_heads` heads that read the target's final, normed states; for subclasses that say what a head is.
+
+    hidden, vocab: of the target. `bind` lends it the target's ends: nothing works before that. `attach` does so for drafting.
+    """
+
+    name: str
+    config_type: ClassVar[type[HeadsConfig]]
+    taps: tuple[int, ...] = (-1,)
+    heads: nn.ModuleList  # one per depth
+
+    def __init__(self, config: Any, hidden: int, vocab: int) -> None:
+        super().__init__()
+        self.config = config
+        self.hidden = hidden
+        self.vocab = vocab
+        self.calibration: Calibration = UNFITTED
+        self.planner: Planner = Best(nodes=10, depth=config.num_heads, width=4, beam=6)
+        self._ends: Ends | None = None
+        self._states = torch.empty(0)  # [seats, hidden] what each seat's next draft starts from
+
+    @property
+    def slot_bytes(self) -> int:
+        """A state per seat is all; nothing per slot, unless a method says otherwise."""
+        return 0
+
+    @property
+    def depth(self) -> int:
+        """The deepest guess."""
+        return int(self.config.num_heads)
+
+    @property
+    def ends(self) -> Ends:
+        assert self._ends is not None, "bind the drafter to its target first"
+        return self._ends
+
+    def bind(self, ends: Ends) -> Self:
+        """Borrow the target's embedding and head. Raises ValueError where the sizes differ."""
+        if (self.hidden, self.vocab) != (ends.hidden, ends.vocab):
+            raise ValueError(
+                f"these {self.name} heads are for a hidden size of {self.hidden} and a vocabulary of {self.vocab}, the target has "
+                f"{ends.hidden} and {ends.vocab}; train heads for this target, or name theirs"
+            )
+        self._ends = ends
+        return self
+
+    def start(self) -> Self:
+        """Before training: own projections begin as the target's head."""
+        if self.config.projection == "own":
+            for depth in range(self.depth):
+                with torch.no_grad():
+                    self.head(depth).projection.weight.copy_(self.ends.weight)
+        return self
+
+    def twin(self) -> Self:
+        """The same heads once more, unbound, to be attached while these go on learning."""
+        weight = next(self.parameters())
+        twin = type(self)(self.config, self.hidden, self.vocab).to(weight.device, weight.dtype)
+        twin.load_state_dict(self.state_dict())
+        twin.calibration, twin.planner = self.calibration, self.planner
+        return twin
+
+    def head(self, depth: int) -> Any:
+        """The head of a depth (from 0), which has a `projection` if that is its own."""
+        return self.heads[depth]
+
+    # -- learning --
+
+    def states(self, batch: Batch) -> Iterator[Guess]:
+        """Per depth what the heads say at every position, given the features and true tokens so far: the numbers of drafting."""
+        raise NotImplementedError
+
+    def loss(self, batch: Batch, objective: Objective) -> tuple[Tensor, Metrics]:
+        """Summed over the positions that count, and metrics; see `headstart.lessons.learn`."""
+        return learn(self.states(batch), batch, objective, self.ends.project)
+
+    def speech(self, depth: int) -> nn.Module:
+        """From a head's states to logits, [n, hidden] -> [n, vocab]; depth counts from 0."""
+        return Speech(self.head(depth).projection if self.config.projection == "own" else None, self.ends)
+
+    # -- drafting --
+
+    @property
+    def device(self) -> torch.device:
+        return self._states.device
+
+    def attach(self, target: Target, seating: Seating) -> None:
+        self.bind(target.ends)
+        self.requires_grad_(False).eval().to(target.device, target.dtype)
+        target.hasten(self)
+        self._states = torch.zeros(seating.num_seats, self.hidden, device=target.device, dtype=target.dtype)
+
+    @torch.inference_mode()
+    def extend(self, kept: Kept) -> None:
+        assert kept.features is not None, "these heads read features"
+        lasts = torch.tensor(kept.lengths).cumsum(0) - 1
+        seats = torch.tensor([kept.seats, lasts.tolist()]).to(self.device, non_blocking=True)
+        self._states[seats[0]] = self.digest(kept)[seats[1]]
+
+    def digest(self, kept: Kept) -> Tensor:
+        """What heads read at each kept token, [kept, hidden]: the features, unless something stands between."""
+        assert kept.features is not None
+        return kept.features
+
+    def propose(self, rows: Rows) -> Drafts:
+        raise NotImplementedError
+
+    def drafting(self, rows: Rows) -> Tensor:
+        """[drafting rows, hidden] the states of the rows that draft."""
+        seats = [seat for seat, depth in zip(rows.seats, rows.depths, strict=True) if depth > 0]
+        return self._states[torch.tensor(seats).to(self.device, non_blocking=True)]
+
+    def fork(self, source: int, seat: int, length: int) -> None:
+        """Nothing to copy: the last token of a forked prompt is scored again, and brings its state with it."""
+
+    def free(self, seat: int) -> None:
+        """A seat's state is overwritten by its next occupant."""
+
+
+class Speech(nn.Module):
+    """A projection of one's own, or the target's head, then whatever the target does to its logits."""
+
+    def __init__(self, own: nn.Module | None, ends: Ends) -> None:
+        super().__init__()
+        self.own = own
+        self._ends = ends
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[n, hidden] -> [n, vocab]"""
+        return self._ends.project(states) if self.own is None else self._ends.finish(self.own(states))

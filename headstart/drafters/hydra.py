@@ -1,0 +1,221 @@
+"""Hydra (Ankner et al. 2024, arXiv 2402.05109): Medusa's heads, told what has been guessed before them.
+
+Head d reads the state h_t and the embeddings of the root and of the d - 1 guesses on its path, side by side. Hydra++ (`prefix`)
+first runs one more decoder layer over the states of the whole text, with keys and values of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from headstart import attention
+from headstart.attention import Gaze, Reach, Sight
+from headstart.cache import KVCache, LayerShape
+from headstart.drafters.grow import Level, drafting_rows, grow
+from headstart.drafters.heads import Block, Heads, HeadsConfig
+from headstart.lessons import Batch, Guess
+from headstart.sampling import Rows
+from headstart.tree import Drafts, Kept
+
+if TYPE_CHECKING:
+    from headstart.cache import Seating
+    from headstart.target import Target
+
+
+class PrefixConfig(BaseModel):
+    """The decoder layer of Hydra++, a Llama's. Sizes default to those that fit a hidden size; see `for_hidden`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_attention_heads: int = Field(ge=1)
+    num_key_value_heads: int = Field(ge=1)
+    intermediate_size: int = Field(ge=1)
+    rope_theta: float = Field(default=10000.0, gt=0)
+    rms_norm_eps: float = Field(default=1e-5, gt=0)
+
+    @classmethod
+    def for_hidden(cls, hidden: int) -> PrefixConfig:
+        """Heads of 64 where that divides the hidden size, else of the largest power of two that does; a Llama's MLP."""
+        size = next(size for size in (64, 32, 16, 8, 4, 2, 1) if hidden % size == 0)
+        heads = hidden // size
+        return cls(num_attention_heads=heads, num_key_value_heads=heads, intermediate_size=-(-8 * hidden // 3 // 32) * 32)
+
+
+class HydraConfig(HeadsConfig):
+    """prefix: the extra layer of Hydra++, or None. projection_bias: published projections have a
+    bias. dropout: in training, before each block and the projection."""
+
+    prefix: PrefixConfig | None = None
+    projection_bias: bool = False
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
+
+class Fuse(nn.Module):
+    """R z + SiLU(W z + b): from state and embeddings side by side to one state. Starts as the state itself: R picks it, W is 0."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, hidden)
+        self.residual = nn.Linear(width, hidden)
+        with torch.no_grad():
+            for weight in (self.linear.weight, self.linear.bias, self.residual.bias):
+                weight.zero_()
+            self.residual.weight.copy_(torch.eye(hidden, width))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """[..., width] -> [..., hidden]"""
+        fused: Tensor = self.residual(z) + nn.functional.silu(self.linear(z))
+        return fused
+
+
+class Head(nn.Module):
+    """The head of one depth (from 1): it reads `1 + depth` vectors of the hidden size."""
+
+    def __init__(self, config: HydraConfig, depth: int, hidden: int, vocab: int) -> None:
+        super().__init__()
+        self.fuse = Fuse((1 + depth) * hidden, hidden)
+        self.blocks = nn.ModuleList(Block(hidden) for _ in range(config.num_layers - 1))
+        self.dropout = nn.Dropout(config.dropout)
+        if config.projection == "own":
+            self.projection = nn.Linear(hidden, vocab, bias=config.projection_bias)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """[..., (1 + depth) * hidden] -> [..., hidden]"""
+        x = self.fuse(self.dropout(z))
+        for block in self.blocks:
+            x = block(self.dropout(x))
+        states: Tensor = self.dropout(x)
+        return states
+
+
+class Hydra(Heads):
+    """Drafts with sequentially dependent heads, level by level."""
+
+    name = "hydra"
+    config_type = HydraConfig
+
+    def __init__(self, config: HydraConfig, hidden: int, vocab: int) -> None:
+        super().__init__(config, hidden, vocab)
+        self.heads = nn.ModuleList(Head(config, depth, hidden, vocab) for depth in range(1, config.num_heads + 1))
+        self._memory: KVCache | None = None
+        self.prefix: Any = None
+        if config.prefix is not None:
+            self.name = "hydra++"
+            self.prefix = _decoder_layer(config.prefix, hidden)
+
+    # -- learning --
+
+    def states(self, batch: Batch) -> Iterator[Guess]:
+        z = self._read(batch.features)
+        following = self.ends.embed(batch.tokens)  # [rows, length, hidden]
+        for depth, head in enumerate(map(self.head, range(self.depth)), 1):
+            z = torch.cat([z, following.roll(-depth, 1)], -1)  # what is rolled in at the end never counts
+            yield Guess(head(z), self.speech(depth - 1))
+
+    def _read(self, features: Tensor) -> Tensor:
+        """The states that heads read, of whole texts: [rows, length, hidden] -> the same."""
+        if self.prefix is None:
+            return features
+        read: Tensor = self.prefix(inputs_embeds=features, use_cache=False).last_hidden_state
+        return read
+
+    # -- drafting --
+
+    def attach(self, target: Target, seating: Seating) -> None:
+        super().attach(target, seating)
+        if self.prefix is not None:
+            attention.register()
+            self.prefix.set_attn_implementation(attention.NAME)
+            self.prefix.rotary_emb = type(self.prefix.rotary_emb)(self.prefix.config).to(target.device)  # float32, as ever
+            self._memory = KVCache([self._shape()], seating, target.device, target.dtype)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Keys and values of the prefix layer, in the precision that the heads have now."""
+        return 0 if self.prefix is None else self._shape().slot_bytes(self.prefix.norm.weight.dtype)
+
+    def _shape(self) -> LayerShape:
+        config = self.prefix.config
+        return LayerShape(config.num_key_value_heads, config.head_dim, config.head_dim)
+
+    def digest(self, kept: Kept) -> Tensor:
+        features = super().digest(kept)
+        if self.prefix is None or self._memory is None:
+            return features
+        sights, first = [], 0
+        for seat, start, length in zip(kept.seats, kept.starts, kept.lengths, strict=True):
+            place = self._memory.seating[seat]
+            span = slice(first, first + length)
+            sights.append(Sight(first, first + length, place.start, start, None, kept.positions[span]))
+            first += length
+        gaze = Gaze(sights, self._memory, attention.fused, [Reach()], features.device.type != "cpu")
+        out = self.prefix(inputs_embeds=features[None], position_ids=kept.positions[None], use_cache=False, headstart=gaze)
+        self._memory.commit(kept.seats, kept.lengths, [()] * len(kept.seats))
+        read: Tensor = out.last_hidden_state[0]
+        return read
+
+    @torch.inference_mode()
+    def propose(self, rows: Rows) -> Drafts:
+        going = [(root, depth) for root, depth in zip(rows.roots, rows.depths, strict=True) if depth > 0]
+        roots = torch.tensor([root for root, _ in going]).to(self.device, non_blocking=True)
+        walk = _Walk(self, drafting_rows(rows), torch.cat([self.drafting(rows), self.ends.embed(roots)], -1)[:, None])
+        return grow(rows, walk.logits(), walk.step, calibration=self.calibration, deepest=self.depth)
+
+    def fork(self, source: int, seat: int, length: int) -> None:
+        if self._memory is not None:
+            self._memory.fork(source, seat, length)
+
+    def free(self, seat: int) -> None:
+        if self._memory is not None:
+            self._memory.free(seat)
+
+
+class _Walk:
+    """One round's descent. rows: of the round; z: [rows, width, (1 + depth) * hidden], what the last level's nodes have read."""
+
+    def __init__(self, hydra: Hydra, rows: tuple[int, ...], z: Tensor) -> None:
+        self.hydra = hydra
+        self.rows = rows
+        self.z = z
+        self.depth = 0
+
+    def logits(self) -> Tensor:
+        """[rows * width, vocab] behind the nodes of this level."""
+        said: Tensor = self.hydra.speech(self.depth)(self.hydra.head(self.depth)(self.z.flatten(0, 1)))
+        return said
+
+    def step(self, level: Level) -> Tensor:
+        """The next level's nodes: each has read what its parent read, and itself."""
+        if level.rows != self.rows:
+            places = torch.tensor([self.rows.index(row) for row in level.rows])
+            self.rows, self.z = level.rows, self.z[places.to(self.z.device, non_blocking=True)]
+        parents = self.z.gather(1, level.origins[..., None].expand(-1, -1, self.z.shape[-1]))
+        self.z = torch.cat([parents, self.hydra.ends.embed(level.tokens)], -1)
+        self.depth += 1
+        return self.logits()
+
+
+def _decoder_layer(config: PrefixConfig, hidden: int) -> Any:
+    """One Llama decoder layer and a norm, fed with states instead of tokens."""
+    from transformers import LlamaConfig, LlamaModel
+
+    layer = LlamaModel(
+        LlamaConfig(
+            hidden_size=hidden,
+            num_hidden_layers=1,
+            vocab_size=1,
+            bos_token_id=None,
+            eos_token_id=None,
+            max_position_embeddings=2**20,
+            head_dim=hidden // config.num_attention_heads,
+            **config.model_dump(exclude={"rope_theta"}),
+            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        )
+    )
+    del layer.embed_tokens
+    return layer

@@ -1,0 +1,58 @@
+"""Medusa (Cai et al. 2024, arXiv 2401.10774): heads that guess the tokens after the root in parallel, each from the same state.
+
+Head d reads the target's final, normed state h_t, from which the root x_{t+1} was decided, and guesses x_{t+1+d} without knowing
+what stands between. All paths of a tree share the heads' answers, so one choice per depth is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from headstart.drafters.grow import compose
+from headstart.drafters.heads import Block, Heads, HeadsConfig
+from headstart.lessons import Batch, Guess
+from headstart.sampling import Rows
+from headstart.tree import Drafts
+
+
+class MedusaConfig(HeadsConfig):
+    """Published heads have 5 heads (of which trees use 4) of 1 layer, with projections of their own."""
+
+
+class Head(nn.Module):
+    """`num_layers` residual blocks, each with weights of its own, and a projection unless that is shared."""
+
+    def __init__(self, config: MedusaConfig, hidden: int, vocab: int) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(Block(hidden) for _ in range(config.num_layers)))
+        if config.projection == "own":
+            self.projection = nn.Linear(hidden, vocab, bias=False)
+
+
+class Medusa(Heads):
+    """Drafts with parallel heads."""
+
+    name = "medusa"
+    config_type = MedusaConfig
+
+    def __init__(self, config: MedusaConfig, hidden: int, vocab: int) -> None:
+        super().__init__(config, hidden, vocab)
+        self.heads = nn.ModuleList(Head(config, hidden, vocab) for _ in range(config.num_heads))
+
+    def states(self, batch: Batch) -> Iterator[Guess]:
+        for depth in range(self.depth):
+            yield Guess(self.head(depth).blocks(batch.features), self.speech(depth))
+
+    @torch.inference_mode()
+    def propose(self, rows: Rows) -> Drafts:
+        states = self.drafting(rows)
+        logits = [self._logits(states, depth) for depth in range(min(self.depth, rows.max_depth))]
+        return compose(rows, logits, self.calibration)
+
+    def _logits(self, states: Tensor, depth: int) -> Tensor:
+        """[rows, hidden] -> [rows, vocab]"""
+        logits: Tensor = self.speech(depth)(self.head(depth).blocks(states))
+        return logits

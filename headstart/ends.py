@@ -1,0 +1,89 @@
+"""The two ends of a language model: tokens to embeddings, and final states to logits.
+
+Drafters borrow them: Hydra and EAGLE embed with the target's table, heads without a projection of their own speak through its
+head. This file knows embeddings and heads. It refuses to know layers, drafters and training.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Ends:
+    """Embedding and head of a causal LM, frozen. Raises ValueError, naming the model, where its head does something unknown.
+
+    hidden: width of the final, normed states, which is also the width of an embedding. vocab: width of the logits.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        head = model.get_output_embeddings()
+        if head is None:
+            raise ValueError(f"{type(model).__name__} has no output embeddings, so no heads can be trained for it")
+        config: Any = model.config.get_text_config()
+        self._model = model
+        self._cap: float | None = getattr(config, "final_logit_softcapping", None)
+        # Cohere multiplies its logits, Granite divides them.
+        self._scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+        self.hidden = int(config.hidden_size)
+        self._check(str(getattr(model.config, "_name_or_path", "") or type(model).__name__))
+
+    @property
+    def head(self) -> nn.Module:
+        """The linear from [..., hidden] to [..., vocab]; looked up anew, for kernels may have replaced it."""
+        head: nn.Module = self._model.get_output_embeddings()
+        return head
+
+    @property
+    def weight(self) -> Tensor:
+        """[vocab, hidden] of the head, to start heads of one's own from."""
+        weight: Tensor = self.head.weight  # type: ignore[assignment]
+        return weight.detach()
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[...] int64 -> [..., hidden], as the table has them."""
+        embedded: Tensor = self._model.get_input_embeddings()(tokens)
+        return embedded
+
+    def project(self, states: Tensor) -> Tensor:
+        """Final, normed states [..., hidden] -> the target's logits [..., vocab]."""
+        return self.finish(self.head(states))
+
+    def finish(self, logits: Tensor) -> Tensor:
+        """What the model does to the logits of its head: a scale, a soft cap, mostly nothing. Same shape."""
+        logits = logits if self._scale == 1 else logits * self._scale
+        return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
+
+    @torch.no_grad()
+    def _check(self, name: str) -> None:
+        """Hear from the head itself that nothing else happens between the final states and the logits."""
+        model, seen = self._model, []
+        hook = self.head.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
+        extra = {"headstart": _probe()} if model.config._attn_implementation == "headstart" else {}
+        try:
+            ids = torch.tensor([[0, 1]], device=model.device)
+            out = model(
+                input_ids=ids,
+                position_ids=torch.tensor([[0, 1]], device=model.device),
+                use_cache=False,
+                output_hidden_states=True,
+                **extra,
+            )
+        finally:
+            hook.remove()
+        self.vocab = int(out.logits.shape[-1])
+        final = out.hidden_states[-1]
+        same = len(seen) == 1 and seen[0][0].shape == final.shape and torch.equal(seen[0][0], final)
+        if not same or not torch.allclose(self.finish(seen[0][1]).float(), out.logits.float(), rtol=1e-3, atol=1e-3):
+            raise ValueError(f"{name} ({type(model).__name__}) turns its states into logits in a way that heads cannot follow")
+
+
+def _probe() -> Any:
+    from headstart.attention import Probe
+
+    return Probe()

@@ -1,0 +1,225 @@
+"""What a drafter learns from, and by which loss: batches, objectives, and losses that never hold all logits at once.
+
+At a position t of a text, the drafter knows the features up to t and the root, token t+1; what it guesses at depth d is token
+t+1+d. Losses are sums over positions, so that a step may be split over batches and processes in any way.
+This file knows positions and laws. It refuses to know drafters, targets and optimisers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+CHUNK = 256  # positions whose logits exist at once: 8 MiB of float32 at a vocabulary of 8k, 128 MiB at 128k
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Texts and what the target made of them.
+
+    tokens: [rows, length] int64, padded on the right. counts: [rows, length] bool, the tokens that an assistant said: neither
+    prompt nor padding. features: [rows, length, taps * hidden], what the drafter reads. finals: [rows, length, hidden], the
+    target's final, normed states: the teacher's logits are their projection.
+    """
+
+    tokens: Tensor
+    counts: Tensor
+    features: Tensor
+    finals: Tensor
+
+    def counted(self, depth: int) -> Tensor:
+        """[rows, length] bool: positions t at which a guess of this depth counts: the root and all guesses are an assistant's."""
+        length = self.tokens.shape[1]
+        result = torch.zeros_like(self.counts)
+        if length > depth + 1:
+            windows = self.counts[:, 1:].unfold(1, depth + 1, 1)  # [rows, length - 1 - depth, depth + 1]
+            result[:, : length - 1 - depth] = windows.all(-1)
+        return result
+
+
+class Objective(BaseModel):
+    """How much each loss weighs, and how much less each deeper guess counts.
+
+    hard: cross-entropy with the text's own token. soft: with the teacher's law (KL but for a constant). tv: total variation,
+    1 - alpha, where alpha = sum(min(p, q)) is the chance that a drawn guess is accepted. alpha: -log alpha. lk: KL and tv mixed
+    by exp(-3 alpha), KL first and acceptance later (LK losses, arXiv 2602.23881). decay: weight of each depth over that of the
+    one before. temperature: of both laws, in all but `hard`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    hard: float = Field(default=1.0, ge=0)
+    soft: float = Field(default=0.0, ge=0)
+    tv: float = Field(default=0.0, ge=0)
+    alpha: float = Field(default=0.0, ge=0)
+    lk: float = Field(default=0.0, ge=0)
+    decay: float = Field(default=1.0, gt=0, le=1)
+    temperature: float = Field(default=1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _has_a_loss(self) -> Objective:
+        if not self.hard + self.has_teacher:
+            raise ValueError("every loss has weight 0; give one of hard, soft, tv, alpha, lk a positive weight")
+        return self
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the target's own laws are needed."""
+        return self.soft + self.tv + self.alpha + self.lk > 0
+
+    def __call__(self, logits: Tensor, tokens: Tensor, taught: Tensor | None) -> Tensor:
+        """Loss of each position, [n]. logits, taught: [n, vocab]; tokens: [n] int64; taught may be None without a teacher."""
+        loss = logits.new_zeros(logits.shape[0], dtype=torch.float32)
+        if self.hard:
+            loss = loss + self.hard * F.cross_entropy(logits.float(), tokens, reduction="none")
+        if not self.has_teacher:
+            return loss
+        assert taught is not None, "this objective needs a teacher"
+        own = torch.log_softmax(logits.float() / self.temperature, -1)
+        law = torch.softmax(taught.float() / self.temperature, -1)
+        if self.soft:
+            loss = loss - self.soft * (law * own).sum(-1)
+        if self.tv + self.alpha + self.lk:
+            alpha = torch.minimum(own.exp(), law).sum(-1)
+            loss = loss + self.tv * (1 - alpha)
+            if self.alpha:
+                loss = loss - self.alpha * alpha.clamp(min=1e-6).log()
+            if self.lk:
+                share = torch.exp(-3 * alpha.detach())
+                divergence = (torch.special.entr(law) * -1 - law * own).sum(-1)
+                loss = loss + self.lk * (share * divergence + (1 - share) * (1 - alpha))
+        return loss
+
+
+class Guess(NamedTuple):
+    """What a drafter says at one depth, teacher-forced. states: [rows, length, width]; project: [n, width] -> [n, vocab]."""
+
+    states: Tensor
+    project: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Metrics:
+    """Sums over positions, one entry per depth, on the device: they add up over batches and processes.
+
+    losses: of the unweighted losses. counts: positions. hits: where the best guess was the token. runs: where it was so at this
+    depth and all before. All [depth] float32.
+    """
+
+    losses: Tensor
+    counts: Tensor
+    hits: Tensor
+    runs: Tensor
+
+    @property
+    def top1(self) -> Tensor:
+        """[depth] share of positions at which the best guess was right, whatever happened before."""
+        return self.hits / self.counts.clamp(min=1)
+
+    @property
+    def tau(self) -> Tensor:
+        """Tokens per round, a scalar, that a chain of best guesses would give on this text."""
+        return 1 + (self.runs / self.counts.clamp(min=1)).sum()
+
+    def stacked(self) -> Tensor:
+        """[4, depth], for one reduction."""
+        return torch.stack([self.losses, self.counts, self.hits, self.runs])
+
+    @classmethod
+    def of(cls, stacked: Tensor) -> Metrics:
+        """The inverse of `stacked`."""
+        return cls(*stacked)
+
+    def __add__(self, other: Metrics) -> Metrics:
+        return Metrics.of(self.stacked() + other.stacked())
+
+
+def learn(
+    guesses: Iterator[Guess], batch: Batch, objective: Objective, teach: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Metrics]:
+    """The loss of all depths, summed over the positions that count (divide by the first of `Metrics.counts`), and metrics.
+
+    guesses: one per depth, from 1. teach: final states [n, hidden] -> the target's logits [n, vocab]; called only where the
+    objective has a teacher.
+    """
+    total = batch.features.new_zeros((), dtype=torch.float32)
+    columns: list[Tensor] = []
+    run = torch.ones_like(batch.counts)
+    for depth, guess in enumerate(guesses, 1):
+        where = batch.counted(depth).nonzero(as_tuple=True)
+        later = (where[0], where[1] + depth)
+        tokens = batch.tokens[where[0], where[1] + depth + 1]
+        finals = batch.finals[later] if objective.has_teacher else None
+        loss, hits = chunked_loss(guess.project, guess.states[where], tokens, finals, objective, teach)
+        total = total + objective.decay ** (depth - 1) * loss
+        held = torch.zeros_like(run)
+        held[where] = hits
+        run = run & held
+        columns.append(torch.stack([loss.detach(), *(count.sum().float() for count in (batch.counted(depth), hits, run))]))
+    return total, Metrics.of(torch.stack(columns, 1))
+
+
+def chunked_loss(
+    project: Callable[[Tensor], Tensor],
+    states: Tensor,
+    tokens: Tensor,
+    finals: Tensor | None,
+    objective: Objective,
+    teach: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The summed loss of many positions, and which best guesses were right ([n] bool), a few positions at a time.
+
+    states: [n, width]; tokens: [n]; finals: [n, hidden] or None. Gradients are taken chunk by chunk while the logits are there,
+    so that neither they nor a second forward are needed later.
+    """
+
+    def piece(part: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
+        logits = project(part)
+        with torch.no_grad():
+            taught = None if finals is None else teach(finals[chunk])
+        return objective(logits, tokens[chunk], taught).sum(), logits.detach().argmax(-1) == tokens[chunk]
+
+    learned = [weight for weight in parameters_of(project) if weight.requires_grad]
+    found: tuple[Tensor, Tensor] = _Chunked.apply(piece, states, *learned)  # type: ignore[no-untyped-call]
+    return found
+
+
+def parameters_of(project: Callable[[Tensor], Tensor]) -> Sequence[nn.Parameter]:
+    """Of a projection that is a module; a plain function has none to be learned."""
+    return list(project.parameters()) if isinstance(project, nn.Module) else []
+
+
+class _Chunked(torch.autograd.Function):
+    """Forward and backward of each chunk at once; what is kept are the gradients of states and weights, never logits."""
+
+    @staticmethod
+    def forward(ctx: Any, piece: Callable[[Tensor, slice], tuple[Tensor, Tensor]], states: Tensor, *learned: Tensor) -> Any:
+        wanted = torch.is_grad_enabled() or any(ctx.needs_input_grad)
+        loss = states.new_zeros((), dtype=torch.float32)
+        hits = torch.zeros(states.shape[0], dtype=torch.bool, device=states.device)
+        own = torch.zeros_like(states) if wanted else None
+        theirs = [torch.zeros_like(weight) for weight in learned] if wanted else []
+        for start in range(0, states.shape[0], CHUNK):
+            chunk = slice(start, start + CHUNK)
+            with torch.set_grad_enabled(wanted):
+                part = states[chunk].detach().requires_grad_(wanted)
+                value, hits[chunk] = piece(part, chunk)
+            if own is not None:
+                first, *rest = torch.autograd.grad(value, [part, *learned])
+                own[chunk] = first
+                for mine, more in zip(theirs, rest, strict=True):
+                    mine += more
+            loss += value.detach()
+        ctx.save_for_backward(*(() if own is None else (own, *theirs)))
+        ctx.mark_non_differentiable(hits)
+        return loss, hits
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
+        return None, *(grad * saved for saved in ctx.saved_tensors)
