@@ -237,7 +237,7 @@ def run(*arguments: object) -> Result:
 
 RUN_FIELDS = {
     "run", "tokens", "seconds", "tokens_per_second", "speed_up", "median_speed_up", "decode_speed_up", "tau", "acceptance",
-    "forward", "nodes", "shares", "loops", "differing", "near_ties", "splits", "identical",
+    "forward", "nodes", "shares", "loops", "differing", "near_ties", "splits", "identical", "is_lossy",
 }  # fmt: skip
 MACHINE_FIELDS = {"cpu", "cores", "threads", "device", "python", "torch", "transformers", "headstart", "command"}
 
