@@ -25,12 +25,18 @@ SAMPLING = {
     "--frequency-penalty", "--seed", "--stop", "--ignore-eos",
 }  # fmt: skip
 ANSWER = {"--system", "--show-drafts", "--json"}
+LEARNING = {
+    "--target", "--data", "--any-target", "--held-out", "--rows", "--length", "--accumulate", "--features", "--tokens", "--epochs",
+    "--steps", "--learning-rate", "--warmup", "--schedule", "--weight-decay", "--clip", "--seed", "--dtype", "--precision",
+    "--device", "--threads", "--log-every", "--eval-every", "--save-every", "--decode-every", "--decode-prompts", "--tracker",
+}  # fmt: skip
 
 # A new command or option edits this list on purpose.
 FROZEN = {
     "demo": MODEL | {"--max-tokens", "--temperature", "--seed", "--drafter", "--json"},
     "generate": MODEL | DRAFTING | SAMPLING | ANSWER | {"--n", "--logprobs", "--raw"},
     "chat": MODEL | DRAFTING | SAMPLING | ANSWER,
+    "train": LEARNING | {"--out", "--config", "--set", "--loss", "--resume", "--json"},
     "inspect": {"--device", "--json"},
     "bench": MODEL | SAMPLING | {"--run", "--prompts", "--limit", "--repeat", "--raw", "--chat", "--replay", "--json"},
 }

@@ -6,7 +6,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from headstart.cli import answer, look, measure
+from headstart.cli import answer, learn, look, measure
 from headstart.cli.settings import expanded
 
 INTERRUPTED = 130
@@ -56,7 +56,7 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
         raise typer.Exit
 
 
-for command in (measure.demo, answer.generate, answer.chat, look.inspect, measure.bench):
+for command in (measure.demo, answer.generate, answer.chat, learn.train, look.inspect, measure.bench):
     app.command()(expanded(command))
 
 

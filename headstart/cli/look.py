@@ -2,7 +2,9 @@
 
 import json as json_format
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,17 +15,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from headstart.attention import Reach
+    from headstart.checkpoint import Recognised
     from headstart.target import Target
 
 
 def inspect(
-    path: Annotated[str | None, typer.Argument(help="A model's folder or hub id.", show_default="the embedded model")] = None,
+    path: Annotated[
+        str | None, typer.Argument(help="Folder of a model or of heads, or a hub id.", show_default="the embedded model")
+    ] = None,
     device: Annotated[str, typer.Option(help="Where to try it: auto, cpu, cuda, ...")] = "auto",
     json: Json = False,
 ) -> None:
     """Say what a folder holds.
 
-    Sizes, context, cache, tokenizer, fingerprint, and problems that stand in the way of serving it exactly.
+    Of a model: sizes, context, cache, tokenizer, fingerprint, and problems that stand in the way of serving it exactly.
+    Of heads, ours or published by others: method, sizes, their model, and the command that uses them or brings them in.
 
     Example: headstart inspect ./talk13M --json
     """
@@ -39,8 +45,33 @@ def inspect(
 
 
 def facts(path: str, device: str = "auto") -> dict[str, Any]:
-    """Everything `inspect` says. Raises ValueError where there is no model that can be loaded."""
+    """Everything `inspect` says. Raises ValueError where there is neither a model that can be loaded nor heads."""
     quieten()
+    known = _recognised(path)
+    return _of_heads(path, known) if known and not known.is_target else _of_model(path, device) | _inside(known)
+
+
+def _recognised(path: str) -> "Recognised | None":
+    """None for what is not here or not known: loading it as a model says what is wrong with it."""
+    from headstart.checkpoint import recognise
+
+    known = recognise(path) if Path(path).exists() else None
+    return None if known is None or known.kind == "unknown" else known
+
+
+def _of_heads(path: str, known: "Recognised") -> dict[str, Any]:
+    found = {name: value for name, value in asdict(known).items() if value not in (None, ()) and name != "is_target"}
+    return {"path": path} | found | {"notes": list(known.notes), "problems": list(known.problems)}
+
+
+def _inside(known: "Recognised | None") -> dict[str, Any]:
+    """Heads in the same files as a model."""
+    if known is None or known.kind == "target":
+        return {}
+    return {"heads": known.layout, "num_heads": known.num_heads, "import": known.command, "notes": list(known.notes)}
+
+
+def _of_model(path: str, device: str) -> dict[str, Any]:
     from headstart.pretrained import digest, load_model
 
     model = load_model(path, "auto", device)

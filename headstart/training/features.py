@@ -1,0 +1,199 @@
+"""What the target makes of texts: computed as needed, or read from a store that was written once.
+
+A store is a folder of safetensors shards with a `store.json` that says of which target and which texts it is; it is written
+shard by shard, so that a pass that was cut short goes on. This file knows the target's states. It refuses to know losses,
+drafters and steps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from headstart.lessons import Batch
+from headstart.training.texts import Library, Padded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SHARD_TOKENS = 16_384  # 64 MiB at a hidden size of 1,024 in float32
+MANIFEST = "store.json"
+
+
+class Online:
+    """States straight from the model, by its own attention. taps: layers that a drafter reads, as `Target.score` counts them."""
+
+    def __init__(self, model: PreTrainedModel, taps: Sequence[int]) -> None:
+        self.model = model.eval().requires_grad_(False)
+        num_layers = int(model.config.get_text_config().num_hidden_layers)
+        self.layers = layers(taps, num_layers)
+        self._taps = [tap % num_layers for tap in taps]
+
+    def __call__(self, texts: Padded) -> Batch:
+        """On the model's device."""
+        texts = texts.to(self.model.device)
+        return as_batch(texts, self.states(texts.tokens), self._taps)
+
+    @torch.no_grad()
+    def states(self, tokens: Tensor) -> dict[int, Tensor]:
+        """[rows, length] -> the output of each tapped layer and of the last, which is normed, each [rows, length, hidden]."""
+        wanted = [layer + 1 for layer in self.layers]  # transformers counts the embedding as state 0
+        with torch.autocast(tokens.device.type, enabled=False):
+            out = self.model(input_ids=tokens, use_cache=False, logits_to_keep=1, output_hidden_states=wanted)
+        return {layer: out.hidden_states[layer + 1] for layer in self.layers}
+
+
+def layers(taps: Sequence[int], num_layers: int) -> tuple[int, ...]:
+    """The tapped layers and the last, ascending, each once."""
+    return tuple(sorted({*(tap % num_layers for tap in taps), num_layers - 1}))
+
+
+def as_batch(texts: Padded, states: dict[int, Tensor], taps: Sequence[int]) -> Batch:
+    """A lesson's batch: features in float32, as the weights that learn; final states as the target has them."""
+    last = states[max(states)]
+    features = torch.cat([states[tap] for tap in taps], -1) if taps else last[..., :0]
+    return Batch(texts.tokens, texts.counts, features.float(), last)
+
+
+class Store:
+    """States of every text, from a folder. Open one with `Store.filled`."""
+
+    def __init__(self, folder: Path, online: Online, shards: Sequence[Sequence[int]]) -> None:
+        self.folder, self._online = folder, online
+        self._place = {index: number for number, shard in enumerate(shards) for index in shard}
+        self._open: dict[int, Any] = {}
+
+    @classmethod
+    def claim(cls, folder: Path, online: Online, library: Library, target: str) -> None:
+        """Mark a new folder as the store of these states. target: the model's digest. Raises ValueError if it is another's."""
+        key = {
+            "format": "headstart-features",
+            "version": 1,
+            "target": target,
+            "dtype": str(online.model.dtype).removeprefix("torch."),
+            "layers": list(online.layers),
+            "texts": library.digest(),
+            "shards": len(shelves(library)),
+        }
+        _claim(folder, key)
+
+    @classmethod
+    def filled(
+        cls, folder: Path, online: Online, library: Library, share: tuple[int, int] = (0, 1),
+        tell: Callable[[int, int], None] = lambda done, of: None,
+    ) -> Store:  # fmt: skip
+        """The store in a claimed folder, of which missing shards are computed and written first.
+
+        share: (this process, all processes), each writes every so-manieth shard. tell: hears how many of how many are written.
+        Raises ValueError if there is no room.
+        """
+        shards = shelves(library)
+        missing = [number for number in range(len(shards)) if not _file(folder, number).is_file()]
+        _check_room(folder, online, sum(len(library.texts[i].tokens) for number in missing for i in shards[number]))
+        own = [number for number in missing if number % share[1] == share[0]]
+        for done, number in enumerate(own):
+            tell(done, len(own))
+            _write(folder, number, {str(index): _alone(online, library, index) for index in shards[number]})
+        return cls(folder, online, shards)
+
+    def __call__(self, texts: Padded) -> Batch:
+        """On the model's device; where padding is, states are zero."""
+        place = self._online.model.device
+        length, taps = texts.tokens.shape[1], self._online._taps
+        read = torch.zeros(*texts.tokens.shape, len(self._online.layers), self._width, dtype=self._online.model.dtype)
+        for row, index in enumerate(texts.indices):
+            found = self._read(index)
+            if found.shape[0] > length:
+                raise AssertionError(f"text {index} has {length} tokens at most, the store has {found.shape[0]}")
+            read[row, : found.shape[0]] = found
+        whole = read.to(place, non_blocking=True)
+        return as_batch(texts.to(place), {layer: whole[:, :, at] for at, layer in enumerate(self._online.layers)}, taps)
+
+    @property
+    def _width(self) -> int:
+        return int(self._online.model.config.get_text_config().hidden_size)
+
+    def _read(self, index: int) -> Tensor:
+        number = self._place[index]
+        if number not in self._open:
+            try:
+                self._open[number] = safe_open(_file(self.folder, number), framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{_file(self.folder, number)} is damaged ({error}); delete it, and it is written again") from None
+        found: Tensor = self._open[number].get_tensor(str(index))
+        return found
+
+
+def shelves(library: Library) -> list[list[int]]:
+    """Indices of all texts, in order, cut into shards of about `SHARD_TOKENS` tokens."""
+    shards: list[list[int]] = [[]]
+    size = 0
+    for index, text in enumerate(library.texts):
+        if shards[-1] and size + len(text.tokens) > SHARD_TOKENS:
+            shards.append([])
+            size = 0
+        shards[-1].append(index)
+        size += len(text.tokens)
+    return shards
+
+
+def _alone(online: Online, library: Library, index: int) -> Tensor:
+    """[length, layers, hidden] of one text, as the model has them."""
+    states = online.states(library.pad([index]).tokens.to(online.model.device))
+    return torch.stack([states[layer][0] for layer in online.layers], 1).cpu()
+
+
+def _write(folder: Path, number: int, tensors: dict[str, Tensor]) -> None:
+    beside = folder / f".{_file(folder, number).name}.{os.getpid()}"
+    try:
+        save_file(tensors, beside)
+        os.replace(beside, _file(folder, number))
+    except (OSError, SafetensorError) as error:
+        beside.unlink(missing_ok=True)
+        raise ValueError(
+            f"features cannot be written to {folder}: {error}; what is there stays, so make room and start again"
+        ) from None
+
+
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:05d}.safetensors"
+
+
+def _claim(folder: Path, key: dict[str, Any]) -> None:
+    """Mark a new folder as the store of `key`, or check that it is."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        manifest = folder / MANIFEST
+        if not manifest.exists():
+            if any(folder.iterdir()):
+                raise ValueError(f"features folder {folder} holds other things and no {MANIFEST}; name a new folder")
+            beside = folder / f".{MANIFEST}.{os.getpid()}"
+            beside.write_text(json.dumps(key))
+            os.replace(beside, manifest)
+        found = json.loads(manifest.read_text())
+    except OSError as error:
+        raise ValueError(f"features folder {folder} cannot be used: {error.strerror}") from None
+    except json.JSONDecodeError:
+        raise ValueError(f"{folder / MANIFEST} is damaged; delete the folder, and the features are computed again") from None
+    wrong = [f"{name} {found.get(name)} instead of {value}" for name, value in key.items() if found.get(name) != value]
+    if wrong:
+        raise ValueError(f"features in {folder} are of another run: {', '.join(wrong)}; name another folder, or delete it")
+
+
+def _check_room(folder: Path, online: Online, num_tokens: int) -> None:
+    config = online.model.config.get_text_config()
+    needed = num_tokens * len(online.layers) * int(config.hidden_size) * online.model.dtype.itemsize
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(
+            f"features of {num_tokens:,} tokens need {needed / 2**30:.1f} GiB in {folder}, where {free / 2**30:.1f} are free"
+        )
