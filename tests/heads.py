@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from headstart.drafters.heads import Heads
-from headstart.drafters.hydra import Hydra, HydraConfig, PrefixConfig
+from headstart.drafters.hydra import Hydra, HydraConfig, HydraPlus, HydraPlusConfig
 from headstart.drafters.medusa import Medusa, MedusaConfig
 from headstart.target import Target
 
@@ -14,19 +16,16 @@ KINDS = ("medusa", "medusa, shared", "hydra", "hydra++")
 
 def heads_for(target: Target, kind: str, noise: float = 0.05, num_heads: int = 4) -> Heads:
     ends = target.ends
-    configs = {
-        "medusa": MedusaConfig(num_heads=num_heads, num_layers=2),
-        "medusa, shared": MedusaConfig(num_heads=num_heads, projection="shared"),
-        "hydra": HydraConfig(num_heads=num_heads, num_layers=2),
-        "hydra++": HydraConfig(
-            num_heads=num_heads, num_layers=3, projection_bias=True, prefix=PrefixConfig.for_hidden(ends.hidden)
-        ),
+    sizes = ends.hidden, ends.vocab
+    made: dict[str, Callable[[], Heads]] = {
+        "medusa": lambda: Medusa(MedusaConfig(num_heads=num_heads, num_layers=2), *sizes),
+        "medusa, shared": lambda: Medusa(MedusaConfig(num_heads=num_heads, projection="shared"), *sizes),
+        "hydra": lambda: Hydra(HydraConfig(num_heads=num_heads, num_layers=2), *sizes),
+        "hydra++": lambda: HydraPlus(HydraPlusConfig(num_heads=num_heads, num_layers=3, projection_bias=True), *sizes),
     }
-    config = configs[kind]
     torch.manual_seed(7)
-    made: Heads = (Medusa if isinstance(config, MedusaConfig) else Hydra)(config, ends.hidden, ends.vocab)  # type: ignore[arg-type]
-    made = made.to(target.dtype).bind(ends).start()
+    heads = made[kind]().to(target.dtype).bind(ends).start()
     with torch.no_grad():
-        for weight in made.parameters():
+        for weight in heads.parameters():
             weight.add_(torch.randn_like(weight) * noise)
-    return made
+    return heads

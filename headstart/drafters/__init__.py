@@ -33,8 +33,10 @@ class Drafter(Protocol):
 
     name: str
     taps: tuple[int, ...]
-    slot_bytes: int
     planner: Planner
+
+    @property
+    def slot_bytes(self) -> int: ...
 
     def attach(self, target: Target, seating: Seating) -> None:
         """Get to know the target (embedding, device, dtype) and allocate; seats and slots are those of `seating`."""
@@ -78,7 +80,11 @@ def _model(argument: str, target: Target) -> Drafter:
 
 # Methods whose drafters are trained and kept in a folder: where their class is, which has a `config_type` and is made of
 # (config, hidden, vocab).
-METHODS: dict[str, str] = {"hydra": "headstart.drafters.hydra:Hydra", "medusa": "headstart.drafters.medusa:Medusa"}
+METHODS: dict[str, str] = {
+    "hydra": "headstart.drafters.hydra:Hydra",
+    "hydra++": "headstart.drafters.hydra:HydraPlus",
+    "medusa": "headstart.drafters.medusa:Medusa",
+}
 
 
 def method(name: str) -> type[Heads]:

@@ -47,12 +47,16 @@ class PrefixConfig(BaseModel):
 
 
 class HydraConfig(HeadsConfig):
-    """prefix: the extra layer of Hydra++, or None. projection_bias: published projections have a
-    bias. dropout: in training, before each block and the projection."""
+    """projection_bias: published projections have a bias. dropout: in training, before each block and the projection."""
 
-    prefix: PrefixConfig | None = None
     projection_bias: bool = False
     dropout: float = Field(default=0.0, ge=0, lt=1)
+
+
+class HydraPlusConfig(HydraConfig):
+    """Published heads have 4 heads of 4 layers. prefix: the extra layer, None for one that suits the target."""
+
+    prefix: PrefixConfig | None = None
 
 
 class Fuse(nn.Module):
@@ -102,11 +106,8 @@ class Hydra(Heads):
     def __init__(self, config: HydraConfig, hidden: int, vocab: int) -> None:
         super().__init__(config, hidden, vocab)
         self.heads = nn.ModuleList(Head(config, depth, hidden, vocab) for depth in range(1, config.num_heads + 1))
-        self._memory: KVCache | None = None
         self.prefix: Any = None
-        if config.prefix is not None:
-            self.name = "hydra++"
-            self.prefix = _decoder_layer(config.prefix, hidden)
+        self._memory: KVCache | None = None
 
     # -- learning --
 
@@ -173,6 +174,18 @@ class Hydra(Heads):
     def free(self, seat: int) -> None:
         if self._memory is not None:
             self._memory.free(seat)
+
+
+class HydraPlus(Hydra):
+    """Hydra++: the heads read what one more decoder layer makes of the states."""
+
+    name = "hydra++"
+    config_type = HydraPlusConfig
+
+    def __init__(self, config: HydraPlusConfig, hidden: int, vocab: int) -> None:
+        prefix = config.prefix or PrefixConfig.for_hidden(hidden)
+        super().__init__(config.model_copy(update={"prefix": prefix}), hidden, vocab)
+        self.prefix = _decoder_layer(prefix, hidden)
 
 
 class _Walk:
