@@ -1,0 +1,116 @@
+"""Calibration against what decoding really does, and against laws that are known."""
+
+import pytest
+import torch
+from tiny import VOCAB, tiny
+
+from headstart.calibrate import BEYOND, Recorder, Session, calibrate, calibration_error, fit_warmth, observe
+from headstart.chances import walk
+from headstart.drafters.hydra import Hydra, HydraConfig, PrefixConfig
+from headstart.drafters.medusa import Medusa, MedusaConfig
+from headstart.planner import Chain, Shape
+
+PROMPTS = ((3, 1, 4, 1, 5), (9, 2, 6), (5, 3, 5, 8, 9, 7, 9))
+METHODS = {
+    "medusa": (Medusa, MedusaConfig(num_heads=3, projection="shared")),
+    "hydra": (Hydra, HydraConfig(num_heads=3, projection="shared")),
+    "hydra++": (Hydra, HydraConfig(num_heads=2, prefix=PrefixConfig.for_hidden(64))),
+}
+
+
+def heads(name):
+    """Heads with random weights: their first guesses are right now and then."""
+    kind, config = METHODS[name]
+    torch.manual_seed(0)
+    drafter = kind(config, 64, VOCAB).bind(tiny().ends).start().double()
+    with torch.no_grad():
+        for weight in drafter.parameters():
+            weight.add_(0.02 * torch.randn_like(weight))
+    return drafter
+
+
+def session(max_tokens=24):
+    return Session(tiny(), PROMPTS, max_tokens=max_tokens, seed=7)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_replayed_and_decoded_tau_are_the_same_number(name):
+    """In double precision nothing is near a tie: what ranks predict is what rounds do, chain and trees, at any temperature."""
+    drafter = heads(name)
+    plan, found = calibrate(session(), drafter, [0.0, 1.0], sizes=(4, 12))
+    for finding in found:
+        assert finding.chain == pytest.approx(finding.chain_measured)
+        for tree in plan.trees[finding.temperature].values():
+            assert session().tau(drafter, Shape(tree.paths), finding.temperature) == pytest.approx(tree.tau)
+    assert max(tree.tau for finding in found for tree in finding.trees.values()) > 1
+
+
+def test_what_is_observed_is_what_the_drafter_proposes():
+    """The ranks of one text, against the drafts of every round of a wide tree."""
+    drafter, target = heads("medusa"), tiny()
+    student = drafter.twin().bind(target.ends).to(target.device, target.dtype)
+    proposed = []
+    drafter.propose, propose = lambda rows: note(propose(rows), rows), drafter.propose
+
+    def note(drafts, rows):
+        proposed.append((rows.places[0], drafts.tokens[drafts.depths == 1].tolist()))
+        return drafts
+
+    recorder, seen = Recorder(drafter), []
+
+    def hear(place, done):
+        seen.append(observe(student, recorder.batch((*done.prompt, *done.output), 5), 0.7, done.seed, 99).ranks)
+        texts.append((*done.prompt, *done.output))
+
+    texts = []
+    Session(target, PROMPTS[:1], 16).tau(recorder, Shape.full(VOCAB - 1), 0.7, hear)
+    assert len(proposed) > 3
+    for root, children in proposed:
+        rank = seen[0][root - 5, 0]
+        assert rank == VOCAB - 1 or children[rank] == texts[0][root + 1]
+
+
+def test_behind_the_end_of_an_answer_nothing_is_right():
+    drafter, target = heads("hydra"), tiny()
+    recorder, seen = Recorder(drafter), []
+    student = drafter.twin().bind(target.ends).to(target.device, target.dtype)
+    Session(target, PROMPTS[:1], 4).tau(
+        recorder,
+        Chain(2),
+        0.0,
+        lambda _, done: seen.append(observe(student, recorder.batch((*done.prompt, *done.output), 5), 0, 0, 9)),
+    )
+    assert seen[0].ranks.shape == (3, 3)  # roots 0, 1 and 2 of four tokens
+    assert (seen[0].ranks == BEYOND).tolist() == [[False, False, False], [False, False, True], [False, True, True]]
+    assert walk([seen[0].ranks], [(0,)]) >= 1
+
+
+# -- the fit ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tau", [0.3, 1.0, 2.5])
+def test_the_fit_finds_the_warmth_that_made_the_tokens(tau):
+    draw = torch.Generator().manual_seed(3)
+    scores = 2 * torch.randn(20_000, 12, generator=draw)
+    decided = torch.multinomial(torch.softmax(scores / tau, -1), 1, generator=draw).squeeze(-1)
+    assert fit_warmth(scores, decided) == pytest.approx(tau, rel=0.05)
+
+
+def test_the_fit_stays_within_bounds():
+    scores = torch.tensor([[1.0, 0.0]]).expand(10, -1)
+    assert fit_warmth(scores, torch.zeros(10, dtype=torch.int64)) == pytest.approx(0.05, rel=0.01)
+    assert fit_warmth(scores, torch.ones(10, dtype=torch.int64)) == pytest.approx(20, rel=0.01)
+
+
+def test_fitted_chances_are_truer_than_boastful_ones():
+    draw = torch.Generator().manual_seed(4)
+    scores = 2 * torch.randn(5_000, 12, generator=draw)
+    decided = torch.multinomial(torch.softmax(scores / 2, -1), 1, generator=draw).squeeze(-1)
+    assert calibration_error([scores], [decided], [fit_warmth(scores, decided)]) < 0.02
+    assert calibration_error([scores], [decided], [0.6]) > 0.05
+
+
+@pytest.mark.parametrize(("temperatures", "prompts", "max_tokens"), [([], PROMPTS, 9), ([1.0], (), 9), ([1.0], PROMPTS, 2)])
+def test_what_cannot_be_measured_is_refused(temperatures, prompts, max_tokens):
+    with pytest.raises(ValueError, match="give it more"):
+        calibrate(Session(tiny(), prompts, max_tokens), heads("medusa"), temperatures)
