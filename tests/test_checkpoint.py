@@ -219,7 +219,7 @@ def test_a_configuration_that_is_not_ours_is_refused_by_its_key(heads, changes, 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"method": "telepathy"}, r"method 'telepathy', which is unknown; there are .*toy"),
+        ({"method": "telepathy"}, r"method 'telepathy' is unknown; there are .*toy"),
         ({"settings": {"width": 3, "depth": 2}}, "unknown key depth"),
         ({"settings": {"width": "many"}}, "width is 'many'"),
     ],

@@ -2,5 +2,6 @@
 
 from headstart.checkpoint.facts import TargetFacts, facts_of
 from headstart.checkpoint.native import describe, load, save
+from headstart.checkpoint.recognise import Recognised, published_in, recognise
 
-__all__ = ["TargetFacts", "describe", "facts_of", "load", "save"]
+__all__ = ["Recognised", "TargetFacts", "describe", "facts_of", "load", "published_in", "recognise", "save"]

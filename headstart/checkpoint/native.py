@@ -7,7 +7,6 @@ kill before `config.json` follows leaves whole heads, too: `load` then believes 
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
@@ -15,18 +14,21 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from headstart.chances import PLAN
 from headstart.checkpoint.card import card
 from headstart.checkpoint.facts import TargetFacts, check
-from headstart.drafters import METHODS
+from headstart.drafters import method
+
+if TYPE_CHECKING:
+    from headstart.drafters.heads import Heads
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 STAGING = ".saving-"
@@ -48,7 +50,7 @@ class Description(BaseModel):
     training: dict[str, Any] = {}
 
 
-def save(folder: str | Path, drafter: nn.Module, facts: TargetFacts, training: Mapping[str, Any]) -> None:
+def save(folder: str | Path, drafter: Heads, facts: TargetFacts, training: Mapping[str, Any]) -> None:
     """Write heads whole, or leave those that were there as they are. A `plan.json` of the old heads goes with them.
 
     Raises ValueError where the folder cannot be written, as on a full disk, and where it holds something else, as a model.
@@ -56,8 +58,8 @@ def save(folder: str | Path, drafter: nn.Module, facts: TargetFacts, training: M
     folder = Path(folder)
     _refuse_others(folder)
     described = Description(
-        method=type(drafter).name,  # type: ignore[attr-defined]
-        settings=drafter.config.model_dump(mode="json"),  # type: ignore[union-attr, operator]
+        method=type(drafter).name,
+        settings=drafter.config.model_dump(mode="json"),
         target=facts,
         training=dict(training),
     )
@@ -74,7 +76,7 @@ def save(folder: str | Path, drafter: nn.Module, facts: TargetFacts, training: M
             os.replace(staged / CARD, folder / CARD)
 
 
-def load(folder: str | Path, facts: TargetFacts | None = None) -> nn.Module:
+def load(folder: str | Path, facts: TargetFacts | None = None) -> Heads:
     """The drafter saved in `folder`, in evaluation mode, in the dtype it was saved in; not yet bound to a target.
 
     facts: of the target it shall work for, None to look at it without one. Raises ValueError, in one sentence, for a folder
@@ -128,19 +130,16 @@ def _parse(text: str, folder: Path) -> Description:
         raise ValueError(_first(error, where)) from None
 
 
-def _build(described: Description, folder: Path) -> nn.Module:
+def _build(described: Description, folder: Path) -> Heads:
     """The module, with weights that mean nothing yet."""
-    if described.method not in METHODS:
-        known = ", ".join(sorted(METHODS))
-        raise ValueError(f"{folder} holds heads of method {described.method!r}, which is unknown; there are {known}")
-    module, _, name = METHODS[described.method].partition(":")
-    kind = getattr(importlib.import_module(module), name)
     try:
+        kind = method(described.method)
         settings = kind.config_type.model_validate(described.settings)
     except ValidationError as error:
         raise ValueError(_first(error, folder / CONFIG)) from None
-    drafter: nn.Module = kind(settings, described.target.hidden, described.target.vocab)
-    return drafter
+    except ValueError as error:
+        raise ValueError(f"{folder} holds heads that this headstart does not know: {error}") from None
+    return kind(settings, described.target.hidden, described.target.vocab)
 
 
 def _first(error: ValidationError, where: Path) -> str:

@@ -1,0 +1,171 @@
+"""What a folder holds: our heads, heads of others, a model to be drafted for, or nothing known.
+
+This file knows names of formats and of the tensors that tell them. It reads no weights and runs nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headstart.checkpoint import hydra, medusa, native
+from headstart.checkpoint.published import Published
+from headstart.checkpoint.weights import Weights, config_in, weights_in
+
+METHODS: tuple[Callable[[Weights, Mapping[str, Any]], Published | None], ...] = (hydra.understand, medusa.understand)
+
+# Formats that are known by name only: (kind, words, a pattern that one tensor's name fits, a pattern of the configuration's names).
+NAMED = (
+    ("redrafter", "ReDrafter heads", r"rnn_[uw]\.weight", r"recurrent_drafting"),
+    ("eagle3", "EAGLE-3 heads", r"(midlayer|layers\.0)\.hidden_norm\.weight|d2t", r"Eagle3|eagle3"),
+    ("eagle", "EAGLE heads", r"(model\.)?fc\.weight", r"Eagle|eagle"),
+    ("mtp", "MTP modules", r"mtp\.fc\.weight|.*\.(eh_proj|mtp_layers\.0\.input_proj)\.weight", r"NextN|MTP"),
+)
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """What `recognise` found.
+
+    kind: "native", a method's name, "target" or "unknown". layout: in words. is_target: whether a whole model is there, perhaps
+    with heads inside. target: the model that the heads were made for, by name. command: brings them in, None where nothing does.
+    num_heads, num_layers, hidden, vocab, parameters: None where unknown; vocab of heads is also None where they have no
+    projection of their own. notes, problems: sentences for a person.
+    """
+
+    kind: str
+    layout: str
+    is_target: bool = False
+    method: str | None = None
+    num_heads: int | None = None
+    num_layers: int | None = None
+    hidden: int | None = None
+    vocab: int | None = None
+    parameters: int | None = None
+    target: str | None = None
+    command: str | None = None
+    notes: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+
+def recognise(path: str | Path) -> Recognised:
+    """What a folder, or one file of weights, holds. Raises ValueError where it does not exist or its files are damaged."""
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; name a folder of heads or of a model")
+    config = config_in(path)
+    if native.is_native(config):
+        return _native(path)
+    weights = weights_in(path)
+    found = understand(weights, config) if weights else None
+    if found is not None:
+        return _published(path, found)
+    return _named(weights, config) or _model(config) or _unknown(path)
+
+
+def understand(weights: Weights, config: Mapping[str, Any]) -> Published | None:
+    """Heads that can be brought in, or at least are named by a method of ours."""
+    return next((found for method in METHODS if (found := method(weights, config))), None)
+
+
+def published_in(path: str | Path) -> Published:
+    """The heads of others in a folder or file. Raises ValueError, saying what it is instead, where there are none."""
+    path = Path(path)
+    if path.exists() and not native.is_native(config_in(path)):
+        weights = weights_in(path)
+        found = understand(weights, config_in(path)) if weights else None
+        if found is not None:
+            return found
+    known = recognise(path)
+    if known.kind == "native":
+        raise ValueError(f"{path} already holds native heads; use them with `--drafter {path}`")
+    raise ValueError(f"{path} holds {known.layout}, which cannot be imported{' yet' if known.method else ''}; Medusa and Hydra can")
+
+
+def _native(path: Path) -> Recognised:
+    described = native.describe(path)
+    weights = Weights([path / native.WEIGHTS])
+    settings = described.settings
+    return Recognised(
+        kind="native",
+        layout=f"{described.method} heads of headstart",
+        method=described.method,
+        num_heads=settings.get("num_heads"),
+        num_layers=settings.get("num_layers"),
+        hidden=described.target.hidden,
+        vocab=described.target.vocab,
+        parameters=_numbers(weights),
+        target=described.target.name,
+        command=f"headstart generate --model {described.target.name} --drafter {path}",
+    )
+
+
+def _published(path: Path, found: Published) -> Recognised:
+    problems = tuple(found.problems())
+    target = str(path) if found.has_trunk else found.base
+    return Recognised(
+        kind=found.method,
+        layout=found.layout,
+        is_target=found.has_trunk,
+        method=found.method,
+        num_heads=found.settings.get("num_heads"),
+        num_layers=found.settings.get("num_layers"),
+        hidden=found.hidden or None,
+        vocab=found.vocab,
+        parameters=found.parameters or None,
+        target=target,
+        command=None if problems else f"headstart import {path} --target {target or 'MODEL'} --out FOLDER",
+        notes=found.notes,
+        problems=problems,
+    )
+
+
+def _named(weights: Weights | None, config: Mapping[str, Any]) -> Recognised | None:
+    """Heads of methods that are known by name only. A model may have some inside."""
+    names = weights.shapes if weights else {}
+    said = " ".join(
+        [*(config.get("architectures") or []), str(config.get("model_type")), str(config.get("speculators_model_type"))]
+    )
+    for kind, words, tensor, called in NAMED:
+        if not (any(re.fullmatch(tensor, name) for name in names) or re.search(called, said)):
+            continue
+        is_target = _model(config) is not None and any(re.search(r"layers\.1\.", name) for name in names)
+        return Recognised(
+            kind=kind,
+            layout=words + (" inside a whole model" if is_target else ""),
+            is_target=is_target,
+            method=kind,
+            hidden=_number(config, "hidden_size"),
+            vocab=_number(config, "vocab_size"),
+            parameters=None if is_target or not weights else _numbers(weights),
+            notes=("they cannot be imported yet",),
+        )
+    return None
+
+
+def _model(config: Mapping[str, Any]) -> Recognised | None:
+    """A model by its configuration; whether it can be a target is for the one who loads it to say."""
+    if "model_type" not in config and "architectures" not in config:
+        return None
+    architecture = (config.get("architectures") or [config.get("model_type")])[0]
+    return Recognised(kind="target", layout=f"a model ({architecture})", is_target=True, hidden=_number(config, "hidden_size"))
+
+
+def _unknown(path: Path) -> Recognised:
+    return Recognised(
+        kind="unknown", layout="nothing that is known", notes=(f"{path} has neither a model's config.json nor heads",)
+    )
+
+
+def _numbers(weights: Weights) -> int:
+    return sum(torch.Size(shape).numel() for shape in weights.shapes.values())
+
+
+def _number(config: Mapping[str, Any], key: str) -> int | None:
+    value = config.get(key)
+    return value if isinstance(value, int) else None
