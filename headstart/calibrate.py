@@ -34,6 +34,7 @@ from headstart.noise import gumbel, mix, noise_keys, signed
 from headstart.planner import Chain, Planner
 from headstart.sampling import Rows, SamplingParams
 from headstart.scheduler import Request
+from headstart.stats import Stats
 from headstart.target import Target
 from headstart.tree import Drafts, Kept
 
@@ -49,7 +50,8 @@ Ids = Sequence[int]
 class Taught(Drafter, Protocol):
     """A drafter that can also say, for a whole text at once, what it would propose at each position."""
 
-    depth: int
+    @property
+    def depth(self) -> int: ...
 
     def states(self, batch: Batch) -> Iterator[Guess]: ...
 
@@ -70,14 +72,14 @@ class Session:
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
 
-    def tau(
+    def decode(
         self,
         drafter: Drafter,
         planner: Planner,
         temperature: float,
         hear: Callable[[int, Request], None] = lambda place, done: None,
-    ) -> float:
-        """Tokens per round, measured by decoding every prompt. hear: gets each prompt's place and its finished request."""
+    ) -> Stats:
+        """Answer every prompt and count. hear: gets each prompt's place and its finished request."""
         longest = max(map(len, self.prompts)) + self.max_tokens + max(planner.headroom(1), self.target.min_nodes)
         memory = longest * (self.target.slot_bytes + drafter.slot_bytes)
         engine = Engine(self.target, drafter, planner, max_rows=1, memory=memory)
@@ -87,7 +89,7 @@ class Session:
             for _ in engine.run():
                 pass
             hear(place, request)
-        return engine.stats.tau
+        return engine.stats
 
 
 class Recorder:
@@ -277,7 +279,7 @@ def _find(
         seen.append(observe(student, batch, temperature, done.seed, most))
         tell()
 
-    tau = session.tau(recorder, Chain(drafter.depth), temperature, hear)
+    tau = session.decode(recorder, Chain(drafter.depth), temperature, hear).tau
     ranks = [one.ranks for one in seen]
     scores = [torch.cat(lines) for lines in zip(*(one.scores for one in seen), strict=True)]
     decided = [torch.cat(tokens) for tokens in zip(*(one.decided for one in seen), strict=True)]

@@ -6,7 +6,7 @@ from tiny import VOCAB, tiny
 
 from headstart.calibrate import BEYOND, Recorder, Session, calibrate, calibration_error, fit_warmth, observe
 from headstart.chances import walk
-from headstart.drafters.hydra import Hydra, HydraConfig, PrefixConfig
+from headstart.drafters.hydra import Hydra, HydraConfig, HydraPlus, HydraPlusConfig, PrefixConfig
 from headstart.drafters.medusa import Medusa, MedusaConfig
 from headstart.planner import Chain, Shape
 
@@ -14,7 +14,7 @@ PROMPTS = ((3, 1, 4, 1, 5), (9, 2, 6), (5, 3, 5, 8, 9, 7, 9))
 METHODS = {
     "medusa": (Medusa, MedusaConfig(num_heads=3, projection="shared")),
     "hydra": (Hydra, HydraConfig(num_heads=3, projection="shared")),
-    "hydra++": (Hydra, HydraConfig(num_heads=2, prefix=PrefixConfig.for_hidden(64))),
+    "hydra++": (HydraPlus, HydraPlusConfig(num_heads=2, prefix=PrefixConfig.for_hidden(64))),
 }
 
 
@@ -41,7 +41,7 @@ def test_replayed_and_decoded_tau_are_the_same_number(name):
     for finding in found:
         assert finding.chain == pytest.approx(finding.chain_measured)
         for tree in plan.trees[finding.temperature].values():
-            assert session().tau(drafter, Shape(tree.paths), finding.temperature) == pytest.approx(tree.tau)
+            assert session().decode(drafter, Shape(tree.paths), finding.temperature).tau == pytest.approx(tree.tau)
     assert max(tree.tau for finding in found for tree in finding.trees.values()) > 1
 
 
@@ -63,7 +63,7 @@ def test_what_is_observed_is_what_the_drafter_proposes():
         texts.append((*done.prompt, *done.output))
 
     texts = []
-    Session(target, PROMPTS[:1], 16).tau(recorder, Shape.full(VOCAB - 1), 0.7, hear)
+    Session(target, PROMPTS[:1], 16).decode(recorder, Shape.full(VOCAB - 1), 0.7, hear)
     assert len(proposed) > 3
     for root, children in proposed:
         rank = seen[0][root - 5, 0]
@@ -74,7 +74,7 @@ def test_behind_the_end_of_an_answer_nothing_is_right():
     drafter, target = heads("hydra"), tiny()
     recorder, seen = Recorder(drafter), []
     student = drafter.twin().bind(target.ends).to(target.device, target.dtype)
-    Session(target, PROMPTS[:1], 4).tau(
+    Session(target, PROMPTS[:1], 4).decode(
         recorder,
         Chain(2),
         0.0,

@@ -52,7 +52,7 @@ def demo(
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     llm = model.load(drafter=None, max_rows=1)
     _make_exact(llm.engine.target, model)
-    tasks, num_skipped = _tasks(llm, cases, max_tokens, None, False)
+    tasks, num_skipped = as_tasks(llm, cases, max_tokens, None, False)
     if num_skipped:
         raise ValueError(f"max_tokens is {max_tokens}; with the demo's prompts that exceeds the context, so lower it")
     setup = runner.Setup(llm.engine.target, tasks, params, llm.stop_ids, model.accept)
@@ -65,7 +65,7 @@ def demo(
         return
     for case, sample in zip(cases, samples[:: len(runs) + 1], strict=False):
         _print_text(case, llm, sample)
-    _console().print(report.table(found, f"The same text, sooner: {_title(setup, model)}", is_short=True))
+    console().print(report.table(found, f"The same text, sooner: {_title(setup, model)}", is_short=True))
 
 
 def _make_exact(target: "Target", model: Model) -> None:
@@ -118,7 +118,7 @@ def bench(
     for spec in runs:
         runner.split_spec(spec)
     llm = model.load(drafter=None, max_rows=1)
-    tasks, num_skipped = _tasks(llm, cases, params.max_tokens, raw, replay)
+    tasks, num_skipped = as_tasks(llm, cases, params.max_tokens, raw, replay)
     setup = runner.Setup(llm.engine.target, tasks, params, llm.stop_ids, model.accept, replay)
     samples = _measure(setup, runs, repeat)
     found = report.rows(setup, samples)
@@ -131,7 +131,7 @@ def bench(
     } | {name: value for name, value in vars(params).items() if name not in ("n", "logprobs")}
     result = report.as_json(setup, samples, found, settings)
     if not json:
-        _console().print(report.table(found, _title(setup, model)))
+        console().print(report.table(found, _title(setup, model)))
         _print_caution(result)
     print(json_format.dumps(result))
 
@@ -152,7 +152,7 @@ def _is_chat(llm: "LLM", raw: bool | None) -> bool:
     return llm.tokenizer.chat_template is not None and not raw
 
 
-def _tasks(
+def as_tasks(
     llm: "LLM", cases: "Sequence[Case]", max_tokens: int, raw: bool | None, is_replay: bool
 ) -> "tuple[tuple[Task, ...], int]":
     """Prompts (and references) as tokens, without those that exceed the context; how many these were."""
@@ -177,27 +177,29 @@ def _measure(setup: "Setup", runs: Sequence[str], repeat: int) -> "list[Sample]"
     from headstart.bench import runner
 
     prepared = runner.prepare(setup, runs)
-    with _progress(len(prepared) * (1 + repeat * len(setup.tasks))) as tell:
+    with progress(len(prepared) * (1 + repeat * len(setup.tasks))) as tell:
         return runner.measure(setup, prepared, repeat, tell)
 
 
 # -- printing ---------------------------------------------------------------------------------------------------------------
 
 
-def _console() -> Any:
+def console() -> Any:
+    """For tables on standard output: wide where that is a file or a pipe."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 160)
 
 
 @contextmanager
-def _progress(total: int) -> "Iterator[Callable[[], None]]":
+def progress(total: int) -> "Iterator[Callable[[], None]]":
+    """A bar on standard error, if that is a terminal; call what it gives after each of `total` steps."""
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        bar = progress.add_task("measuring", total=total)
-        yield lambda: progress.advance(bar)
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as shown:
+        bar = shown.add_task("measuring", total=total)
+        yield lambda: shown.advance(bar)
 
 
 def _title(setup: "Setup", model: Model) -> str:
@@ -224,4 +226,4 @@ def _print_text(case: "Case", llm: "LLM", sample: "Sample") -> None:
     from headstart.text import decode
 
     answer = decode(llm.tokenizer, sample.tokens)
-    _console().print(Text.assemble((case.prompt, "bold"), "" if case.is_beginning else "\n", answer, "\n"))
+    console().print(Text.assemble((case.prompt, "bold"), "" if case.is_beginning else "\n", answer, "\n"))

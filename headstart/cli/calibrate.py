@@ -1,0 +1,124 @@
+"""`calibrate`, and the probe of `inspect`: heads measured on the answers of the model they are for."""
+
+import json as json_format
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from headstart.cli.measure import Raw, as_tasks, console, progress
+from headstart.cli.settings import Json, Model
+
+if TYPE_CHECKING:
+    from headstart.calibrate import Finding, Session, Taught
+    from headstart.llm import LLM
+
+DEFAULT = (0.0, 0.7, 1.0)  # temperatures
+PROBED = 4  # prompts of a probe
+WARM = 0.7  # its temperature: greedy answers of small models loop, which flatters drafters
+
+
+def calibrate(
+    model: Model,
+    heads: Annotated[Path, typer.Argument(help="Folder of heads that this package trained or imported.")],
+    prompts: Annotated[str, typer.Option(help="A JSONL file, or a built-in suite: stories, questions, edits.")] = "questions",
+    limit: Annotated[int | None, typer.Option(help="Only the first so many prompts.", show_default="all")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each answer at most.")] = 64,
+    temperature: Annotated[
+        list[float] | None, typer.Option(help="Measure at this one; may be given again.", show_default="0, 0.7 and 1")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Repeats the answers.")] = 0,
+    raw: Raw = None,
+    json: Json = False,
+) -> None:
+    """Measure heads on their model's own answers, and keep what was found in their folder.
+
+    How warm their chances should be, which of their guesses are right, and which static trees pay, by temperature; drafting
+    goes by it from then on. The tau that the guesses' ranks predict stands beside the one that decoding has.
+
+    Example: headstart calibrate ./my-heads --model ./talk13M --limit 4
+    """
+    from headstart.bench import suites
+    from headstart.calibrate import Session
+    from headstart.calibrate import calibrate as measure
+    from headstart.chances import save_plan
+    from headstart.planner import Shape
+
+    if model.accept != "coupled":
+        raise ValueError(f"--accept is {model.accept}; calibration measures the coupled rule, so leave it out")
+    cases = suites.load_cases(prompts, limit)
+    llm = model.load(drafter=None, max_rows=1)
+    drafter = _taught(heads, llm)
+    tasks, num_skipped = as_tasks(llm, cases, max_tokens, raw, False)
+    session = Session(llm.engine.target, tuple(task.prompt for task in tasks), max_tokens, seed, llm.stop_ids)
+    with progress(len(tasks) * len({*(temperature or DEFAULT)})) as tell:
+        plan, findings = measure(session, drafter, temperature or DEFAULT, tell=tell)
+    save_plan(heads, plan)
+    decoded = [
+        {size: session.decode(drafter, Shape(tree.paths), one.temperature).tau for size, tree in one.trees.items()}
+        for one in findings
+    ]
+    if json:
+        settings = {
+            "prompts": prompts,
+            "num_prompts": len(tasks),
+            "num_skipped": num_skipped,
+            "max_tokens": max_tokens,
+            "seed": seed,
+        }
+        print(json_format.dumps({"heads": str(heads), "settings": settings, "findings": _as_json(findings, decoded)}))
+    else:
+        _print(session, findings, decoded)
+        print(f"written to {heads / 'plan.json'}")
+
+
+def probe(heads: str, model: str | None, device: str) -> dict[str, Any]:
+    """A few prompts decoded with heads: tau and acceptance by depth, and what they depend on."""
+    from headstart.bench import suites
+    from headstart.calibrate import Session
+
+    llm = Model(model=model, device=device).load(drafter=None, max_rows=1)
+    drafter = _taught(Path(heads), llm)
+    suite = "questions" if llm.tokenizer.chat_template is not None else "stories"
+    tasks, _ = as_tasks(llm, suites.SUITES[suite][:PROBED], 64, None, False)
+    session = Session(llm.engine.target, tuple(task.prompt for task in tasks), 64, 0, llm.stop_ids)
+    stats = session.decode(drafter, drafter.planner, WARM)
+    return {"tau": round(stats.tau, 3), "acceptance": [round(share, 3) for share in stats.acceptance], "temperature": WARM}
+
+
+def _taught(heads: Path, llm: "LLM") -> "Taught":
+    from headstart.drafters import heads_in
+
+    drafter: Taught = heads_in(heads, llm.engine.target)
+    return drafter
+
+
+def _as_json(findings: "list[Finding]", decoded: list[dict[int, float]]) -> list[dict[str, Any]]:
+    result = []
+    for one, taus in zip(findings, decoded, strict=True):
+        trees = {size: {"paths": tree.paths, "tau": tree.tau, "decoded": taus[size]} for size, tree in one.trees.items()}
+        result.append(asdict(one) | {"trees": trees})
+    return result
+
+
+def _print(session: "Session", findings: "list[Finding]", decoded: list[dict[int, float]]) -> None:
+    from rich.table import Table
+
+    title = f"{session.target.name}: {len(session.prompts)} prompts, {session.max_tokens} tokens each at most"
+    heads = Table(title=title, title_justify="left")
+    for name in ("temperature", "depth", "first guess right", "in the first 8", "tau_d", "calibration error"):
+        heads.add_column(name, justify="right")
+    trees = Table(title="Tokens per round (tau): replayed from ranks, and by decoding", title_justify="left")
+    for name in ("temperature", "drafts", "replayed", "decoded"):
+        trees.add_column(name, justify="right")
+    for one, taus in zip(findings, decoded, strict=True):
+        for depth, (shares, tau) in enumerate(zip(one.table, one.warmth, strict=True), 1):
+            error = f"{one.errors[0]:.3f} -> {one.errors[1]:.3f}" if depth == 1 else ""
+            place = f"{one.temperature:g}" if depth == 1 else ""
+            heads.add_row(place, str(depth), f"{shares[0]:.3f}", f"{sum(shares):.3f}", f"{tau:.2f}", error)
+        trees.add_row(f"{one.temperature:g}", f"chain of {len(one.table)}", f"{one.chain:.3f}", f"{one.chain_measured:.3f}")
+        for size, tree in one.trees.items():
+            trees.add_row("", f"tree of {size}", f"{tree.tau:.3f}", f"{taus[size]:.3f}")
+    console().print(heads)
+    console().print(trees)
