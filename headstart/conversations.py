@@ -42,7 +42,7 @@ def follow_up(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str
     """
     last = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
     told, mask = encode_conversation(tokenizer, messages[: last + 1])
-    end = max(place for place, is_reply in enumerate(mask) if is_reply) + 1
+    end = len(mask) - mask[::-1].index(1) if any(mask) else len(mask)
     whole = _tokens(tokenizer, messages, is_prompt=True)
     _check_prefix(tokenizer, told[:end], whole)
     return whole[end:]
