@@ -97,7 +97,8 @@ class Published:
     def read(self, facts: TargetFacts, target_config: Any) -> Heads:
         """The drafter, for that target. Raises ValueError where they do not fit the target, or are not whole."""
         where = self.weights.files[0]
-        for what, theirs, its in (("a hidden size", self.hidden, facts.hidden), ("a vocabulary", self.vocab, facts.vocab)):
+        sizes = (("a hidden size", self.hidden, facts.hidden), ("a vocabulary", self.vocab, facts.vocab))
+        for what, theirs, its in () if self.refused else sizes:
             if theirs is not None and theirs != its:
                 raise ValueError(f"the heads in {where} have {what} of {theirs}, but the target {facts.name} has {its}")
         for problem in self.problems(target_config):
@@ -138,7 +139,7 @@ def check_counts(weights: Weights, num_heads: int, num_layers: int) -> None:
     """Raise ValueError where the names count further than any heads go."""
     if max(num_heads, num_layers) > MAX:
         raise ValueError(
-            f"the tensors in {weights.files[0]} are numbered as {num_heads} heads of {num_layers} layers; {MAX} is the most of either"
+            f"the tensors in {weights.files[0]} count {num_heads} heads of {num_layers} layers; {MAX} is the most of either"
         )
 
 
