@@ -30,6 +30,10 @@ LEARNING = {
     "--steps", "--learning-rate", "--warmup", "--schedule", "--weight-decay", "--clip", "--seed", "--dtype", "--precision",
     "--device", "--threads", "--log-every", "--eval-every", "--save-every", "--decode-every", "--decode-prompts", "--tracker",
 }  # fmt: skip
+ASKING = {
+    "--out", "--mode", "--limit", "--rows", "--drop-cut", "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed",
+    "--endpoint", "--endpoint-model", "--api-key-env",
+}  # fmt: skip
 
 # A new command or option edits this list on purpose.
 FROZEN = {
@@ -38,6 +42,7 @@ FROZEN = {
     "chat": MODEL | DRAFTING | SAMPLING | ANSWER,
     "train": LEARNING | {"--out", "--config", "--set", "--loss", "--resume", "--json"},
     "inspect": {"--device", "--json"},
+    "distill": MODEL | DRAFTING | ASKING | {"--json"},
     "bench": MODEL | SAMPLING | {"--run", "--prompts", "--limit", "--repeat", "--raw", "--chat", "--replay", "--json"},
 }
 

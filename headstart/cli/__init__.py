@@ -6,7 +6,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from headstart.cli import answer, learn, look, measure
+from headstart.cli import answer, bring, calibrate, learn, look, measure, teach
 from headstart.cli.settings import expanded
 
 INTERRUPTED = 130
@@ -56,8 +56,18 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
         raise typer.Exit
 
 
-for command in (measure.demo, answer.generate, answer.chat, learn.train, look.inspect, measure.bench):
+for command in (
+    measure.demo,
+    answer.generate,
+    answer.chat,
+    teach.distill,
+    learn.train,
+    calibrate.calibrate,
+    look.inspect,
+    measure.bench,
+):
     app.command()(expanded(command))
+app.command("import")(expanded(bring.bring))  # a word that Python keeps for itself
 
 
 def main() -> None:
