@@ -6,7 +6,6 @@ knows which part gets what. It refuses to know methods, engines and command line
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import nn
 
 from headstart.checkpoint import TargetFacts, facts_of, save
 from headstart.conversations import read_examples
-from headstart.drafters import METHODS
+from headstart.drafters import method
 from headstart.ends import Ends
 from headstart.lessons import Objective
 from headstart.pretrained import load_model
@@ -50,7 +49,7 @@ def train(config: TrainConfig, *, resume: bool = False, decode: Decode | None = 
     tau every `decode_every` steps. Raises ValueError, in one sentence, for everything a user can get wrong and for a loss that
     is no number, and KeyboardInterrupt after saving when it was asked to stop.
     """
-    kind = _kind(config.method)
+    kind = method(config.method)
     settings = validate(kind.config_type, config.settings, f"method {config.method}")
     objective = validate(Objective, config.loss, "loss")
     if config.decode_every and decode is None:
@@ -113,13 +112,6 @@ def train(config: TrainConfig, *, resume: bool = False, decode: Decode | None = 
     checkpoints.remove()
     report.say(f"heads are in {config.out}; use them with --drafter {config.out}")
     return training
-
-
-def _kind(method: str) -> Any:
-    if method not in METHODS:
-        raise ValueError(f"method {method!r} is unknown; there are {', '.join(sorted(METHODS))}")
-    module, _, name = METHODS[method].partition(":")
-    return getattr(importlib.import_module(module), name)
 
 
 def _check_out(out: Path, resume: bool) -> None:

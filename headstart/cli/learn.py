@@ -91,7 +91,7 @@ def train(
     reading: Reading,
     optimiser: Optimiser,
     watching: Watching,
-    method: Annotated[str | None, typer.Argument(help="medusa or hydra.", show_default="the config's")] = None,
+    method: Annotated[str | None, typer.Argument(help="medusa, hydra or hydra++.", show_default="the config's")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the heads.", show_default="the config's")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings; options go on top.", show_default="none")] = None,
     set: Annotated[
