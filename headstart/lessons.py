@@ -81,8 +81,8 @@ class Objective(BaseModel):
         if not self.has_teacher:
             return loss
         assert taught is not None, "this objective needs a teacher"
-        own = torch.log_softmax(logits.float() / self.temperature, -1)
-        law = torch.softmax(taught.float() / self.temperature, -1)
+        own = torch.log_softmax(self._heated(logits), -1)
+        law = torch.softmax(self._heated(taught), -1)
         if self.soft:
             loss = loss - self.soft * (law * own).sum(-1)
         if self.tv + self.alpha + self.lk:
@@ -95,6 +95,9 @@ class Objective(BaseModel):
                 divergence = (torch.special.entr(law) * -1 - law * own).sum(-1)
                 loss = loss + self.lk * (share * divergence + (1 - share) * (1 - alpha))
         return loss
+
+    def _heated(self, logits: Tensor) -> Tensor:
+        return logits.float() if self.temperature == 1 else logits.float() / self.temperature
 
 
 class Guess(NamedTuple):
