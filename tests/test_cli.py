@@ -41,8 +41,10 @@ FROZEN = {
     "generate": MODEL | DRAFTING | SAMPLING | ANSWER | {"--n", "--logprobs", "--raw"},
     "chat": MODEL | DRAFTING | SAMPLING | ANSWER,
     "train": LEARNING | {"--out", "--config", "--set", "--loss", "--resume", "--json"},
-    "inspect": {"--device", "--json"},
+    "inspect": {"--device", "--model", "--probe", "--json"},
     "distill": MODEL | DRAFTING | ASKING | {"--json"},
+    "import": {"--target", "--out", "--json"},
+    "calibrate": MODEL | {"--prompts", "--limit", "--max-tokens", "--temperature", "--seed", "--raw", "--chat", "--json"},
     "bench": MODEL | SAMPLING | {"--run", "--prompts", "--limit", "--repeat", "--raw", "--chat", "--replay", "--json"},
 }
 

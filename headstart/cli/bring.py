@@ -95,4 +95,4 @@ def _print(found: dict[str, Any]) -> None:
             table.add_row(
                 name.removesuffix("s") if isinstance(value, list) else name, f"{line:,}" if isinstance(line, int) else line
             )
-    Console(highlight=False, markup=False, soft_wrap=True).print(table)
+    Console(highlight=False, markup=False).print(table)
