@@ -1,14 +1,21 @@
 """Calibration against what decoding really does, and against laws that are known."""
 
+import json
+
 import pytest
 import torch
 from tiny import VOCAB, tiny
+from typer.testing import CliRunner
 
+from headstart import checkpoint
 from headstart.calibrate import BEYOND, Recorder, Session, calibrate, calibration_error, fit_warmth, observe
-from headstart.chances import walk
+from headstart.chances import load_plan, walk
+from headstart.cli import app
+from headstart.drafters import heads_in
 from headstart.drafters.hydra import Hydra, HydraConfig, HydraPlus, HydraPlusConfig, PrefixConfig
 from headstart.drafters.medusa import Medusa, MedusaConfig
 from headstart.planner import Chain, Shape
+from headstart.target import Target
 
 PROMPTS = ((3, 1, 4, 1, 5), (9, 2, 6), (5, 3, 5, 8, 9, 7, 9))
 METHODS = {
@@ -114,3 +121,60 @@ def test_fitted_chances_are_truer_than_boastful_ones():
 def test_what_cannot_be_measured_is_refused(temperatures, prompts, max_tokens):
     with pytest.raises(ValueError, match="give it more"):
         calibrate(Session(tiny(), prompts, max_tokens), heads("medusa"), temperatures)
+
+
+# -- from the command line --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def heads_folder(model_folder, tmp_path_factory):
+    """Heads that say what the target's own head says: sometimes right."""
+    target = Target.load(model_folder)
+    torch.manual_seed(0)
+    drafter = Medusa(MedusaConfig(num_heads=2), target.ends.hidden, target.ends.vocab).bind(target.ends).start()
+    folder = tmp_path_factory.mktemp("heads") / "medusa"
+    checkpoint.save(folder, drafter, checkpoint.facts_of(target.model), {})
+    return folder
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_calibrating_leaves_a_plan_that_drafting_goes_by(model_folder, heads_folder):
+    base = ("calibrate", heads_folder, "--model", model_folder, "--limit", 2, "--max-tokens", 24, "--no-exact")
+    done = run(*base, "--temperature", 0, "--temperature", 1, "--json")
+    found = json.loads(done.stdout)["findings"]
+    plan = load_plan(heads_folder)
+    assert plan.calibration.temperatures == (0.0, 1.0)
+    assert heads_in(heads_folder, Target.load(model_folder)).calibration == plan.calibration
+    for one in found:
+        assert one["chain"] == pytest.approx(one["chain_measured"], rel=0.05)
+        for tree in one["trees"].values():
+            assert tree["decoded"] == pytest.approx(tree["tau"], rel=0.05)
+    table = run(*base, "--temperature", 1)
+    assert "tree of 64" in table.stdout
+
+
+def test_a_probe_says_how_heads_fare(model_folder, heads_folder):
+    found = json.loads(run("inspect", heads_folder, "--model", model_folder, "--probe", "--json").stdout)["probe"]
+    assert found["tau"] >= 1
+    assert len(found["acceptance"]) == 2
+    assert "accepted by depth" in run("inspect", heads_folder, "--model", model_folder, "--probe").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("calibrate", "{heads}", "--model", "{model}", "--accept", "typical"), "coupled"),
+        (("calibrate", "{model}", "--model", "{model}"), "heads"),
+        (("calibrate", "{heads}", "--model", "{model}", "--max-tokens", 2), "at least 3 tokens"),
+        (("inspect", "{heads}", "--model", "{model}"), "--probe"),
+        (("inspect", "{model}", "--probe"), "heads"),
+    ],
+)
+def test_what_a_user_did_wrong_is_one_sentence(arguments, word, model_folder, heads_folder):
+    done = run(*(str(part).format(heads=heads_folder, model=model_folder) for part in arguments))
+    assert done.exit_code == 2
+    assert word in done.stderr
+    assert "Traceback" not in done.stderr

@@ -24,6 +24,10 @@ def inspect(
         str | None, typer.Argument(help="Folder of a model or of heads, or a hub id.", show_default="the embedded model")
     ] = None,
     device: Annotated[str, typer.Option(help="Where to try it: auto, cpu, cuda, ...")] = "auto",
+    model: Annotated[
+        str | None, typer.Option(help="With --probe: the model that the heads shall work for.", show_default="embedded")
+    ] = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Decode a few prompts with these heads, and say how they fare.")] = False,
     json: Json = False,
 ) -> None:
     """Say what a folder holds.
@@ -35,20 +39,34 @@ def inspect(
     """
     from headstart.llm import embedded
 
+    if model is not None and not probe:
+        raise ValueError("--model names the model that heads are tried on; add --probe, or leave it out")
     place = path or str(embedded("target"))
     with waiting(f"loading {place}"):
         found = facts(place, device)
+    if probe:
+        found |= {"probe": _probed(place, model, device)}
     if json:
         print(json_format.dumps(found))
     else:
         _print(found)
 
 
+def _probed(path: str, model: str | None, device: str) -> dict[str, Any]:
+    from headstart.checkpoint import describe
+    from headstart.cli.calibrate import probe
+
+    describe(path)  # which refuses what holds no heads of ours
+    return probe(path, model, device)
+
+
 def facts(path: str, device: str = "auto") -> dict[str, Any]:
     """Everything `inspect` says. Raises ValueError where there is neither a model that can be loaded nor heads."""
     quieten()
     known = _recognised(path)
-    return _of_heads(path, known) if known and not known.is_target else _of_model(path, device) | _inside(known)
+    if known is not None and not known.is_target:
+        return _of_heads(path, known)
+    return _of_model(path, device) | _inside(known)
 
 
 def _recognised(path: str) -> "Recognised | None":
@@ -170,6 +188,9 @@ def _readable(name: str, value: object) -> str:
         return f"{int(str(value)) / 2**20:,.1f} MiB"
     if name == "reach" and isinstance(value, Sequence):
         return ", ".join(f"{len([*run])} layers see {what}" for what, run in groupby(value))
+    if name == "probe" and isinstance(value, dict):
+        shares = " ".join(f"{share:.2f}" for share in value["acceptance"])
+        return f"tau {value['tau']:.2f} at temperature {value['temperature']:g}, accepted by depth {shares}"
     if isinstance(value, dict):
         return ", ".join(f"{token} ({number})" for token, number in value.items()) or "none"
     if isinstance(value, bool):
