@@ -7,8 +7,13 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
-LINES = {"generate": 15, "compare_drafters": 40, "custom_drafter": 40, "inside_transformers": 40}
-LAST_WORDS = {"generate": "per round", "custom_drafter": "were guessed", "inside_transformers": "the same tokens"}
+LINES = {"generate": 15, "compare_drafters": 40, "custom_drafter": 40, "inside_transformers": 40, "train_medusa": 40}
+LAST_WORDS = {
+    "generate": "per round",
+    "custom_drafter": "were guessed",
+    "inside_transformers": "the same tokens",
+    "train_medusa": "per round",
+}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
