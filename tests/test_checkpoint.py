@@ -148,7 +148,9 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_heads_whole(heads, monke
         patch.setattr(native.tempfile.TemporaryDirectory, "cleanup", lambda directory: directory._finalizer.detach())
         with pytest.raises(Killed):
             checkpoint.save(heads, toy(2, width=7), FACTS, {})
-    assert is_same(checkpoint.load(heads, FACTS), toy(2, width=7) if is_new else toy(1))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?s).*saving was interrupted")
+        assert is_same(checkpoint.load(heads, FACTS), toy(2, width=7) if is_new else toy(1))
 
 
 def test_the_next_save_clears_what_a_killed_one_left(heads):
@@ -185,7 +187,14 @@ def test_a_disk_that_fails_after_the_moment_has_whole_new_heads(heads, monkeypat
         patch.setattr(os, "replace", lambda a, b: real(a, b) if Path(b).name == "model.safetensors" else no_space())
         with pytest.raises(ValueError, match="the new heads are whole"):
             checkpoint.save(heads, toy(2, width=7), FACTS, {})
-    assert is_same(checkpoint.load(heads), toy(2, width=7))
+    with pytest.warns(UserWarning, match="saving was interrupted"):
+        assert is_same(checkpoint.load(heads), toy(2, width=7))
+
+
+def test_an_edited_configuration_does_not_count_and_is_not_passed_over(heads):
+    edit(heads, training={"examples": 10**9})
+    with pytest.warns(UserWarning, match=r"config\.json is not what was saved with the weights.*or it was edited"):
+        assert checkpoint.describe(heads).training == {"examples": 300}
 
 
 def test_heads_never_replace_a_model(tmp_path):
@@ -237,6 +246,7 @@ def test_settings_that_the_method_does_not_know_are_refused(heads, changes, word
         (lambda tensors: tensors.pop("inner.bias"), r"lacks inner\.bias \[3\]"),
         (lambda tensors: tensors.update(more=torch.zeros(1)), "1 tensors that these heads have no place for, first more"),
         (lambda tensors: tensors.update({"inner.bias": torch.zeros(2)}), r"inner\.bias as \[2\], but these heads need \[3\]"),
+        (lambda tensors: tensors.update({"inner.bias": torch.zeros(3, dtype=torch.int8)}), r"inner\.bias of type torch\.int8"),
     ],
 )
 def test_a_tensor_that_does_not_fit_is_named(heads, change, words):

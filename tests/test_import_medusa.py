@@ -213,6 +213,17 @@ def test_more_heads_than_anybody_has_are_refused(trial, tmp_path):
     assert "1000 heads" in trial.refusal(tmp_path)
 
 
+def test_quantized_heads_are_refused(trial, tmp_path):
+    write(tmp_path, "medusa_lm_head.pt", {name: tensor.to(torch.int8) for name, tensor in numbered(parts(1, 1)).items()})
+    assert "is of type torch.int8; quantized heads cannot be brought in" in trial.refusal(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (0, 0), (2, 2, 2)])
+def test_a_block_that_is_no_matrix_is_refused(trial, tmp_path, shape):
+    write(tmp_path, "medusa_lm_head.pt", {"0.0.linear.weight": torch.zeros(shape)})
+    assert f"has the shape {list(shape)} and should be a matrix" in trial.refusal(tmp_path)
+
+
 class Command:
     def __reduce__(self):
         return (print, ("this must never be printed",))

@@ -7,10 +7,10 @@ one block is stored under several names: each becomes a block of its own.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from headstart.checkpoint.published import PREFIX, Published, check_counts, disagreements
+from headstart.checkpoint.published import PREFIX, Published, base_of, check_counts, disagreements, height
 from headstart.checkpoint.weights import Weights
 
 _BLOCK = re.compile(r"hydra_mlp\.(\d{1,4})\.(\d{1,4})\.linear\.weight")
@@ -36,17 +36,16 @@ def understand(weights: Weights, config: Mapping[str, Any]) -> Published | None:
     step = 1 + first  # with dropout, blocks stand at 1, 3, 5, ...; without, at 0, 1, 2, ...
     num_layers = 1 + (last - first) // step
     check_counts(weights, num_heads, num_layers)
-    projection = "hydra_lm_head.{head}.1." if first else "hydra_lm_head.{head}."
-    has_bias = any(re.fullmatch(r"hydra_lm_head\..*bias", name) for name in weights.shapes)
-    names = _names(num_heads, [first + step * layer for layer in range(num_layers)], projection, has_bias)
+    projections = [f"hydra_lm_head.{head}.1." if first else f"hydra_lm_head.{head}." for head in range(num_heads)]
+    has_bias = any(f"{projection}bias" in weights.shapes for projection in projections)
+    names = dict(_names([first + step * layer for layer in range(num_layers)], projections, has_bias))
     prefix = next((prefix for prefix in _PREFIXES if any(name.startswith(prefix) for name in weights.shapes)), None)
-    if prefix is not None:
-        names |= {PREFIX + name: prefix + name for name in _LAYER}
-    hidden = weights.shapes[f"hydra_mlp.{blocks[0][0]}.{blocks[0][1]}.linear.weight"][0]
-    vocab = next((weights.shapes[name][0] for name in names.values() if "lm_head" in name and name in weights.shapes), None)
+    names |= {PREFIX + name: prefix + name for name in _LAYER} if prefix else {}
+    hidden = height(weights, [f"hydra_mlp.{head}.{at}.linear.weight" for head, at in blocks])
+    vocab = height(weights, said) if (said := _found(weights, projections)) else None
     return Published(
         weights=weights,
-        method="hydra" if prefix is None else "hydra++",
+        method="hydra++" if prefix else "hydra",
         layout="Hydra++ heads (prefix-mlp)" if prefix else "Hydra heads (mlp)",
         settings={"num_heads": num_heads, "num_layers": num_layers, "projection_bias": has_bias},
         hidden=hidden,
@@ -55,23 +54,26 @@ def understand(weights: Weights, config: Mapping[str, Any]) -> Published | None:
         ours=tuple(weights.shapes),
         unused=_unused(weights, prefix or "", hidden, vocab),
         has_prefix=prefix is not None,
-        base=config.get("base_model_name_or_path"),
+        base=base_of(config),
         notes=disagreements(config, {"hydra_num_heads": num_heads, "hydra_num_layers": num_layers}),
     )
 
 
-def _names(num_heads: int, places: list[int], projection: str, has_bias: bool) -> dict[str, str]:
-    names = {}
-    for head in range(num_heads):
+def _found(weights: Weights, projections: Sequence[str]) -> list[str]:
+    return [f"{name}weight" for name in projections if f"{name}weight" in weights.shapes]
+
+
+def _names(places: Sequence[int], projections: Sequence[str], has_bias: bool) -> Iterator[tuple[str, str]]:
+    """places: of a head's blocks among its layers; projections: one per head."""
+    for head, projection in enumerate(projections):
         mine, theirs = f"heads.{head}.", f"hydra_mlp.{head}."
         for part in ("weight", "bias"):
-            names[f"{mine}fuse.linear.{part}"] = f"{theirs}{places[0]}.linear.{part}"
-            names[f"{mine}fuse.residual.{part}"] = f"{theirs}{places[0]}.res_connection.{part}"
+            yield f"{mine}fuse.linear.{part}", f"{theirs}{places[0]}.linear.{part}"
+            yield f"{mine}fuse.residual.{part}", f"{theirs}{places[0]}.res_connection.{part}"
             for block, place in enumerate(places[1:]):
-                names[f"{mine}blocks.{block}.linear.{part}"] = f"{theirs}{place}.linear.{part}"
+                yield f"{mine}blocks.{block}.linear.{part}", f"{theirs}{place}.linear.{part}"
             if part == "weight" or has_bias:
-                names[f"{mine}projection.{part}"] = projection.format(head=head) + part
-    return names
+                yield f"{mine}projection.{part}", projection + part
 
 
 def _unused(weights: Weights, prefix: str, hidden: int, vocab: int | None) -> dict[str, tuple[int, ...]]:
@@ -106,6 +108,6 @@ def _unreadable(weights: Weights, config: Mapping[str, Any], why: str) -> Publis
         vocab=None,
         names={},
         ours=(),
-        base=config.get("base_model_name_or_path"),
+        base=base_of(config),
         refused=why,
     )

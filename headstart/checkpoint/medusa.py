@@ -7,17 +7,21 @@ layers, the authors' code stores one block under several names; equal or not, ev
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
-from headstart.checkpoint.published import Published, check_counts, disagreements
+from headstart.checkpoint.published import Published, base_of, check_counts, disagreements, height
 from headstart.checkpoint.weights import Weights
 
 
 @dataclass(frozen=True)
 class Form:
-    """Names of a format: of a block's weight and bias, and of a projection. `prefix` tells heads from other tensors."""
+    """Names of a format: of a block's weight and bias, and of a projection. `prefix` tells heads from other tensors.
+
+    has_bias: blocks must have one. count_heads, count_layers: what its configuration calls their numbers.
+    """
 
     words: str
     prefix: str
@@ -25,17 +29,22 @@ class Form:
     projection: str
     count_heads: str = "medusa_num_heads"
     count_layers: str = "medusa_num_layers"
+    has_bias: bool = True
+
+    def block_name(self, head: int | str, layer: int | str, part: str) -> str:
+        return self.prefix + self.block.format(head=head, layer=layer, part=part)
 
     def blocks(self, weights: Weights) -> list[tuple[int, int]]:
         """(head, layer) of every block's weight."""
-        name = self.prefix + self.block.format(head="HEAD", layer="LAYER", part="weight")
-        pattern = re.compile(re.escape(name).replace("HEAD", r"(\d{1,4})").replace("LAYER", r"(\d{1,4})"))
+        number = r"(\d{1,4})"
+        name = re.escape(self.block_name("HEAD", "LAYER", "weight"))
+        pattern = re.compile(name.replace("HEAD", number).replace("LAYER", number))
         found = (pattern.fullmatch(name) for name in weights.shapes)
         return [(int(one[1]), int(one[2])) for one in found if one]
 
 
 _NUMBERED = ("{head}.{layer}.linear.{part}", "{head}.{layers}.weight")
-_VLLM = ("lm_heads.{head}.weight", "num_heads", "num_hidden_layers")
+_VLLM = ("lm_heads.{head}.weight", "num_heads", "num_hidden_layers", False)
 FORMS = (
     Form("Medusa heads", "", *_NUMBERED),
     Form("Medusa heads inside a whole model", "medusa_head.", *_NUMBERED),
@@ -60,35 +69,39 @@ def _published(form: Form, weights: Weights, config: Mapping[str, Any], blocks: 
     num_heads, num_layers = 1 + max(head for head, _ in blocks), 1 + max(layer for _, layer in blocks)
     check_counts(weights, num_heads, num_layers)
     ours = tuple(name for name in weights.shapes if name.startswith(form.prefix))
-    projections = [form.prefix + form.projection.format(head=head, layers=num_layers) for head in range(num_heads)]
-    is_single = f"{form.prefix}lm_head.weight" in weights.shapes and "blocks." in form.block
-    if is_single:  # vLLM's `original_lm_head`: one projection for all heads
-        projections = [f"{form.prefix}lm_head.weight"] * num_heads
-    has_own = any(name in weights.shapes for name in projections)
-    has_bias = any(name.endswith(".bias") for name in ours) or "blocks." not in form.block or bool(config.get("medusa_fc_bias"))
-    names: dict[str, str | None] = {}
-    for head in range(num_heads):
-        for layer in range(num_layers):
-            for part in ("weight", "bias"):
-                theirs = form.prefix + form.block.format(head=head, layer=layer, part=part)
-                names[f"heads.{head}.blocks.{layer}.linear.{part}"] = theirs if part == "weight" or has_bias else None
-        if has_own:
-            names[f"heads.{head}.projection.weight"] = projections[head]
-    first = weights.shapes[form.prefix + form.block.format(head=blocks[0][0], layer=blocks[0][1], part="weight")]
+    projections = _projections(form, weights, num_heads, num_layers)
+    has_bias = form.has_bias or any(name.endswith(".bias") for name in ours) or bool(config.get("medusa_fc_bias"))
     return Published(
         weights=weights,
         method="medusa",
-        layout=form.words + ("" if has_own else ", version 2: they speak through the target's head"),
-        settings={"num_heads": num_heads, "num_layers": num_layers, "projection": "own" if has_own else "shared"},
-        hidden=first[0],
-        vocab=next((weights.shapes[name][0] for name in projections if name in weights.shapes), None),
-        names=names,
+        layout=form.words + ("" if projections else ", version 2: they speak through the target's head"),
+        settings={"num_heads": num_heads, "num_layers": num_layers, "projection": "own" if projections else "shared"},
+        hidden=height(weights, [form.block_name(*blocks[0], "weight")]),
+        vocab=height(weights, projections) if projections else None,
+        names=dict(_names(form, num_heads, num_layers, projections, has_bias)),
         ours=ours,
         has_trunk=bool(form.prefix) and len(ours) < len(weights.shapes),
-        base=config.get("base_model_name_or_path"),
+        base=base_of(config),
         notes=disagreements(config, {form.count_heads: num_heads, form.count_layers: num_layers}),
         refused=_refused(config, ours),
     )
+
+
+def _projections(form: Form, weights: Weights, num_heads: int, num_layers: int) -> list[str]:
+    """One name per head; empty where no head has one."""
+    single = f"{form.prefix}lm_head.weight"  # vLLM's `original_lm_head`: one for all heads
+    if single in weights.shapes and not form.has_bias:
+        return [single] * num_heads
+    names = [form.prefix + form.projection.format(head=head, layers=num_layers) for head in range(num_heads)]
+    return names if any(name in weights.shapes for name in names) else []
+
+
+def _names(form: Form, num_heads: int, num_layers: int, projections: list[str], has_bias: bool) -> Iterator[tuple[str, str | None]]:
+    for head, layer in product(range(num_heads), range(num_layers)):
+        mine = f"heads.{head}.blocks.{layer}.linear."
+        yield f"{mine}weight", form.block_name(head, layer, "weight")
+        yield f"{mine}bias", form.block_name(head, layer, "bias") if has_bias else None
+    yield from ((f"heads.{head}.projection.weight", name) for head, name in enumerate(projections))
 
 
 def _refused(config: Mapping[str, Any], ours: tuple[str, ...]) -> str | None:

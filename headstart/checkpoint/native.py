@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,7 +104,14 @@ def describe(folder: str | Path) -> Description:
     described = _parse((folder / CONFIG).read_text(encoding="utf-8"), folder)
     with _reading(folder) as file:
         copy = (file.metadata() or {}).get("headstart")
-    return described if copy is None else _parse(copy, folder)
+    if copy is None or (saved := _parse(copy, folder)) == described:
+        return described
+    warnings.warn(
+        f"{folder / CONFIG} is not what was saved with the weights: saving was interrupted, or it was edited; the one saved inside "
+        f"{WEIGHTS} counts",
+        stacklevel=2,
+    )
+    return saved
 
 
 def is_native(config: object) -> bool:
@@ -176,6 +184,8 @@ def _match(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], folder: Pa
             raise ValueError(f"{where} lacks {name} {list(tensor.shape)}")
         if found[name].shape != tensor.shape:
             raise ValueError(f"{where} has {name} as {list(found[name].shape)}, but these heads need {list(tensor.shape)}")
+        if not found[name].is_floating_point():
+            raise ValueError(f"{where} has {name} of type {found[name].dtype}, but these heads need floating-point numbers")
     if extra := sorted(found.keys() - wanted.keys()):
         raise ValueError(f"{where} has {len(extra)} tensors that these heads have no place for, first {extra[0]}")
 

@@ -6,7 +6,7 @@ follows from the table. This file knows no method by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +113,12 @@ class Published:
 
     def _tensor(self, name: str, like: Tensor) -> Tensor:
         theirs = self.names[name]
-        return torch.zeros(like.shape) if theirs is None else self.weights[theirs]
+        if theirs is None:
+            return torch.zeros(like.shape)
+        tensor = self.weights[theirs]
+        if not tensor.is_floating_point():
+            raise ValueError(f"{theirs} in {self.weights.files[0]} is of type {tensor.dtype}; quantized heads cannot be brought in")
+        return tensor
 
 
 def prefix_of(target_config: Any, published: Published) -> dict[str, Any]:
@@ -133,6 +138,21 @@ def prefix_of(target_config: Any, published: Published) -> dict[str, Any]:
         "rope_theta": float(rope.get("rope_theta", 10000.0)),
         "rms_norm_eps": float(getattr(text, "rms_norm_eps", 1e-5)),
     }
+
+
+def height(weights: Weights, names: Sequence[str]) -> int:
+    """Rows of the first of these matrices that is there. Raises ValueError where it is no matrix."""
+    name = next(name for name in names if name in weights.shapes)
+    shape = weights.shapes[name]
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"{name} in {weights.files[0]} has the shape {list(shape)} and should be a matrix")
+    return shape[0]
+
+
+def base_of(config: Mapping[str, Any]) -> str | None:
+    """The model that heads say they were made for."""
+    said = config.get("base_model_name_or_path")
+    return said if isinstance(said, str) and said else None
 
 
 def check_counts(weights: Weights, num_heads: int, num_layers: int) -> None:

@@ -152,7 +152,8 @@ def _model(config: Mapping[str, Any]) -> Recognised | None:
     """A model by its configuration; whether it can be a target is for the one who loads it to say."""
     if "model_type" not in config and "architectures" not in config:
         return None
-    architecture = (config.get("architectures") or [config.get("model_type")])[0]
+    named = config.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named else config.get("model_type")
     return Recognised(kind="target", layout=f"a model ({architecture})", is_target=True, hidden=_number(config, "hidden_size"))
 
 

@@ -39,7 +39,7 @@ class Weights:
 
     def __getitem__(self, name: str) -> Tensor:
         """A copy with memory of its own, for a name may be stored twice."""
-        return self._read[name]().clone()
+        return self._read[name]().detach().clone()
 
 
 def weights_in(path: Path) -> Weights | None:
@@ -97,9 +97,13 @@ def _read_one(path: Path, name: str) -> Tensor:
 
 def _pickled(path: Path) -> Found:
     found = _unpickle(path)
-    if not isinstance(found, dict) or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()):
+    if not isinstance(found, dict) or not all(isinstance(name, str) and _is_plain(value) for name, value in found.items()):
         raise ValueError(f"{path} holds something else than tensors by name")
     return {name: (tuple(tensor.shape), partial(found.__getitem__, name)) for name, tensor in found.items()}
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided
 
 
 def _unpickle(path: Path) -> object:
