@@ -1,0 +1,155 @@
+"""Widen heads with zeros, for a target that was widened with zeros: what the small ones say, at the cost of large ones.
+
+    python benchmarks/pad_heads.py HEADS PADDED_TARGET OUT
+
+A target whose embeddings and final states are those of a smaller model, followed by zeros, says what that one says and costs what
+its width costs. So do these heads: every weight goes to the leading corner of a larger one. Where vectors stand side by side
+(Hydra), each one's columns move to its new place; norms average over the width, so their weights shrink by sqrt(old / new) and
+their eps by old / new. Nothing is written unless the logits are the same. Say "padded" wherever such a number is printed.
+"""
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad
+
+from headstart.chances import load_plan, save_plan
+from headstart.checkpoint import TargetFacts, describe, facts_of, load, save
+from headstart.drafters.heads import Heads
+from headstart.ends import Ends
+from headstart.lessons import Batch
+from headstart.pretrained import load_model
+from headstart.text import load_tokenizer
+
+TOLERANCE = 1e-3  # of logits, relative to the largest
+
+
+def widen(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """`weight` in the leading corner of zeros."""
+    result = weight.new_zeros(shape)
+    result[tuple(map(slice, weight.shape))] = weight
+    return result
+
+
+def widen_side_by_side(weight: Tensor, hidden: int) -> Tensor:
+    """[old, count * old], which reads `count` vectors side by side -> [hidden, count * hidden]."""
+    old = weight.shape[0]
+    blocks = weight.unflatten(1, (-1, old))
+    return widen(blocks, (hidden, blocks.shape[1], hidden)).flatten(1)
+
+
+def widened(heads: Heads, hidden: int) -> Heads:
+    """The same heads for states of `hidden` numbers, in float32. Raises ValueError where that is no larger or does not fit."""
+    if hidden <= heads.hidden:
+        raise ValueError(f"the heads are for a hidden size of {heads.hidden} and the target has {hidden}; nothing to widen")
+    large = type(heads)(widened_config(heads.config, heads.hidden, hidden), hidden, heads.vocab)
+    shrink = math.sqrt(heads.hidden / hidden)
+    weights: dict[str, Tensor] = {}
+    for name, like in large.state_dict().items():
+        weight = heads.state_dict()[name].float()
+        if ".fuse." in name and weight.dim() == 2:
+            weights[name] = widen_side_by_side(weight, hidden)
+        else:
+            weights[name] = widen(weight * shrink if "norm" in name else weight, tuple(like.shape))
+    large.load_state_dict(weights)
+    large.calibration = heads.calibration
+    return large.eval()
+
+
+def widened_config(config: Any, old: int, hidden: int) -> Any:
+    """Settings of an extra decoder layer grow with it: more attention heads of the same size, an MLP in proportion."""
+    prefix = getattr(config, "prefix", None)
+    if prefix is None:
+        return config
+    counts = {name: getattr(prefix, name) * hidden for name in ("num_attention_heads", "num_key_value_heads")}
+    if odd := [name for name, count in counts.items() if count % old]:
+        raise ValueError(f"{odd[0]} is {getattr(prefix, odd[0])}, which does not grow from {old} to {hidden} in whole heads")
+    grown = {name: count // old for name, count in counts.items()}
+    grown["intermediate_size"] = math.ceil(prefix.intermediate_size * hidden / old)
+    grown["rms_norm_eps"] = prefix.rms_norm_eps * old / hidden
+    return config.model_copy(update={"prefix": prefix.model_copy(update=grown)})
+
+
+class Narrow:
+    """The ends of the small model inside a padded one. Raises ValueError for a target that is not padded behind `hidden`."""
+
+    def __init__(self, ends: Ends, hidden: int) -> None:
+        self._ends, self.hidden, self.vocab = ends, hidden, ends.vocab
+        table = ends.embed(torch.arange(ends.vocab))
+        if table[:, hidden:].any() or ends.weight[:, hidden:].any():
+            raise ValueError(f"the target is not padded: behind {hidden} numbers, its embeddings or its head are not zero")
+        self._table, self.weight = table[:, :hidden], ends.weight[:, :hidden]
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self._table[tokens]
+
+    def project(self, states: Tensor) -> Tensor:
+        return self.finish(linear(states, self.weight))
+
+    def finish(self, logits: Tensor) -> Tensor:
+        return self._ends.finish(logits)
+
+
+@torch.no_grad()
+def gap(small: Heads, large: Heads, length: int = 12) -> float:
+    """The largest difference of their logits on one random text, relative to the largest logit."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(1, length, small.hidden, generator=generator)
+    tokens = torch.randint(0, small.vocab, (1, length), generator=generator)
+    counts = torch.ones_like(tokens, dtype=torch.bool)
+    wide = pad(states, (0, large.hidden - small.hidden))
+    pairs = zip(small.states(Batch(tokens, counts, states, states)), large.states(Batch(tokens, counts, wide, wide)), strict=True)
+    worst = 0.0
+    for mine, theirs in pairs:
+        expected, found = mine.project(mine.states[0]), theirs.project(theirs.states[0])
+        worst = max(worst, float((expected - found).abs().max() / expected.abs().max()))
+    return worst
+
+
+def check_target(heads: TargetFacts, target: TargetFacts) -> None:
+    """Raise ValueError where the padded target cannot be theirs, only wider."""
+    for what in ("vocab", "layers", "tokenizer"):
+        mine, its = getattr(heads, what), getattr(target, what)
+        if None not in (mine, its) and mine != its:
+            raise ValueError(f"the heads are for {heads.name} with {what} {mine}, but {target.name} has {its}")
+
+
+def pad_heads(source: Path, target: Path, out: Path) -> float:
+    """Write widened heads and what was measured of the small ones; the gap of their logits, in float32.
+
+    Raises ValueError, before anything is written, where the target is no padded one of theirs or the logits differ."""
+    described, small = describe(source), load(source).float()
+    model = load_model(target, dtype="float32", device="cpu")
+    facts = facts_of(model, load_tokenizer(target))
+    check_target(described.target, facts)
+    ends = Ends(model)
+    large = widened(small, ends.hidden).bind(ends)
+    worst = gap(small.bind(Narrow(ends, small.hidden)), large)
+    if not worst <= TOLERANCE:
+        raise ValueError(f"widening changed what the heads say: their logits differ by {worst:.1e} of the largest")
+    plan = load_plan(source)
+    save(out, large, facts, {**described.training, "padded": True})
+    if plan is not None:
+        save_plan(out, plan)
+    return worst
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("heads", type=Path)
+    parser.add_argument("target", type=Path)
+    parser.add_argument("out", type=Path)
+    arguments = parser.parse_args()
+    try:
+        worst = pad_heads(arguments.heads, arguments.target, arguments.out)
+    except ValueError as error:
+        parser.error(str(error))
+    print(f"{arguments.out}: logits differ by {worst:.1e} of the largest")
+
+
+if __name__ == "__main__":
+    main()
