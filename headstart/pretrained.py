@@ -71,6 +71,14 @@ def load_model(path: str | Path, dtype: str | torch.dtype = "auto", device: str 
     return placed
 
 
+def stored_dtype(path: str | Path) -> torch.dtype:
+    """The precision in which a model is stored; float32 where its configuration does not say."""
+    from transformers import AutoConfig
+
+    dtype: torch.dtype | None = getattr(AutoConfig.from_pretrained(path), "dtype", None)
+    return dtype or torch.float32
+
+
 def check_folder(path: str | Path) -> None:
     """Raise ValueError if `path` looks like a folder and holds no model; a hub id passes."""
     folder = Path(path)

@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from headstart.checkpoint import TargetFacts, facts_of, save
+from headstart.checkpoint import TargetFacts, facts_of, load, save
 from headstart.conversations import read_examples
 from headstart.drafters import method
 from headstart.ends import Ends
 from headstart.lessons import Objective
-from headstart.pretrained import load_model
+from headstart.pretrained import load_model, stored_dtype
 from headstart.text import load_tokenizer
 from headstart.training.config import BUDGETS, TrainConfig, resolve, validate
 from headstart.training.features import Online, Store
+from headstart.training.joint import Joint, JointConfig, perplexity, save_trunk
 from headstart.training.lesson import Frozen, Source
 from headstart.training.loop import Course, Loop
 from headstart.training.order import Order, num_batches
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["Decode", "TrainConfig", "resolve", "train"]
 
 LENGTH = 512  # of a text, where the target takes as much
+TRUNK = "model"  # the folder of a trunk that learned too, inside that of its heads
 
 # (model, heads, prompts) -> tau: what a real decode of these prompts gives with heads that may be attached and thrown away.
 Decode = Callable[["PreTrainedModel", nn.Module, Sequence[Sequence[int]]], float]
@@ -57,7 +59,9 @@ def train(config: TrainConfig, *, resume: bool = False, decode: Decode | None = 
     _check_out(config.out, resume)
     accelerator = _accelerator(config)
     report = Report(config.out, accelerator.is_main_process)
-    model, tokenizer = load_model(config.target, config.dtype, str(accelerator.device)), load_tokenizer(config.target)
+    joint = None if config.joint is None else validate(JointConfig, config.joint, "joint")
+    dtype = "float32" if joint and config.dtype == "auto" else config.dtype  # small steps vanish in bf16
+    model, tokenizer = load_model(config.target, dtype, str(accelerator.device)), load_tokenizer(config.target)
     config = config.model_copy(update={"length": _length(config.length, model)})
     ends, facts = Ends(model), facts_of(model, tokenizer)
     library = _library(config, tokenizer, facts, report)
@@ -69,8 +73,11 @@ def train(config: TrainConfig, *, resume: bool = False, decode: Decode | None = 
             return kind(settings, ends.hidden, ends.vocab)
 
     heads = fresh().bind(ends).start()
-    source = _source(config, model, heads.taps, library, facts, accelerator, report)
-    lesson: Any = Frozen(heads, objective, source)
+    if joint is None:
+        bare: Any = Frozen(heads, objective, _source(config, model, heads.taps, library, facts, accelerator, report))
+    else:
+        bare = Joint(_begun(heads, joint, facts), model, objective, joint)
+    lesson: Any = bare
     optimizer: Any = torch.optim.AdamW(lesson.groups(config.learning_rate, config.weight_decay), betas=config.betas)
     lesson, optimizer = accelerator.prepare(lesson, optimizer)
     course = _course(config, library, accelerator.num_processes)
@@ -82,7 +89,8 @@ def train(config: TrainConfig, *, resume: bool = False, decode: Decode | None = 
         state = accelerator.get_state_dict(lesson)
         twin = fresh()
         if accelerator.is_main_process:
-            twin.load_state_dict({name.removeprefix("drafter."): tensor for name, tensor in state.items()})
+            own = {name: tensor for name, tensor in state.items() if name.startswith("drafter.")}
+            twin.load_state_dict({name.removeprefix("drafter."): tensor for name, tensor in own.items()})
         return twin
 
     def decoded() -> float:
@@ -92,6 +100,9 @@ def train(config: TrainConfig, *, resume: bool = False, decode: Decode | None = 
         return tau
 
     loop = Loop(config, course, lesson, optimizer, accelerator, checkpoints, identity, report, decoded if decode else None)
+    if joint:
+        bare.progress = lambda: loop.state.step / course.steps
+        before = perplexity(bare, library, config.rows)
     state = checkpoints.load(identity)
     report.rewind(state.step)
     if accelerator.is_main_process:
@@ -107,11 +118,38 @@ def train(config: TrainConfig, *, resume: bool = False, decode: Decode | None = 
         accelerator.end_training()
     training = _told(config, objective, measured, loop)
     saved = whole()
+    if joint:
+        training |= _quality(before, perplexity(bare, library, config.rows), report)
+        if accelerator.is_main_process:
+            facts = facts_of(save_trunk(bare.trunk, tokenizer, config.out / TRUNK, stored_dtype(config.target)), tokenizer)
     if accelerator.is_main_process:
         save(config.out, saved, facts, training)
     checkpoints.remove()
     report.say(f"heads are in {config.out}; use them with --drafter {config.out}")
     return training
+
+
+def _begun(heads: Any, joint: JointConfig, facts: TargetFacts) -> Any:
+    """Heads that go on from those of a first stage, where one is named."""
+    if joint.heads is None:
+        return heads
+    first: Any = load(joint.heads, facts)
+    if type(first) is not type(heads) or first.config != heads.config:
+        raise ValueError(
+            f"the heads in {joint.heads} have {first.config!r}, the run asks for {heads.config!r}; let them be the same"
+        )
+    heads.load_state_dict(first.state_dict())
+    return heads
+
+
+def _quality(before: float | None, after: float | None, report: Report) -> dict[str, Any]:
+    """Whether the trunk is still what it was, told in words and as numbers."""
+    if before is None or after is None:
+        report.say("nothing is held out, so nobody knows whether the trunk got worse; hold out a share")
+        return {}
+    verdict = "no worse than it was" if after <= 1.01 * before else "WORSE than it was: lower the weight of joint"
+    report.say(f"trunk: perplexity of held-out answers {before:.3f} before, {after:.3f} after: {verdict}")
+    return {"trunk_perplexity_before": before, "trunk_perplexity_after": after}
 
 
 def _check_out(out: Path, resume: bool) -> None:

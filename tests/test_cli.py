@@ -40,7 +40,7 @@ FROZEN = {
     "demo": MODEL | {"--max-tokens", "--temperature", "--seed", "--drafter", "--json"},
     "generate": MODEL | DRAFTING | SAMPLING | ANSWER | {"--n", "--logprobs", "--raw"},
     "chat": MODEL | DRAFTING | SAMPLING | ANSWER,
-    "train": LEARNING | {"--out", "--config", "--set", "--loss", "--resume", "--json"},
+    "train": LEARNING | {"--out", "--config", "--set", "--loss", "--joint", "--resume", "--json"},
     "inspect": {"--device", "--model", "--probe", "--json"},
     "distill": MODEL | DRAFTING | ASKING | {"--json"},
     "import": {"--target", "--out", "--json"},

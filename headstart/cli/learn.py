@@ -103,6 +103,12 @@ def train(
             help="Weight of a loss (hard, soft, tv, alpha, lk, decay), as soft=1; may be given again.", show_default="hard=1"
         ),
     ] = None,
+    joint: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Let the target learn too (Medusa-2), as mode=lora or heads=FOLDER; may be given again.", show_default="frozen"
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
     json: Json = False,
 ) -> None:
@@ -113,7 +119,7 @@ def train(
     options: dict[str, Any] = {"method": method, "out": out}
     for group in (budget, reading, optimiser, watching):
         options |= {field.name: getattr(group, field.name) for field in fields(group)}
-    options |= {"settings": _pairs(set, "set"), "loss": _pairs(loss, "loss")}
+    options |= {"settings": _pairs(set, "set"), "loss": _pairs(loss, "loss"), "joint": _pairs(joint, "joint")}
     given = {name: value for name, value in options.items() if value is not None}
     from headstart.train import resolve
     from headstart.train import train as run

@@ -27,7 +27,8 @@ class TrainConfig(BaseModel):
     """One training run.
 
     settings: of the method's own config. target: folder or hub id. any_target: learn from the
-    answers of other targets, too. loss: weights of the objective. tokens, epochs, steps: the budget, exactly one of them; tokens
+    answers of other targets, too. loss: weights of the objective. joint: how the target learns too, None
+    where it stays as it is. tokens, epochs, steps: the budget, exactly one of them; tokens
     count prompts and answers, no padding. rows: texts of a batch, each cut to `length` tokens, None for 512 or what the target
     takes. accumulate: batches of a step, on each process. warmup: share of the steps. held_out: a share of
     the texts, or a file. features: folder of a feature store, None to compute features as they are needed. dtype: of the target;
@@ -43,6 +44,7 @@ class TrainConfig(BaseModel):
     any_target: bool = False
     out: Path
     loss: dict[str, Any] = {}
+    joint: dict[str, Any] | None = None
 
     tokens: _Count | None = None
     epochs: _Count | None = None
@@ -85,6 +87,8 @@ class TrainConfig(BaseModel):
     @model_validator(mode="after")
     def _has_one_budget(self) -> Self:
         given = [f"{name}={getattr(self, name)}" for name in BUDGETS if getattr(self, name) is not None]
+        if self.joint is not None and self.features is not None:
+            raise ValueError("features are kept of a target that stays as it is, but joint lets it learn; leave one of them out")
         if len(given) != 1:
             found = f"given {len(given)} times ({', '.join(given)})" if given else "missing"
             raise ValueError(f"the budget is {found}; give exactly one of {', '.join(BUDGETS)}")
@@ -111,7 +115,7 @@ def resolve(path: Path | None, options: Mapping[str, Any], default_target: Calla
     keys = {} if path is None else _read(path)
     if any(name in options for name in BUDGETS):
         keys = {name: value for name, value in keys.items() if name not in BUDGETS}
-    joined = {name: {**(keys.get(name) or {}), **options[name]} for name in ("settings", "loss") if name in options}
+    joined = {name: {**(keys.get(name) or {}), **options[name]} for name in ("settings", "loss", "joint") if name in options}
     keys = {**keys, **options, **joined}
     if default_target is not None and "target" not in keys:
         keys["target"] = default_target()
