@@ -1,5 +1,6 @@
 """Typical acceptance against its formula and against a naive search for the deepest path; and that it is lossy, and says so."""
 
+import json
 import math
 
 import pytest
@@ -8,8 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tables import drafting, forest_of, joint_law, make_rows, p_value, rounds
 from tiny import tiny
+from typer.testing import CliRunner
 
 from headstart.bench import report, runner
+from headstart.cli import app
 from headstart.engine import Engine
 from headstart.planner import Shape
 from headstart.sampling import SamplingParams, warp
@@ -176,3 +179,12 @@ def test_whoever_measures_it_reads_lossy(accept, is_lossy):
     found = report.rows(setup, runner.measure(setup, runner.prepare(setup, ["lookup"])))
     assert ("lossy" in report.labels(setup)) == is_lossy
     assert [row.identical == "lossy" for row in found if row.run != runner.PLAIN] == [is_lossy]
+
+
+def test_a_generated_answer_says_lossy(model_folder):
+    base = ["generate", "the cat", "--model", str(model_folder), "--max-tokens", "8", "--temperature", "1", "--accept"]
+    for accept, is_lossy in (("coupled", False), ("typical", True), ("typical:0.5,0.5", True)):
+        assert json.loads(CliRunner().invoke(app, [*base, accept, "--json"]).stdout)["is_lossy"] == is_lossy
+    assert "lossy" in CliRunner().invoke(app, [*base, "typical", "--show-drafts"]).stderr
+    wrong = CliRunner().invoke(app, [*base, "typical:2,1"])
+    assert (wrong.exit_code, "epsilon" in wrong.stderr) == (2, True)
