@@ -1,6 +1,7 @@
 """What a folder holds, by command: ours, of others, of methods that are known by name only, a model, or nothing."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_import_prints_a_table(target, theirs, tmp_path):
 
 def test_heads_that_were_brought_in_draft(target, theirs, tmp_path):
     answer("import", theirs, "--target", target, "--out", tmp_path / "ours")
-    asked = ("generate", "the cat", "--model", target, "--max-tokens", 12, "--ignore-eos", "--drafter")
+    asked = ("generate", "the cat", "--model", target, "--max-tokens", 12, "--ignore-eos", "--exact", "--drafter")
     assert answer(*asked, tmp_path / "ours")["token_ids"] == answer(*asked, "none")["token_ids"]
 
 
@@ -129,7 +130,9 @@ def test_inspect_says_what_heads_of_others_are(theirs):
         "kind": "medusa", "num_heads": 3, "num_layers": 1, "hidden": HIDDEN, "vocab": VOCAB,
     }  # fmt: skip
     assert found["parameters"] == 3 * (HIDDEN * HIDDEN + HIDDEN + VOCAB * HIDDEN)
-    assert "headstart import" in run("inspect", theirs).stdout
+    printed = run("inspect", theirs).stdout
+    assert "headstart import" in printed
+    assert re.search(r"\nnote +their config\.json says", printed)
 
 
 def test_inspect_says_what_our_heads_are(target, theirs, tmp_path):

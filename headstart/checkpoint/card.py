@@ -17,10 +17,10 @@ tags:
 
 # {method} heads for {name}
 
-{parameters:,} parameters that guess what {name} ({architecture}, {layers} layers, hidden size {hidden}, vocabulary {vocab}) will
-say next. Headstart lets the model check the guesses: under its default rule the text is that of {name} alone, sooner where the
-guesses are often right. How often depends on {name} being the very model these heads were made for{digest}; a fine-tune of it
-takes them too, with fewer guesses accepted.
+{parameters:,} parameters that guess what {name} ({architecture}, {layers} layers, hidden size {hidden}, vocabulary {vocab})
+will say next. Headstart lets the model check the guesses: under its default rule the text is that of the model alone, sooner where
+the guesses are often right. How often depends on how close the model is to the one that these heads learned from{digest}.
+A fine-tune of it takes them too, with fewer guesses accepted.
 
 ```
 headstart generate "Once upon a time" --model {name} --drafter FOLDER
@@ -43,7 +43,7 @@ def card(described: Description, parameters: int) -> str:
     target = described.target
     return CARD.format(
         **target.model_dump(exclude={"digest", "tokenizer"}),
-        digest="" if target.digest is None else f" (digest {target.digest})",
+        digest="" if target.digest is None else f"; they were saved for\nweights with the digest {target.digest}",
         method=described.method,
         parameters=parameters,
         settings=_list(described.settings),

@@ -176,7 +176,10 @@ def _print(found: dict[str, Any]) -> None:
 
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in found.items():
-        if name != "problems":
+        if name == "notes":
+            for note in value:
+                table.add_row("note", note)
+        elif name != "problems":
             table.add_row(name.replace("_", " "), _readable(name, value))
     for problem in found["problems"] or ["none"]:
         table.add_row("problem" if found["problems"] else "problems", problem)
