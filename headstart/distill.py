@@ -25,14 +25,18 @@ from headstart.scheduler import Request
 from headstart.text import decode, encode_prompt
 from headstart.verify import RULES
 
-# -- how ----------------------------------------------------------------------------------------------------------------------
+BEGIN = b'{"id": "'  # of every line that is written here
+
+
+# -- how --------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Settings:
     """How answers are sampled. max_tokens: of one reply. seed: of the run; each conversation has its own, mixed from it.
 
-    mode: "continue" gives the first reply, "chat" all of them. drop_cut: a conversation that ends for length is not kept.
+    mode: "continue" gives the first reply, "chat" all of them. beginning: of a text to be continued, only so many tokens are the
+    prompt; None for all. drop_cut: a conversation that ends for length is not kept.
     """
 
     temperature: float = 0.7
@@ -41,11 +45,14 @@ class Settings:
     max_tokens: int = 512
     seed: int = 0
     mode: Literal["continue", "chat"] = "continue"
+    beginning: int | None = None
     drop_cut: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in ("continue", "chat"):
             raise ValueError(f"mode is {self.mode!r}; it must be 'continue' or 'chat'")
+        if self.beginning is not None and self.beginning < 1:
+            raise ValueError(f"beginning is {self.beginning}; it must be at least 1 token, or None for the whole text")
         self.params(self.max_tokens)
 
     def params(self, max_tokens: int) -> SamplingParams:
@@ -166,7 +173,7 @@ class _Talk:
         """The tokens between what is there and the next answer."""
         tokenizer, text = self.llm.tokenizer, self.told.opening.text
         if text is not None:
-            return encode_prompt(tokenizer, text)
+            return encode_prompt(tokenizer, text)[: self.settings.beginning]
         return follow_up(tokenizer, messages) if self.told.tokens else encode_prompt(tokenizer, messages)
 
     def hear(self) -> bool:
@@ -273,8 +280,8 @@ def _resume(path: Path, openings: dict[str, Opening], settings: Settings, teache
     size = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                break
+            if not line.endswith(b"\n") and line[: len(BEGIN)] == BEGIN[: len(line)]:
+                break  # torn
             found.add(_checked(path, number, line, openings, settings, teacher))
             size += len(line)
     if size < path.stat().st_size:

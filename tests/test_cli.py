@@ -31,8 +31,8 @@ LEARNING = {
     "--device", "--threads", "--log-every", "--eval-every", "--save-every", "--decode-every", "--decode-prompts", "--tracker",
 }  # fmt: skip
 ASKING = {
-    "--out", "--mode", "--limit", "--rows", "--drop-cut", "--max-tokens", "--temperature", "--top-k", "--top-p", "--seed",
-    "--endpoint", "--endpoint-model", "--api-key-env",
+    "--out", "--mode", "--beginning", "--limit", "--rows", "--drop-cut", "--max-tokens", "--temperature", "--top-k", "--top-p",
+    "--seed", "--endpoint", "--endpoint-model", "--api-key-env",
 }  # fmt: skip
 
 # A new command or option edits this list on purpose.

@@ -121,6 +121,14 @@ def test_a_text_is_continued_as_it_stands(llm, teacher, tmp_path):
     assert "messages" not in line
 
 
+def test_of_a_long_text_the_beginning_can_be_the_prompt(llm, teacher, tmp_path):
+    text = "the cat and the sea " * 90
+    distill(teacher, [Opening("t:1", 0, text=text)], Settings(beginning=6, max_tokens=9), tmp_path / "out.jsonl")
+    [line] = read(tmp_path / "out.jsonl")
+    assert line["tokens"][:6] == llm.tokenizer.encode(text)[:6]
+    assert line["loss_mask"] == [0] * 6 + [1] * (len(line["tokens"]) - 6)
+
+
 def test_a_conversation_that_ends_for_length_is_dropped_if_asked_and_not_tried_again(teacher, tmp_path):
     settings = Settings(temperature=0.8, max_tokens=3, drop_cut=True)
     tally = distill(teacher, OPENINGS, settings, tmp_path / "out.jsonl")
@@ -140,6 +148,14 @@ def test_a_prompt_without_room_is_skipped_and_counted(teacher, tmp_path):
     assert [line["id"] for line in read(tmp_path / "out.jsonl")] == ["p:8"]
 
 
+def test_a_conversation_that_outgrows_the_context_keeps_what_was_said_and_is_counted(teacher, tmp_path):
+    long = [Opening(f"p:{n}", n, chat("so", "a", "the cat and the sea " * 90)) for n in range(4)]
+    tally = distill(teacher, long, Settings(temperature=0.8, max_tokens=60, mode="chat"), tmp_path / "out.jsonl")
+    ended = [line for line in read(tmp_path / "out.jsonl") if line["finish_reason"] == "stop"]
+    assert tally.shortened.total() == len(ended) > 0
+    assert all(len(line["messages"]) == 2 and line["loss_mask"][-1] for line in ended)
+
+
 def test_what_is_distilled_can_be_read_for_training(llm, teacher, tmp_path):
     distill(teacher, OPENINGS, SETTINGS, tmp_path / "out.jsonl")
     examples, report = read_examples([tmp_path / "out.jsonl"], llm.tokenizer, teacher.facts["digest"])
@@ -153,7 +169,9 @@ def test_another_rule_than_coupled_is_refused(model_folder):
         EngineTeacher(headstart.load(model_folder, accept="rejection"))
 
 
-@pytest.mark.parametrize("wrong", [{"mode": "both"}, {"temperature": -1.0}, {"max_tokens": 0}, {"top_p": 2.0}, {"seed": 2**65}])
+@pytest.mark.parametrize(
+    "wrong", [{"mode": "both"}, {"temperature": -1.0}, {"max_tokens": 0}, {"top_p": 2.0}, {"seed": 2**65}, {"beginning": 0}]
+)
 def test_settings_are_checked(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Settings(**wrong)
@@ -238,6 +256,10 @@ def test_a_file_of_something_else_is_left_alone(teacher, tmp_path):
     (tmp_path / "out.jsonl").write_text('{"prompt": "a"}\n')
     with pytest.raises(ValueError, match=r"line 1 of .* is no distilled conversation"):
         distill(teacher, OPENINGS, SETTINGS, tmp_path / "out.jsonl")
+    (tmp_path / "notes.txt").write_text("a text without an end of line")
+    with pytest.raises(ValueError, match=r"line 1 of .* is no distilled conversation"):
+        distill(teacher, OPENINGS, SETTINGS, tmp_path / "notes.txt")
+    assert (tmp_path / "notes.txt").read_text() == "a text without an end of line"
     with pytest.raises(ValueError, match=r"write plain \.jsonl"):
         distill(teacher, OPENINGS, SETTINGS, tmp_path / "out.jsonl.gz")
 

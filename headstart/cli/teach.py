@@ -39,6 +39,9 @@ def distill(
         Literal["continue", "chat"],
         typer.Option(help="continue: the first reply; chat: every reply of a conversation, given anew."),
     ] = "continue",
+    beginning: Annotated[
+        int | None, typer.Option(help="Of a text to be continued, only so many tokens are the prompt.", show_default="all")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many prompts.", show_default="all")] = None,
     rows: Annotated[int, typer.Option(help="Conversations at once.")] = 16,
     drop_cut: Annotated[bool, typer.Option("--drop-cut", help="Keep no conversation that ends for length.")] = False,
@@ -75,7 +78,7 @@ def distill(
     from headstart.distill import distill as write
     from headstart.openings import read_openings
 
-    settings = Settings(temperature, top_p, top_k, max_tokens, seed, mode, drop_cut)
+    settings = Settings(temperature, top_p, top_k, max_tokens, seed, mode, beginning, drop_cut)
     if not prompts.is_file():
         raise ValueError(f"there is no file {str(prompts)!r} of prompts")
     tokenizer, teacher = _teacher(model, drafting, endpoint, endpoint_model, api_key_env, rows)
