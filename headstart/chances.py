@@ -202,17 +202,29 @@ class HeadsPlan:
     calibration: Calibration
     trees: Mapping[float, Mapping[int, Tree]]
 
+    def shape(self, nodes: int, temperature: float) -> Shape:
+        """The tree of `nodes` drafts measured nearest to a temperature. Raises ValueError for a size that was not measured."""
+        nearest = min(self.trees, key=lambda measured: abs(measured - temperature), default=None)
+        by_size = {} if nearest is None else self.trees[nearest]
+        if nodes not in by_size:
+            there = ", ".join(f"tree:{size}" for size in sorted(by_size))
+            raise ValueError(f"no tree of {nodes} drafts was measured, only {there or 'none at all'}; name one of these")
+        return Shape(by_size[nodes].paths)
+
 
 def save_plan(folder: Path, plan: HeadsPlan) -> None:
-    """Write `plan.json`, whole or not at all."""
+    """Write `plan.json`, whole or not at all. Raises ValueError where that cannot be."""
     trees = {
         f"{temperature:g}": {str(nodes): {"paths": tree.paths, "tau": tree.tau} for nodes, tree in by_size.items()}
         for temperature, by_size in plan.trees.items()
     }
     content = {"format": "headstart-plan", "version": 1, "calibration": plan.calibration.as_dict(), "trees": trees}
     part = folder / f"{PLAN}.part"
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(folder / PLAN)
+    try:
+        part.write_text(json.dumps(content, indent=1) + "\n")
+        part.replace(folder / PLAN)
+    except OSError as error:
+        raise ValueError(f"{folder / PLAN} cannot be written: {error.strerror}; a plan that was there is untouched") from None
 
 
 def load_plan(folder: Path) -> HeadsPlan | None:

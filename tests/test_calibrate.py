@@ -52,6 +52,17 @@ def test_replayed_and_decoded_tau_are_the_same_number(name):
     assert max(tree.tau for finding in found for tree in finding.trees.values()) > 1
 
 
+def test_an_answer_that_stops_inside_a_kept_path_is_replayed_as_it_was():
+    """Stopped at one token of the answer after another, so that some rounds end in the middle of what they kept."""
+    drafter, said = heads("hydra"), []
+    session().decode(drafter, Chain(3), 0.0, lambda place, done: said.append(done.output))
+    for stop in list(dict.fromkeys(said[0]))[:8]:
+        stopped = Session(tiny(), PROMPTS[:2], max_tokens=24, seed=7, stop_ids=(stop,))
+        _, (found,) = calibrate(stopped, drafter, [0.0], sizes=(12,))
+        assert found.chain == pytest.approx(found.chain_measured)
+        assert stopped.decode(drafter, Shape(found.trees[12].paths), 0.0).tau == pytest.approx(found.trees[12].tau)
+
+
 def test_what_is_observed_is_what_the_drafter_proposes():
     """The ranks of one text, against the drafts of every round of a wide tree."""
     drafter, target = heads("medusa"), tiny()
@@ -152,8 +163,7 @@ def test_calibrating_leaves_a_plan_that_drafting_goes_by(model_folder, heads_fol
         assert one["chain"] == pytest.approx(one["chain_measured"], rel=0.05)
         for tree in one["trees"].values():
             assert tree["decoded"] == pytest.approx(tree["tau"], rel=0.05)
-    table = run(*base, "--temperature", 1)
-    assert "tree of 64" in table.stdout
+    assert "tree of 64" in run(*base, "--temperature", 1).stdout
 
 
 def test_a_probe_says_how_heads_fare(model_folder, heads_folder):

@@ -130,6 +130,11 @@ def test_a_plan_comes_back_from_its_file(tmp_path):
     assert load_plan(tmp_path) == plan
 
 
+def test_a_plan_that_cannot_be_written_is_one_sentence(tmp_path):
+    with pytest.raises(ValueError, match=r"plan\.json cannot be written: No such file"):
+        save_plan(tmp_path / "nowhere", HeadsPlan(FITTED, {}))
+
+
 def test_heads_that_were_never_measured_have_no_plan(tmp_path):
     assert load_plan(tmp_path) is None
 
