@@ -113,7 +113,7 @@ def test_two_processes_learn_what_one_learns_with_twice_the_batches(asked, tmp_p
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]  # as accelerate does on GPUs
     subprocess.run([*launch, str(tmp_path / "run.py"), "train", "--config", str(config)], check=True)
     for key in ("loss", "held_out_loss", "gradient"):
-        assert log(tmp_path / "two", key) == pytest.approx(log(tmp_path / "one", key), rel=1e-5)
+        assert log(tmp_path / "two", key) == pytest.approx(log(tmp_path / "one", key), rel=2e-6)
 
 
 def test_held_out_measures_are_those_of_each_text_alone(asked, tmp_path, model_folder, data):
@@ -198,7 +198,7 @@ def test_a_run_that_is_killed_again_and_again_still_ends_with_the_same_bits(aske
 
 @pytest.mark.slow
 def test_a_process_killed_at_any_moment_goes_on_to_the_same_bits(asked, tmp_path):
-    common = SHAKY | {"steps": 400, "save_every": 5}
+    common = SHAKY | {"steps": 150, "save_every": 5}
     train(resolve(None, asked(**common, out=tmp_path / "whole")))
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(json.loads(json.dumps(asked(**common), default=str))))

@@ -46,7 +46,7 @@ class Report:
         if not self._is_main or not self._path.exists():
             return
         lines = self._path.read_text().splitlines()
-        kept = [line for line in lines if _step(line) is not None and (_step(line) or 0) <= step]
+        kept = [line for line in lines if _step(line) <= step]
         self._path.write_text("".join(f"{line}\n" for line in kept))
 
     @contextmanager
@@ -87,8 +87,7 @@ def flat(values: Mapping[str, Any]) -> dict[str, float]:
     """For trackers, which know single numbers only: top1 becomes top1/1, top1/2, ..."""
     result: dict[str, float] = {}
     for name, value in values.items():
-        many = value if isinstance(value, list) else None
-        result |= {f"{name}/{depth}": entry for depth, entry in enumerate(many, 1)} if many is not None else {name: value}
+        result |= {f"{name}/{depth}": entry for depth, entry in enumerate(value, 1)} if isinstance(value, list) else {name: value}
     return result
 
 
@@ -109,8 +108,9 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def _step(line: str) -> int | None:
+def _step(line: str) -> float:
+    """Of a line of the log; infinite if it was cut short by a kill."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # cut short by a kill
-        return None
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -1,0 +1,119 @@
+"""Before the first step: the folder, the processes, the texts, and what the target makes of them.
+
+This file knows what a configuration asks for and who gives it. It refuses to know what is learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from headstart.conversations import read_examples
+from headstart.training.config import BUDGETS, TrainConfig
+from headstart.training.features import Online, Store
+from headstart.training.lesson import Source
+from headstart.training.loop import Course
+from headstart.training.order import Order, num_batches
+from headstart.training.report import Report
+from headstart.training.resume import HOME
+from headstart.training.texts import Library, shelve
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from headstart.checkpoint import TargetFacts
+
+LENGTH = 512  # of a text, where the target takes as much
+
+
+def check_out(out: Path, resume: bool) -> None:
+    """Before anything is loaded: an output folder that can be written, and holds nothing that would be lost."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".can-be-written"
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"out folder {out} cannot be written: {error.strerror}; name another folder") from None
+    has_checkpoint = any((out / HOME).glob("step-*"))
+    if has_checkpoint and not resume:
+        raise ValueError(f"{out} holds a checkpoint of a run that has not ended; go on with --resume, or name another folder")
+    if (out / "config.json").exists() and not has_checkpoint:
+        what = "the run in it has ended" if resume else "it holds heads or a model already"
+        raise ValueError(f"out folder {out} cannot be trained into: {what}; name another folder")
+
+
+def start_accelerator(config: TrainConfig) -> Accelerator:
+    """This process among others. Raises ValueError where accelerate is missing or refuses."""
+    try:
+        from accelerate import Accelerator
+        from accelerate.utils import set_seed
+    except ImportError:
+        raise ValueError("training needs accelerate, which is not installed; pip install 'headstart[train]'") from None
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    try:
+        accelerator = Accelerator(
+            cpu=config.device == "cpu",
+            mixed_precision=config.precision,
+            log_with=None if config.tracker == "none" else config.tracker,
+            project_dir=config.out,
+        )
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"accelerate refuses precision={config.precision}, tracker={config.tracker}: {error}") from None
+    set_seed(config.seed, device_specific=True)
+    return accelerator
+
+
+def fitting_length(length: int | None, model: PreTrainedModel) -> int:
+    """Of a text, in tokens. Raises ValueError if the target does not take as much."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if length is not None and context is not None and length > context:
+        raise ValueError(f"length is {length}, and the target takes {context} tokens at most; lower length to {context}")
+    return length or min(LENGTH, context or LENGTH)
+
+
+def read_library(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, facts: TargetFacts, report: Report) -> Library:
+    """The texts of `config.data`, and those held out."""
+
+    def read(paths: Sequence[Path]) -> Any:
+        examples, told = read_examples(
+            paths, tokenizer, facts.digest, config.length, any_target=config.any_target, vocab=facts.vocab
+        )
+        report.say(f"data: {told}")
+        return examples
+
+    held_out = read([config.held_out]) if isinstance(config.held_out, Path) else config.held_out
+    return shelve(read(config.data), held_out)
+
+
+def make_source(
+    config: TrainConfig, model: PreTrainedModel, taps: Sequence[int], library: Library, facts: TargetFacts,
+    accelerator: Accelerator, report: Report,
+) -> Source:  # fmt: skip
+    """Where a drafter's features come from: the model itself, or a store of what it said."""
+    online = Online(model, taps)
+    if config.features is None:
+        return online
+
+    def tell(done: int, of: int) -> None:
+        report.say(f"features: shard {done + 1} of {of}")
+
+    with accelerator.main_process_first():
+        Store.claim(config.features, online, library, str(facts.digest))
+    share = (accelerator.process_index, accelerator.num_processes)
+    store = Store.filled(config.features, online, library, share, tell)
+    accelerator.wait_for_everyone()
+    return store
+
+
+def make_course(config: TrainConfig, library: Library, num_processes: int) -> Course:
+    """What is read in which step, to the end of the budget."""
+    order = Order([len(library.texts[index].tokens) for index in library.taught], config.rows, config.seed)
+    per_step = config.accumulate * num_processes
+    budget = {name: getattr(config, name) for name in BUDGETS}
+    return Course(library, order, num_batches(order, **budget, per_step=per_step), per_step)
