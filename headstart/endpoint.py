@@ -6,7 +6,8 @@ This file knows the chat completions API. It refuses to know whether the model b
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from queue import Queue
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 from headstart.conversations import encode_conversation
@@ -39,22 +40,32 @@ class EndpointTeacher:
         self.facts = {"name": model, "digest": None, "endpoint": url}
 
     def converse(self, openings: Iterable[Opening], settings: Settings) -> Iterator[Conversation]:
-        """Each opening's conversation, as they end; `rows` run at once."""
-        waiting = iter(openings)
-        pool, running = ThreadPoolExecutor(self.rows), set[Future[Conversation]]()
+        """Each opening's conversation, as they end; `rows` run at once. Leaving early sends no further request."""
+        waiting, results = iter(openings), Queue[Conversation | Exception]()
+        num_running, is_left = 0, Event()
         try:
             while True:
-                while len(running) < self.rows and (opening := next(waiting, None)) is not None:
-                    running.add(pool.submit(self._talk, opening, settings))
-                if not running:
+                while num_running < self.rows and (opening := next(waiting, None)) is not None:
+                    work = (opening, settings, results, is_left)
+                    Thread(target=self._work, args=work, daemon=True).start()  # a daemon: no slow server holds up an interruption
+                    num_running += 1
+                if not num_running:
                     return
-                ended, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in ended:
-                    yield future.result()
+                result = results.get()
+                num_running -= 1
+                if isinstance(result, Exception):
+                    raise result
+                yield result
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            is_left.set()
 
-    def _talk(self, opening: Opening, settings: Settings) -> Conversation:
+    def _work(self, opening: Opening, settings: Settings, results: Queue[Conversation | Exception], is_left: Event) -> None:
+        try:
+            results.put(self._talk(opening, settings, is_left))
+        except Exception as error:  # it is raised where the results are read
+            results.put(error)
+
+    def _talk(self, opening: Opening, settings: Settings, is_left: Event) -> Conversation:
         told = Conversation(opening)
         if opening.text is not None:
             told.trouble = "a text to be continued cannot be sent to a chat endpoint"
@@ -62,7 +73,7 @@ class EndpointTeacher:
         for cue in settings.cues_of(opening):
             content, told.finish_reason = self._reply([*told.messages, *cue], settings, settings.seed_of(opening))
             told.messages += [*cue, {"role": "assistant", "content": content}]
-            if told.finish_reason != "stop":
+            if told.finish_reason != "stop" or is_left.is_set():
                 break
         try:
             told.tokens, told.mask = encode_conversation(self.tokenizer, told.messages)
