@@ -63,7 +63,7 @@ class Taught(Drafter, Protocol):
 
 
 @dataclass(frozen=True)
-class Session:
+class Trial:
     """Whose answers to what. prompts: token ids; the seed of prompt `i` is `mix(seed, i)`. stop_ids: end an answer."""
 
     target: Target
@@ -245,7 +245,7 @@ class Finding:
 
 
 def calibrate(
-    session: Session,
+    trial: Trial,
     drafter: Taught,
     temperatures: Sequence[float] = (0.0, 0.7, 1.0),
     sizes: Sequence[int] = SIZES,
@@ -256,11 +256,11 @@ def calibrate(
     Raises ValueError where there is nothing to measure, and for temperatures or sizes that cannot be.
     """
     wanted = sorted({*map(float, temperatures)})
-    if not wanted or not session.prompts or session.max_tokens < 3:
+    if not wanted or not trial.prompts or trial.max_tokens < 3:
         raise ValueError("calibration needs a temperature, a prompt, and answers of at least 3 tokens; give it more")
-    target = session.target
+    target = trial.target
     student = drafter.twin().bind(target.ends).to(target.device, target.dtype)
-    findings = [_find(session, drafter, student, temperature, sizes, tell) for temperature in wanted]
+    findings = [_find(trial, drafter, student, temperature, sizes, tell) for temperature in wanted]
     calibration = Calibration(
         tuple(wanted), tuple(finding.warmth for finding in findings), tuple(finding.table for finding in findings)
     )
@@ -268,10 +268,10 @@ def calibrate(
 
 
 def _find(
-    session: Session, drafter: Taught, student: Taught, temperature: float, sizes: Sequence[int], tell: Callable[[], None]
+    trial: Trial, drafter: Taught, student: Taught, temperature: float, sizes: Sequence[int], tell: Callable[[], None]
 ) -> Finding:
     recorder = Recorder(drafter)
-    most = max(1, MOST_SCORES // session.target.vocab // len(session.prompts))
+    most = max(1, MOST_SCORES // trial.target.vocab // len(trial.prompts))
     seen: list[Observation] = []
 
     def hear(place: int, done: Request) -> None:
@@ -279,7 +279,7 @@ def _find(
         seen.append(observe(student, batch, temperature, done.seed, most))
         tell()
 
-    tau = session.decode(recorder, Chain(drafter.depth), temperature, hear).tau
+    tau = trial.decode(recorder, Chain(drafter.depth), temperature, hear).tau
     ranks = [one.ranks for one in seen]
     scores = [torch.cat(lines) for lines in zip(*(one.scores for one in seen), strict=True)]
     decided = [torch.cat(tokens) for tokens in zip(*(one.decided for one in seen), strict=True)]

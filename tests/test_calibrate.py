@@ -8,7 +8,7 @@ from tiny import VOCAB, tiny
 from typer.testing import CliRunner
 
 from headstart import checkpoint
-from headstart.calibrate import BEYOND, Recorder, Session, calibrate, calibration_error, fit_warmth, observe
+from headstart.calibrate import BEYOND, Recorder, Trial, calibrate, calibration_error, fit_warmth, observe
 from headstart.chances import load_plan, walk
 from headstart.cli import app
 from headstart.drafters import heads_in
@@ -36,28 +36,28 @@ def heads(name):
     return drafter
 
 
-def session(max_tokens=24):
-    return Session(tiny(), PROMPTS, max_tokens=max_tokens, seed=7)
+def trial(max_tokens=24):
+    return Trial(tiny(), PROMPTS, max_tokens=max_tokens, seed=7)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_replayed_and_decoded_tau_are_the_same_number(name):
     """In double precision nothing is near a tie: what ranks predict is what rounds do, chain and trees, at any temperature."""
     drafter = heads(name)
-    plan, found = calibrate(session(), drafter, [0.0, 1.0], sizes=(4, 12))
+    plan, found = calibrate(trial(), drafter, [0.0, 1.0], sizes=(4, 12))
     for finding in found:
         assert finding.chain == pytest.approx(finding.chain_measured)
         for tree in plan.trees[finding.temperature].values():
-            assert session().decode(drafter, Shape(tree.paths), finding.temperature).tau == pytest.approx(tree.tau)
+            assert trial().decode(drafter, Shape(tree.paths), finding.temperature).tau == pytest.approx(tree.tau)
     assert max(tree.tau for finding in found for tree in finding.trees.values()) > 1
 
 
 def test_an_answer_that_stops_inside_a_kept_path_is_replayed_as_it_was():
     """Stopped at one token of the answer after another, so that some rounds end in the middle of what they kept."""
     drafter, said = heads("hydra"), []
-    session().decode(drafter, Chain(3), 0.0, lambda place, done: said.append(done.output))
+    trial().decode(drafter, Chain(3), 0.0, lambda place, done: said.append(done.output))
     for stop in list(dict.fromkeys(said[0]))[:8]:
-        stopped = Session(tiny(), PROMPTS[:2], max_tokens=24, seed=7, stop_ids=(stop,))
+        stopped = Trial(tiny(), PROMPTS[:2], max_tokens=24, seed=7, stop_ids=(stop,))
         _, (found,) = calibrate(stopped, drafter, [0.0], sizes=(12,))
         assert found.chain == pytest.approx(found.chain_measured)
         assert stopped.decode(drafter, Shape(found.trees[12].paths), 0.0).tau == pytest.approx(found.trees[12].tau)
@@ -81,7 +81,7 @@ def test_what_is_observed_is_what_the_drafter_proposes():
         texts.append((*done.prompt, *done.output))
 
     texts = []
-    Session(target, PROMPTS[:1], 16).decode(recorder, Shape.full(VOCAB - 1), 0.7, hear)
+    Trial(target, PROMPTS[:1], 16).decode(recorder, Shape.full(VOCAB - 1), 0.7, hear)
     assert len(proposed) > 3
     for root, children in proposed:
         rank = seen[0][root - 5, 0]
@@ -92,7 +92,7 @@ def test_behind_the_end_of_an_answer_nothing_is_right():
     drafter, target = heads("hydra"), tiny()
     recorder, seen = Recorder(drafter), []
     student = drafter.twin().bind(target.ends).to(target.device, target.dtype)
-    Session(target, PROMPTS[:1], 4).decode(
+    Trial(target, PROMPTS[:1], 4).decode(
         recorder,
         Chain(2),
         0.0,
@@ -131,7 +131,7 @@ def test_fitted_chances_are_truer_than_boastful_ones():
 @pytest.mark.parametrize(("temperatures", "prompts", "max_tokens"), [([], PROMPTS, 9), ([1.0], (), 9), ([1.0], PROMPTS, 2)])
 def test_what_cannot_be_measured_is_refused(temperatures, prompts, max_tokens):
     with pytest.raises(ValueError, match="give it more"):
-        calibrate(Session(tiny(), prompts, max_tokens), heads("medusa"), temperatures)
+        calibrate(Trial(tiny(), prompts, max_tokens), heads("medusa"), temperatures)
 
 
 # -- from the command line --------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from headstart.cli.measure import Raw, as_tasks, console, progress
 from headstart.cli.settings import Json, Model
 
 if TYPE_CHECKING:
-    from headstart.calibrate import Finding, Session, Taught
+    from headstart.calibrate import Finding, Trial, Taught
     from headstart.llm import LLM
 
 DEFAULT = (0.0, 0.7, 1.0)  # temperatures
@@ -40,7 +40,7 @@ def calibrate(
     Example: headstart calibrate ./my-heads --model ./talk13M --limit 4
     """
     from headstart.bench import suites
-    from headstart.calibrate import Session
+    from headstart.calibrate import Trial
     from headstart.calibrate import calibrate as measure
     from headstart.chances import save_plan
     from headstart.planner import Shape
@@ -51,12 +51,12 @@ def calibrate(
     llm = model.load(drafter=None, max_rows=1)
     drafter = _taught(heads, llm)
     tasks, num_skipped = as_tasks(llm, cases, max_tokens, raw, False)
-    session = Session(llm.engine.target, tuple(task.prompt for task in tasks), max_tokens, seed, llm.stop_ids)
+    trial = Trial(llm.engine.target, tuple(task.prompt for task in tasks), max_tokens, seed, llm.stop_ids)
     with progress(len(tasks) * len({*(temperature or DEFAULT)})) as tell:
-        plan, findings = measure(session, drafter, temperature or DEFAULT, tell=tell)
+        plan, findings = measure(trial, drafter, temperature or DEFAULT, tell=tell)
     save_plan(heads, plan)
     decoded = [
-        {size: session.decode(drafter, Shape(tree.paths), one.temperature).tau for size, tree in one.trees.items()}
+        {size: trial.decode(drafter, Shape(tree.paths), one.temperature).tau for size, tree in one.trees.items()}
         for one in findings
     ]
     if json:
@@ -69,21 +69,21 @@ def calibrate(
         }
         print(json_format.dumps({"heads": str(heads), "settings": settings, "findings": _as_json(findings, decoded)}))
     else:
-        _print(session, findings, decoded)
+        _print(trial, findings, decoded)
         print(f"written to {heads / 'plan.json'}")
 
 
 def probe(heads: str, model: str | None, device: str) -> dict[str, Any]:
     """A few prompts decoded with heads: tau and acceptance by depth, and what they depend on."""
     from headstart.bench import suites
-    from headstart.calibrate import Session
+    from headstart.calibrate import Trial
 
     llm = Model(model=model, device=device).load(drafter=None, max_rows=1)
     drafter = _taught(Path(heads), llm)
     suite = "questions" if llm.tokenizer.chat_template is not None else "stories"
     tasks, _ = as_tasks(llm, suites.SUITES[suite][:PROBED], 64, None, False)
-    session = Session(llm.engine.target, tuple(task.prompt for task in tasks), 64, 0, llm.stop_ids)
-    stats = session.decode(drafter, drafter.planner, WARM)
+    trial = Trial(llm.engine.target, tuple(task.prompt for task in tasks), 64, 0, llm.stop_ids)
+    stats = trial.decode(drafter, drafter.planner, WARM)
     return {"tau": round(stats.tau, 3), "acceptance": [round(share, 3) for share in stats.acceptance], "temperature": WARM}
 
 
@@ -102,10 +102,10 @@ def _as_json(findings: "list[Finding]", decoded: list[dict[int, float]]) -> list
     return result
 
 
-def _print(session: "Session", findings: "list[Finding]", decoded: list[dict[int, float]]) -> None:
+def _print(trial: "Trial", findings: "list[Finding]", decoded: list[dict[int, float]]) -> None:
     from rich.table import Table
 
-    title = f"{session.target.name}: {len(session.prompts)} prompts, {session.max_tokens} tokens each at most"
+    title = f"{trial.target.name}: {len(trial.prompts)} prompts, {trial.max_tokens} tokens each at most"
     heads = Table(title=title, title_justify="left")
     for name in ("temperature", "depth", "first guess right", "in the first 8", "tau_d", "calibration error"):
         heads.add_column(name, justify="right")
