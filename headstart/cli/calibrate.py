@@ -11,7 +11,7 @@ from headstart.cli.measure import Raw, as_tasks, console, progress
 from headstart.cli.settings import Json, Model
 
 if TYPE_CHECKING:
-    from headstart.calibrate import Finding, Trial, Taught
+    from headstart.calibrate import Finding, Taught, Trial
     from headstart.llm import LLM
 
 DEFAULT = (0.0, 0.7, 1.0)  # temperatures
