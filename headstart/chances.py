@@ -208,7 +208,7 @@ class HeadsPlan:
         by_size = {} if nearest is None else self.trees[nearest]
         if nodes not in by_size:
             there = ", ".join(f"tree:{size}" for size in sorted(by_size))
-            raise ValueError(f"no tree of {nodes} drafts was measured, only {there or 'none at all'}; name one of these")
+            raise ValueError(f"no tree of {nodes} drafts was measured; there are {there or 'none, so calibrate the heads again'}")
         return Shape(by_size[nodes].paths)
 
 

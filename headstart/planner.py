@@ -153,6 +153,19 @@ class Shape:
         return drafts.take(order, num_rows).by_row(num_rows)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """The static tree of `nodes` drafts that was measured to be a drafter's best: not yet a planner.
+
+    It depends on the drafter and on the temperature; `headstart.drafters.settle` makes it a `Shape`.
+    """
+
+    nodes: int
+
+    def __post_init__(self) -> None:
+        _positive("nodes", self.nodes)
+
+
 def rank_paths(drafts: Drafts) -> list[tuple[int, ...]]:
     """Each draft's path of ranks (which child of its parent, in the order proposed), on the host."""
     parents, rows = drafts.parents.tolist(), drafts.rows.tolist()
@@ -166,10 +179,10 @@ def rank_paths(drafts: Drafts) -> list[tuple[int, ...]]:
     return paths
 
 
-def parse(spec: str) -> Planner:
-    """The planner that a line of text names: `chain:5`, `best:nodes=15,depth=6,width=4,beam=4`, `full:3,2,1`.
+def parse(spec: str) -> Planner | Measured:
+    """The planner that a line of text names: `chain:5`, `best:nodes=15,depth=6,width=4,beam=4`, `full:3,2,1`, `tree:32`.
 
-    Whatever follows the colon may be left out, except for `full`. Raises ValueError for anything else.
+    Whatever follows the colon may be left out, except for `full` and `tree`. Raises ValueError for anything else.
     """
     name, _, argument = spec.partition(":")
     try:
@@ -177,6 +190,8 @@ def parse(spec: str) -> Planner:
             return Chain(int(argument)) if argument else Chain()
         if name == "full":
             return Shape.full(*map(int, argument.split(",")))
+        if name == "tree":
+            return Measured(int(argument))
         if name == "best":
             settings = dict(item.split("=") for item in argument.split(",")) if argument else {}
             return Best(**{key: float(value) if key == "floor" else int(value) for key, value in settings.items()})  # type: ignore[arg-type]
@@ -188,7 +203,7 @@ def parse(spec: str) -> Planner:
     raise ValueError(f"planner {spec!r} is unknown; {_SYNTAX}")
 
 
-_SYNTAX = "write chain:DEPTH, best:nodes=15,depth=6,width=4,beam=4 or full:3,2,1 (children per level)"
+_SYNTAX = "write chain:DEPTH, best:nodes=15,depth=6,width=4,beam=4, full:3,2,1 (children per level) or tree:32 (calibrated)"
 
 
 def _positive(name: str, value: int) -> None:

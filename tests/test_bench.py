@@ -6,14 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 from folders import write_model
+from heads import heads_for
 from typer.testing import CliRunner, Result
 
-from headstart.bench import report, runner, suites
+from headstart.bench import heads, report, runner, suites
 from headstart.bench.identity import find_split
 from headstart.bench.replay import Replay
+from headstart.chances import UNFITTED, HeadsPlan, Tree, save_plan
+from headstart.checkpoint import facts_of, save
 from headstart.cli import app
 from headstart.engine import Engine
-from headstart.planner import Best, Chain
+from headstart.planner import Best, Chain, Measured, Shape
 from headstart.sampling import SamplingParams
 from headstart.stats import Stats
 from headstart.target import Target
@@ -29,6 +32,17 @@ def target(model_folder):
 def setup(target):
     tasks = tuple(runner.Task(tuple(range(first, first + 12))) for first in (10, 40, 70))
     return runner.Setup(target, tasks, SamplingParams(max_tokens=20, seed=3, ignore_eos=True))
+
+
+@pytest.fixture(scope="module")
+def heads_folder(target, tmp_path_factory):
+    """Heads that were trained and measured, by what their folder says."""
+    folder = tmp_path_factory.mktemp("heads") / "medusa"
+    told = {"tokens": 1234, "seconds": 90.0, "held_out_top1": [0.5, 0.25], "held_out_tau": 1.75}
+    save(folder, heads_for(target, "medusa, shared", num_heads=2), facts_of(target.model), told)
+    trees = {0.0: {2: Tree(((0,), (1,)), 1.5)}, 1.0: {2: Tree(((0,), (0, 0)), 1.25)}}
+    save_plan(folder, HeadsPlan(UNFITTED, trees))
+    return folder
 
 
 # -- prompts --
@@ -104,6 +118,27 @@ def test_a_run_is_a_drafter_and_perhaps_a_planner():
     assert runner.split_spec("lookup@best:nodes=8") == ("lookup", Best(nodes=8))
     assert runner.split_spec("model:a@b/c@chain:4") == ("model:a@b/c", Chain(4))
     assert runner.split_spec("model:a@b/c") == ("model:a@b/c", None)
+    assert runner.split_spec("heads/medusa@tree:8") == ("heads/medusa", Measured(8))
+
+
+@pytest.mark.parametrize(
+    ("run", "name"),
+    [
+        ("plain", "plain"),
+        ("lookup@best:nodes=8", "lookup@best:nodes=8"),
+        ("model:a@b/c@chain:4", "model:c@chain:4"),
+        ("heads/medusa@chain:4", "medusa@chain:4"),
+        ("/a/b/medusa/", "medusa"),
+        ("mine:heads/@full:3,2", "mine:heads@full:3,2"),
+    ],
+)
+def test_a_run_is_called_by_the_last_name_of_its_folder(run, name):
+    assert report.short(run) == name
+
+
+@pytest.mark.parametrize(("temperature", "paths"), [(0.3, ((0,), (1,))), (0.7, ((0,), (0, 0)))])
+def test_a_measured_tree_is_the_one_of_the_nearest_temperature(heads_folder, temperature, paths):
+    assert runner.read_spec(f"{heads_folder}@tree:2", temperature) == (str(heads_folder), Shape(paths))
 
 
 def test_waiting_for_a_processor_only_grows():
@@ -148,6 +183,17 @@ def test_runs_alternate_prompt_by_prompt_and_say_the_same(setup, draft_folder):
     assert (plain.speed_up, plain.tau, plain.nodes, plain.acceptance) == (1, 1, setup.target.min_nodes, [])
     assert chain.tau >= 1
     assert len(chain.acceptance) == 3
+
+
+def test_each_prompt_set_has_its_own_speed_and_tau(setup, draft_folder):
+    tasks = tuple(replace(task, kind=kind) for task, kind in zip(setup.tasks, ("a", "a", "b"), strict=True))
+    mixed = replace(setup, tasks=tasks)
+    samples = runner.measure(mixed, runner.prepare(mixed, [f"model:{draft_folder}@chain:3"]))
+    plain, own = report.rows(mixed, samples)
+    assert plain.kinds == {kind: {"speed_up": 1, "tau": 1} for kind in "ab"}
+    alone = report.rows(setup, [sample for sample in samples if sample.task == 2])[1]
+    assert own.kinds["b"] == {"speed_up": alone.speed_up, "tau": alone.tau}
+    assert alone.kinds == {}
 
 
 def test_a_drafter_that_is_always_right_has_full_acceptance(setup, model_folder):
@@ -237,7 +283,7 @@ def run(*arguments: object) -> Result:
 
 RUN_FIELDS = {
     "run", "tokens", "seconds", "tokens_per_second", "speed_up", "median_speed_up", "decode_speed_up", "tau", "acceptance",
-    "forward", "nodes", "shares", "loops", "differing", "near_ties", "splits", "identical", "is_lossy",
+    "forward", "nodes", "shares", "loops", "differing", "near_ties", "splits", "identical", "is_lossy", "temperature", "kinds",
 }  # fmt: skip
 MACHINE_FIELDS = {"cpu", "cores", "threads", "device", "python", "torch", "transformers", "headstart", "command"}
 
@@ -250,11 +296,47 @@ def test_bench_prints_a_table_and_one_json_line(model_folder, draft_folder):
     assert any("speed-up" in line for line in table)
     assert any("clean samples" in line for line in table)
     found = json.loads(last)
-    assert found.keys() == {"model", "machine", "settings", "labels", "num_samples", "clean_share", "runs"}
+    assert found.keys() == {"model", "machine", "settings", "labels", "num_samples", "clean_share", "runs", "heads"}
     assert found["machine"].keys() == MACHINE_FIELDS
     assert [one["run"] for one in found["runs"]] == ["plain", "lookup", f"model:{draft_folder}@chain:2"]
     assert all(one.keys() == RUN_FIELDS for one in found["runs"])
-    assert (found["settings"]["seed"], found["settings"]["temperature"], found["settings"]["num_prompts"]) == (4, 0.5, 2)
+    assert (found["settings"]["seed"], found["settings"]["temperatures"], found["settings"]["num_prompts"]) == (4, [0.5], 2)
+    assert {one["temperature"] for one in found["runs"]} == {0.5}
+    assert found["heads"] == []
+
+
+def test_temperatures_and_prompt_sets_share_one_table(model_folder, heads_folder):
+    base = ("bench", "--model", model_folder, "--limit", 1, "--max-tokens", 4, "--repeat", 1, "--run", f"{heads_folder}@tree:2")
+    result = run(*base, "--temperatures", "0,0.7", "--prompts", "stories", "--prompts", "questions", "--by-kind")
+    assert result.exit_code == 0, result.output
+    *tables, last = result.stdout.splitlines()
+    assert [" T " in line for line in tables if "speed-up" in line] == [True, True]
+    assert sum("medusa@tree:2" in line for line in tables) == 2 + 2 * 2  # temperatures, and prompt sets at each
+    found = json.loads(last)
+    assert [(one["run"], one["temperature"]) for one in found["runs"]] == [
+        (name, heat) for heat in (0, 0.7) for name in ("plain", f"{heads_folder}@tree:2")
+    ]
+    assert all(one["kinds"].keys() == {"stories", "questions"} for one in found["runs"])
+    assert found["settings"]["num_prompts"] == 2
+
+
+def test_heads_say_what_their_training_wrote_down(model_folder, heads_folder):
+    base = ("bench", "--model", model_folder, "--limit", 1, "--max-tokens", 4, "--repeat", 1, "--dtype", "bfloat16")
+    result = run(*base, "--run", heads_folder, "--run", f"{heads_folder}@chain:2")
+    (made,) = json.loads(result.stdout.splitlines()[-1])["heads"]
+    parameters = 2 * (32 * 32 + 32)  # two heads of one block each
+    assert made == {
+        "folder": str(heads_folder), "method": "medusa", "parameters": parameters, "megabytes": parameters * 2 / 1e6,
+        "tokens": 1234, "minutes": 1.5, "top1": [0.5, 0.25], "tau": 1.75,
+    }  # fmt: skip
+    assert "held-out tau" in result.stdout
+
+
+def test_heads_whose_training_said_nothing_leave_it_blank(target, tmp_path):
+    save(tmp_path, heads_for(target, "medusa, shared"), facts_of(target.model), {"held_out_top1": "good", "seconds": None})
+    (made,) = heads.trained([str(tmp_path), "lookup"], torch.float32)
+    assert (made.tokens, made.minutes, made.top1, made.tau) == (None, None, [], None)
+    assert heads.table([made]).row_count == 1
 
 
 def test_bench_replays_references_from_a_file(model_folder, tmp_path):
@@ -286,6 +368,16 @@ def test_prompts_that_exceed_the_context_are_left_out_and_counted(model_folder, 
         (("--run", "lookup@chain:0"), "depth is 0"),
         (("--repeat", 0), "repeat is 0"),
         (("--limit", 0), "limit is 0"),
+        (("--temperature", 0, "--temperatures", "0,1"), "leave one of the two out"),
+        (("--temperatures", "0,warm"), "write numbers with commas"),
+        (("--temperatures", ""), "write numbers with commas"),
+        (("--temperatures", "0,0.0"), "given once"),
+        (("--temperatures", "1,-1"), "0 or positive"),
+        (("--temperatures", "nan"), "0 or positive"),
+        (("--by-kind",), "give --prompts again"),
+        (("--prompts", "stories", "--prompts", "stories"), "two prompt sets are called 'stories'"),
+        (("--run", "lookup@tree:8"), "headstart calibrate"),
+        (("--run", "lookup@tree:"), "tree:32 (calibrated)"),
     ],
 )
 def test_a_bad_setting_of_bench_is_one_sentence(model_folder, arguments, words):
@@ -293,6 +385,17 @@ def test_a_bad_setting_of_bench_is_one_sentence(model_folder, arguments, words):
     assert result.exit_code == 2, result.output
     assert words in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_generate_drafts_by_a_measured_tree_and_says_the_same(model_folder, heads_folder):
+    base = ("generate", "the cat", "--model", model_folder, "--max-tokens", 12, "--temperature", 0.9, "--seed", 5, "--json")
+    plain, tree = (
+        json.loads(run(*base, *more).stdout) for more in (("--drafter", "none"), ("--drafter", heads_folder, "--planner", "tree:2"))
+    )
+    assert tree["token_ids"] == plain["token_ids"]
+    assert max(tree["stats"]["tried"]) > 0
+    assert len(tree["stats"]["tried"]) == 2  # the tree of temperature 1 is two deep, that of 0 one
+    assert tree["stats"]["drafts"] <= 2 * tree["stats"]["rounds"]
 
 
 def test_the_demo_prints_each_text_once_and_a_table(model_folder):

@@ -45,7 +45,9 @@ FROZEN = {
     "distill": MODEL | DRAFTING | ASKING | {"--json"},
     "import": {"--target", "--out", "--json"},
     "calibrate": MODEL | {"--prompts", "--limit", "--max-tokens", "--temperature", "--seed", "--raw", "--chat", "--json"},
-    "bench": MODEL | SAMPLING | {"--run", "--prompts", "--limit", "--repeat", "--raw", "--chat", "--replay", "--json"},
+    "bench": MODEL
+    | SAMPLING
+    | {"--run", "--prompts", "--by-kind", "--limit", "--temperatures", "--repeat", "--raw", "--chat", "--replay", "--json"},
 }
 
 
@@ -300,6 +302,9 @@ def test_inspect_refuses_what_is_no_model(broken, folder):
         (("--planner", "chain:x"), "cannot be read"),
         (("--planner", "chain:0"), "depth is 0; it must be at least 1"),
         (("--planner", "best:leaves=3"), "none of nodes, depth"),
+        (("--planner", "tree:8"), "measure a folder of heads with `headstart calibrate"),
+        (("--drafter", "lookup", "--planner", "tree:8"), "drafter 'lookup' has none"),
+        (("--planner", "tree:0"), "nodes is 0; it must be at least 1"),
         (("--device", "abacus"), "device 'abacus' is unknown"),
         (("--threads", 0), "threads is 0"),
         (("--accept", "everything"), "everything"),

@@ -11,7 +11,7 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -32,12 +32,16 @@ NGRAM = 8
 
 @dataclass(frozen=True)
 class Row:
-    """One run's numbers. speed_up: ratio of tokens/s; median_speed_up: median over prompts; decode_speed_up: without the time
-    until the first token. forward: seconds of a target forward over those of plain decoding; nodes: scored in it. shares: of
-    the time after the first token. differing: answers unlike plain's, near_ties: those of them that a rounding explains;
-    both None where the rule does not promise the same text. is_lossy: nor even the same law."""
+    """One run's numbers at one temperature.
+
+    speed_up: ratio of tokens/s; median_speed_up: median over prompts; decode_speed_up: without the time until the first token.
+    forward: seconds of a target forward over those of plain decoding; nodes: scored in it. shares: of the time after the first
+    token. differing: answers unlike plain's, near_ties: those of them that a rounding explains; both None where the rule does not
+    promise the same text. is_lossy: nor even the same law. kinds: speed-up and tau by prompt set, where there are several.
+    """
 
     run: str
+    temperature: float
     tokens: int
     seconds: float
     tokens_per_second: float
@@ -54,6 +58,7 @@ class Row:
     near_ties: int | None
     splits: list[str]
     is_lossy: bool = False
+    kinds: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def identical(self) -> str:
@@ -88,6 +93,7 @@ def _row(setup: Setup, name: str, own: list[list[Sample]], plain: list[list[Samp
     splits = _splits(setup, own, plain)
     return Row(
         run=name,
+        temperature=setup.params.temperature,
         tokens=tokens,
         seconds=seconds,
         tokens_per_second=rate,
@@ -104,7 +110,19 @@ def _row(setup: Setup, name: str, own: list[list[Sample]], plain: list[list[Samp
         near_ties=None if splits is None else sum(split.is_near_tie for split in splits),
         splits=[str(split) for split in splits or ()],
         is_lossy=name != PLAIN and parse_rule(setup.accept).is_lossy,
+        kinds=_kinds(setup, own, plain),
     )
+
+
+def _kinds(setup: Setup, own: list[list[Sample]], plain: list[list[Sample]]) -> dict[str, dict[str, float]]:
+    kinds = list(dict.fromkeys(task.kind for task in setup.tasks))
+    if len(kinds) == 1:
+        return {}
+    found: dict[str, dict[str, float]] = {}
+    for kind in kinds:
+        mine, theirs = ([samples for samples in tasks if setup.tasks[samples[0].task].kind == kind] for tasks in (own, plain))
+        found[kind] = {"speed_up": _rate(mine) / _rate(theirs), "tau": _total(mine).tau}
+    return found
 
 
 def _seconds(tasks: list[list[Sample]], is_decoding: bool = False) -> list[float]:
@@ -220,9 +238,15 @@ def as_json(setup: Setup, samples: Sequence[Sample], found: Sequence[Row], setti
 
 # -- for people -------------------------------------------------------------------------------------------------------------
 
+
+def short(run: str) -> str:
+    """A run's name with folders by their last name only: `model:a/b@chain:4` becomes `model:b@chain:4`, `a/b` becomes `b`."""
+    return re.sub(r"^(\w+:)?(?:.*/)?([^/@]+)/*(?=@|$)", r"\1\2", run)
+
+
 Column = tuple[str, Callable[[Row], str]]
 _SHORT: tuple[Column, ...] = (
-    ("run", lambda row: re.sub(r"(\w+):.*/", r"\1:", row.run)),
+    ("run", lambda row: short(row.run)),
     ("tokens/s", lambda row: f"{row.tokens_per_second:.1f}"),
     ("speed-up", lambda row: f"{row.speed_up:.2f}x"),
     ("tau", lambda row: f"{row.tau:.2f}"),
@@ -242,12 +266,27 @@ _LONG: tuple[Column, ...] = (
 )
 
 
+_HEAT: Column = ("T", lambda row: f"{row.temperature:g}")
+
+
 def table(found: Sequence[Row], title: str, is_short: bool = False) -> Table:
-    """One line per run."""
-    columns = _SHORT if is_short else _LONG
+    """One line per run, and per temperature where there are several."""
+    run, *rest = _SHORT if is_short else _LONG
+    columns = (run, *([_HEAT] if len({row.temperature for row in found}) > 1 else []), *rest)
     result = Table(title=title, title_justify="left")
     for name, _ in columns:
         result.add_column(name, justify="left" if name in ("run", "identical") else "right", overflow="fold")
     for row in found:
         result.add_row(*(write(row) for _, write in columns))
+    return result
+
+
+def table_by_kind(found: Sequence[Row]) -> Table:
+    """One line per run, temperature and prompt set."""
+    result = Table(title="by prompt set", title_justify="left")
+    for name in ("run", "prompts", "T", "speed-up", "tau"):
+        result.add_column(name, justify="left" if name in ("run", "prompts") else "right", overflow="fold")
+    for row in found:
+        for kind, numbers in row.kinds.items():
+            result.add_row(short(row.run), kind, f"{row.temperature:g}", f"{numbers['speed_up']:.2f}x", f"{numbers['tau']:.2f}")
     return result

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from headstart.bench.replay import Replay
-from headstart.drafters import make
+from headstart.drafters import make, settle
 from headstart.engine import Engine
 from headstart.noise import mix
-from headstart.planner import Planner, parse
+from headstart.planner import Measured, Planner, parse
 from headstart.sampling import SamplingParams
 from headstart.scheduler import Request
 from headstart.stats import Stats
@@ -24,15 +24,16 @@ from headstart.verify import parse_rule
 
 PLAIN = "plain"
 CLEAN = 0.02  # of its time a clean sample may have waited for a processor
-PLANNERS = ("chain", "best", "full")
+PLANNERS = ("chain", "best", "full", "tree")
 
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt as tokens; reference: the answer to be replayed, or None."""
+    """A prompt as tokens; reference: the answer to be replayed, or None; kind: the prompt set it comes from."""
 
     prompt: tuple[int, ...]
     reference: tuple[int, ...] | None = None
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def prepare(setup: Setup, specs: Sequence[str]) -> list[Run]:
     return [_run(setup, PLAIN), *(_run(setup, spec) for spec in specs)]
 
 
-def split_spec(spec: str) -> tuple[str, Planner | None]:
+def split_spec(spec: str) -> tuple[str, Planner | Measured | None]:
     """`model:PATH@chain:4` into the drafter and its planner; a path may hold an @ of its own."""
     drafter, at, planner = spec.rpartition("@")
     if at and planner.partition(":")[0] in PLANNERS:
@@ -97,8 +98,15 @@ def split_spec(spec: str) -> tuple[str, Planner | None]:
     return spec, None
 
 
+def read_spec(spec: str, temperature: float) -> tuple[str, Planner | None]:
+    """The drafter of a run and its planner at a temperature, None for the drafter's own. Raises ValueError for a planner that
+    cannot be read, and for a measured tree of a drafter that was not measured."""
+    drafter, planner = split_spec(spec)
+    return drafter, settle(planner, drafter, temperature)
+
+
 def _run(setup: Setup, spec: str) -> Run:
-    name, planner = split_spec(spec)
+    name, planner = read_spec(spec, setup.params.temperature)
     drafter = None if spec == PLAIN else make(name, setup.target)
     planner = planner or (drafter.planner if drafter else None)
     headroom = max(planner.headroom(1) if planner else 0, setup.target.min_nodes)

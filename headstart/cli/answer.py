@@ -40,7 +40,8 @@ def generate(
     Example: headstart generate "Once upon a time" --max-tokens 64 --temperature 0.8 --seed 7 --show-drafts
     """
     _check_output(show_drafts, json, logprobs)
-    params, settings = sampling.params(n=n, logprobs=logprobs), drafting.settings()
+    params = sampling.params(n=n, logprobs=logprobs)
+    settings = drafting.settings(params.temperature)
     text = read_prompt(prompt)
     if raw and system is not None:
         raise ValueError("--system needs the chat template, which --raw leaves out; drop one of them")
@@ -66,7 +67,8 @@ def chat(
     Example: headstart chat --model ./talk13M --drafter lookup --temperature 0.7 --show-drafts
     """
     _check_output(show_drafts, json, None)
-    params, settings = sampling.params(), drafting.settings()
+    params = sampling.params()
+    settings = drafting.settings(params.temperature)
     llm = model.load(**settings)
     if llm.tokenizer.chat_template is None:
         raise ValueError(f"{llm.engine.target.name} has no chat template, so it cannot chat; use headstart generate")

@@ -1,10 +1,13 @@
 """`demo` and `bench`: plain decoding and drafters side by side, on the same prompts, in one process."""
 
 import json as json_format
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain, product
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -65,7 +68,8 @@ def demo(
         return
     for case, sample in zip(cases, samples[:: len(runs) + 1], strict=False):
         _print_text(case, llm, sample)
-    console().print(report.table(found, f"The same text, sooner: {_title(setup, model)}", is_short=True))
+    promise = "The same text, sooner" if model.accept == "coupled" else "Sooner"
+    console().print(report.table(found, f"{promise}: {_title([setup], model)}", is_short=True))
 
 
 def _make_exact(target: "Target", model: Model) -> None:
@@ -81,16 +85,31 @@ def bench(
     run: Annotated[
         list[str] | None,
         typer.Option(
-            help="DRAFTER or DRAFTER@PLANNER, such as lookup@best:nodes=8 or model:PATH@chain:4; may be given again.",
+            help="DRAFTER or DRAFTER@PLANNER, such as lookup@best:nodes=8, model:PATH@chain:4, HEADS@tree:32; may be given again.",
             show_default="all there are",
             rich_help_panel=_BENCH,
         ),
     ] = None,
     prompts: Annotated[
-        str, typer.Option(help="A JSONL file, or a built-in suite: stories, questions, edits.", rich_help_panel=_BENCH)
-    ] = "stories",
+        list[str] | None,
+        typer.Option(
+            help="A JSONL file, or a built-in suite: stories, questions, edits; may be given again.",
+            show_default="stories",
+            rich_help_panel=_BENCH,
+        ),
+    ] = None,
+    by_kind: Annotated[
+        bool, typer.Option("--by-kind", help="A line per prompt set, too, where there are several.", rich_help_panel=_BENCH)
+    ] = False,
     limit: Annotated[
-        int | None, typer.Option(help="Only the first so many prompts.", show_default="all", rich_help_panel=_BENCH)
+        int | None,
+        typer.Option(help="Only the first so many prompts, of each set.", show_default="all", rich_help_panel=_BENCH),
+    ] = None,
+    temperatures: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure everything at each of these, such as 0,0.7,1.", show_default="--temperature", rich_help_panel=_BENCH
+        ),
     ] = None,
     repeat: Annotated[int, typer.Option(help="Measure everything so often.", rich_help_panel=_BENCH)] = 3,
     raw: Raw = None,
@@ -106,34 +125,71 @@ def bench(
 
     Example: headstart bench --model ./talk13M --run lookup --run model:./draft@chain:4 --prompts edits --replay
     """
-    from headstart.bench import report, runner, suites
+    from headstart.bench import heads, report, runner
 
     params = replace(
         sampling.params(), seed=sampling.seed or 0, max_tokens=128 if sampling.max_tokens is None else sampling.max_tokens
     )
-    cases = suites.load_cases(prompts, limit)
-    if replay and any(case.reference is None for case in cases):
-        raise ValueError(f"--replay needs reference answers, which {prompts} does not give for every prompt")
+    heats = _temperatures(sampling.temperature, temperatures)
+    sources = prompts or ["stories"]
+    sets = _prompt_sets(sources, limit, replay)
+    if by_kind and len(sets) == 1:
+        raise ValueError(f"--by-kind compares prompt sets, and {sources[0]} is the only one; give --prompts again, or leave it out")
     runs = run if run is not None else _available(model)
-    for spec in runs:
-        runner.split_spec(spec)
+    for spec, heat in product(runs, heats):
+        runner.read_spec(spec, heat)
     llm = model.load(drafter=None, max_rows=1)
-    tasks, num_skipped = as_tasks(llm, cases, params.max_tokens, raw, replay)
+    tasks, num_skipped = _all_tasks(llm, sets, params.max_tokens, raw, replay)
     setup = runner.Setup(llm.engine.target, tasks, params, llm.stop_ids, model.accept, replay)
-    samples = _measure(setup, runs, repeat)
-    found = report.rows(setup, samples)
+    setups = [replace(setup, params=replace(params, temperature=heat)) for heat in heats]
+    samples = [_measure(one, runs, repeat) for one in setups]
+    found = [row for one, taken in zip(setups, samples, strict=True) for row in report.rows(one, taken)]
+    made = heads.trained(runs, setup.target.dtype)
     settings = {
-        "prompts": prompts,
+        "prompts": sources,
         "num_skipped": num_skipped,
         "repeat": repeat,
         "chat": _is_chat(llm, raw),
         "exact": model.exact,
-    } | {name: value for name, value in vars(params).items() if name not in ("n", "logprobs")}
-    result = report.as_json(setup, samples, found, settings)
+        "temperatures": heats,
+    } | {name: value for name, value in vars(params).items() if name not in ("n", "logprobs", "temperature")}
+    result = report.as_json(setup, [*chain(*samples)], found, settings) | {"heads": [vars(one) for one in made]}
     if not json:
-        console().print(report.table(found, _title(setup, model)))
+        console().print(report.table(found, _title(setups, model)))
+        for more in ([report.table_by_kind(found)] if by_kind else []) + ([heads.table(made)] if made else []):
+            console().print(more)
         _print_caution(result)
     print(json_format.dumps(result))
+
+
+def _temperatures(single: float | None, several: str | None) -> tuple[float, ...]:
+    if several is None:
+        return (single or 0.0,)
+    if single is not None:
+        raise ValueError("--temperature gives one and --temperatures several; leave one of the two out")
+    try:
+        found = tuple(map(float, several.split(",")))
+    except ValueError:
+        raise ValueError(f"temperatures is {several!r}; write numbers with commas between them, such as 0,0.7,1") from None
+    if len({*found}) < len(found) or not all(0 <= heat < math.inf for heat in found):
+        raise ValueError(f"temperatures is {several!r}; each must be 0 or positive, and given once")
+    return found
+
+
+def _prompt_sets(sources: Sequence[str], limit: int | None, is_replay: bool) -> "dict[str, list[Case]]":
+    """By name: a suite's own, or a file's without its folder and ending."""
+    from headstart.bench import suites
+
+    sets: dict[str, list[Case]] = {}
+    for source in sources:
+        cases = suites.load_cases(source, limit)
+        if is_replay and any(case.reference is None for case in cases):
+            raise ValueError(f"--replay needs reference answers, which {source} does not give for every prompt")
+        name = Path(source).name.partition(".")[0]
+        if name in sets:
+            raise ValueError(f"two prompt sets are called {name!r}; give each once, and rename a file if they differ")
+        sets[name] = cases
+    return sets
 
 
 def _available(model: Model) -> list[str]:
@@ -150,6 +206,15 @@ def _is_chat(llm: "LLM", raw: bool | None) -> bool:
     if raw is False and llm.tokenizer.chat_template is None:
         raise ValueError(f"{llm.engine.target.name} has no chat template; use --raw")
     return llm.tokenizer.chat_template is not None and not raw
+
+
+def _all_tasks(
+    llm: "LLM", sets: "dict[str, list[Case]]", max_tokens: int, raw: bool | None, is_replay: bool
+) -> "tuple[tuple[Task, ...], int]":
+    """Those of all prompt sets, each with its set's name; how many were left out."""
+    found = {kind: as_tasks(llm, cases, max_tokens, raw, is_replay) for kind, cases in sets.items()}
+    tasks = tuple(replace(task, kind=kind) for kind, (some, _) in found.items() for task in some)
+    return tasks, sum(num_skipped for _, num_skipped in found.values())
 
 
 def as_tasks(
@@ -202,12 +267,14 @@ def progress(total: int) -> "Iterator[Callable[[], None]]":
         yield lambda: shown.advance(bar)
 
 
-def _title(setup: "Setup", model: Model) -> str:
+def _title(setups: "Sequence[Setup]", model: Model) -> str:
+    """setups: alike, but for their temperature."""
     from headstart.bench.report import cpu_name, labels
 
-    target, params = setup.target, setup.params
-    name = model.model or "embedded model"
-    words = [name, str(target.dtype).removeprefix("torch."), cpu_name(), f"temperature {params.temperature:g}"]
+    setup = setups[0]
+    dtype = str(setup.target.dtype).removeprefix("torch.")
+    heats = "/".join(f"{one.params.temperature:g}" for one in setups)
+    words = [model.model or "embedded model", dtype, cpu_name(), f"temperature {heats}"]
     return ", ".join([*words, f"{len(setup.tasks)} prompts", *labels(setup)])
 
 
@@ -217,7 +284,7 @@ def _print_caution(result: dict[str, Any]) -> None:
     print(f"clean samples (waited at most 2% for a processor): {told}; medians are of these where there are some")
     for row in result["runs"]:
         for split in row["splits"]:
-            print(f"{row['run']} differs at {split}")
+            print(f"{row['run']} at temperature {row['temperature']:g} differs at {split}")
 
 
 def _print_text(case: "Case", llm: "LLM", sample: "Sample") -> None:

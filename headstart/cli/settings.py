@@ -89,7 +89,7 @@ class Drafting:
     planner: Annotated[
         str | None,
         typer.Option(
-            help="How much is guessed: chain:5, full:3,2,1 or best:nodes=15,depth=6,width=4,beam=4.",
+            help="How much is guessed: chain:5, full:3,2,1, best:nodes=15,depth=6,width=4,beam=4 or, of calibrated heads, tree:32.",
             show_default="the drafter's",
             rich_help_panel=_MODEL,
         ),
@@ -99,15 +99,16 @@ class Drafting:
         typer.Option(help="Memory for keys and values, such as 512M or 2G.", show_default="by context", rich_help_panel=_MODEL),
     ] = None
 
-    def settings(self) -> dict[str, Any]:
-        """For `headstart.load`; checked, before anything is loaded."""
+    def settings(self, temperature: float = 0.0) -> dict[str, Any]:
+        """For `headstart.load`; checked, before anything is loaded. temperature: of the answers, which measured trees go by."""
+        from headstart.drafters import settle
         from headstart.planner import parse
 
         if self.planner and self.drafter == "none":
             raise ValueError("--planner says how much to guess, but --drafter none guesses nothing; leave one of them out")
         return {
             "drafter": None if self.drafter == "none" else self.drafter,
-            "planner": parse(self.planner) if self.planner else None,
+            "planner": settle(parse(self.planner), self.drafter, temperature) if self.planner else None,
             "memory": None if self.memory is None else read_bytes(self.memory),
         }
 
@@ -120,7 +121,7 @@ class Sampling:
         int | None,
         typer.Option(help="Tokens of an answer at most.", show_default="256, or what fits", rich_help_panel=_SAMPLING),
     ] = None
-    temperature: Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING)] = 0.0
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.", show_default="0", rich_help_panel=_SAMPLING)] = None
     top_k: Annotated[int | None, typer.Option(help="Only the k likeliest tokens.", rich_help_panel=_SAMPLING)] = None
     top_p: Annotated[
         float | None, typer.Option(help="Only the likeliest tokens that make up this share.", rich_help_panel=_SAMPLING)
@@ -149,6 +150,7 @@ class Sampling:
 
         settings = {field.name: getattr(self, field.name) for field in fields(self)}
         settings["max_tokens"] = 256 if self.max_tokens is None else self.max_tokens
+        settings["temperature"] = self.temperature or 0.0
         return SamplingParams(**{**settings, **more, "stop": tuple(self.stop or ())})
 
 

@@ -13,7 +13,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from headstart.planner import Planner
+from headstart.planner import Measured, Planner
 from headstart.sampling import Rows
 from headstart.tree import Drafts, Kept
 
@@ -109,6 +109,24 @@ def heads_in(folder: str | Path, target: Target) -> Heads:
     if plan is not None:
         heads.calibration = plan.calibration
     return heads.to(target.device, target.dtype)
+
+
+def settle(planner: Planner | Measured | None, drafter: str | None, temperature: float) -> Planner | None:
+    """The planner to draft by: a measured tree becomes the shape that was measured nearest to `temperature`, any other stays.
+
+    drafter: as `make` reads it. Raises ValueError for a drafter of which no trees were measured.
+    """
+    from headstart.chances import load_plan
+
+    if not isinstance(planner, Measured):
+        return planner
+    plan = load_plan(Path(drafter)) if drafter else None
+    if plan is None:
+        raise ValueError(
+            f"planner tree:{planner.nodes} needs trees that were measured, and drafter {drafter or 'none'!r} has none; measure a "
+            "folder of heads with `headstart calibrate FOLDER --model MODEL`, or name another planner"
+        )
+    return plan.shape(planner.nodes, temperature)
 
 
 def names() -> Sequence[str]:
