@@ -33,8 +33,8 @@ from headstart.drafters import Drafter
 from headstart.drafters.lookup import Lookup
 from headstart.drafters.model import ModelDrafter
 from headstart.engine import Engine
-from headstart.llm import embedded
 from headstart.planner import Best
+from headstart.pretrained import embedded
 from headstart.sampling import SamplingParams
 from headstart.target import Target, load_model
 from headstart.tree import ROOT, Drafts, merge

@@ -6,7 +6,7 @@ from rich.console import Console
 
 import headstart
 from headstart.bench import report, runner, suites
-from headstart.llm import embedded
+from headstart.pretrained import embedded
 from headstart.text import encode_prompt
 
 model, draft = [*sys.argv[1:], None, None][:2] if len(sys.argv) > 1 else (None, embedded("draft"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import headstart
 from headstart.bench.suites import load_cases
-from headstart.llm import embedded
+from headstart.pretrained import embedded
 from headstart.train import TrainConfig, train
 
 model = sys.argv[1] if len(sys.argv) > 1 else str(embedded("target"))

@@ -52,7 +52,7 @@ class Ends:
 
     def project(self, states: Tensor) -> Tensor:
         """Final, normed states [..., hidden] -> the target's logits [..., vocab]."""
-        return self.finish(self.head(states))
+        return self.finish(self.head(states.to(self._model.dtype)))
 
     def finish(self, logits: Tensor) -> Tensor:
         """What the model does to the logits of its head: a scale, a soft cap, mostly nothing. Same shape."""

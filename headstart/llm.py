@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -19,7 +18,7 @@ from headstart.drafters import Drafter, make
 from headstart.engine import Engine
 from headstart.noise import draw_seed, mix
 from headstart.planner import Planner
-from headstart.pretrained import check_folder
+from headstart.pretrained import check_folder, embedded
 from headstart.sampling import SamplingParams
 from headstart.scheduler import Request
 from headstart.stats import Stats
@@ -174,11 +173,11 @@ def load(
     """Load a model and make it answer sooner.
 
     model: a folder, a hub id, a transformers model you hold (then give its `tokenizer` too), or None for the embedded one.
-    drafter: "auto" (the embedded model's sibling, else lookup), "lookup", "model:PATH", a drafter of your own, or None for plain
-    decoding. planner: how much to speculate, None for what suits the drafter. exact: True for equality to the bit on CPU, "auto"
-    where it is nearly free. max_rows: requests at once. memory: bytes for keys and values. accept: "coupled" (same text as plain
-    decoding), "rejection" (same law) or "typical" (lossy: another law, which `Answer.is_lossy` recalls). Raises ValueError, in
-    one sentence, for whatever is wrong with a path or a setting.
+    drafter: "auto" (the embedded model's sibling, else lookup), "lookup", "model:PATH", a folder of heads, a method's name for the
+    embedded model's own, a drafter you hold, or None for plain decoding. planner: how much to speculate, None for what suits the
+    drafter. exact: True for equality to the bit on CPU, "auto" where it is nearly free. max_rows: requests at once. memory: bytes
+    for keys and values. accept: "coupled" (same text as plain decoding), "rejection" (same law) or "typical" (lossy: another law,
+    which `Answer.is_lossy` recalls). Raises ValueError, in one sentence, for whatever is wrong with a path or a setting.
     """
     place: Any = embedded("target") if model is None else model
     if isinstance(place, str | Path):
@@ -193,14 +192,6 @@ def load(
     if isinstance(drafter, str):
         drafter = make(_automatic(model) if drafter == "auto" else drafter, target)
     return LLM(Engine(target, drafter, planner, max_rows=max_rows, memory=memory, accept=accept), tokenizer)
-
-
-def embedded(part: str) -> Path:
-    """The folder of the embedded model ("target") or of its draft sibling ("draft")."""
-    folder = Path(str(files("headstart") / "embedded" / part))
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"this installation lacks its embedded model ({folder}); name a model, or install the package again")
-    return folder
 
 
 def _automatic(model: object) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,14 @@ def stored_dtype(path: str | Path) -> torch.dtype:
 
     dtype: torch.dtype | None = getattr(AutoConfig.from_pretrained(path), "dtype", None)
     return dtype or torch.float32
+
+
+def embedded(part: str) -> Path:
+    """The folder of the embedded model ("target"), of its draft sibling ("draft"), or of its heads of some method."""
+    folder = Path(str(files("headstart") / "embedded" / part))
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"this installation lacks its embedded model ({folder}); name a model, or install the package again")
+    return folder
 
 
 def check_folder(path: str | Path) -> None:

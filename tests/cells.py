@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from heads import heads_for
 from scripted import AsDrafted, Ask, Scripted, decode, random_trees, right, right_then_wrong, texts, wrong
 from tiny import cut, tiny
 
 from headstart.bench.identity import Split, find_split
-from headstart.drafters import Drafter
+from headstart.drafters import Drafter, heads_in
 from headstart.drafters.lookup import Lookup
 from headstart.drafters.model import ModelDrafter
 from headstart.planner import Best, Chain, Planner, Shape
@@ -103,6 +104,12 @@ def folder_voice(name: str, folder: Path) -> Voice:
     return Voice(name, target, [tuple(encode_prompt(tokenizer, prompt)) for prompt in STORIES], draft)
 
 
+def heads_of(voice: Voice, kind: str) -> Drafter:
+    """The heads that ship with the embedded model; for any other, untrained ones."""
+    shipped = EMBEDDED.with_name(kind)
+    return heads_in(shipped, voice.target) if voice.name == "embedded" and shipped.is_dir() else heads_for(voice.target, kind)
+
+
 Maker = Callable[[Voice, Sequence[Sequence[int]]], tuple[Drafter | None, Planner | None]]
 
 
@@ -118,6 +125,10 @@ DRAFTERS: dict[str, Maker] = {
     "model, chain": lambda voice, answers: (ModelDrafter(voice.draft), Chain(4)),
     "model, static tree": lambda voice, answers: (ModelDrafter(voice.draft), Shape.full(3, 2, 1)),
     "model, dynamic tree": lambda voice, answers: (ModelDrafter(voice.draft), Best(nodes=8, depth=4, width=3, beam=2)),
+    "medusa, chain": lambda voice, answers: (heads_of(voice, "medusa"), Chain(4)),
+    "medusa, dynamic tree": lambda voice, answers: (heads_of(voice, "medusa"), Best(nodes=9, depth=4, width=3, beam=4)),
+    "hydra, static tree": lambda voice, answers: (heads_of(voice, "hydra"), Shape.full(3, 2, 1)),
+    "hydra++, dynamic tree": lambda voice, answers: (heads_of(voice, "hydra++"), Best(nodes=9, depth=4, width=3, beam=2)),
     "scripted right": scripted(lambda vocab: right()),
     "scripted wrong": scripted(wrong),
     "scripted right to 3": scripted(lambda vocab: right_then_wrong(3, vocab)),

@@ -16,7 +16,7 @@ from headstart.planner import Chain
 from headstart.sampling import Laws, SamplingParams, warp
 from headstart.target import Target
 
-TOKENS = {"tiny": 90, "stories260K": 90, "babyllama105": 90, "talk13M": 60, "embedded": 60}  # in each of 54 cells
+TOKENS = {"tiny": 90, "stories260K": 90, "babyllama105": 90, "talk13M": 60, "embedded": 60}  # in each of 78 cells
 
 
 def report(found):

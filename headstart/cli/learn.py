@@ -152,7 +152,7 @@ def _pairs(texts: Sequence[str] | None, option: str) -> dict[str, Any] | None:
 
 
 def _embedded() -> str:
-    from headstart.llm import embedded
+    from headstart.pretrained import embedded
 
     return str(embedded("target"))
 

@@ -37,7 +37,7 @@ def inspect(
 
     Example: headstart inspect ./talk13M --json
     """
-    from headstart.llm import embedded
+    from headstart.pretrained import embedded
 
     if model is not None and not probe:
         raise ValueError("--model names the model that heads are tried on; add --probe, or leave it out")

@@ -193,10 +193,14 @@ def _prompt_sets(sources: Sequence[str], limit: int | None, is_replay: bool) -> 
 
 
 def _available(model: Model) -> list[str]:
-    """Every drafter that needs nothing but the target; the embedded model has its sibling too."""
-    from headstart.llm import embedded
+    """Every drafter that needs nothing but the target; the embedded model has a sibling and heads, too."""
+    from headstart.drafters import METHODS
+    from headstart.pretrained import embedded
 
-    return ["lookup"] if model.model else ["lookup", f"model:{embedded('draft')}"]
+    if model.model:
+        return ["lookup"]
+    home = embedded("target").parent
+    return ["lookup", f"model:{embedded('draft')}", *(name for name in METHODS if (home / name).is_dir())]
 
 
 # -- tasks ------------------------------------------------------------------------------------------------------------------

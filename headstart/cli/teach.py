@@ -108,7 +108,7 @@ def _teacher(
     if api_key_env is not None and api_key_env not in os.environ:
         raise ValueError(f"--api-key-env names {api_key_env}, which is not set")
     from headstart.endpoint import EndpointTeacher
-    from headstart.llm import embedded
+    from headstart.pretrained import embedded
     from headstart.text import load_tokenizer
 
     quieten()

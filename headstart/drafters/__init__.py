@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from headstart.planner import Measured, Planner
+from headstart.pretrained import embedded
 from headstart.sampling import Rows
 from headstart.tree import Drafts, Kept
 
@@ -111,6 +112,23 @@ def heads_in(folder: str | Path, target: Target) -> Heads:
     return heads.to(target.device, target.dtype)
 
 
+def folder_of(spec: str) -> Path | None:
+    """Where the heads lie that `spec` names: a folder, or a method whose heads come with the embedded model. None for others."""
+    if Path(spec).is_dir():
+        return Path(spec)
+    return embedded(spec) if spec in METHODS else None
+
+
+def _own_heads(name: str, target: Target) -> Heads:
+    """The heads of a method that come with the embedded model. Raises ValueError for any other target."""
+    if Path(target.name) != embedded("target"):
+        raise ValueError(
+            f"drafter {name} comes with the embedded model only, and heads fit one model; make some for {target.name} with "
+            f"`headstart train {name} --target {target.name}`, and name their folder"
+        )
+    return heads_in(embedded(name), target)
+
+
 def settle(planner: Planner | Measured | None, drafter: str | None, temperature: float) -> Planner | None:
     """The planner to draft by: a measured tree becomes the shape that was measured nearest to `temperature`, any other stays.
 
@@ -120,7 +138,8 @@ def settle(planner: Planner | Measured | None, drafter: str | None, temperature:
 
     if not isinstance(planner, Measured):
         return planner
-    plan = load_plan(Path(drafter)) if drafter else None
+    place = folder_of(drafter) if drafter else None
+    plan = load_plan(place) if place else None
     if plan is None:
         raise ValueError(
             f"planner tree:{planner.nodes} needs trees that were measured, and drafter {drafter or 'none'!r} has none; measure a "
@@ -131,13 +150,15 @@ def settle(planner: Planner | Measured | None, drafter: str | None, temperature:
 
 def names() -> Sequence[str]:
     """Every drafter that can be named, third parties' included."""
-    return sorted({*_MAKERS, *(entry.name for entry in entry_points(group="headstart.drafters"))})
+    return sorted({*_MAKERS, *METHODS, *(entry.name for entry in entry_points(group="headstart.drafters"))})
 
 
 def make(spec: str, target: Target) -> Drafter:
     """The drafter named by `spec`: a folder of heads, or `NAME` or `NAME:ARGUMENT`. Raises ValueError for what nobody knows."""
     if Path(spec).is_dir():
         return heads_in(spec, target)
+    if spec in METHODS:
+        return _own_heads(spec, target)
     name, _, argument = spec.partition(":")
     if name in _MAKERS:
         return _MAKERS[name](argument, target)
