@@ -26,13 +26,12 @@ _Share = Annotated[float, Field(ge=0, lt=1)]
 class TrainConfig(BaseModel):
     """One training run.
 
-    settings: of the method's own config. target: folder or hub id. any_target: learn from the
-    answers of other targets, too. loss: weights of the objective. joint: how the target learns too, None
-    where it stays as it is. tokens, epochs, steps: the budget, exactly one of them; tokens
-    count prompts and answers, no padding. rows: texts of a batch, each cut to `length` tokens, None for 512 or what the target
-    takes. accumulate: batches of a step, on each process. warmup: share of the steps. held_out: a share of
-    the texts, or a file. features: folder of a feature store, None to compute features as they are needed. dtype: of the target;
-    precision: of the heads' arithmetic. device: "auto" is accelerate's choice.
+    settings: of the method's own config. target: folder or hub id. any_target: learn from the answers of other targets, too.
+    loss: weights of the objective. joint: how the target learns too, None where it stays as it is. tokens, epochs, steps: the
+    budget, exactly one of them; tokens count prompts and answers, no padding. rows: texts of a batch, each cut to `length` tokens,
+    None for 512 or what the target takes. accumulate: batches of a step, on each process. warmup: share of the steps. held_out: a
+    share of the texts, or a file. features: folder of a feature store, None to compute features as they are needed. dtype: of the
+    target; precision: of the heads' arithmetic. device: "auto" is accelerate's choice.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
