@@ -15,6 +15,7 @@ from rich.table import Table
 
 from headstart.bench.runner import split_spec
 from headstart.checkpoint import describe, recognise
+from headstart.drafters import folder_of
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Trained:
 
 def trained(runs: Sequence[str], dtype: torch.dtype) -> list[Trained]:
     """One entry per folder of heads among the drafters of `runs`. Raises ValueError for a folder that holds something else."""
-    folders = dict.fromkeys(Path(split_spec(run)[0]) for run in runs)
-    return [_read(folder, dtype) for folder in folders if folder.is_dir()]
+    folders = dict.fromkeys(folder_of(split_spec(run)[0]) for run in runs)
+    return [_read(folder, dtype) for folder in folders if folder]
 
 
 def _read(folder: Path, dtype: torch.dtype) -> Trained:

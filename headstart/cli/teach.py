@@ -81,7 +81,7 @@ def distill(
     settings = Settings(temperature, top_p, top_k, max_tokens, seed, mode, beginning, drop_cut)
     if not prompts.is_file():
         raise ValueError(f"there is no file {str(prompts)!r} of prompts")
-    tokenizer, teacher = _teacher(model, drafting, endpoint, endpoint_model, api_key_env, rows)
+    tokenizer, teacher = _teacher(model, drafting, temperature, endpoint, endpoint_model, api_key_env, rows)
     openings = read_openings(prompts, limit, is_chat=tokenizer.chat_template is not None)
     began = time.perf_counter()
     try:
@@ -94,14 +94,20 @@ def distill(
 
 
 def _teacher(
-    model: Model, drafting: Drafting, endpoint: str | None, endpoint_model: str | None, api_key_env: str | None, rows: int
+    model: Model,
+    drafting: Drafting,
+    temperature: float,
+    endpoint: str | None,
+    endpoint_model: str | None,
+    api_key_env: str | None,
+    rows: int,
 ) -> "tuple[PreTrainedTokenizerBase, Teacher]":
     if endpoint is None:
         if endpoint_model is not None or api_key_env is not None:
             raise ValueError("--endpoint-model and --api-key-env are for an --endpoint; give its URL, or leave them out")
         from headstart.distill import EngineTeacher
 
-        llm = _load_exact(model, **drafting.settings(), max_rows=rows)
+        llm = _load_exact(model, **drafting.settings(temperature), max_rows=rows)
         return llm.tokenizer, EngineTeacher(llm)
     if endpoint_model is None:
         raise ValueError("--endpoint needs --endpoint-model, the name by which the server calls its model")
