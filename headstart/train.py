@@ -130,12 +130,14 @@ class Run:
 
     def finish(self, measured: dict[str, Any]) -> dict[str, Any]:
         """Save the heads, and the trunk if it learned; what is told about them."""
-        told, heads, facts, out = self._told(measured), self.whole(), self.facts, self.config.out
+        told, facts, out = self._told(measured), self.facts, self.config.out
+        dtype = stored_dtype(self.config.target)  # in which the heads will work
+        heads = self.whole().to(dtype)
         if self.recipe.joint:
             told |= _quality(self.before, perplexity(self.bare, self.library, self.config.rows), self.report)
         if self.accelerator.is_main_process:
             if self.recipe.joint:
-                trunk = save_trunk(self.bare.trunk, self.tokenizer, out / TRUNK, stored_dtype(self.config.target))
+                trunk = save_trunk(self.bare.trunk, self.tokenizer, out / TRUNK, dtype)
                 facts = facts_of(trunk, self.tokenizer)
             save(out, heads, facts, told)
         self.checkpoints.remove()

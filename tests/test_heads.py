@@ -9,10 +9,14 @@ from heads import KINDS, heads_for
 from scripted import Ask, decode
 from tiny import tiny
 
+import headstart
 from headstart.cache import Seating
+from headstart.chances import UNFITTED
+from headstart.drafters import METHODS, make
 from headstart.drafters.heads import Heads
 from headstart.lessons import CHUNK, Batch, Metrics, Objective, chunked_loss
 from headstart.planner import Best, Chain, Shape
+from headstart.pretrained import embedded
 from headstart.sampling import Choice, SamplingParams
 from headstart.tree import Kept
 
@@ -249,3 +253,26 @@ def test_the_twin_says_the_same_and_learns_alone():
     with torch.no_grad():
         next(heads.parameters()).add_(1)
     assert not torch.equal(next(heads.parameters()), next(twin.parameters()))
+
+
+# -- by name ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_embedded_models_heads_go_by_their_methods_name(name):
+    llm = headstart.load(drafter=name, device="cpu")
+    plain = headstart.load(drafter=None, device="cpu")
+    settings = {"max_tokens": 24, "temperature": 0.7, "seed": 4}
+    assert llm.generate("Once upon a time", **settings)[0].token_ids == plain.generate("Once upon a time", **settings)[0].token_ids
+    assert llm.stats.tau > 1.2
+    assert llm.engine.drafter.calibration is not UNFITTED
+
+
+def test_no_other_model_takes_the_embedded_heads():
+    with pytest.raises(ValueError, match="headstart train medusa --target"):
+        make("medusa", tiny())
+
+
+def test_heads_of_another_models_size_are_refused_with_both_sizes():
+    with pytest.raises(ValueError, match="hidden size of 192, but .* has 64"):
+        make(str(embedded("medusa")), tiny())
