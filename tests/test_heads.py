@@ -274,5 +274,5 @@ def test_no_other_model_takes_the_embedded_heads():
 
 
 def test_heads_of_another_models_size_are_refused_with_both_sizes():
-    with pytest.raises(ValueError, match="hidden size of 192, but .* has 64"):
+    with pytest.raises(ValueError, match=r"hidden size of 192, but .* has 64"):
         make(str(embedded("medusa")), tiny())
