@@ -107,6 +107,14 @@ class Laws:
     is_truncated: bool
     max_top_k: int
     has_penalties: bool
+    _heats: dict[int, tuple[Calibration, Tensor]] = field(default_factory=dict, init=False)  # by depth, of the last calibration
+
+    def heat(self, calibration: Calibration, level: int) -> Tensor:
+        """[rows] tau_d of children of depth `level`; worked out once, for temperatures do not change from round to round."""
+        found = self._heats.get(level)
+        if found is None or found[0] is not calibration:
+            found = self._heats[level] = calibration, calibration.heat(self.temperature, level)
+        return found[1]
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device | str = "cpu") -> Laws:
@@ -364,7 +372,8 @@ class Rows:
             noise = self.noise(level)[paths.rows]
             scores = logits + laws.temperature[:, None] * (noise if ids is None else noise[:, ids])
         best = scores.topk(k, -1)
-        heat = calibration.heat(laws.temperature, level)
+        heat = self.laws.heat(calibration, level)
+        heat = heat if len(heat) == 1 else heat[paths.rows]
         # One division for both: a chance above one by a rounding would put a child before its parent.
         chances = torch.exp(best.values / heat[:, None] - torch.logsumexp(scores / heat[:, None], -1, keepdim=True))
         tokens = best.indices if ids is None else ids[best.indices]
