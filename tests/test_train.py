@@ -109,9 +109,8 @@ def test_two_processes_learn_what_one_learns_with_twice_the_batches(asked, tmp_p
     train(resolve(None, asked(**common, out=tmp_path / "one", accumulate=2)))
     config = tmp_path / "two.yaml"
     config.write_text(yaml.safe_dump(json.loads(json.dumps(asked(**common, out=tmp_path / "two"), default=str))))
-    (tmp_path / "run.py").write_text("from headstart.cli import main\nmain()\n")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]  # as accelerate does on GPUs
-    subprocess.run([*launch, str(tmp_path / "run.py"), "train", "--config", str(config)], check=True)
+    subprocess.run([*launch, "-m", "headstart", "train", "--config", str(config)], check=True)
     for key in ("loss", "held_out_loss", "gradient"):
         assert log(tmp_path / "two", key) == pytest.approx(log(tmp_path / "one", key), rel=2e-6)
 

@@ -209,6 +209,7 @@ def _write(staged: Path, described: Description, tensors: Mapping[str, Tensor]) 
     text = described.model_dump_json(indent=2) + "\n"
     save_file(dict(tensors), staged / WEIGHTS, metadata={"format": "pt", "headstart": text})
     (staged / CONFIG).write_text(text, encoding="utf-8")
+    shutil.copymode(staged / CONFIG, staged / WEIGHTS)  # safetensors makes files that only their owner can read
     (staged / CARD).write_text(card(described, sum(map(Tensor.numel, tensors.values()))), encoding="utf-8")
     for path in staged.iterdir():  # onto the disk: after a power cut, no name stands for half a file
         with path.open("rb") as file:
