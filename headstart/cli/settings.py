@@ -84,7 +84,10 @@ class Drafting:
     """What guesses, how much, and in how much memory."""
 
     drafter: Annotated[
-        str, typer.Option(help="What guesses: auto, lookup, model:PATH, a folder of heads, an installed name, or none.", rich_help_panel=_MODEL)
+        str,
+        typer.Option(
+            help="What guesses: auto, lookup, model:PATH, a folder of heads, an installed name, or none.", rich_help_panel=_MODEL
+        ),
     ] = "auto"
     planner: Annotated[
         str | None,
