@@ -173,11 +173,12 @@ def load(
     """Load a model and make it answer sooner.
 
     model: a folder, a hub id, a transformers model you hold (then give its `tokenizer` too), or None for the embedded one.
-    drafter: "auto" (the embedded model's Hydra heads, else lookup), "lookup", "model:PATH", a folder of heads, a method's name for
-    the embedded model's own, a drafter you hold, or None for plain decoding. planner: how much to speculate, None for what suits
-    the drafter. exact: True for equality to the bit on CPU, "auto" where it is nearly free. max_rows: requests at once. memory: bytes
-    for keys and values. accept: "coupled" (same text as plain decoding), "rejection" (same law) or "typical" (lossy: another law,
-    which `Answer.is_lossy` recalls). Raises ValueError, in one sentence, for whatever is wrong with a path or a setting.
+    drafter: "auto" (the embedded model's Hydra heads, else lookup), "lookup", "model:PATH", a folder of heads, a method's name
+    for the embedded model's own, a drafter you hold, or None for plain decoding. planner: how much to speculate, None for what
+    suits the drafter. exact: True for equality to the bit on CPU, "auto" where it is nearly free. max_rows: requests at once.
+    memory: bytes for keys and values. accept: "coupled" (same text as plain decoding), "rejection" (same law) or "typical"
+    (lossy: another law, which `Answer.is_lossy` recalls). Raises ValueError, in one sentence, for whatever is wrong with a path
+    or a setting.
     """
     place: Any = embedded("target") if model is None else model
     if isinstance(place, str | Path):
