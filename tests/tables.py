@@ -6,7 +6,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from headstart.drafters.grow import Level, grow
+from headstart.drafters.grow import Level, compose, grow
 from headstart.planner import Planner
 from headstart.sampling import History, Laws, Paths, Rows, SamplingParams, warp
 from headstart.tree import ROOT, Drafts, Forest, merge
@@ -87,6 +87,16 @@ def drafting(table: Tensor) -> Draft:
 
         before, last = torch.tensor([text[-2:] for text, depth in zip(texts, rows.depths, strict=True) if depth]).T
         return grow(rows, table[before, last], expand)
+
+    return propose
+
+
+def parallel(table: Tensor) -> Draft:
+    """A drafter of parallel heads: head `d` guesses from the text's end alone, whatever stands between."""
+
+    def propose(rows: Rows, texts: Sequence[Sequence[int]]) -> Drafts:
+        before, last = torch.tensor([text[-2:] for text, depth in zip(texts, rows.depths, strict=True) if depth]).T
+        return compose(rows, [table.roll(depth, 0)[before, last] for depth in range(rows.max_depth)])
 
     return propose
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tables import drafting, make_rows, paths_of
 
-from headstart.drafters.grow import Level, grow
+from headstart.drafters.grow import Level, compose, grow
 from headstart.sampling import Rows, SamplingParams
 from headstart.tree import ROOT, Drafts
 
@@ -141,3 +141,27 @@ def test_a_reduced_vocabulary_and_the_source_reach_the_drafts():
     assert drafts.tokens.tolist() == [40, 11, 7, 11]
     assert drafts.parents.tolist() == [ROOT, ROOT, 0, 0]
     assert drafts.sources.tolist() == [2] * 4
+
+
+@settings(deadline=None)
+@given(DEPTHS, st.integers(1, 3), st.integers(1, 5), st.integers(0, 99), st.booleans())
+def test_parallel_heads_compose_what_would_be_grown(depths, width, beam, seed, is_shaped):
+    """One choice per depth gives the tree that one choice per node would give, where all nodes of a depth are told the same."""
+    count = len(depths)
+    parents = frozenset({(0,), (0, 0)}) if is_shaped else frozenset()
+    width = min(width, 1) if is_shaped else width
+    rows = make_rows(
+        KINDS[:count], range(seed, seed + count), VOCAB, depths=depths, width=width, beam=1 if is_shaped else beam, parents=parents
+    )
+    drafting_rows = [row for row, depth in enumerate(depths) if depth]
+    said = [TABLE[depth, torch.tensor(drafting_rows)] for depth in range(4)]  # [depth][drafting rows, vocab]
+
+    def tell(level: Level) -> torch.Tensor:
+        lines = torch.tensor([drafting_rows.index(row) for row in level.rows])
+        return said[int(level.depths[-1])][lines].repeat_interleave(level.width, 0)
+
+    if is_shaped and max(depths) > 3:
+        return  # the shape names no parent so deep
+    grown, composed = grow(rows, said[0], tell), compose(rows, said[: max(depths)])
+    for name in ("tokens", "parents", "rows", "depths", "chances"):
+        assert torch.equal(getattr(grown, name), getattr(composed, name))

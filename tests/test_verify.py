@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tables import asked_logits, drafting, forest_of, joint_law, make_rows, p_value, paths_of, rounds
+from tables import asked_logits, drafting, forest_of, joint_law, make_rows, p_value, parallel, paths_of, rounds
 
 from headstart.planner import Best, Chain, Shape
 from headstart.sampling import Rows, SamplingParams
@@ -200,6 +200,13 @@ def test_rejection_follows_the_targets_law_whatever_is_drawn(drafter, setting):
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_rejection_follows_the_targets_law_whatever_is_picked(drafter):
     assert law_test(picked(DRAFTERS[drafter]), params=SETTINGS["T=0.7, top-p"]) > 1e-3
+
+
+@pytest.mark.parametrize("planner", [TREE, Shape.full(2, 2)], ids=str)
+@pytest.mark.parametrize("drafter", ["good", "adversarial"])
+def test_rejection_follows_the_targets_law_where_parents_share_what_was_drawn(drafter, planner):
+    """Parallel heads draw once per depth: all parents of a level have the same children, and a text passes one of them."""
+    assert law_test(parallel(DRAFTERS[drafter]), planner=planner) > 1e-3
 
 
 @pytest.mark.parametrize("planner", [Chain(2), Shape.full(2, 1), Best(nodes=3, depth=2, width=3, beam=1)], ids=str)
