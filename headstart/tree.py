@@ -251,15 +251,19 @@ class Kept:
     @cached_property
     def tokens(self) -> Tensor:
         """[kept] int64, flat, row after row."""
-        return torch.tensor([token for text in self.texts for token in text[:-1]], device=self.device)
+        return self._there([token for text in self.texts for token in text[:-1]])
 
     @cached_property
     def nexts(self) -> Tensor:
         """[kept] int64, the token after each kept one."""
-        return torch.tensor([token for text in self.texts for token in text[1:]], device=self.device)
+        return self._there([token for text in self.texts for token in text[1:]])
 
     @cached_property
     def positions(self) -> Tensor:
         """[kept] int64."""
         spans = zip(self.starts, self.lengths, strict=True)
-        return torch.tensor([position for start, length in spans for position in range(start, start + length)], device=self.device)
+        return self._there([position for start, length in spans for position in range(start, start + length)])
+
+    def _there(self, values: Sequence[int]) -> Tensor:
+        """On the device, without waiting for it."""
+        return torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)

@@ -6,8 +6,10 @@ from collections import Counter
 import pytest
 import torch
 from elsewhere import pretending, send
+from heads import KINDS, heads_for
 from scripted import asks
 from tiny import ARCHITECTURES, VOCAB, cut, random_model
+from torch import nn
 from transformers import GenerationConfig
 
 from headstart.drafters.lookup import Lookup
@@ -27,11 +29,13 @@ LAWS = {
     ),
 }
 DRAFTERS = {
-    "none": lambda draft: (None, None),
-    "lookup": lambda draft: (Lookup(floor=0.01, worth=0.01), Best(nodes=8, depth=3)),
-    "chain": lambda draft: (ModelDrafter(draft), Chain(3)),
-    "best": lambda draft: (ModelDrafter(draft), Best(nodes=5, depth=3, width=2, beam=2)),
-    "shape": lambda draft: (ModelDrafter(draft), Shape.full(2, 1)),
+    "none": lambda draft, heads: (None, None),
+    "lookup": lambda draft, heads: (Lookup(floor=0.01, worth=0.01), Best(nodes=8, depth=3)),
+    "chain": lambda draft, heads: (ModelDrafter(draft), Chain(3)),
+    "best": lambda draft, heads: (ModelDrafter(draft), Best(nodes=5, depth=3, width=2, beam=2)),
+    "shape": lambda draft, heads: (ModelDrafter(draft), Shape.full(2, 1)),
+    "medusa": lambda draft, heads: (heads, Best(nodes=5, depth=3, width=2, beam=2)),
+    "hydra++": lambda draft, heads: (heads, Best(nodes=5, depth=3, width=2, beam=2)),
 }
 CASES = [
     ("all", "coupled", 3, "best"),
@@ -45,12 +49,16 @@ CASES = [
     ("all", "rejection", 3, "best"),
     ("all", "typical", 3, "best"),
     ("sampled", "typical", 1, "chain"),
+    ("sampled", "coupled", 3, "medusa"),
+    ("all", "coupled", 1, "medusa"),
+    ("sampled", "coupled", 3, "hydra++"),
+    ("all", "rejection", 3, "hydra++"),
 ]
 
 
-def answers(target, draft, law, accept, rows, name, pretence=None):
+def answers(target, draft, heads, law, accept, rows, name, pretence=None):
     """What is said, and in which rounds the host waited for what."""
-    drafter, planner = DRAFTERS[name](draft)
+    drafter, planner = DRAFTERS[name](draft, heads)
     engine = Engine(target, drafter, planner, max_rows=rows, accept=accept)
     requests = [engine.add(ask.prompt, ask.params) for ask in asks(VOCAB, [5, 1, 12], [7, 5, 6], LAWS[law])]
     waits = []
@@ -64,12 +72,13 @@ def answers(target, draft, law, accept, rows, name, pretence=None):
 @pytest.mark.parametrize(("law", "accept", "rows", "name"), CASES)
 def test_the_device_says_what_the_host_says(law, accept, rows, name):
     here = Target(copy.deepcopy(MODEL), check=False), Target(cut(MODEL, 2).release(), check=False)
-    expected, _ = answers(*here, law, accept, rows, name)
-    there = copy.deepcopy(MODEL), cut(MODEL, 2).release()
+    heads = heads_for(here[0], name) if name in KINDS else nn.Module()
+    there = copy.deepcopy(MODEL), cut(MODEL, 2).release(), heads.twin() if name in KINDS else heads
+    expected, _ = answers(*here, heads, law, accept, rows, name)
     with pretending() as pretence:
-        target, draft = (Target(send(model), check=False) for model in there)
+        target, draft = (Target(send(model), check=False) for model in there[:2])
         assert target.together
-        found, waits = answers(target, draft, law, accept, rows, name, pretence)
+        found, waits = answers(target, draft, send(there[2]), law, accept, rows, name, pretence)
     assert found == expected
     if accept != "rejection" and LAWS[law].logprobs is None:
         allowed = Counter({"down: aten._to_copy": WAITS[name], "aten.bincount": rows > 1})
@@ -77,7 +86,7 @@ def test_the_device_says_what_the_host_says(law, accept, rows, name):
 
 
 # How often a round brings something to the host: its verdict, and each row's share of what the device chose.
-WAITS = {"none": 1, "lookup": 1, "chain": 1, "best": 2, "shape": 4}
+WAITS = {"none": 1, "lookup": 1, "chain": 1, "best": 2, "shape": 4, "medusa": 2, "hydra++": 2}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

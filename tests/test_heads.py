@@ -260,8 +260,8 @@ def test_the_twin_says_the_same_and_learns_alone():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_embedded_models_heads_go_by_their_methods_name(name):
-    llm = headstart.load(drafter=name, device="cpu")
-    plain = headstart.load(drafter=None, device="cpu")
+    llm = headstart.load(drafter=name, device="cpu", dtype="float32")
+    plain = headstart.load(drafter=None, device="cpu", dtype="float32")
     settings = {"max_tokens": 24, "temperature": 0.7, "seed": 4}
     assert llm.generate("Once upon a time", **settings)[0].token_ids == plain.generate("Once upon a time", **settings)[0].token_ids
     assert llm.stats.tau > 1.2
