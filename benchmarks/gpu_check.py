@@ -18,6 +18,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -29,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from headstart.bench.identity import find_split
 from headstart.bench.report import machine
 from headstart.cache import Seating
-from headstart.drafters import Drafter
+from headstart.drafters import METHODS, Drafter, make, method
 from headstart.drafters.lookup import Lookup
 from headstart.drafters.model import ModelDrafter
 from headstart.engine import Engine
@@ -148,21 +149,30 @@ def answers(
     return [request.output for request in requests], engine.stats.tau
 
 
+def heads(name: str, target: Target) -> Drafter:
+    """The embedded model's heads of a method; for any other target, heads that have learned nothing."""
+    if target.name == str(embedded("target")):
+        return make(name, target)
+    kind = method(name)
+    return kind(kind.config_type(), target.ends.hidden, target.ends.vocab).to(target.dtype).bind(target.ends).start()
+
+
 def identity(target: Target, draft: Target, tokens: int, lines: list[Line]) -> list[dict[str, Any]]:
     """Every drafter under every law, one row at a time and eight ragged rows at once."""
     drafters: dict[str, Callable[[], Drafter | None]] = {
-        "none": lambda: None, "lookup": lambda: Lookup(floor=0.02, worth=0.02), "model": lambda: ModelDrafter(draft)
+        "none": lambda: None, "lookup": lambda: Lookup(floor=0.02, worth=0.02), "model": lambda: ModelDrafter(draft),
+        **{name: partial(heads, name, target) for name in METHODS},
     }  # fmt: skip
     asked, found = prompts(target), []
     tokens = min(tokens, target.context - max(LENGTHS))
     for law, base in LAWS.items():
         params = replace(base, max_tokens=tokens, ignore_eos=True)
         plain, _ = answers(target, None, params, 1, asked)
-        for name, make in drafters.items():
+        for name, made in drafters.items():
             for rows in (1, len(asked)):
                 if (name, rows) == ("none", 1):
                     continue
-                said, tau = answers(target, make(), params, rows, asked)
+                said, tau = answers(target, made(), params, rows, asked)
                 pairs = enumerate(zip(asked, plain, said, strict=True))
                 splits = [find_split(target, ask, replace(params, seed=i), old, new) for i, (ask, old, new) in pairs]
                 gaps = [split.gap for split in splits if split]
@@ -267,7 +277,10 @@ def waits(target: Target, draft: Target, lines: list[Line]) -> dict[str, float] 
     if target.device.type != "cuda":
         return None
     found = {}
-    drafters: dict[str, Drafter | None] = {"none": None, "lookup": Lookup(floor=0.02, worth=0.02), "model": ModelDrafter(draft)}
+    drafters: dict[str, Drafter | None] = {
+        "none": None, "lookup": Lookup(floor=0.02, worth=0.02), "model": ModelDrafter(draft),
+        **{name: heads(name, target) for name in METHODS},
+    }  # fmt: skip
     for name, drafter in drafters.items():
         for rows in (1, 8):
             engine = Engine(target, drafter, max_rows=rows, memory=MEMORY)
