@@ -12,6 +12,7 @@ from tiny import tiny
 import headstart
 from headstart.cache import Seating
 from headstart.chances import UNFITTED
+from headstart.checkpoint import recognise
 from headstart.drafters import METHODS, make
 from headstart.drafters.heads import Heads
 from headstart.lessons import CHUNK, Batch, Metrics, Objective, chunked_loss
@@ -266,6 +267,12 @@ def test_the_embedded_models_heads_go_by_their_methods_name(name):
     assert llm.generate("Once upon a time", **settings)[0].token_ids == plain.generate("Once upon a time", **settings)[0].token_ids
     assert llm.stats.tau > 1.2
     assert llm.engine.drafter.calibration is not UNFITTED
+
+
+def test_the_embedded_models_heads_are_used_without_naming_it():
+    place = embedded("hydra")
+    assert recognise(place).command == f"headstart generate --drafter {place}"
+    assert "--model" not in (place / "README.md").read_text()
 
 
 def test_no_other_model_takes_the_embedded_heads():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from headstart.checkpoint.facts import model_option
+
 if TYPE_CHECKING:
     from headstart.checkpoint.native import Description
 
@@ -23,10 +25,10 @@ the guesses are often right. How often depends on how close the model is to the 
 A fine-tune of it takes them too, with fewer guesses accepted.
 
 ```
-headstart generate "Once upon a time" --model {name} --drafter FOLDER
+headstart generate "Once upon a time" {model}--drafter FOLDER
 ```
 
-where FOLDER is this folder, and `{name}` may need the path at which you keep that model.
+where FOLDER is this folder{where}.
 
 ## Settings
 
@@ -40,11 +42,13 @@ where FOLDER is this folder, and `{name}` may need the path at which you keep th
 
 def card(described: Description, parameters: int) -> str:
     """The text of `README.md`. parameters: how many numbers the heads have."""
-    target = described.target
+    target, option = described.target, model_option(described.target.name)
     return CARD.format(
         **target.model_dump(exclude={"digest", "tokenizer"}),
         digest="" if target.digest is None else f"; they were saved for\nweights with the digest {target.digest}",
         method=described.method,
+        model=option,
+        where=f", and `{target.name}` may need the path at which you keep that model" if option else "",
         parameters=parameters,
         settings=_list(described.settings),
         training=_list(described.training) if described.training else "Nothing was written down.",

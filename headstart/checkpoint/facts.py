@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
-from headstart.pretrained import digest
+from headstart.pretrained import digest, embedded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HEX = 16  # digits of a fingerprint
+EMBEDDED = "headstart-embedded"  # what the embedded model is called: no command needs to name it
 
 
 class TargetFacts(BaseModel):
@@ -80,9 +81,16 @@ def check(heads: TargetFacts, target: TargetFacts, folder: Path) -> None:
         )
 
 
+def model_option(name: str) -> str:
+    """How a command names a target: not at all, if it is the embedded model."""
+    return "" if name == EMBEDDED else f"--model {name} "
+
+
 def _name(given: str) -> str:
     """A hub id as it is, of a folder only its own name: where it lies on one machine says nothing on another."""
     path = Path(given)
+    if path == embedded("target"):
+        return EMBEDDED
     is_local = path.is_absolute() or path.exists() or given.count("/") != 1 or given.startswith(".")
     return path.resolve().name if is_local else given
 

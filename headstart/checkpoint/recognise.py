@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from headstart.checkpoint import hydra, medusa, native
+from headstart.checkpoint.facts import model_option
 from headstart.checkpoint.published import Published
 from headstart.checkpoint.weights import Weights, config_in, weights_in
 
@@ -101,7 +102,7 @@ def _native(path: Path) -> Recognised:
         vocab=described.target.vocab,
         parameters=_numbers(weights),
         target=described.target.name,
-        command=f"headstart generate --model {described.target.name} --drafter {path}",
+        command=f"headstart generate {model_option(described.target.name)}--drafter {path}",
     )
 
 
