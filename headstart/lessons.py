@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+LOSSES = {"hard", "soft", "tv", "alpha", "lk"}
 CHUNK = 256  # positions whose logits exist at once: 8 MiB of float32 at a vocabulary of 8k, 128 MiB at 128k
 
 
@@ -46,7 +47,8 @@ class Batch:
 class Objective(BaseModel):
     """How much each loss weighs, and how much less each deeper guess counts.
 
-    hard: cross-entropy with the text's own token. soft: with the teacher's law (KL but for a constant). tv: total variation,
+    hard: cross-entropy with the text's own token. soft: with the teacher's law (KL but for a constant), which is all there is where
+    no loss is given a weight. tv: total variation,
     1 - alpha, where alpha = sum(min(p, q)) is the chance that a drawn guess is accepted. alpha: -log alpha. lk: KL and tv mixed
     by exp(-3 alpha), KL first and acceptance later (LK losses, arXiv 2602.23881). decay: weight of each depth over that of the
     one before. temperature: of both laws, in all but `hard`.
@@ -54,13 +56,19 @@ class Objective(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    hard: float = Field(default=1.0, ge=0)
+    hard: float = Field(default=0.0, ge=0)
     soft: float = Field(default=0.0, ge=0)
     tv: float = Field(default=0.0, ge=0)
     alpha: float = Field(default=0.0, ge=0)
     lk: float = Field(default=0.0, ge=0)
     decay: float = Field(default=1.0, gt=0, le=1)
     temperature: float = Field(default=1.0, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_soft(cls, given: Any) -> Any:
+        """A teacher's law says more per token than its token: heads learn in half the steps (docs/log.md)."""
+        return given if not isinstance(given, dict) or LOSSES & given.keys() else {**given, "soft": 1.0}
 
     @model_validator(mode="after")
     def _has_a_loss(self) -> Objective:

@@ -182,18 +182,20 @@ def test_losses_are_those_of_their_formulas():
         "lk": mix * kl + (1 - mix) * 0.5 * (p - q).abs().sum(-1),
     }
     for name, loss in wanted.items():
-        objective = Objective(**({"hard": 0.0} | {name: 2.0}))
+        objective = Objective(**{name: 2.0})
         torch.testing.assert_close(objective(logits, tokens, taught), 2 * loss, rtol=1e-5, atol=1e-6)
 
 
 def test_a_teacher_that_is_matched_leaves_nothing_to_learn():
     logits, _, tokens = laws()
     for name in ("tv", "alpha", "lk"):
-        loss = Objective(**({"hard": 0.0} | {name: 1.0}))(logits, tokens, logits)
+        loss = Objective(**{name: 1.0})(logits, tokens, logits)
         torch.testing.assert_close(loss, torch.zeros(3), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("objective", [Objective(), Objective(hard=0.3, soft=0.2, tv=0.4, alpha=0.5, lk=0.6, temperature=0.7)])
+@pytest.mark.parametrize(
+    "objective", [Objective(hard=1.0), Objective(hard=0.3, soft=0.2, tv=0.4, alpha=0.5, lk=0.6, temperature=0.7)]
+)
 def test_a_loss_in_chunks_has_the_value_and_the_gradients_of_the_whole(objective):
     torch.manual_seed(0)
     count = 2 * CHUNK + 7
@@ -240,6 +242,12 @@ def test_every_weight_learns():
 def test_heads_of_another_size_are_refused():
     with pytest.raises(ValueError, match="hidden size of 32 and a vocabulary of 97, the target has 64 and 97"):
         type(heads_for(tiny(), "medusa"))(heads_for(tiny(), "medusa").config, 32, 97).bind(tiny().ends)
+
+
+def test_heads_learn_the_targets_laws_unless_another_loss_is_asked_for():
+    assert Objective() == Objective(soft=1.0)
+    assert Objective(decay=0.8).soft == 1.0
+    assert Objective(lk=1.0).soft == Objective(hard=1.0).soft == 0.0
 
 
 def test_an_objective_without_a_loss_is_refused():

@@ -27,7 +27,7 @@ def joint(**settings):
     target = Target(model)
     heads = heads_for(target, "medusa")
     target.release()
-    return Joint(heads, model, Objective(), JointConfig(dropout=0.0, **settings))
+    return Joint(heads, model, Objective(hard=1.0), JointConfig(dropout=0.0, **settings))
 
 
 def entropy_of_the_text(lesson):

@@ -85,7 +85,7 @@ def log(folder: Path, key: str = "loss") -> list[float]:
 
 
 def test_heads_learn_what_follows_and_their_folder_says_how_well(asked, tmp_path, data):
-    told = train(resolve(None, asked(steps=60, learning_rate=0.02, eval_every=20, held_out=data)))
+    told = train(resolve(None, asked(steps=60, learning_rate=0.02, eval_every=20, held_out=data, loss={"hard": 1})))
     assert told["held_out_tau"] > 1.2 > log(tmp_path / "heads", "tau")[0]
     assert log(tmp_path / "heads")[-1] < log(tmp_path / "heads")[0] / 2
     assert checkpoint.describe(tmp_path / "heads").training["held_out_top1"] == told["held_out_top1"]

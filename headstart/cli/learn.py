@@ -100,7 +100,7 @@ def train(
     loss: Annotated[
         list[str] | None,
         typer.Option(
-            help="Weight of a loss (hard, soft, tv, alpha, lk, decay), as soft=1; may be given again.", show_default="hard=1"
+            help="Weight of a loss (hard, soft, tv, alpha, lk, decay), as lk=1; may be given again.", show_default="soft=1"
         ),
     ] = None,
     joint: Annotated[

@@ -148,9 +148,9 @@ class Joint(nn.Module):
         where = batch.counts[:, 1:].nonzero(as_tuple=True)
         own, tokens = batch.finals[where], batch.tokens[where[0], where[1] + 1]
         if self.config.base == "ce":
-            return chunked_loss(self.trunk.voice, own, tokens, None, Objective(), self.trunk.project_before)[0]
+            return chunked_loss(self.trunk.voice, own, tokens, None, Objective(hard=1), self.trunk.project_before)[0]
         before = self.trunk.finals_before(batch.tokens)[where]
-        return chunked_loss(self.trunk.voice, own, tokens, before, Objective(hard=0, soft=1), self.trunk.project_before)[0]
+        return chunked_loss(self.trunk.voice, own, tokens, before, Objective(soft=1), self.trunk.project_before)[0]
 
     @torch.no_grad()
     def surprise(self, texts: Padded) -> tuple[float, int]:
@@ -160,7 +160,7 @@ class Joint(nn.Module):
         finals = self.trunk.states(texts.tokens, [last])[last]
         where = texts.counts[:, 1:].nonzero(as_tuple=True)
         tokens = texts.tokens[where[0], where[1] + 1]
-        loss, _ = chunked_loss(self.trunk.voice, finals[where], tokens, None, Objective(), self.trunk.project_before)
+        loss, _ = chunked_loss(self.trunk.voice, finals[where], tokens, None, Objective(hard=1), self.trunk.project_before)
         return float(loss), len(tokens)
 
     def groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
