@@ -77,6 +77,8 @@ def widened_config(config: Any, old: int, hidden: int) -> Any:
 class Narrow:
     """The ends of the small model inside a padded one. Raises ValueError for a target that is not padded behind `hidden`."""
 
+    parameters = ()  # nothing learns here
+
     def __init__(self, ends: Ends, hidden: int) -> None:
         self._ends, self.hidden, self.vocab = ends, hidden, ends.vocab
         table = ends.embed(torch.arange(ends.vocab))

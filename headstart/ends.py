@@ -45,6 +45,11 @@ class Ends:
         weight: Tensor = self.head.weight  # type: ignore[assignment]
         return weight.detach()
 
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """Of the head, for who lets it learn; none where kernels have packed it."""
+        return tuple(self.head.parameters())
+
     def embed(self, tokens: Tensor) -> Tensor:
         """[...] int64 -> [..., hidden], as the table has them."""
         embedded: Tensor = self._model.get_input_embeddings()(tokens)

@@ -108,11 +108,22 @@ class Objective(BaseModel):
         return logits.float() if self.temperature == 1 else logits.float() / self.temperature
 
 
+@dataclass(frozen=True, eq=False)
+class Voice:
+    """From states to logits, [n, width] -> [n, vocab], and the weights on that way which may learn."""
+
+    project: Callable[[Tensor], Tensor]
+    weights: Sequence[nn.Parameter] = ()
+
+    def __call__(self, states: Tensor) -> Tensor:
+        return self.project(states)
+
+
 class Guess(NamedTuple):
-    """What a drafter says at one depth, teacher-forced. states: [rows, length, width]; project: [n, width] -> [n, vocab]."""
+    """What a drafter says at one depth, teacher-forced. states: [rows, length, width]; project: to [n, vocab]."""
 
     states: Tensor
-    project: Callable[[Tensor], Tensor]
+    project: Voice
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,7 +188,7 @@ def learn(
 
 
 def chunked_loss(
-    project: Callable[[Tensor], Tensor],
+    project: Voice,
     states: Tensor,
     tokens: Tensor,
     finals: Tensor | None,
@@ -196,14 +207,9 @@ def chunked_loss(
             taught = None if finals is None else teach(finals[chunk])
         return objective(logits, tokens[chunk], taught).sum(), logits.detach().argmax(-1) == tokens[chunk]
 
-    learned = [weight for weight in parameters_of(project) if weight.requires_grad]
+    learned = [weight for weight in project.weights if weight.requires_grad]
     found: tuple[Tensor, Tensor] = _Chunked.apply(piece, states, *learned)  # type: ignore[no-untyped-call]
     return found
-
-
-def parameters_of(project: Callable[[Tensor], Tensor]) -> Sequence[nn.Parameter]:
-    """Of a projection that is a module; a plain function has none to be learned."""
-    return list(project.parameters()) if isinstance(project, nn.Module) else []
 
 
 class _Chunked(torch.autograd.Function):

@@ -15,7 +15,7 @@ from headstart.chances import UNFITTED
 from headstart.checkpoint import recognise
 from headstart.drafters import METHODS, make
 from headstart.drafters.heads import Heads
-from headstart.lessons import CHUNK, Batch, Metrics, Objective, chunked_loss
+from headstart.lessons import CHUNK, Batch, Metrics, Objective, Voice, chunked_loss
 from headstart.planner import Best, Chain, Shape
 from headstart.pretrained import embedded
 from headstart.sampling import Choice, SamplingParams
@@ -202,7 +202,8 @@ def test_a_loss_in_chunks_has_the_value_and_the_gradients_of_the_whole(objective
     linear, teacher = torch.nn.Linear(6, 11).double(), torch.nn.Linear(6, 11).double()
     states = torch.randn(count, 6, dtype=torch.float64, requires_grad=True)
     finals, tokens = torch.randn(count, 6, dtype=torch.float64), torch.randint(11, (count,))
-    loss, hits = chunked_loss(linear, states, tokens, finals, objective, teacher)
+    voice = Voice(linear, tuple(linear.parameters()))
+    loss, hits = chunked_loss(voice, states, tokens, finals, objective, teacher)
     found = torch.autograd.grad(3 * loss, [states, *linear.parameters()])
     whole = objective(linear(states), tokens, teacher(finals).detach()).sum()
     wanted = torch.autograd.grad(3 * whole, [states, *linear.parameters()])

@@ -14,6 +14,7 @@ from headstart.lessons import Objective
 from headstart.pretrained import load_model
 from headstart.target import Target
 from headstart.train import resolve, train
+from headstart.training.features import as_batch
 from headstart.training.joint import Joint, JointConfig
 from headstart.training.texts import Padded
 
@@ -21,11 +22,11 @@ TOKENS = torch.tensor([[5, 9, 3, 77, 12, 40, 8, 21, 33, 60]])
 TEXTS = Padded(TOKENS, torch.tensor([[False] * 3 + [True] * 7]), (0,))
 
 
-def joint(**settings):
+def joint(kind="medusa", **settings):
     """A joint lesson on a tiny model of its own, in float32."""
     model = random_model(ARCHITECTURES["llama"](), torch.float32)
     target = Target(model)
-    heads = heads_for(target, "medusa")
+    heads = heads_for(target, kind)
     target.release()
     return Joint(heads, model, Objective(hard=1.0), JointConfig(dropout=0.0, **settings))
 
@@ -77,6 +78,25 @@ def test_the_model_as_it_came_is_remembered_whatever_is_learned():
                     weight.add_(0.1)
         assert torch.equal(lesson.trunk.finals_before(TOKENS), before)
         assert not torch.allclose(lesson.trunk.states(TOKENS, [2])[2], before)
+
+
+def test_the_whole_trunk_learns_what_the_model_alone_would_learn():
+    """Its head, too: the gradients of the base term are those of the model's own cross-entropy."""
+    lesson = joint(mode="full", base="ce")
+    batch = as_batch(TEXTS, lesson.trunk.states(TOKENS, [2]), [2])
+    lesson.base(batch).backward()
+    weights = list(lesson.trunk.model.parameters())
+    logits = lesson.trunk.model(TOKENS).logits[0, 2:-1]
+    wanted = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, TOKENS[0, 3:], reduction="sum"), weights)
+    for weight, gradient in zip(weights, wanted, strict=True):
+        torch.testing.assert_close(weight.grad, gradient, rtol=1e-3, atol=1e-4)
+
+
+def test_heads_that_speak_through_the_targets_head_teach_it_where_it_learns():
+    lesson = joint("medusa, shared", mode="full", weight=1.0)
+    loss, _ = lesson.drafter.loss(as_batch(TEXTS, lesson.trunk.states(TOKENS, [2]), [2]), Objective(hard=1.0))
+    loss.backward()
+    assert lesson.trunk.model.lm_head.weight.grad.abs().sum() > 0
 
 
 def test_ramps_lead_from_nothing_to_the_whole_weight():

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from headstart.chances import UNFITTED, Calibration
-from headstart.lessons import Batch, Guess, Metrics, Objective, learn
+from headstart.lessons import Batch, Guess, Metrics, Objective, Voice, learn
 from headstart.planner import Best, Planner
 from headstart.sampling import Rows
 from headstart.tree import Drafts, Kept
@@ -125,9 +125,12 @@ class Heads(nn.Module):
         """Summed over the positions that count, and metrics; see `headstart.lessons.learn`."""
         return learn(self.states(batch), batch, objective, self.ends.project)
 
-    def speech(self, depth: int) -> nn.Module:
+    def speech(self, depth: int) -> Voice:
         """From a head's states to logits, [n, hidden] -> [n, vocab]; depth counts from 0."""
-        return Speech(self.head(depth).projection if self.config.projection == "own" else None, self.ends)
+        if self.config.projection == "shared":
+            return Voice(self.ends.project, self.ends.parameters)
+        own = self.head(depth).projection
+        return Voice(lambda states: self.ends.finish(own(states)), tuple(own.parameters()))
 
     # -- drafting --
 
@@ -166,16 +169,3 @@ class Heads(nn.Module):
 
     def free(self, seat: int) -> None:
         """A seat's state is overwritten by its next occupant."""
-
-
-class Speech(nn.Module):
-    """A projection of one's own, or the target's head, then whatever the target does to its logits."""
-
-    def __init__(self, own: nn.Module | None, ends: Ends) -> None:
-        super().__init__()
-        self.own = own
-        self._ends = ends
-
-    def forward(self, states: Tensor) -> Tensor:
-        """[n, hidden] -> [n, vocab]"""
-        return self._ends.project(states) if self.own is None else self._ends.finish(self.own(states))

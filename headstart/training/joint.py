@@ -12,7 +12,6 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -21,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from headstart.ends import Ends
-from headstart.lessons import Batch, Metrics, Objective, chunked_loss
+from headstart.lessons import Batch, Metrics, Objective, Voice, chunked_loss
 from headstart.training.features import as_batch, layers
 from headstart.training.lesson import decaying
 from headstart.training.order import evenly
@@ -62,17 +61,6 @@ class JointConfig(BaseModel):
         return self.weight * math.sin(math.pi / 2 * min(1.0, progress / self.ramp_share))
 
 
-@dataclass(frozen=True, eq=False)
-class Voice:
-    """A projection, and the weights in it that learn."""
-
-    project: Callable[[Tensor], Tensor]
-    weights: Sequence[nn.Parameter] = ()
-
-    def __call__(self, states: Tensor) -> Tensor:
-        return self.project(states)
-
-
 class Trunk(nn.Module):
     """A model that learns, beside what it was before. Raises ValueError where peft is missing or finds nothing to adapt."""
 
@@ -108,7 +96,7 @@ class Trunk(nn.Module):
     @property
     def voice(self) -> Voice:
         """Its head now, which learns with the rest if nothing is adapted."""
-        return Voice(self._ends.project, [weight for weight in self._ends.head.parameters() if weight.requires_grad])
+        return Voice(self._ends.project, self._ends.parameters)
 
     def project_before(self, states: Tensor) -> Tensor:
         """The head of the model as it came: [n, hidden] -> [n, vocab]."""
