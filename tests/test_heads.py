@@ -5,20 +5,25 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 import torch.nn.functional as F
+from folders import write_model
 from heads import KINDS, heads_for
 from scripted import Ask, decode
 from tiny import tiny
 
 import headstart
+from headstart import checkpoint
 from headstart.cache import Seating
 from headstart.chances import UNFITTED
-from headstart.checkpoint import recognise
+from headstart.checkpoint import facts_of, recognise
 from headstart.drafters import METHODS, make
 from headstart.drafters.heads import Heads
+from headstart.drafters.medusa import Medusa, MedusaConfig
 from headstart.lessons import CHUNK, Batch, Metrics, Objective, Voice, chunked_loss
 from headstart.planner import Best, Chain, Shape
-from headstart.pretrained import embedded
+from headstart.pretrained import embedded, load_model
 from headstart.sampling import Choice, SamplingParams
+from headstart.target import Target
+from headstart.text import load_tokenizer
 from headstart.tree import Kept
 
 TEXTS = [[5, 9, 3, 77, 12, 40, 8, 21, 33, 60], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]]
@@ -292,3 +297,13 @@ def test_no_other_model_takes_the_embedded_heads():
 def test_heads_of_another_models_size_are_refused_with_both_sizes():
     with pytest.raises(ValueError, match=r"hidden size of 192, but .* has 64"):
         make(str(embedded("medusa")), tiny())
+
+
+def test_heads_of_another_tokenizer_are_refused_even_where_all_sizes_agree(tmp_path):
+    model, other = write_model(tmp_path / "model"), write_model(tmp_path / "other")
+    tokenizer = load_tokenizer(other)
+    tokenizer.add_tokens(["<|new|>"])
+    facts = facts_of(load_model(other), tokenizer)
+    checkpoint.save(tmp_path / "heads", Medusa(MedusaConfig(), facts.hidden, facts.vocab), facts, {})
+    with pytest.raises(ValueError, match=f"a tokenizer of {facts.tokenizer}"):
+        make(str(tmp_path / "heads"), Target.load(model, device="cpu"))

@@ -19,6 +19,8 @@ from headstart.sampling import Rows
 from headstart.tree import Drafts, Kept
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from headstart.cache import Seating
     from headstart.drafters.heads import Heads
     from headstart.target import Target
@@ -105,11 +107,23 @@ def heads_in(folder: str | Path, target: Target) -> Heads:
     from headstart.chances import load_plan
     from headstart.checkpoint import facts_of, load
 
-    heads = load(Path(folder), facts_of(target.model, None))
+    heads = load(Path(folder), facts_of(target.model, _tokenizer_of(target)))
     plan = load_plan(Path(folder))
     if plan is not None:
         heads.calibration = plan.calibration
     return heads.to(target.device, target.dtype)
+
+
+def _tokenizer_of(target: Target) -> PreTrainedTokenizerBase | None:
+    """The one beside the target's weights; None for a model that came as an object, or without one."""
+    from headstart.text import load_tokenizer
+
+    if not Path(target.name).is_dir():
+        return None
+    try:
+        return load_tokenizer(target.name)
+    except ValueError:
+        return None
 
 
 def folder_of(spec: str) -> Path | None:
