@@ -9,9 +9,11 @@ import torch
 from headstart.drafters.heads import Heads
 from headstart.drafters.hydra import Hydra, HydraConfig, HydraPlus, HydraPlusConfig
 from headstart.drafters.medusa import Medusa, MedusaConfig
+from headstart.drafters.mtp import Mtp, MtpConfig
+from headstart.drafters.parallel import ParallelConfig, ParallelMtp
 from headstart.target import Target
 
-KINDS = ("medusa", "medusa, shared", "hydra", "hydra++")
+KINDS = ("medusa", "medusa, shared", "hydra", "hydra++", "mtp", "mtp, 3 modules", "mtp, hidden first", "mtp-parallel")
 
 
 def heads_for(target: Target, kind: str, noise: float = 0.05, num_heads: int = 4) -> Heads:
@@ -22,6 +24,12 @@ def heads_for(target: Target, kind: str, noise: float = 0.05, num_heads: int = 4
         "medusa, shared": lambda: Medusa(MedusaConfig(num_heads=num_heads, projection="shared"), *sizes),
         "hydra": lambda: Hydra(HydraConfig(num_heads=num_heads, num_layers=2), *sizes),
         "hydra++": lambda: HydraPlus(HydraPlusConfig(num_heads=num_heads, num_layers=3, projection_bias=True), *sizes),
+    }
+    made |= {
+        "mtp": lambda: Mtp(MtpConfig(depth=num_heads), *sizes),
+        "mtp, 3 modules": lambda: Mtp(MtpConfig(num_modules=3, depth=num_heads + 1), *sizes),
+        "mtp, hidden first": lambda: Mtp(MtpConfig(depth=num_heads, hidden_first=True), *sizes),
+        "mtp-parallel": lambda: ParallelMtp(ParallelConfig(num_heads=num_heads), *sizes),
     }
     torch.manual_seed(7)
     heads = made[kind]().to(target.dtype).bind(ends).start()

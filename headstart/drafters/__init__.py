@@ -87,6 +87,8 @@ METHODS: dict[str, str] = {
     "hydra": "headstart.drafters.hydra:Hydra",
     "hydra++": "headstart.drafters.hydra:HydraPlus",
     "medusa": "headstart.drafters.medusa:Medusa",
+    "mtp": "headstart.drafters.mtp:Mtp",
+    "mtp-parallel": "headstart.drafters.parallel:ParallelMtp",
 }
 
 

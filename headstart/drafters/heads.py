@@ -19,6 +19,8 @@ from headstart.sampling import Rows
 from headstart.tree import Drafts, Kept
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from headstart.cache import Seating
     from headstart.ends import Ends
     from headstart.target import Target
@@ -56,8 +58,9 @@ class Heads(nn.Module):
     """
 
     name: str
-    config_type: ClassVar[type[HeadsConfig]]
+    config_type: ClassVar[type[BaseModel]]
     taps: tuple[int, ...] = (-1,)
+    joins_pretraining: ClassVar[bool] = False  # whether a trunk may learn with them from the start
     heads: nn.ModuleList  # one per depth
 
     def __init__(self, config: Any, hidden: int, vocab: int) -> None:
@@ -66,9 +69,19 @@ class Heads(nn.Module):
         self.hidden = hidden
         self.vocab = vocab
         self.calibration: Calibration = UNFITTED
-        self.planner: Planner = Best(nodes=10, depth=config.num_heads, width=4, beam=6)
+        self.planner: Planner = Best(nodes=10, depth=self.depth, width=4, beam=6)
         self._ends: Ends | None = None
-        self._states = torch.empty(0)  # [seats, hidden] what each seat's next draft starts from
+        self._states = torch.empty(0)  # [seats, remembered] what each seat's next draft starts from
+
+    @classmethod
+    def fitted(cls, config: Any, target: PreTrainedConfig) -> Any:
+        """The settings with everything filled in that the target's own configuration decides."""
+        return config
+
+    @property
+    def remembered(self) -> int:
+        """Width of what a seat's next draft starts from: a state, unless a method says otherwise."""
+        return self.hidden
 
     @property
     def slot_bytes(self) -> int:
@@ -142,7 +155,7 @@ class Heads(nn.Module):
         self.bind(target.ends)
         self.requires_grad_(False).eval().to(target.device, target.dtype)
         target.hasten(self)
-        self._states = torch.zeros(seating.num_seats, self.hidden, device=target.device, dtype=target.dtype)
+        self._states = torch.zeros(seating.num_seats, self.remembered, device=target.device, dtype=target.dtype)
 
     @torch.inference_mode()
     def extend(self, kept: Kept) -> None:
@@ -152,7 +165,7 @@ class Heads(nn.Module):
         self._states[seats[0]] = self.digest(kept)[seats[1]]
 
     def digest(self, kept: Kept) -> Tensor:
-        """What heads read at each kept token, [kept, hidden]: the features, unless something stands between."""
+        """What drafts start from at each kept token, [kept, remembered]: the features, unless something stands between."""
         assert kept.features is not None
         return kept.features
 
@@ -160,7 +173,7 @@ class Heads(nn.Module):
         raise NotImplementedError
 
     def drafting(self, rows: Rows) -> Tensor:
-        """[drafting rows, hidden] the states of the rows that draft."""
+        """[drafting rows, remembered] of the rows that draft."""
         seats = [seat for seat, depth in zip(rows.seats, rows.depths, strict=True) if depth > 0]
         return self._states[torch.tensor(seats).to(self.device, non_blocking=True)]
 

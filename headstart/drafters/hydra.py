@@ -13,11 +13,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from headstart import attention
-from headstart.attention import Gaze, Reach, Sight
-from headstart.cache import KVCache, LayerShape
 from headstart.drafters.grow import Level, drafting_rows, grow
 from headstart.drafters.heads import Block, Heads, HeadsConfig
+from headstart.drafters.layers import Memory, decoder, llama_block, slot_bytes
 from headstart.lessons import Batch, Guess
 from headstart.sampling import Rows
 from headstart.tree import Drafts, Kept
@@ -40,10 +38,14 @@ class PrefixConfig(BaseModel):
 
     @classmethod
     def for_hidden(cls, hidden: int) -> PrefixConfig:
-        """Heads of 64 where that divides the hidden size, else of the largest power of two that does; a Llama's MLP."""
-        size = next(size for size in (64, 32, 16, 8, 4, 2, 1) if hidden % size == 0)
-        heads = hidden // size
-        return cls(num_attention_heads=heads, num_key_value_heads=heads, intermediate_size=-(-8 * hidden // 3 // 32) * 32)
+        """As `llama_block` has it."""
+        return cls(**{name: value for name, value in llama_block(hidden).items() if name in cls.model_fields})
+
+    def block(self, hidden: int) -> dict[str, Any]:
+        """Settings of the layer, for `decoder`."""
+        own = self.model_dump(exclude={"rope_theta"})
+        rope = {"rope_type": "default", "rope_theta": self.rope_theta}
+        return {**llama_block(hidden), **own, "head_dim": hidden // self.num_attention_heads, "rope_parameters": rope}
 
 
 class HydraConfig(HeadsConfig):
@@ -107,7 +109,7 @@ class Hydra(Heads):
         super().__init__(config, hidden, vocab)
         self.heads = nn.ModuleList(Head(config, depth, hidden, vocab) for depth in range(1, config.num_heads + 1))
         self.prefix: Any = None
-        self._memory: KVCache | None = None
+        self._memory: Memory | None = None
 
     # -- learning --
 
@@ -130,35 +132,16 @@ class Hydra(Heads):
     def attach(self, target: Target, seating: Seating) -> None:
         super().attach(target, seating)
         if self.prefix is not None:
-            attention.register()
-            self.prefix.set_attn_implementation(attention.NAME)
-            self.prefix.rotary_emb = type(self.prefix.rotary_emb)(self.prefix.config).to(target.device)  # float32, as ever
-            self._memory = KVCache([self._shape()], seating, target.device, target.dtype)
+            self._memory = Memory(self.prefix, seating, target.device, target.dtype)
 
     @property
     def slot_bytes(self) -> int:
         """Keys and values of the prefix layer, in the precision that the heads have now."""
-        return 0 if self.prefix is None else self._shape().slot_bytes(self.prefix.norm.weight.dtype)
-
-    def _shape(self) -> LayerShape:
-        config = self.prefix.config
-        return LayerShape(config.num_key_value_heads, config.head_dim, config.head_dim)
+        return 0 if self.prefix is None else slot_bytes(self.prefix)
 
     def digest(self, kept: Kept) -> Tensor:
         features = super().digest(kept)
-        if self.prefix is None or self._memory is None:
-            return features
-        sights, first = [], 0
-        for seat, start, length in zip(kept.seats, kept.starts, kept.lengths, strict=True):
-            place = self._memory.seating[seat]
-            span = slice(first, first + length)
-            sights.append(Sight(first, first + length, place.start, start, None, kept.positions[span]))
-            first += length
-        gaze = Gaze(sights, self._memory, attention.fused, [Reach()], features.device.type != "cpu")
-        out = self.prefix(inputs_embeds=features[None], position_ids=kept.positions[None], use_cache=False, headstart=gaze)
-        self._memory.commit(kept.seats, kept.lengths, [()] * len(kept.seats))
-        read: Tensor = out.last_hidden_state[0]
-        return read
+        return features if self._memory is None else self._memory.extend(features, kept.positions, kept.seats, kept.lengths)
 
     @torch.inference_mode()
     def propose(self, rows: Rows) -> Drafts:
@@ -185,7 +168,7 @@ class HydraPlus(Hydra):
     def __init__(self, config: HydraPlusConfig, hidden: int, vocab: int) -> None:
         prefix = config.prefix or PrefixConfig.for_hidden(hidden)
         super().__init__(config.model_copy(update={"prefix": prefix}), hidden, vocab)
-        self.prefix = _decoder_layer(prefix, hidden)
+        self.prefix = decoder(prefix.block(hidden), hidden)
 
 
 class _Walk:
@@ -211,24 +194,3 @@ class _Walk:
         self.z = torch.cat([parents, self.hydra.ends.embed(level.tokens)], -1)
         self.depth += 1
         return self.logits()
-
-
-def _decoder_layer(config: PrefixConfig, hidden: int) -> Any:
-    """One Llama decoder layer and a norm, fed with states instead of tokens."""
-    from transformers import LlamaConfig, LlamaModel
-
-    layer = LlamaModel(
-        LlamaConfig(
-            hidden_size=hidden,
-            num_hidden_layers=1,
-            vocab_size=1,
-            bos_token_id=None,
-            eos_token_id=None,
-            max_position_embeddings=2**20,
-            head_dim=hidden // config.num_attention_heads,
-            **config.model_dump(exclude={"rope_theta"}),
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        )
-    )
-    del layer.embed_tokens
-    return layer

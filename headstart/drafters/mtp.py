@@ -1,0 +1,236 @@
+"""Multi-token prediction by modules, one after another (DeepSeek-V3, arXiv 2412.19437), the last of them used again on its own
+output (FastMTP, arXiv 2509.18362).
+
+Module k reads, for every token from the k-th on, the embedding of that token and what module k - 1 made of the one before; module
+1 reads the target's final, normed states. What it says, through the target's own head, is the next token: so the first guess
+behind the root costs one layer, as does each level below it. Guesses deeper than there are modules come from the last one, fed
+with what it said itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from headstart.drafters.grow import Level, drafting_rows, grow
+from headstart.drafters.heads import Heads
+from headstart.drafters.layers import Memory, block_of, decoder, llama_block, norm_like, slot_bytes, unrolled
+from headstart.lessons import Batch, Guess, Voice
+from headstart.sampling import Rows
+from headstart.tree import Drafts, Kept
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from headstart.cache import Seating
+    from headstart.target import Target
+
+
+class MtpConfig(BaseModel):
+    """num_modules: modules of their own weights. depth: how deep it drafts; from there on the last module is used again. block:
+    configuration of a module's decoder layer, as transformers has it; None for the target's own kind. hidden_first: whether the
+    projection reads [state, embedding] (MiMo), not [embedding, state] (DeepSeek, GLM, Qwen)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_modules: int = Field(default=1, ge=1, le=16)
+    depth: int = Field(default=4, ge=1, le=64)
+    block: dict[str, Any] | None = None
+    hidden_first: bool = False
+
+
+class Stage(nn.Module):
+    """One module: two norms, a projection, a decoder layer and its norm."""
+
+    def __init__(self, block: dict[str, Any], hidden: int, hidden_first: bool) -> None:
+        super().__init__()
+        self.hidden_first = hidden_first
+        self.block = decoder(block, hidden)
+        self.enorm, self.hnorm = norm_like(self.block), norm_like(self.block)
+        self.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
+
+    def read(self, hidden: Tensor, embedded: Tensor) -> Tensor:
+        """[..., hidden] twice -> what the layer reads, [..., hidden]."""
+        parts = self.enorm(embedded), self.hnorm(hidden)
+        read: Tensor = self.eh_proj(torch.cat(parts[::-1] if self.hidden_first else parts, -1))
+        return read
+
+
+class Mtp(Heads):
+    """Drafts with sequential modules, level by level."""
+
+    name = "mtp"
+    config_type = MtpConfig
+    joins_pretraining = True
+
+    def __init__(self, config: MtpConfig, hidden: int, vocab: int) -> None:
+        config = config.model_copy(update={"block": config.block or llama_block(hidden)})
+        assert config.block is not None
+        super().__init__(config, hidden, vocab)
+        self.stages = nn.ModuleList(Stage(config.block, hidden, config.hidden_first) for _ in range(config.num_modules))
+        self._memories: list[Memory] = []  # one per module
+
+    @classmethod
+    def fitted(cls, config: MtpConfig, target: PreTrainedConfig) -> MtpConfig:
+        return config if config.block else config.model_copy(update={"block": block_of(target)})
+
+    @property
+    def depth(self) -> int:
+        return int(self.config.depth)
+
+    @property
+    def remembered(self) -> int:
+        return self.hidden * len(self.stages)
+
+    def stage(self, place: int) -> Any:
+        """The module that speaks `place` (from 0) levels below the root."""
+        return self.stages[min(place, len(self.stages) - 1)]
+
+    def start(self) -> Self:
+        """Modules begin by handing the state on, so that they say at first what the target would."""
+        with torch.no_grad():
+            for stage in self.stages:
+                states = (
+                    stage.eh_proj.weight[:, : self.hidden] if self.config.hidden_first else stage.eh_proj.weight[:, self.hidden :]
+                )
+                states.copy_(torch.eye(self.hidden))
+        return self
+
+    def speech(self, depth: int) -> Voice:
+        return Voice(self.ends.project, self.ends.parameters)
+
+    # -- learning --
+
+    def states(self, batch: Batch) -> Iterator[Guess]:
+        from transformers import DynamicCache
+
+        embedded, hidden = self.ends.embed(batch.tokens), batch.features
+        positions = torch.arange(batch.tokens.shape[1], device=hidden.device)
+        cache = None
+        for place in range(self.depth):
+            stage, again = self.stage(place), max(0, place + 1 - len(self.stages))
+            if again == 0:
+                cache = DynamicCache() if place + 1 == len(self.stages) < self.depth else None
+            read = stage.read(hidden, embedded.roll(-(place + 1), 1))  # what is rolled in at the end never counts
+            hidden = unrolled(stage.block, read, again, positions + place + 1, cache)
+            yield Guess(hidden, self.speech(place))
+
+    # -- drafting --
+
+    @property
+    def slot_bytes(self) -> int:
+        return sum(slot_bytes(stage.block) for stage in map(self.stage, range(len(self.stages))))
+
+    def attach(self, target: Target, seating: Seating) -> None:
+        super().attach(target, seating)
+        stages = map(self.stage, range(len(self.stages)))
+        self._memories = [Memory(stage.block, seating, target.device, target.dtype) for stage in stages]
+
+    def digest(self, kept: Kept) -> Tensor:
+        """[kept, modules * hidden]: what each module makes of the token after each kept one."""
+        embedded, positions = self.ends.embed(kept.nexts), kept.positions + 1
+        hidden, made = super().digest(kept), []
+        shift = _Shift(kept, self.device)
+        for place, memory in enumerate(self._memories):
+            if place == 0:
+                hidden = memory.extend(self.stages[0].read(hidden, embedded), positions, kept.seats, kept.lengths)
+            else:
+                before = self._states[shift.seats, (place - 1) * self.hidden : place * self.hidden]
+                hidden = shift.extend(place, memory, self.stages[place], hidden, before, embedded, positions)
+            made.append(hidden)
+        return torch.cat(made, -1)
+
+    @torch.inference_mode()
+    def propose(self, rows: Rows) -> Drafts:
+        walk = _Walk(self, rows)
+        return grow(rows, walk.logits(), walk.step, calibration=self.calibration, deepest=self.depth)
+
+    def fork(self, source: int, seat: int, length: int) -> None:
+        """Behind a fork from the middle of a text, modules after the first begin without the state before it."""
+        whole = self._memories[0].length(source) == length
+        self._states[seat] = self._states[source] if whole else 0
+        for place, memory in enumerate(self._memories):
+            memory.fork(source, seat, max(0, length - place))
+
+    def free(self, seat: int) -> None:
+        for memory in self._memories:
+            memory.free(seat)
+
+
+class _Shift:
+    """What modules after the first read: what the one before made of the token before. A text's first token has none."""
+
+    def __init__(self, kept: Kept, device: torch.device) -> None:
+        lengths = kept.lengths
+        ends = [sum(lengths[: row + 1]) for row in range(len(lengths))]
+        self.kept = kept
+        self.firsts = [end - length for end, length in zip(ends, lengths, strict=True)]
+        self.seats = torch.tensor(kept.seats).to(device, non_blocking=True)
+        self.at = torch.tensor(self.firsts).to(device, non_blocking=True)
+
+    def extend(
+        self, place: int, memory: Memory, stage: Any, made: Tensor, before: Tensor, embedded: Tensor, positions: Tensor
+    ) -> Tensor:
+        """Module `place` reads on. made: [kept, hidden] by the module before it; before: [rows, hidden] what that made of the
+        last token of each row's text so far. Returns [kept, hidden], zero where there is nothing to read."""
+        hidden = made.roll(1, 0)
+        hidden[self.at] = before
+        read = stage.read(hidden, embedded)
+        # Module `place` has nothing to read for the first `place` tokens after a text's first.
+        skipped = [min(length, max(0, place - start)) for start, length in zip(self.kept.starts, self.kept.lengths, strict=True)]
+        if not any(skipped):
+            return memory.extend(read, positions, self.kept.seats, self.kept.lengths)
+        lengths = [length - skip for length, skip in zip(self.kept.lengths, skipped, strict=True)]
+        spans = zip(self.firsts, skipped, lengths, strict=True)
+        places = torch.tensor([at for first, skip, length in spans for at in range(first + skip, first + skip + length)])
+        places = places.to(made.device, non_blocking=True).long()
+        rows = [row for row, length in enumerate(lengths) if length]
+        states = torch.zeros_like(made)
+        if rows:
+            seats = [self.kept.seats[row] for row in rows]
+            states[places] = memory.extend(read[places], positions[places], seats, [lengths[row] for row in rows])
+        return states
+
+
+class _Walk:
+    """One round's descent. made: per module, what it made of the nodes of the last level, [rows, width, hidden]; modules that no
+    deeper level asks are left out."""
+
+    def __init__(self, mtp: Mtp, rows: Rows) -> None:
+        self.mtp, self.rows = mtp, drafting_rows(rows)
+        self.seats = {row: rows.seats[row] for row in self.rows}
+        states = mtp.drafting(rows).unflatten(-1, (len(mtp.stages), mtp.hidden))
+        self.made = {place: states[:, place, None] for place in range(len(mtp.stages))}
+        self.depth = 0
+
+    def logits(self) -> Tensor:
+        """[rows * width, vocab] behind the nodes of this level."""
+        last = len(self.mtp.stages) - 1
+        said: Tensor = self.mtp.ends.project(self.made[min(self.depth, last)].flatten(0, 1))
+        return said
+
+    def step(self, level: Level) -> Tensor:
+        """The next level's nodes: each is read with what was made of its parent."""
+        if level.rows != self.rows:
+            places = torch.tensor([self.rows.index(row) for row in level.rows]).to(level.tokens.device, non_blocking=True)
+            self.made = {place: states[places] for place, states in self.made.items()}
+            self.rows = level.rows
+        self.depth += 1
+        origins = level.origins[..., None].expand(-1, -1, self.mtp.hidden)
+        parents = {place: states.gather(1, origins) for place, states in self.made.items()}
+        embedded = self.mtp.ends.embed(level.tokens)
+        seats = [self.seats[row] for row in level.rows]
+        roots = torch.tensor([self.mtp._memories[0].length(seat) for seat in seats]).to(embedded.device, non_blocking=True)
+        positions = (roots[:, None] + self.depth).expand(-1, level.width).flatten()
+        last = len(self.mtp.stages) - 1
+        made = {}
+        for place in range(min(self.depth, last), last + 1):
+            hidden = parents[place if self.depth > last else place - 1]
+            read = self.mtp.stages[place].read(hidden, embedded).flatten(0, 1)  # type: ignore[operator]
+            made[place] = self.mtp._memories[place].level(read, positions, seats, level).unflatten(0, level.tokens.shape)
+        self.made = made
+        return self.logits()
