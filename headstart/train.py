@@ -20,10 +20,11 @@ from headstart.ends import Ends
 from headstart.lessons import Objective
 from headstart.pretrained import load_model, stored_dtype
 from headstart.text import load_tokenizer
-from headstart.training.config import TrainConfig, resolve, validate
+from headstart.training.config import TrainConfig
 from headstart.training.joint import Joint, JointConfig, perplexity, save_trunk
 from headstart.training.lesson import Frozen
 from headstart.training.loop import Loop
+from headstart.training.options import resolve, validate
 from headstart.training.report import Report
 from headstart.training.resume import Checkpoints, Identity, State
 from headstart.training.setup import check_out, fitting_length, make_course, make_source, read_library, start_accelerator

@@ -1,49 +1,43 @@
-"""What a training run is asked for: a YAML file, options on top, and one sentence for what is wrong with them.
+"""What a run is asked for: the keys of all runs, those of training heads, and those of pretraining a model.
 
-This file knows keys, kinds and limits. It refuses to know models, methods and data.
+This file knows keys, kinds and limits. It refuses to know files, models, methods and data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 BUDGETS = ("tokens", "epochs", "steps")
 
 # How a run is watched. All other keys decide its weights, so a run that is continued must keep them.
 WATCHING = {"tracker", "threads", "log_every", "eval_every", "save_every", "decode_every", "decode_prompts", "decode_tokens"}
 
-Kind = TypeVar("Kind", bound=BaseModel)
-
 _Count = Annotated[int, Field(ge=1)]
+_Positive = Annotated[float, Field(gt=0)]
 _Share = Annotated[float, Field(ge=0, lt=1)]
+_NotNegative = Annotated[float, Field(ge=0)]
 
 
-class TrainConfig(BaseModel):
-    """One training run.
+class RunConfig(BaseModel):
+    """What every run is asked for.
 
-    settings: of the method's own config. target: folder or hub id. any_target: learn from the answers of other targets, too.
-    loss: weights of the objective. joint: how the target learns too, None where it stays as it is. tokens, epochs, steps: the
-    budget, exactly one of them; tokens count prompts and answers, no padding. rows: texts of a batch, each cut to `length` tokens,
-    None for 512 or what the target takes. accumulate: batches of a step, on each process. warmup: share of the steps. held_out: a
-    share of the texts, or a file. features: folder of a feature store, None to compute features as they are needed. dtype: of the
-    target; precision: of the heads' arithmetic. device: "auto" is accelerate's choice.
+    tokens, epochs, steps: the budget, exactly one of them; tokens without padding. rows: texts of a batch, each of `length` tokens
+    at most, None for 512 or what the model takes. accumulate: batches of a step, on each process. warmup: share of the steps.
+    floor: share of the learning rate that is left at the end of the schedule. held_out: a share of the texts, or a file. precision:
+    of the arithmetic. device: "auto" is accelerate's choice.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    method: str
-    settings: dict[str, Any] = {}
-    target: str
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (BUDGETS,)  # exactly one key of each
+    places: ClassVar[tuple[str, ...]] = ()  # keys that hold a folder or a hub id
+
     data: tuple[Path, ...] = Field(min_length=1)
-    any_target: bool = False
     out: Path
-    loss: dict[str, Any] = {}
-    joint: dict[str, Any] | None = None
 
     tokens: _Count | None = None
     epochs: _Count | None = None
@@ -52,25 +46,21 @@ class TrainConfig(BaseModel):
     length: Annotated[int, Field(ge=4)] | None = None
     accumulate: _Count = 1
 
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    learning_rate: _Positive = 1e-3
     warmup: _Share = 0.1
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    floor: _Share = 0.0
+    weight_decay: _NotNegative = 0.0
     betas: tuple[_Share, _Share] = (0.9, 0.999)
-    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    clip: _Positive | None = 1.0
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     precision: Literal["no", "bf16", "fp16"] = "no"
     device: Literal["auto", "cpu"] = "auto"
 
     held_out: _Share | Path = 0.05
-    features: Path | None = None
     log_every: _Count = 10
     eval_every: _Count | None = None
     save_every: _Count = 200
-    decode_every: _Count | None = None
-    decode_prompts: _Count = 8
-    decode_tokens: _Count = 64
     tracker: Literal["none", "tensorboard", "wandb", "mlflow", "trackio", "aim", "clearml", "comet_ml"] = "none"
     threads: _Count | None = None
 
@@ -84,70 +74,110 @@ class TrainConfig(BaseModel):
             return Path(str(value))
 
     @model_validator(mode="after")
-    def _has_one_budget(self) -> Self:
-        given = [f"{name}={getattr(self, name)}" for name in BUDGETS if getattr(self, name) is not None]
-        if self.joint is not None and self.features is not None:
-            raise ValueError("features are kept of a target that stays as it is, but joint lets it learn; leave one of them out")
-        if len(given) != 1:
-            found = f"given {len(given)} times ({', '.join(given)})" if given else "missing"
-            raise ValueError(f"the budget is {found}; give exactly one of {', '.join(BUDGETS)}")
+    def _has_one_of_each(self) -> Self:
+        for names in self.alternatives:
+            given = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None]
+            if len(given) != 1:
+                what = "the budget" if names == BUDGETS else " or ".join(names)
+                found = f"given {len(given)} times ({', '.join(given)})" if given else "missing"
+                raise ValueError(f"{what} is {found}; give exactly one of {', '.join(names)}")
         return self
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, as they are written to YAML and JSON; paths absolute, so that the file works from anywhere."""
         plain = self.model_dump(mode="json")
-        here = {name: str(getattr(self, name).absolute()) for name in ("out", "features") if getattr(self, name)}
-        held = {"held_out": str(self.held_out.absolute())} if isinstance(self.held_out, Path) else {}
-        target = {"target": str(Path(self.target).absolute())} if Path(self.target).is_dir() else {}
-        return plain | here | held | target | {"data": [str(path.absolute()) for path in self.data]}
+        paths = {name: str(value.absolute()) for name, value in self if isinstance(value, Path)}
+        places = {name: str(Path(plain[name]).absolute()) for name in self.places if plain[name] and Path(plain[name]).is_dir()}
+        return plain | paths | places | {"data": [str(path.absolute()) for path in self.data]}
 
     def write(self, folder: Path) -> None:
         """As `config.yaml`, which `--config` reads."""
         (folder / "config.yaml").write_text(yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True))
 
 
-def resolve(path: Path | None, options: Mapping[str, Any], default_target: Callable[[], str] | None = None) -> TrainConfig:
-    """The keys of a YAML file with `options` on top; a budget among the options replaces the file's, settings and losses join them.
+class TrainConfig(RunConfig):
+    """Training heads for a model.
 
-    default_target: where neither names one. Raises ValueError in one sentence.
+    settings: of the method's own config. target: folder or hub id. any_target: learn from the answers of other targets, too.
+    loss: weights of the objective. joint: how the target learns too, None where it stays as it is. features: folder of a feature
+    store, None to compute features as they are needed. dtype: of the target.
     """
-    keys = {} if path is None else _read(path)
-    if any(name in options for name in BUDGETS):
-        keys = {name: value for name, value in keys.items() if name not in BUDGETS}
-    joined = {name: {**(keys.get(name) or {}), **options[name]} for name in ("settings", "loss", "joint") if name in options}
-    keys = {**keys, **options, **joined}
-    if default_target is not None and "target" not in keys:
-        keys["target"] = default_target()
-    return validate(TrainConfig, keys, "a training run" if path is None else str(path))
+
+    places: ClassVar[tuple[str, ...]] = ("target",)
+
+    method: str
+    settings: dict[str, Any] = {}
+    target: str
+    any_target: bool = False
+    loss: dict[str, Any] = {}
+    joint: dict[str, Any] | None = None
+    features: Path | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    decode_every: _Count | None = None
+    decode_prompts: _Count = 8
+    decode_tokens: _Count = 64
+
+    @model_validator(mode="after")
+    def _has_features_that_last(self) -> Self:
+        if self.joint is not None and self.features is not None:
+            raise ValueError("features are kept of a target that stays as it is, but joint lets it learn; leave one of them out")
+        return self
 
 
-def validate(kind: type[Kind], keys: Mapping[str, Any], what: str) -> Kind:
-    """`kind` made from `keys`. Raises ValueError with one sentence about the first thing that is wrong; `what` is being made."""
-    strange = [str(key) for key in keys if key not in kind.model_fields]
-    if strange:
-        raise ValueError(f"{what} has no key {', '.join(sorted(strange))}; there are {', '.join(kind.model_fields)}")
-    try:
-        return kind.model_validate(dict(keys))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise ValueError(f"{what}: {_sentence(first)}") from None
+class PretrainConfig(RunConfig):
+    """Pretraining a model, with heads that learn at the same time or without.
 
+    model: a configuration, or a folder with one; the weights are random. start: folder or hub id of a model to go on from. One of
+    them. tokenizer: folder or hub id, None for that of the model. heads: methods that learn with the trunk, with their settings.
+    weight: lambda of the heads' losses until the share `weight_until` of the steps, `weight_end` afterwards (DeepSeek-V3,
+    arXiv 2412.19437, section 4.2), None for `weight` to the end. decay: weight of each deeper guess over that of the one before.
+    times: how often an epoch reads a file of the data, by its path or its name; once where it does not say.
+    """
 
-def _sentence(error: Any) -> str:
-    name = ".".join(str(part) for part in error["loc"] if not (isinstance(part, str) and "[" in part))
-    if error["type"] == "missing":
-        return f"{name} is missing"
-    said = str(error["msg"]).removeprefix("Value error, ")
-    return f"{name} is {error['input']!r}: {said}" if name else said
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("model", "start"), BUDGETS)
+    places: ClassVar[tuple[str, ...]] = ("start", "tokenizer")
 
+    model: Path | None = None
+    start: str | None = None
+    tokenizer: str | None = None
+    heads: dict[str, dict[str, Any]] = {}
+    weight: _NotNegative = 0.3
+    weight_end: _NotNegative | None = None
+    weight_until: Annotated[float, Field(gt=0, le=1)] = 2 / 3
+    decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    times: dict[str, _Positive] = {}
+    optimizer: Literal["adamw", "muon"] = "adamw"
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"config {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
-    if found is not None and not isinstance(found, dict):
-        raise ValueError(f"config {path} holds a {type(found).__name__}; write lines of `key: value`")
-    return found or {}
+    warmup: _Share = 0.03
+    weight_decay: _NotNegative = 0.1
+    betas: tuple[_Share, _Share] = (0.9, 0.95)
+    held_out: _Share | Path = 0.01
+
+    @field_validator("heads", mode="before")
+    @classmethod
+    def _or_its_defaults(cls, value: object) -> object:
+        """A method that nothing is said about, as `mtp:` in YAML."""
+        return {name: {} if given is None else given for name, given in value.items()} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _honours_what_it_is_told(self) -> Self:
+        own = ("weight", "weight_end", "weight_until", "decay")
+        told = [name for name in own if getattr(self, name) != type(self).model_fields[name].default]
+        if told and not self.heads:
+            raise ValueError(f"{', '.join(told)} is about heads that learn with the trunk, and there are none; give heads")
+        if "weight_until" in told and self.weight_end is None:
+            raise ValueError("weight_until says when weight gives way to weight_end, and there is none; give weight_end")
+        return self
+
+    @property
+    def tokenizer_home(self) -> str:
+        """Folder or hub id of the tokenizer."""
+        if self.tokenizer or self.start:
+            return str(self.tokenizer or self.start)
+        assert self.model is not None, "a run begins with a model or from a start"
+        return str(self.model.parent if self.model.is_file() else self.model)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As that of all runs; files that `times` names by their path are the absolute ones."""
+        times = {str(Path(name).absolute()) if Path(name) in self.data else name: count for name, count in self.times.items()}
+        return {**super().as_dict(), "times": times}

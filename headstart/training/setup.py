@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from headstart.conversations import read_examples
-from headstart.training.config import BUDGETS, TrainConfig
+from headstart.training.config import BUDGETS, RunConfig, TrainConfig
 from headstart.training.features import Online, Store
 from headstart.training.lesson import Source
 from headstart.training.loop import Course
@@ -47,7 +47,7 @@ def check_out(out: Path, resume: bool) -> None:
         raise ValueError(f"out folder {out} cannot be trained into: {what}; name another folder")
 
 
-def start_accelerator(config: TrainConfig) -> Accelerator:
+def start_accelerator(config: RunConfig) -> Accelerator:
     """This process among others. Raises ValueError where accelerate is missing or refuses."""
     try:
         from accelerate import Accelerator
@@ -111,7 +111,7 @@ def make_source(
     return store
 
 
-def make_course(config: TrainConfig, library: Library, num_processes: int) -> Course:
+def make_course(config: RunConfig, library: Library, num_processes: int) -> Course:
     """What is read in which step, to the end of the budget."""
     order = Order([len(library.texts[index].tokens) for index in library.taught], config.rows, config.seed)
     per_step = config.accumulate * num_processes
