@@ -131,7 +131,8 @@ class PretrainConfig(RunConfig):
     them. tokenizer: folder or hub id, None for that of the model. heads: methods that learn with the trunk, with their settings.
     weight: lambda of the heads' losses until the share `weight_until` of the steps, `weight_end` afterwards (DeepSeek-V3,
     arXiv 2412.19437, section 4.2), None for `weight` to the end. decay: weight of each deeper guess over that of the one before.
-    times: how often an epoch reads a file of the data, by its path or its name; once where it does not say.
+    times: how often an epoch reads a file of the data, by its path or its name; once where it does not say. dtype: in which the
+    model and its heads are stored; they learn in float32.
     """
 
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("model", "start"), BUDGETS)
@@ -147,6 +148,7 @@ class PretrainConfig(RunConfig):
     decay: Annotated[float, Field(gt=0, le=1)] = 1.0
     times: dict[str, _Positive] = {}
     optimizer: Literal["adamw", "muon"] = "adamw"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     warmup: _Share = 0.03
     weight_decay: _NotNegative = 0.1
@@ -168,14 +170,6 @@ class PretrainConfig(RunConfig):
         if "weight_until" in told and self.weight_end is None:
             raise ValueError("weight_until says when weight gives way to weight_end, and there is none; give weight_end")
         return self
-
-    @property
-    def tokenizer_home(self) -> str:
-        """Folder or hub id of the tokenizer."""
-        if self.tokenizer or self.start:
-            return str(self.tokenizer or self.start)
-        assert self.model is not None, "a run begins with a model or from a start"
-        return str(self.model.parent if self.model.is_file() else self.model)
 
     def as_dict(self) -> dict[str, Any]:
         """As that of all runs; files that `times` names by their path are the absolute ones."""

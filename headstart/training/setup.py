@@ -17,6 +17,7 @@ from headstart.training.features import Online, Store
 from headstart.training.lesson import Source
 from headstart.training.loop import Course
 from headstart.training.order import Order, num_batches
+from headstart.training.packed import Packed
 from headstart.training.report import Report
 from headstart.training.resume import HOME
 from headstart.training.texts import Library, shelve
@@ -111,7 +112,7 @@ def make_source(
     return store
 
 
-def make_course(config: RunConfig, library: Library, num_processes: int) -> Course:
+def make_course(config: RunConfig, library: Library | Packed, num_processes: int) -> Course:
     """What is read in which step, to the end of the budget."""
     order = Order([len(library.texts[index].tokens) for index in library.taught], config.rows, config.seed)
     per_step = config.accumulate * num_processes
