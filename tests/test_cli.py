@@ -25,11 +25,12 @@ SAMPLING = {
     "--frequency-penalty", "--seed", "--stop", "--ignore-eos",
 }  # fmt: skip
 ANSWER = {"--system", "--show-drafts", "--json"}
-LEARNING = {
-    "--target", "--data", "--any-target", "--held-out", "--rows", "--length", "--accumulate", "--features", "--tokens", "--epochs",
-    "--steps", "--learning-rate", "--warmup", "--schedule", "--weight-decay", "--clip", "--seed", "--dtype", "--precision",
-    "--device", "--threads", "--log-every", "--eval-every", "--save-every", "--decode-every", "--decode-prompts", "--tracker",
+RUN = {
+    "--data", "--held-out", "--rows", "--length", "--accumulate", "--tokens", "--epochs", "--steps", "--learning-rate", "--warmup",
+    "--schedule", "--floor", "--weight-decay", "--clip", "--seed", "--dtype", "--precision", "--device", "--threads", "--log-every",
+    "--eval-every", "--save-every", "--tracker", "--out", "--config", "--resume", "--json",
 }  # fmt: skip
+TOGETHER = {"--heads", "--weight", "--weight-end", "--weight-until", "--decay"}
 ASKING = {
     "--out", "--mode", "--beginning", "--limit", "--rows", "--drop-cut", "--max-tokens", "--temperature", "--top-k", "--top-p",
     "--seed", "--endpoint", "--endpoint-model", "--api-key-env",
@@ -40,7 +41,8 @@ FROZEN = {
     "demo": MODEL | {"--max-tokens", "--temperature", "--seed", "--drafter", "--json"},
     "generate": MODEL | DRAFTING | SAMPLING | ANSWER | {"--n", "--logprobs", "--raw"},
     "chat": MODEL | DRAFTING | SAMPLING | ANSWER,
-    "train": LEARNING | {"--out", "--config", "--set", "--loss", "--joint", "--resume", "--json"},
+    "train": RUN | {"--target", "--any-target", "--features", "--set", "--loss", "--joint", "--decode-every", "--decode-prompts"},
+    "pretrain": RUN | TOGETHER | {"--model", "--start", "--tokenizer", "--times", "--optimizer"},
     "inspect": {"--device", "--model", "--probe", "--json"},
     "distill": MODEL | DRAFTING | ASKING | {"--json"},
     "import": {"--target", "--out", "--json"},

@@ -6,7 +6,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from headstart.cli import answer, bring, calibrate, learn, look, measure, teach
+from headstart.cli import answer, begin, bring, calibrate, learn, look, measure, teach
 from headstart.cli.settings import expanded
 
 INTERRUPTED = 130
@@ -62,6 +62,7 @@ for command in (
     answer.chat,
     teach.distill,
     learn.train,
+    begin.pretrain,
     calibrate.calibrate,
     look.inspect,
     measure.bench,

@@ -66,7 +66,8 @@ def _joined(of_file: object, option: object) -> object:
 
 def _own_first(kind: type[BaseModel]) -> list[str]:
     """Its keys; those that other kinds have too, last."""
-    return sorted(kind.model_fields, key=lambda name: name not in kind.__annotations__)
+    inherited = {name for parent in kind.__mro__[1:] for name in getattr(parent, "model_fields", {})}
+    return sorted(kind.model_fields, key=lambda name: name in inherited)
 
 
 def _sentence(error: Any) -> str:
