@@ -7,7 +7,7 @@ This file knows positions and laws. It refuses to know drafters, targets and opt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -170,8 +170,14 @@ def learn(
     guesses: one per depth, from 1. teach: final states [n, hidden] -> the target's logits [n, vocab]; called only where the
     objective has a teacher.
     """
-    total = batch.features.new_zeros((), dtype=torch.float32)
-    columns: list[Tensor] = []
+    losses, columns = zip(*depths(guesses, batch, objective, teach), strict=True)
+    return torch.stack(losses).sum(), Metrics.of(torch.stack(columns, 1))
+
+
+def depths(
+    guesses: Iterator[Guess], batch: Batch, objective: Objective, teach: Callable[[Tensor], Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Depth after depth, its summed loss with the weight it has, and its column of `Metrics.stacked`."""
     run = torch.ones_like(batch.counts)
     for depth, guess in enumerate(guesses, 1):
         where = batch.counted(depth).nonzero(as_tuple=True)
@@ -179,12 +185,59 @@ def learn(
         tokens = batch.tokens[where[0], where[1] + depth + 1]
         finals = batch.finals[later] if objective.has_teacher else None
         loss, hits = chunked_loss(guess.project, guess.states[where], tokens, finals, objective, teach)
-        total = total + objective.decay ** (depth - 1) * loss
         held = torch.zeros_like(run)
         held[where] = hits
         run = run & held
-        columns.append(torch.stack([loss.detach(), *(count.sum().float() for count in (batch.counted(depth), hits, run))]))
-    return total, Metrics.of(torch.stack(columns, 1))
+        column = torch.stack([loss.detach(), *(count.sum().float() for count in (batch.counted(depth), hits, run))])
+        yield objective.decay ** (depth - 1) * loss, column
+
+
+# Features [...] -> the losses of the parts of a lesson, one after another, which share nothing but features and weights, and
+# of each its columns of `Metrics.stacked`, [4, some depths].
+Parts = Callable[[Tensor], Iterator[tuple[Tensor, Tensor]]]
+
+
+def lean(parts: Parts, features: Tensor, weights: Iterable[nn.Parameter]) -> tuple[Tensor, Metrics]:
+    """The sum of the parts' losses, and metrics, with the memory of one part.
+
+    Each part is run and differentiated before the next one begins; what is kept are the gradients of features and weights, which
+    go on into the trunk when the sum is differentiated (Gloeckle et al. 2024, section 2). weights: all that may learn in any part.
+    """
+    learned = list({id(weight): weight for weight in weights if weight.requires_grad}.values())
+    loss, stacked = _Lean.apply(parts, features, *learned)  # type: ignore[no-untyped-call]
+    return loss, Metrics.of(stacked)
+
+
+class _Lean(torch.autograd.Function):
+    """Forward and backward of each part at once."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Parts, features: Tensor, *learned: Tensor) -> Any:
+        wanted = any(ctx.needs_input_grad)
+        total, columns = features.new_zeros((), dtype=torch.float32), []
+        with torch.set_grad_enabled(wanted):
+            own = features.detach().requires_grad_(wanted)
+            sums = [torch.zeros_like(tensor) for tensor in (own, *learned)] if wanted else []
+            for loss, found in parts(own):
+                if wanted:
+                    _add(sums, torch.autograd.grad(loss, [own, *learned], allow_unused=True))
+                total = total + loss.detach()
+                columns.append(found)
+        ctx.save_for_backward(*sums)
+        stacked = torch.cat(columns, 1)
+        ctx.mark_non_differentiable(stacked)
+        return total, stacked
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
+        return None, *(grad * saved for saved in ctx.saved_tensors)
+
+
+@torch.no_grad()
+def _add(sums: Sequence[Tensor], more: Sequence[Tensor | None]) -> None:
+    for total, part in zip(sums, more, strict=True):
+        if part is not None:
+            total += part
 
 
 def chunked_loss(

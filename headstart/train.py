@@ -94,6 +94,7 @@ class Run:
         self.config = config = config.model_copy(update={"length": fitting_length(config.length, self.model)})
         self.ends, self.facts = Ends(self.model), facts_of(self.model, self.tokenizer)
         self.library = read_library(config, self.tokenizer, self.facts, self.report)
+        self.settings = recipe.kind.fitted(recipe.settings, self.model.config)
         self.heads = self.fresh().bind(self.ends).start()
         self.bare = self._lesson()
         self.before: float | None = None  # the trunk's perplexity, where it learns
@@ -103,8 +104,8 @@ class Run:
         self.identity = Identity(config.as_dict(), self.library.digest(), str(self.facts.digest), self.course.per_step)
         self.checkpoints = Checkpoints(config.out, accelerator)
         self.loop = Loop(
-            config, self.course, self.lesson, optimizer, accelerator, self.checkpoints, self.identity, self.report,
-            self.decoded if decode else None,
+            config, self.course, self.lesson, [optimizer], accelerator, self.checkpoints, self.identity, self.report,
+            decode=self.decoded if decode else None, decode_every=config.decode_every,
         )  # fmt: skip
 
     def _lesson(self) -> Any:
@@ -151,7 +152,7 @@ class Run:
         """Heads that know nothing. The run's own random numbers are left alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
-            return self.recipe.kind(self.recipe.settings, self.ends.hidden, self.ends.vocab)
+            return self.recipe.kind(self.settings, self.ends.hidden, self.ends.vocab)
 
     def whole(self) -> Any:
         """The heads as they are now, on the host, in one piece, whatever accelerate made of them."""

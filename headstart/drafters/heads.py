@@ -138,6 +138,12 @@ class Heads(nn.Module):
         """Summed over the positions that count, and metrics; see `headstart.lessons.learn`."""
         return learn(self.states(batch), batch, objective, self.ends.project)
 
+    def parts(self, batch: Batch, objective: Objective) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same loss in parts that share nothing but features and weights, for `headstart.lessons.lean`; one part is always
+        right."""
+        loss, metrics = self.loss(batch, objective)
+        yield loss, metrics.stacked()
+
     def speech(self, depth: int) -> Voice:
         """From a head's states to logits, [n, hidden] -> [n, vocab]; depth counts from 0."""
         if self.config.projection == "shared":

@@ -93,11 +93,9 @@ class Mtp(Heads):
     def start(self) -> Self:
         """Modules begin by handing the state on, so that they say at first what the target would."""
         with torch.no_grad():
-            for stage in self.stages:
-                states = (
-                    stage.eh_proj.weight[:, : self.hidden] if self.config.hidden_first else stage.eh_proj.weight[:, self.hidden :]
-                )
-                states.copy_(torch.eye(self.hidden))
+            for stage in map(self.stage, range(len(self.stages))):
+                first = 0 if self.config.hidden_first else self.hidden
+                stage.eh_proj.weight[:, first : first + self.hidden] = torch.eye(self.hidden)
         return self
 
     def speech(self, depth: int) -> Voice:
@@ -137,10 +135,10 @@ class Mtp(Heads):
         shift = _Shift(kept, self.device)
         for place, memory in enumerate(self._memories):
             if place == 0:
-                hidden = memory.extend(self.stages[0].read(hidden, embedded), positions, kept.seats, kept.lengths)
+                hidden = memory.extend(self.stage(0).read(hidden, embedded), positions, kept.seats, kept.lengths)
             else:
                 before = self._states[shift.seats, (place - 1) * self.hidden : place * self.hidden]
-                hidden = shift.extend(place, memory, self.stages[place], hidden, before, embedded, positions)
+                hidden = shift.extend(place, memory, self.stage(place), hidden, before, embedded, positions)
             made.append(hidden)
         return torch.cat(made, -1)
 
@@ -230,7 +228,7 @@ class _Walk:
         made = {}
         for place in range(min(self.depth, last), last + 1):
             hidden = parents[place if self.depth > last else place - 1]
-            read = self.mtp.stages[place].read(hidden, embedded).flatten(0, 1)  # type: ignore[operator]
+            read = self.mtp.stage(place).read(hidden, embedded).flatten(0, 1)
             made[place] = self.mtp._memories[place].level(read, positions, seats, level).unflatten(0, level.tokens.shape)
         self.made = made
         return self.logits()

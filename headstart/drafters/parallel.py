@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from headstart.drafters.grow import compose
 from headstart.drafters.heads import Heads
 from headstart.drafters.layers import Memory, block_of, decoder, llama_block, slot_bytes
-from headstart.lessons import Batch, Guess, Voice
+from headstart.lessons import Batch, Guess, Objective, Voice, depths
 from headstart.sampling import Rows
 from headstart.tree import Drafts, Kept
 
@@ -69,6 +69,11 @@ class ParallelMtp(Heads):
         for depth in range(self.depth):
             out = self.head(depth)(inputs_embeds=batch.features, use_cache=False)
             yield Guess(out.last_hidden_state, self.speech(depth))
+
+    def parts(self, batch: Batch, objective: Objective) -> Iterator[tuple[Tensor, Tensor]]:
+        """Head after head."""
+        for loss, column in depths(self.states(batch), batch, objective, self.ends.project):
+            yield loss, column[:, None]
 
     @property
     def slot_bytes(self) -> int:

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from headstart.lessons import Metrics
 from headstart.training.brake import Brake
-from headstart.training.config import TrainConfig
+from headstart.training.config import RunConfig
 from headstart.training.order import Order, evenly
 from headstart.training.pace import pace
-from headstart.training.report import Report, described, flat, measures
+from headstart.training.packed import Packed
+from headstart.training.report import Measure, Report, described, flat, measures
 from headstart.training.resume import Checkpoints, Identity, State
 from headstart.training.texts import Library, Padded
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 class Course:
     """What is learned from. order: of the taught texts. total: batches the budget buys. per_step: of all processes."""
 
-    library: Library
+    library: Library | Packed
     order: Order
     total: int
     per_step: int
@@ -50,13 +51,16 @@ class Course:
 
 
 class Loop:
-    """One run. lesson, optimizer: as accelerate prepared them. decode: what a real decode gives now, or None."""
+    """One run. lesson, optimizers: as accelerate prepared them. measure: what metrics and loss are told as. decode, decode_every:
+    what a real decode gives now, and the steps between two of them, or None."""
 
     def __init__(
-        self, config: TrainConfig, course: Course, lesson: torch.nn.Module, optimizer: Any, accelerator: Accelerator,
-        checkpoints: Checkpoints, identity: Identity, report: Report, decode: Callable[[], float] | None = None,
+        self, config: RunConfig, course: Course, lesson: torch.nn.Module, optimizers: Sequence[Any], accelerator: Accelerator,
+        checkpoints: Checkpoints, identity: Identity, report: Report, measure: Measure = measures,
+        decode: Callable[[], float] | None = None, decode_every: int | None = None,
     ) -> None:  # fmt: skip
-        self.config, self.course, self.lesson, self.optimizer, self.accelerator = config, course, lesson, optimizer, accelerator
+        self.config, self.course, self.lesson, self.optimizers, self.accelerator = config, course, lesson, optimizers, accelerator
+        self.measure, self.decode_every = measure, decode_every
         self.checkpoints, self.identity, self.report, self.decode = checkpoints, identity, report, decode
         self.state = State()
         self._pace_began = (0.0, 0)  # seconds and tokens at the last line
@@ -95,8 +99,9 @@ class Loop:
         if self.accelerator.scaler is None:  # a scaler skips such a step by itself
             self._check_number(norm, batches, "gradient")
         self._set_pace()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         self._note(batches, float(loss), metrics)
         return norm
 
@@ -139,8 +144,8 @@ class Loop:
         )
 
     def _set_pace(self) -> None:
-        share = pace(self.state.step, self.course.steps, self.config.warmup, self.config.schedule)
-        for group in self.optimizer.param_groups:
+        share = pace(self.state.step, self.course.steps, self.config.warmup, self.config.schedule, self.config.floor)
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = group["peak"] * share
 
     def _note(self, batches: Sequence[tuple[int, ...]], loss: float, metrics: Metrics) -> None:
@@ -161,7 +166,7 @@ class Loop:
         found = self._log(norm) if step % self.config.log_every == 0 or is_end else None
         if _is_due(step, self.config.eval_every) and self.course.library.tested and not is_end:
             found = self.evaluate()
-        if _is_due(step, self.config.decode_every) and self.decode is not None:
+        if _is_due(step, self.decode_every) and self.decode is not None:
             self._decode(self.decode())
         if _is_due(step, self.config.save_every) or is_end:
             self._save()
@@ -169,10 +174,10 @@ class Loop:
 
     def _log(self, norm: float) -> dict[str, Any]:
         state = self.state
-        found = measures(Metrics.of(torch.tensor(state.window)), state.window_loss)
+        found = self.measure(Metrics.of(torch.tensor(state.window)), state.window_loss, "")
         seconds, tokens = state.seconds - self._pace_began[0], state.tokens - self._pace_began[1]
         rate = tokens / seconds if seconds else 0.0
-        values = {"step": state.step, "tokens": state.tokens, **found, "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        values = {"step": state.step, "tokens": state.tokens, **found, "learning_rate": self.optimizers[0].param_groups[0]["lr"]}
         values |= {"gradient": norm, "seconds": round(state.seconds, 3), "tokens_per_second": round(rate, 1)}
         self._publish(values)
         self.report.tell(values, self.course.steps, state.seconds / state.step * (self.course.steps - state.step))
@@ -191,7 +196,7 @@ class Loop:
         loss, total = self._everywhere(
             torch.stack(losses).sum(), Metrics.of(torch.stack([found.stacked() for found in metrics]).sum(0))
         )
-        found = measures(total, float(loss), "held_out_")
+        found = self.measure(total, float(loss), "held_out_")
         self._publish({"step": self.state.step, **found})
         self.report.say(f"step {self.state.step}/{self.course.steps}  {described(found)}")
         return found

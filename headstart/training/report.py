@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ def measures(metrics: Metrics, loss: float, prefix: str = "") -> dict[str, Any]:
         f"{prefix}top1": top1,
         f"{prefix}tau": round(float(metrics.tau), 4),
     }
+
+
+Measure = Callable[[Metrics, float, str], dict[str, Any]]  # (metrics, summed loss, prefix) -> what is told, by name
 
 
 class Report:
@@ -92,8 +95,15 @@ def flat(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _numbers(values: Mapping[str, Any]) -> str:
-    top1 = " ".join(f"{share:.3f}" for share in values["top1"])
-    return f"loss {values['loss']:.4f}  top-1 {top1}  tau {values['tau']:.3f}"
+    """Losses, shares and taus, whatever they are of."""
+    shown = {name: value for name, value in values.items() if name.endswith(("loss", "top1", "tau"))}
+    return "  ".join(f"{name.replace('_', ' ').replace('top1', 'top-1')} {_digits(name, value)}" for name, value in shown.items())
+
+
+def _digits(name: str, value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(f"{share:.3f}" for share in value)
+    return f"{value:.4f}" if name.endswith("loss") else f"{value:.3f}"
 
 
 def described(values: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ This file knows what a configuration asks for and who gives it. It refuses to kn
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,8 @@ def start_accelerator(config: RunConfig) -> Accelerator:
         )
     except (ValueError, ImportError) as error:
         raise ValueError(f"accelerate refuses precision={config.precision}, tracker={config.tracker}: {error}") from None
+    # It warns of tied weights, which it saves once and restores; resumed runs are tested to the bit.
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     set_seed(config.seed, device_specific=True)
     return accelerator
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from recipes.embedded.sources import SOURCES, Document, Source, documents
 
@@ -71,11 +71,17 @@ def split(source: Source, data: Path, seed: int) -> tuple[list[Document], list[D
     return [d for d in found if not d.is_held_out], [d for d in found if d.is_held_out]
 
 
-def prepare(data: Path, work: Path, vocab: int = VOCAB, seed: int = 0) -> dict[str, dict]:
-    """Write tokenizer/, tokens/ and sources.json under `work`; return what sources.json says."""
+def prepare(data: Path, work: Path, known: Path | None = None, seed: int = 0) -> dict[str, dict]:
+    """Write tokenizer/, tokens/ and sources.json under `work`; return what sources.json says.
+
+    known: folder of a tokenizer to keep; None to learn one from the training documents.
+    """
     parts = {source.name: split(source, data, seed) for source in SOURCES}
     training = {name: kept for name, (kept, _) in parts.items()}
-    tokenizer = train_tokenizer(sample_for_vocabulary(training, num_characters=12_000_000), vocab)
+    if known is not None:
+        tokenizer = AutoTokenizer.from_pretrained(known)
+    else:
+        tokenizer = train_tokenizer(sample_for_vocabulary(training, num_characters=12_000_000), VOCAB)
     tokenizer.save_pretrained(work / "tokenizer")
     (work / "tokens").mkdir(parents=True, exist_ok=True)
     facts = {}
@@ -96,9 +102,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder that holds train/")
     parser.add_argument("--work", type=Path, required=True, help="folder for the tokenizer and the token arrays")
+    parser.add_argument("--tokenizer", type=Path, default=None, help="folder of one to keep (default: learn one)")
     parser.add_argument("--seed", type=int, default=0, help="order of the documents (default 0)")
     args = parser.parse_args()
-    prepare(args.data, args.work, seed=args.seed)
+    prepare(args.data, args.work, args.tokenizer, args.seed)
 
 
 if __name__ == "__main__":

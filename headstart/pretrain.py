@@ -1,0 +1,236 @@
+"""Pretraining: a small causal language model from scratch, with heads that predict several tokens at once.
+
+The trunk becomes an ordinary model folder, `out/model`; heads become folders of heads beside it, `out/METHOD`. The loop, its
+checkpoints and its reports are those of `headstart.train`. This file knows which part gets what. It refuses to know methods,
+engines and command lines.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+from headstart.checkpoint import facts_of, load, save
+from headstart.drafters import METHODS, method
+from headstart.drafters.heads import Heads
+from headstart.ends import Ends
+from headstart.pretrained import load_model
+from headstart.text import load_tokenizer
+from headstart.training.config import PretrainConfig
+from headstart.training.loop import Loop
+from headstart.training.options import validate
+from headstart.training.packed import Packed, read_packed
+from headstart.training.report import Report
+from headstart.training.resume import Checkpoints, Identity
+from headstart.training.setup import check_out, fitting_length, make_course, start_accelerator
+from headstart.training.together import Together
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["TRUNK", "pretrain"]
+
+TRUNK = "model"  # the folder of the trunk, inside that of the run
+TOLD = "training.json"
+
+
+def pretrain(config: PretrainConfig, *, resume: bool = False) -> dict[str, Any]:
+    """Train a trunk and its heads; what was measured. Raises ValueError, in one sentence, for everything a user can get wrong and
+    for a loss that is no number, and KeyboardInterrupt after saving when it was asked to stop."""
+    check_out(config.out, resume)
+    if (config.out / TRUNK).exists():
+        raise ValueError(f"out folder {config.out} holds a trained model already ({TRUNK}); name another folder")
+    run = Run(config)
+    state = run.checkpoints.load(run.identity)
+    run.report.rewind(state.step)
+    if run.accelerator.is_main_process:
+        config.write(config.out)
+    run.say(run.greeting(state.step))
+    try:
+        run.accelerator.init_trackers("headstart", config={"learning_rate": config.learning_rate})
+        measured = run.loop.run(state)
+    except KeyboardInterrupt:
+        run.say(f"stopped after step {state.step}; go on with: headstart pretrain --config {config.out / 'config.yaml'} --resume")
+        raise
+    finally:
+        run.accelerator.end_training()
+    return run.finish(measured)
+
+
+class Run:
+    """Everything of one run, ready to begin."""
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self.accelerator = accelerator = start_accelerator(config)
+        self.report = Report(config.out, accelerator.is_main_process)
+        self.say = self.report.say
+        self.tokenizer = load_tokenizer(_tokenizer_place(config))
+        self.model = _trunk(config, self.tokenizer).to(accelerator.device)
+        self.config = config = config.model_copy(update={"length": fitting_length(config.length, self.model)})
+        self.library = self._read()
+        self.lesson = Together(self.model, _heads(config, self.model), self._weight, config.decay)
+        self.course = make_course(config, self.library, accelerator.num_processes)
+        self.lesson.progress = lambda: self.loop.state.step / self.course.steps
+        prepared, *optimizers = accelerator.prepare(self.lesson.to(accelerator.device), *_optimizers(self.lesson, config))
+        self.prepared = prepared
+        self.identity = Identity(config.as_dict(), self.library.digest(), str(config.start), self.course.per_step)
+        self.checkpoints = Checkpoints(config.out, accelerator)
+        self.loop = Loop(
+            config, self.course, prepared, optimizers, accelerator, self.checkpoints, self.identity, self.report,
+            measure=self.lesson.measure,
+        )  # fmt: skip
+
+    def _read(self) -> Packed:
+        config, length = self.config, self.config.length
+        assert length is not None
+        vocab = self.model.get_input_embeddings().weight.shape[0]
+        library, told = read_packed(
+            config.data, self.tokenizer, length=length, vocab=vocab, held_out=config.held_out, times=config.times
+        )
+        self.say(f"data: {told}")
+        return library
+
+    def _weight(self, progress: float) -> float:
+        """Of the heads' losses: two steps, as DeepSeek-V3 has it."""
+        is_late = self.config.weight_end is not None and progress >= self.config.weight_until
+        return self.config.weight_end if is_late and self.config.weight_end is not None else self.config.weight
+
+    def greeting(self, step: int) -> str:
+        """What learns from what."""
+        trunk, course = self.model.num_parameters(), self.course
+        heads = [f"{name} {_count(member):,}" for name, member in self.lesson.heads.items()]
+        return (
+            f"a trunk of {trunk:,} parameters learns" + (f" with heads ({', '.join(heads)})" if heads else "")
+            + f" from {len(self.library.taught):,} blocks of {self.config.length} tokens, {len(self.library.tested):,} held out; "
+            f"{course.steps:,} steps of {course.per_step * self.config.rows} blocks" + (f", from step {step} on" if step else "")
+        )  # fmt: skip
+
+    def finish(self, measured: dict[str, Any]) -> dict[str, Any]:
+        """Save trunk and heads; what is told about them."""
+        told, out = self._told(measured), self.config.out
+        state = self.accelerator.get_state_dict(self.prepared)
+        if self.accelerator.is_main_process:
+            self.lesson.load_state_dict(state)
+            trunk = _save_trunk(self.model.to("cpu"), self.tokenizer, out / TRUNK, getattr(torch, self.config.dtype))
+            facts = facts_of(trunk, self.tokenizer)
+            for name, heads in self.lesson.heads.items():
+                save(out / name, heads.to("cpu", trunk.dtype), facts, {**told, "with_trunk": True})  # type: ignore[arg-type]
+            (out / TOLD).write_text(json.dumps(told, indent=2) + "\n")
+        self.checkpoints.remove()
+        self.say(f"the model is in {out / TRUNK}; " + _use(out, list(self.lesson.heads)))
+        return told
+
+    def _told(self, measured: dict[str, Any]) -> dict[str, Any]:
+        config, state = self.config, self.loop.state
+        return {
+            "steps": state.step,
+            "tokens": state.tokens,
+            "seconds": round(state.seconds, 1),
+            "data": [path.name for path in config.data],
+            "weight": config.weight,
+            "optimizer": config.optimizer,
+            "learning_rate": config.learning_rate,
+            "blocks_per_step": self.course.per_step * config.rows,
+            "length": config.length,
+            "seed": config.seed,
+            **measured,
+        }
+
+
+def _use(out: Path, heads: list[str]) -> str:
+    drafter = f" --drafter {out / heads[0]}" if heads else ""
+    return f"use it with: headstart generate --model {out / TRUNK}{drafter} PROMPT"
+
+
+def _count(module: Any) -> int:
+    return sum(weight.numel() for weight in module.parameters())
+
+
+def _tokenizer_place(config: PretrainConfig) -> str:
+    """Where the tokenizer lies: by itself, or beside the model."""
+    if config.tokenizer is not None:
+        return config.tokenizer
+    if config.start is not None:
+        return config.start
+    assert config.model is not None
+    return str(config.model if config.model.is_dir() else config.model.parent)
+
+
+def _trunk(config: PretrainConfig, tokenizer: Any) -> PreTrainedModel:
+    """The model as it begins: with random weights, or with those of `start`; in float32, for small steps vanish in less."""
+    if config.start is not None:
+        begun: PreTrainedModel = load_model(config.start, "float32", "cpu")
+        begun.train().requires_grad_(True)
+        return begun
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    assert config.model is not None
+    try:
+        known = AutoConfig.from_pretrained(config.model)
+        torch.manual_seed(config.seed)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(known, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model {config.model} is no configuration of a causal language model: {error}") from None
+    for name in ("eos_token_id", "pad_token_id"):
+        if getattr(model.generation_config, name, None) is None:
+            setattr(model.generation_config, name, getattr(tokenizer, name))
+    return model
+
+
+def _heads(config: PretrainConfig, model: PreTrainedModel) -> dict[str, Heads]:
+    """By method: heads that begin as their settings say, or go on from a folder (`from`)."""
+    ends, found = Ends(model), {}
+    for name, settings in config.heads.items():
+        kind = method(name)
+        if not kind.joins_pretraining:
+            able = ", ".join(other for other in METHODS if method(other).joins_pretraining)
+            raise ValueError(f"{name} heads learn on a trunk that is there already, with `headstart train`; from scratch: {able}")
+        found[name] = _begun(name, dict(settings), kind, model, ends)
+    return found
+
+
+def _begun(name: str, settings: dict[str, Any], kind: Any, model: PreTrainedModel, ends: Ends) -> Heads:
+    place = settings.pop("from", None)
+    first = None if place is None else load(place, facts_of(model))
+    if first is not None and type(first) is not kind:
+        raise ValueError(f"{place} holds {first.name} heads, and {name} heads were asked to go on from it")
+    known = {} if first is None else first.config.model_dump()
+    chosen = kind.fitted(validate(kind.config_type, {**known, **settings}, f"heads {name}"), model.config)
+    heads: Heads = kind(chosen, ends.hidden, ends.vocab).bind(ends).start()
+    try:
+        if first is not None:
+            heads.load_state_dict(first.state_dict())
+    except RuntimeError:
+        raise ValueError(f"heads {name} cannot go on from {place} with other settings than {known}; leave them out") from None
+    return heads
+
+
+def _optimizers(lesson: Together, config: PretrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for all; or Muon for the matrices inside the layers and AdamW for the rest.
+
+    Muon (Jordan et al. 2024) orthogonalises its updates and needs fewer tokens; its scale is matched to AdamW's (Liu et al. 2025,
+    arXiv 2502.16982), so that one rate serves both.
+    """
+    rate, decay = config.learning_rate, config.weight_decay
+    if config.optimizer == "adamw":
+        return [torch.optim.AdamW(lesson.groups(rate, decay), betas=config.betas)]
+    inside, rest = lesson.split()
+    muon = torch.optim.Muon(
+        [{"params": inside, "lr": rate, "peak": rate}], weight_decay=decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
+    return [muon, torch.optim.AdamW([{"params": rest, "lr": rate, "peak": rate}], weight_decay=0.0, betas=config.betas)]
+
+
+def _save_trunk(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """As an ordinary model folder, with its tokenizer. Raises ValueError on a full disk."""
+    trunk = model.eval().to(dtype)
+    try:
+        trunk.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"the model cannot be written to {folder} ({error}); make room and go on with --resume") from None
+    return trunk
