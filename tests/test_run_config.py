@@ -74,11 +74,14 @@ def test_options_go_on_top_of_the_file_and_one_of_several_in_its_place(tmp_path)
 def test_the_file_that_is_written_works_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "words").mkdir()
-    config = pretraining(tokenizer="words", times={"a.jsonl": 2}, held_out="b.txt", heads={"mtp": {"depth": 2}}, weight_end=0.1)
+    config = pretraining(
+        tokenizer="words", times={"a.jsonl": 2}, held_out="b.txt", heads={"mtp": {"from": "first"}}, weight_end=0.1
+    )
     config.write(tmp_path)
     written = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert (written["model"], written["tokenizer"]) == (str(tmp_path / "config.json"), str(tmp_path / "words"))
     assert written["held_out"] == str(tmp_path / "b.txt")
+    assert written["heads"] == {"mtp": {"from": str(tmp_path / "first")}}
     assert written["times"] == {str(tmp_path / "a.jsonl"): 2}
     assert pretraining(tmp_path / "config.yaml").as_dict() == config.as_dict() == written
 

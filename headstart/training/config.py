@@ -128,7 +128,8 @@ class PretrainConfig(RunConfig):
     """Pretraining a model, with heads that learn at the same time or without.
 
     model: a configuration, or a folder with one; the weights are random. start: folder or hub id of a model to go on from. One of
-    them. tokenizer: folder or hub id, None for that of the model. heads: methods that learn with the trunk, with their settings.
+    them. tokenizer: folder or hub id, None for that of the model. heads: methods that learn with the trunk, with their settings;
+    `from` among these is a folder of heads to go on from.
     weight: lambda of the heads' losses until the share `weight_until` of the steps, `weight_end` afterwards (DeepSeek-V3,
     arXiv 2412.19437, section 4.2), None for `weight` to the end. decay: weight of each deeper guess over that of the one before.
     times: how often an epoch reads a file of the data, by its path or its name; once where it does not say. dtype: in which the
@@ -174,4 +175,10 @@ class PretrainConfig(RunConfig):
     def as_dict(self) -> dict[str, Any]:
         """As that of all runs; files that `times` names by their path are the absolute ones."""
         times = {str(Path(name).absolute()) if Path(name) in self.data else name: count for name, count in self.times.items()}
-        return {**super().as_dict(), "times": times}
+        heads = {name: _from_anywhere(settings) for name, settings in self.heads.items()}
+        return {**super().as_dict(), "heads": heads, "times": times}
+
+
+def _from_anywhere(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of heads, with the folder that they go on from as an absolute path."""
+    return {name: str(Path(value).absolute()) if name == "from" else value for name, value in settings.items()}
