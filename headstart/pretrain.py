@@ -227,10 +227,11 @@ def _optimizers(lesson: Together, config: PretrainConfig) -> list[torch.optim.Op
 
 def _save_trunk(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """As an ordinary model folder, with its tokenizer. Raises ValueError on a full disk."""
-    trunk = model.eval().to(dtype)
+    trunk: Any = model.eval().to(dtype)
     try:
         trunk.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"the model cannot be written to {folder} ({error}); make room and go on with --resume") from None
-    return trunk
+    kept: PreTrainedModel = trunk
+    return kept

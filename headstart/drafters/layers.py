@@ -6,6 +6,7 @@ with keys and values of their own. This file knows layers and seats. It refuses 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,8 @@ def decoder(settings: Mapping[str, Any], hidden: int) -> Any:
     tokens = {"vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     try:
         config = AutoConfig.for_model(str(settings.get("model_type")), **named, **tokens)
-        model = AutoModel.from_config(config)
+        capped = getattr(config, "attn_logit_softcapping", None) is not None  # torch's own attention knows no caps
+        model = AutoModel.from_config(config, **({"attn_implementation": "eager"} if capped else {}))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"a layer of model_type {settings.get('model_type')!r} cannot be made: {error}") from None
     if int(config.hidden_size) != hidden:
@@ -75,9 +77,9 @@ def decoder(settings: Mapping[str, Any], hidden: int) -> Any:
 
 
 def norm_like(model: Any) -> nn.Module:
-    """One more norm of the kind that ends a decoder, as it was when that was made."""
-    norm: nn.Module = type(model.norm)(model.norm.weight.shape[0], eps=model.config.rms_norm_eps)
-    return norm
+    """One more norm of the kind that ends a new decoder, with the weights that such a norm begins with."""
+    last = [child for child in model.children() if [weight.dim() for weight in child.parameters()] in ([1], [1, 1])][-1]
+    return copy.deepcopy(last)
 
 
 def unrolled(model: Any, inputs: Tensor, step: int, positions: Tensor, cache: Any) -> Tensor:
