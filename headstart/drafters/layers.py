@@ -66,8 +66,7 @@ def decoder(settings: Mapping[str, Any], hidden: int) -> Any:
     tokens = {"vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     try:
         config = AutoConfig.for_model(str(settings.get("model_type")), **named, **tokens)
-        capped = getattr(config, "attn_logit_softcapping", None) is not None  # torch's own attention knows no caps
-        model = AutoModel.from_config(config, **({"attn_implementation": "eager"} if capped else {}))
+        model = AutoModel.from_config(config)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"a layer of model_type {settings.get('model_type')!r} cannot be made: {error}") from None
     if int(config.hidden_size) != hidden:
@@ -79,7 +78,8 @@ def decoder(settings: Mapping[str, Any], hidden: int) -> Any:
 def norm_like(model: Any) -> nn.Module:
     """One more norm of the kind that ends a new decoder, with the weights that such a norm begins with."""
     last = [child for child in model.children() if [weight.dim() for weight in child.parameters()] in ([1], [1, 1])][-1]
-    return copy.deepcopy(last)
+    norm: nn.Module = copy.deepcopy(last)
+    return norm
 
 
 def unrolled(model: Any, inputs: Tensor, step: int, positions: Tensor, cache: Any) -> Tensor:
