@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from headstart.checkpoint import facts_of, load, save
+from headstart.checkpoint import facts_of, save
 from headstart.drafters import METHODS, method
 from headstart.drafters.heads import Heads
 from headstart.ends import Ends
 from headstart.pretrained import load_model
 from headstart.text import load_tokenizer
+from headstart.training.begun import go_on, settings_of
 from headstart.training.config import PretrainConfig
 from headstart.training.loop import Loop
-from headstart.training.options import validate
 from headstart.training.packed import Packed, read_packed
 from headstart.training.report import Report
 from headstart.training.resume import Checkpoints, Identity
@@ -185,28 +185,16 @@ def _heads(config: PretrainConfig, model: PreTrainedModel) -> dict[str, Heads]:
     """By method: heads that begin as their settings say, or go on from a folder (`from`)."""
     ends, found = Ends(model), {}
     for name, settings in config.heads.items():
-        kind = method(name)
+        kind: Any = method(name)
         if not kind.joins_pretraining:
             able = ", ".join(other for other in METHODS if method(other).joins_pretraining)
             raise ValueError(f"{name} heads learn on a trunk that is there already, with `headstart train`; from scratch: {able}")
-        found[name] = _begun(name, dict(settings), kind, model, ends)
+        given = {key: value for key, value in settings.items() if key != "from"}
+        chosen = kind.fitted(settings_of(name, given, settings.get("from"), f"heads {name}"), model.config)
+        found[name] = kind(chosen, ends.hidden, ends.vocab).bind(ends).start()
+        if "from" in settings:
+            go_on(found[name], settings["from"], facts_of(model))
     return found
-
-
-def _begun(name: str, settings: dict[str, Any], kind: Any, model: PreTrainedModel, ends: Ends) -> Heads:
-    place = settings.pop("from", None)
-    first = None if place is None else load(place, facts_of(model))
-    if first is not None and type(first) is not kind:
-        raise ValueError(f"{place} holds {first.name} heads, and {name} heads were asked to go on from it")
-    known = {} if first is None else first.config.model_dump()
-    chosen = kind.fitted(validate(kind.config_type, {**known, **settings}, f"heads {name}"), model.config)
-    heads: Heads = kind(chosen, ends.hidden, ends.vocab).bind(ends).start()
-    try:
-        if first is not None:
-            heads.load_state_dict(first.state_dict())
-    except RuntimeError:
-        raise ValueError(f"heads {name} cannot go on from {place} with other settings than {known}; leave them out") from None
-    return heads
 
 
 def _optimizers(lesson: Together, config: PretrainConfig) -> list[torch.optim.Optimizer]:

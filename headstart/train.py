@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from headstart.checkpoint import TargetFacts, facts_of, load, save
+from headstart.checkpoint import facts_of, save
 from headstart.drafters import method
 from headstart.ends import Ends
 from headstart.lessons import Objective
 from headstart.pretrained import load_model, stored_dtype
 from headstart.text import load_tokenizer
+from headstart.training.begun import go_on, settings_of
 from headstart.training.config import TrainConfig
 from headstart.training.joint import Joint, JointConfig, perplexity, save_trunk
 from headstart.training.lesson import Frozen
@@ -74,10 +75,9 @@ class Recipe:
 
     @classmethod
     def of(cls, config: TrainConfig) -> Recipe:
-        kind = method(config.method)
-        settings = validate(kind.config_type, config.settings, f"method {config.method}")
+        settings = settings_of(config.method, config.settings, config.start, f"method {config.method}")
         joint = None if config.joint is None else validate(JointConfig, config.joint, "joint")
-        return cls(kind, settings, validate(Objective, config.loss, "loss"), joint)
+        return cls(method(config.method), settings, validate(Objective, config.loss, "loss"), joint)
 
 
 class Run:
@@ -96,6 +96,8 @@ class Run:
         self.library = read_library(config, self.tokenizer, self.facts, self.report)
         self.settings = recipe.kind.fitted(recipe.settings, self.model.config)
         self.heads = self.fresh().bind(self.ends).start()
+        if config.start is not None:
+            go_on(self.heads, config.start, self.facts)
         self.bare = self._lesson()
         self.before: float | None = None  # the trunk's perplexity, where it learns
         optimizer: Any = torch.optim.AdamW(self.bare.groups(config.learning_rate, config.weight_decay), betas=config.betas)
@@ -111,7 +113,7 @@ class Run:
     def _lesson(self) -> Any:
         config, joint = self.config, self.recipe.joint
         if joint is not None:
-            lesson = Joint(_begun(self.heads, joint, self.facts), self.model, self.recipe.objective, joint)
+            lesson = Joint(self.heads, self.model, self.recipe.objective, joint)
             lesson.progress = lambda: self.loop.state.step / self.course.steps
             return lesson
         source = make_source(config, self.model, self.heads.taps, self.library, self.facts, self.accelerator, self.report)
@@ -199,19 +201,6 @@ class Run:
             "seed": config.seed,
             **measured,
         }
-
-
-def _begun(heads: Any, joint: JointConfig, facts: TargetFacts) -> Any:
-    """Heads that go on from those of a first stage, where one is named."""
-    if joint.heads is None:
-        return heads
-    first: Any = load(joint.heads, facts)
-    if type(first) is not type(heads) or first.config != heads.config:
-        raise ValueError(
-            f"the heads in {joint.heads} have {first.config!r}, the run asks for {heads.config!r}; let them be the same"
-        )
-    heads.load_state_dict(first.state_dict())
-    return heads
 
 
 def _quality(before: float | None, after: float | None, report: Report) -> dict[str, Any]:

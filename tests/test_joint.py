@@ -129,7 +129,7 @@ def test_a_joint_run_leaves_an_ordinary_model_and_heads_that_belong_to_it(asked,
 def test_a_joint_run_begins_with_the_heads_it_is_given(asked, tmp_path):  # noqa: F811
     first, out = tmp_path / "first", tmp_path / "second"
     train(resolve(None, asked(out=str(first), steps=3)))
-    train(resolve(None, asked(out=str(out), steps=1, learning_rate=1e-12, joint={"heads": str(first)})))
+    train(resolve(None, asked(out=str(out), steps=1, learning_rate=1e-12, start=str(first), joint={})))
     one, other = load_file(first / "model.safetensors"), load_file(out / "model.safetensors")
     for name, tensor in one.items():
         torch.testing.assert_close(other[name], tensor, rtol=0, atol=1e-6)

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 import headstart
 from headstart import checkpoint
 from headstart.pretrain import pretrain
-from headstart.training.config import PretrainConfig
+from headstart.train import train
+from headstart.training.config import PretrainConfig, TrainConfig
 from headstart.training.loop import Loop
 
 HEADS = {"mtp": {"depth": 2}, "mtp-parallel": {"num_heads": 2}}
@@ -115,3 +116,28 @@ def test_a_trained_model_is_not_trained_over(asked, tmp_path):
     pretrain(asked())
     with pytest.raises(ValueError, match="holds a trained model already"):
         pretrain(asked())
+
+
+def test_heads_that_learned_with_the_trunk_go_on_alone(asked, tmp_path, data):  # noqa: F811
+    pretrain(asked())
+    keys = {
+        "target": str(tmp_path / "run" / "model"),
+        "data": [data],
+        "steps": 2,
+        "rows": 4,
+        "learning_rate": 1e-12,
+        "held_out": 0.0,
+    }
+    keys |= {"method": "mtp", "start": tmp_path / "run" / "mtp", "out": tmp_path / "more", "device": "cpu", "threads": 1}
+    train(TrainConfig(**keys, settings={"depth": 4}))
+    assert checkpoint.describe(tmp_path / "more").settings["depth"] == 4
+    before, after = (load_file(place / "model.safetensors") for place in (tmp_path / "run" / "mtp", tmp_path / "more"))
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        torch.testing.assert_close(weight, after[name])
+    for settings, method, said in (
+        ({"num_modules": 2}, "mtp", "num_modules 1 is now 2"),
+        ({}, "mtp-parallel", "holds mtp heads, and mtp-parallel heads were asked"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            train(TrainConfig(**keys | {"settings": settings, "method": method, "out": tmp_path / "other"}))

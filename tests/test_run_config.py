@@ -27,11 +27,11 @@ def pretraining(path: Path | None = None, **options: object) -> PretrainConfig:
 
 def test_each_kind_of_run_has_its_own_keys_and_those_of_all():
     shared = RunConfig.model_fields.keys()
-    assert shared == TrainConfig.model_fields.keys() & PretrainConfig.model_fields.keys() - {"dtype"}
+    assert shared == TrainConfig.model_fields.keys() & PretrainConfig.model_fields.keys() - {"dtype", "start"}
     assert TrainConfig.model_fields.keys() | PretrainConfig.model_fields.keys() >= WATCHING
     with pytest.raises(ValueError, match="a training run has no key loss; there are model, start, tokenizer, heads"):
         pretraining(loss={"hard": 1})
-    with pytest.raises(ValueError, match="has no key optimizer, times; there are method, settings, target"):
+    with pytest.raises(ValueError, match="has no key optimizer, times; there are method, settings, start, target"):
         resolve(None, {"times": {}, "optimizer": "muon"})
 
 

@@ -78,9 +78,12 @@ def train(
     slowly: Slowly,
     watching: Watching,
     decoding: Decoding,
-    method: Annotated[str | None, typer.Argument(help="medusa, hydra or hydra++.", show_default="the config's")] = None,
+    method: Annotated[
+        str | None, typer.Argument(help="medusa, hydra, hydra++, mtp or mtp-parallel.", show_default="the config's")
+    ] = None,
     out: Out = None,
     config: Config = None,
+    start: Annotated[Path | None, typer.Option(help="Folder of heads to go on from.", show_default="new heads")] = None,
     set: Annotated[
         list[str] | None, typer.Option(help="A setting of the method, as num_heads=5; may be given again.", show_default="none")
     ] = None,
@@ -92,9 +95,7 @@ def train(
     ] = None,
     joint: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Let the target learn too (Medusa-2), as mode=lora or heads=FOLDER; may be given again.", show_default="frozen"
-        ),
+        typer.Option(help="Let the target learn too (Medusa-2), as mode=lora; may be given again.", show_default="frozen"),
     ] = None,
     resume: Resume = False,
     json: Json = False,
@@ -104,7 +105,9 @@ def train(
     Example: headstart train medusa --target ./talk13M --data answers.jsonl --epochs 2 --out ./heads
     """
     mappings = {"settings": pairs(set, "set"), "loss": pairs(loss, "loss"), "joint": pairs(joint, "joint")}
-    options = given(budget, reading, batches, optimiser, slowly, watching, decoding, method=method, out=out, **mappings)
+    options = given(
+        budget, reading, batches, optimiser, slowly, watching, decoding, method=method, out=out, start=start, **mappings
+    )
     from headstart.train import resolve
     from headstart.train import train as run
 

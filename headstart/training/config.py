@@ -98,15 +98,17 @@ class RunConfig(BaseModel):
 class TrainConfig(RunConfig):
     """Training heads for a model.
 
-    settings: of the method's own config. target: folder or hub id. any_target: learn from the answers of other targets, too.
-    loss: weights of the objective. joint: how the target learns too, None where it stays as it is. features: folder of a feature
-    store, None to compute features as they are needed. dtype: of the target.
+    settings: of the method's own config. start: folder of heads of this method to go on from, None for new ones. target: folder or
+    hub id. any_target: learn from the answers of other targets, too. loss: weights of the objective. joint: how the target learns
+    too, None where it stays as it is. features: folder of a feature store, None to compute features as they are needed. dtype: of
+    the target.
     """
 
     places: ClassVar[tuple[str, ...]] = ("target",)
 
     method: str
     settings: dict[str, Any] = {}
+    start: Path | None = None
     target: str
     any_target: bool = False
     loss: dict[str, Any] = {}

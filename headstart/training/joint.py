@@ -37,8 +37,8 @@ class JointConfig(BaseModel):
 
     mode: "lora" (peft, on every linear inside the layers; merged at the end) or "full". rank, alpha, dropout: of LoRA. base: "kl"
     to the model as it came, or "ce" with the texts. weight: lambda0 of the heads' losses. ramp: how that grows, "constant", or
-    "sine" from 0 over the first `ramp_share` of the steps. head_rate: the heads' learning rate over the trunk's. heads: folder of
-    heads that were trained with the trunk frozen, which is where joint training should begin; None for new ones.
+    "sine" from 0 over the first `ramp_share` of the steps. head_rate: the heads' learning rate over the trunk's. Joint training
+    should begin from heads that were trained with the trunk frozen: `start` of the run.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -52,7 +52,6 @@ class JointConfig(BaseModel):
     ramp: Literal["constant", "sine"] = "constant"
     ramp_share: float = Field(default=0.5, gt=0, le=1)
     head_rate: float = Field(default=4.0, gt=0)
-    heads: str | None = None
 
     def lambda0(self, progress: float) -> float:
         """The weight of the heads' losses when this share of the run, in [0, 1], is done."""
