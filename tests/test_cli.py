@@ -41,7 +41,8 @@ FROZEN = {
     "demo": MODEL | {"--max-tokens", "--temperature", "--seed", "--drafter", "--json"},
     "generate": MODEL | DRAFTING | SAMPLING | ANSWER | {"--n", "--logprobs", "--raw"},
     "chat": MODEL | DRAFTING | SAMPLING | ANSWER,
-    "train": RUN | {"--start", "--target", "--any-target", "--features", "--set", "--loss", "--joint", "--decode-every", "--decode-prompts"},
+    "train": RUN
+    | {"--start", "--target", "--any-target", "--features", "--set", "--loss", "--joint", "--decode-every", "--decode-prompts"},
     "pretrain": RUN | TOGETHER | {"--model", "--start", "--tokenizer", "--times", "--optimizer"},
     "inspect": {"--device", "--model", "--probe", "--json"},
     "distill": MODEL | DRAFTING | ASKING | {"--json"},
