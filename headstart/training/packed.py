@@ -115,27 +115,27 @@ def read_packed(
     """
     often = _often(paths, times or {})
     read = [read_stream(path, tokenizer, vocab) for path in paths]
-    parts: list[tuple[Tokens, Tokens]]
     if isinstance(held_out, Path):
-        nothing: Tokens = np.empty(0, np.uint16)
-        parts = [(stream.tokens, nothing) for stream in read] + [(nothing, read_stream(held_out, tokenizer, vocab).tokens)]
+        teaching, testing = [stream.tokens for stream in read], [read_stream(held_out, tokenizer, vocab).tokens]
     else:
-        parts = list(_parted(read, held_out))
-    blocks = Blocks([taught for taught, _ in parts] + [tested for _, tested in parts], length)
+        teaching, testing = _parted(read, held_out)
+    blocks = Blocks(teaching + testing, length)
     taught = [index for place, count in enumerate(often) for index in _repeated(blocks.of(place), count)]
-    tested = [index for place in range(len(parts), 2 * len(parts)) for index in blocks.of(place)]
+    tested = range(blocks.of(len(teaching)).start, len(blocks))
     if not taught:
         raise ValueError(_why_nothing(paths, read, held_out))
     return Packed(blocks, tuple(taught), tuple(tested)), _told(read, len(taught), len(tested), length)
 
 
-def _parted(streams: Sequence[Stream], share: float) -> Iterator[tuple[Tokens, Tokens]]:
-    """What teaches and what is held out of each stream. A document's lot depends on its own tokens, not on what else is read; only
-    where every one would be taught, one is held out all the same."""
+def _parted(streams: Sequence[Stream], share: float) -> tuple[list[Tokens], list[Tokens]]:
+    """What teaches, and what is held out, of each stream. A document's lot depends on its own tokens, not on what else is read;
+    only where every one would be taught, one is held out all the same."""
     marks = [stream.marks() if share and len(stream.ends) > 1 else np.empty(0) for stream in streams]
     border = max(share, min((mark.min() for mark in marks if mark.size), default=share))
-    for stream, mark in zip(streams, marks, strict=True):
-        yield stream.parted_by(mark <= border) if mark.size else stream.parted(share)
+    parts = [
+        stream.parted_by(mark <= border) if mark.size else stream.parted(share) for stream, mark in zip(streams, marks, strict=True)
+    ]
+    return [taught for taught, _ in parts], [tested for _, tested in parts]
 
 
 def _repeated(blocks: range, times: float) -> Iterator[int]:
