@@ -4,7 +4,7 @@
 
 A target whose embeddings and final states are those of a smaller model, followed by zeros, says what that one says and costs what
 its width costs. So do these heads: every weight goes to the leading corner of a larger one. Where vectors stand side by side
-(Hydra), each one's columns move to its new place; norms average over the width, so their weights shrink by sqrt(old / new) and
+(Hydra, MTP), each one's columns move to its new place; norms average over the width, so their weights shrink by sqrt(old / new) and
 their eps by old / new. Nothing is written unless the logits are the same. Say "padded" wherever such a number is printed.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
+from transformers import AutoConfig
 
 from headstart.chances import load_plan, save_plan
 from headstart.checkpoint import TargetFacts, describe, facts_of, load, save
@@ -51,7 +52,7 @@ def widened(heads: Heads, hidden: int) -> Heads:
     weights: dict[str, Tensor] = {}
     for name, like in large.state_dict().items():
         weight = heads.state_dict()[name].float()
-        if ".fuse." in name and weight.dim() == 2:
+        if (".fuse." in name or "eh_proj" in name) and weight.dim() == 2:
             weights[name] = widen_side_by_side(weight, hidden)
         else:
             weights[name] = widen(weight * shrink if "norm" in name else weight, tuple(like.shape))
@@ -61,17 +62,27 @@ def widened(heads: Heads, hidden: int) -> Heads:
 
 
 def widened_config(config: Any, old: int, hidden: int) -> Any:
-    """Settings of an extra decoder layer grow with it: more attention heads of the same size, an MLP in proportion."""
-    prefix = getattr(config, "prefix", None)
-    if prefix is None:
-        return config
-    counts = {name: getattr(prefix, name) * hidden for name in ("num_attention_heads", "num_key_value_heads")}
+    """Settings of a decoder layer grow with it: more attention heads of the same size, an MLP in proportion."""
+    if getattr(config, "prefix", None) is not None:
+        grown = widened_layer(config.prefix, old, hidden)
+        return config.model_copy(update={"prefix": config.prefix.model_copy(update=grown)})
+    if getattr(config, "block", None) is not None:
+        layer = AutoConfig.for_model(**config.block)  # settings that are a family's own are not in the folder
+        grown = widened_layer(layer, old, hidden)
+        head = {"head_dim": getattr(layer, "head_dim", None) or old // layer.num_attention_heads}
+        return config.model_copy(update={"block": {**config.block, **grown, **head, "hidden_size": hidden}})
+    return config
+
+
+def widened_layer(layer: Any, old: int, hidden: int) -> dict[str, Any]:
+    """Raises ValueError where heads of the same size do not fill the new width."""
+    counts = {name: getattr(layer, name) * hidden for name in ("num_attention_heads", "num_key_value_heads")}
     if odd := [name for name, count in counts.items() if count % old]:
-        raise ValueError(f"{odd[0]} is {getattr(prefix, odd[0])}, which does not grow from {old} to {hidden} in whole heads")
-    grown = {name: count // old for name, count in counts.items()}
-    grown["intermediate_size"] = math.ceil(prefix.intermediate_size * hidden / old)
-    grown["rms_norm_eps"] = prefix.rms_norm_eps * old / hidden
-    return config.model_copy(update={"prefix": prefix.model_copy(update=grown)})
+        raise ValueError(f"{odd[0]} is {getattr(layer, odd[0])}, which does not grow from {old} to {hidden} in whole heads")
+    grown: dict[str, Any] = {name: count // old for name, count in counts.items()}
+    grown["intermediate_size"] = math.ceil(layer.intermediate_size * hidden / old)
+    grown["rms_norm_eps"] = layer.rms_norm_eps * old / hidden
+    return grown
 
 
 class Narrow:
