@@ -14,10 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from recipes.embedded.mixture import load_streams
-
 WINDOW = 512
 MOST_WINDOWS = 24  # per source: enough for two digits, and seconds instead of minutes
+
+
+def load_streams(work: Path, part: str) -> dict[str, np.ndarray]:
+    """Open the arrays that prepare wrote; `part` is "train" or "held_out". Returns name to [tokens] uint16."""
+    files = sorted((work / "tokens").glob(f"*.{part}.npy"))
+    if not files:
+        raise ValueError(f"{work / 'tokens'} holds no *.{part}.npy; run recipes.embedded.prepare first")
+    return {file.name.removesuffix(f".{part}.npy"): np.load(file, mmap_mode="r") for file in files}
 
 
 def windows(stream: np.ndarray) -> Iterator[Tensor]:

@@ -1,32 +1,26 @@
-"""The recipe of the embedded model, on made-up text: what it may read, how it packs, that it survives a kill."""
+"""The recipe of the embedded model, on made-up text: what it may read, how often, and that growing loses nothing."""
 
 import gzip
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from recipes.embedded.grow import grow, places
 from recipes.embedded.measure import agreement, held_out_losses
-from recipes.embedded.mixture import LONG_EVERY, Mixture
+from recipes.embedded.mix import mix
 from recipes.embedded.prepare import encode, train_tokenizer
-from recipes.embedded.pretrain import Plan, Run, export, loss_of, new_model, new_optimizers, train
 from recipes.embedded.sources import SOURCES, Document, documents, is_allowed
 
-TINY = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 1}
 TALK = ({"role": "user", "content": "Who came?"}, {"role": "assistant", "content": "The goat came home."})
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return train_tokenizer(["The goat came home. The goat ate 1234 apples."] * 4, vocab=280)
-
-
-def new_run(tokenizer, seed=0):
-    model = new_model(TINY, tokenizer, seed)
-    streams = {"odd": np.arange(1, 200, 2, dtype=np.uint16), "even": np.arange(0, 90, 2, dtype=np.uint16)}
-    return Run(model, new_optimizers(model), Mixture(streams, {"odd": 0.5, "even": 0.5}))
 
 
 def source(name):
@@ -100,96 +94,42 @@ def test_the_template_marks_what_the_assistant_says(tokenizer):
     assert tokenizer.decode(marked) == "The goat came home.<|end|>"
 
 
-def test_every_token_is_a_target_once_before_any_is_twice():
-    mixture = Mixture({"a": np.arange(40, dtype=np.uint16)}, {"a": 1.0})
-    targets = torch.cat([mixture.batch(rows=2, length=5)[:, 1:].flatten() for _ in range(4)])
-    assert sorted(targets.tolist()) == list(range(40))
+def test_each_source_is_read_as_often_as_its_share_asks_for():
+    sources = {"a": {"share": 0.75, "train_tokens": 3000}, "b": {"share": 0.25, "train_tokens": 50}}
+    keys = mix({"out": "x"}, sources, Path("tokens"), 1000)
+    assert keys["times"] == {"tokens/a.train.npy": 0.25, "tokens/b.train.npy": 5.0}
+    assert (keys["data"], keys["epochs"], keys["out"]) == (list(keys["times"]), 1, "x")
 
 
-def test_sources_are_dealt_by_their_shares():
-    mixture = Mixture({n: np.arange(9, dtype=np.uint16) for n in "abc"}, {"a": 0.5, "b": 0.25, "c": 0.25})
-    mixture.batch(rows=40, length=4)
-    assert mixture.state() == {"a": 80, "b": 40, "c": 40}
+def new_model(vocab, seed=0, **shape):
+    torch.manual_seed(seed)
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 1} | shape
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab, tie_word_embeddings=True, **sizes)).eval()
 
 
-def test_one_batch_in_four_has_long_rows():
-    mixture = Mixture({"a": np.arange(9, dtype=np.uint16)}, {"a": 1.0})
-    shapes = [tuple(mixture.batch_of_step(step, rows=4, length=6).shape) for step in range(LONG_EVERY)]
-    assert shapes == [(4, 7), (4, 7), (4, 7), (2, 13)]
+@pytest.mark.parametrize(
+    "shape", [{"num_hidden_layers": 3}, {"intermediate_size": 48}, {"num_hidden_layers": 5, "intermediate_size": 40}]
+)
+def test_a_model_that_grew_says_what_it_said_before(shape):
+    small, large, text = new_model(50), new_model(50, 1, **shape), torch.randint(50, (2, 9))
+    assert not torch.allclose(small(text).logits, large(text).logits)
+    torch.testing.assert_close(grow(small, large)(text).logits, small(text).logits)
 
 
-def test_an_empty_source_is_refused():
-    with pytest.raises(ValueError, match="sources without tokens: b"):
-        Mixture({"a": np.arange(9), "b": np.arange(0)}, {"a": 0.5, "b": 0.5})
+def test_what_was_added_when_a_model_grew_can_learn():
+    large = grow(new_model(50), new_model(50, 1, num_hidden_layers=3, intermediate_size=48))
+    large(torch.randint(50, (2, 9))).logits.square().sum().backward()
+    new = large.model.layers[({0, 1, 2} - set(places(2, 3))).pop()]
+    assert new.self_attn.o_proj.weight.grad.abs().max() > 0
 
 
-def test_a_budget_is_either_time_or_steps():
-    with pytest.raises(ValueError, match="either minutes or steps"):
-        Plan()
-    with pytest.raises(ValueError, match="either minutes or steps"):
-        Plan(minutes=1, steps=1)
-
-
-def test_the_rate_warms_up_peaks_and_falls():
-    plan = Plan(steps=100, learning_rate=1.0)
-    rates = [plan.rate(p) for p in (0.0, 0.03, 0.5, 1.0)]
-    assert rates[0] < 0.05 < rates[2] < rates[1] < 1.0
-    assert rates[3] == pytest.approx(0.02)
-
-
-def test_a_killed_run_ends_like_one_that_was_left_alone(tokenizer, tmp_path):
-    plan = Plan(steps=6, rows=2, length=8, save_every=0)
-    whole, killed, resumed = (new_run(tokenizer, seed) for seed in (0, 0, 7))
-    train(whole, plan, tmp_path / "whole.pt")
-
-    def kill_after_four_steps(seconds, step):
-        if step == 4:
-            raise KeyboardInterrupt
-        return step / 6
-
-    interrupted = Plan(steps=6, rows=2, length=8, save_every=0)
-    object.__setattr__(interrupted, "progress", kill_after_four_steps)
-    with pytest.raises(KeyboardInterrupt):
-        train(killed, interrupted, tmp_path / "killed.pt")
-    train(resumed, plan, tmp_path / "killed.pt")
-
-    assert (resumed.step, resumed.tokens) == (whole.step, whole.tokens)
-    for name, weight in whole.model.state_dict().items():
-        assert torch.equal(weight, resumed.model.state_dict()[name]), name
-
-
-def test_training_lowers_the_loss(tokenizer, tmp_path):
-    run = new_run(tokenizer)
-    batch = run.mixture.batch(rows=4, length=8)
-    before = loss_of(run.model, None, batch).item()
-    train(run, Plan(steps=15, rows=4, length=8), tmp_path / "run.pt")
-    assert loss_of(run.model, None, batch).item() < before
-
-
-def test_a_draft_is_taught_by_its_teacher_not_by_the_text(tokenizer):
-    """Only the last token is no input: with a teacher, changing it changes nothing."""
-    draft, teacher = new_model(TINY, tokenizer, 1), new_model(TINY, tokenizer, 2)
-    batch = torch.tensor([[5, 6, 7, 8]])
-    other = torch.tensor([[5, 6, 7, 9]])
-    assert torch.equal(loss_of(draft, teacher, batch), loss_of(draft, teacher, other))
-    assert not torch.equal(loss_of(draft, None, batch), loss_of(draft, None, other))
+def test_a_model_of_another_width_cannot_grow():
+    with pytest.raises(ValueError, match="only layers and MLPs can grow"):
+        grow(new_model(50), new_model(60))
 
 
 def test_a_model_agrees_with_itself_and_a_new_one_knows_nothing(tokenizer):
-    model = new_model(TINY, tokenizer, 0).eval()
+    model = new_model(280)
     streams = {"a": np.arange(100, dtype=np.uint16)}
     assert agreement(model, model, streams)["a"] == {"greedy": 1.0, "sampled": 1.0}
     assert held_out_losses(model, streams)["a"] == pytest.approx(np.log(280), abs=0.2)
-
-
-def test_what_is_exported_loads_with_the_auto_classes(tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    (tmp_path / "tokens").mkdir()
-    np.save(tmp_path / "tokens" / "a.held_out.npy", np.arange(50, dtype=np.uint16))
-    run = new_run(tokenizer)
-    export(run, tmp_path, tmp_path / "target")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "target")
-    assert model.dtype == torch.bfloat16
-    assert model.generation_config.eos_token_id == [0, 3]
-    assert AutoTokenizer.from_pretrained(tmp_path / "target").get_vocab() == tokenizer.get_vocab()
-    assert json.loads((tmp_path / "target.json").read_text())["held_out"].keys() == {"a"}
