@@ -5,6 +5,7 @@ This file knows how the rooms fit together. It refuses to do anything that one o
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from headstart.drafters import Drafter, make
+from headstart.drafters import Drafter, inborn, make
 from headstart.engine import Engine
 from headstart.noise import draw_seed, mix
 from headstart.planner import Planner
@@ -173,12 +174,12 @@ def load(
     """Load a model and make it answer sooner.
 
     model: a folder, a hub id, a transformers model you hold (then give its `tokenizer` too), or None for the embedded one.
-    drafter: "auto" (the embedded model's Hydra heads, else lookup), "lookup", "model:PATH", a folder of heads, a method's name
-    for the embedded model's own, a drafter you hold, or None for plain decoding. planner: how much to speculate, None for what
-    suits the drafter. exact: True for equality to the bit on CPU, "auto" where it is nearly free. max_rows: requests at once.
-    memory: bytes for keys and values. accept: "coupled" (same text as plain decoding), "rejection" (same law) or "typical"
-    (lossy: another law, which `Answer.is_lossy` recalls). Raises ValueError, in one sentence, for whatever is wrong with a path
-    or a setting.
+    drafter: "auto" (the embedded model's Hydra heads, MTP modules or heads in the model's own files, else lookup), "lookup",
+    "model:PATH", a folder of heads, a method's name for those that the model comes with, a drafter you hold, or None for plain
+    decoding. planner: how much to speculate, None for what suits the drafter. exact: True for equality to the bit on CPU, "auto"
+    where it is nearly free. max_rows: requests at once. memory: bytes for keys and values. accept: "coupled" (same text as plain
+    decoding), "rejection" (same law) or "typical" (lossy: another law, which `Answer.is_lossy` recalls). Raises ValueError, in one
+    sentence, for whatever is wrong with a path or a setting.
     """
     place: Any = embedded("target") if model is None else model
     if isinstance(place, str | Path):
@@ -191,12 +192,19 @@ def load(
         target = Target(place)
         target.equip(exact)
     if isinstance(drafter, str):
-        drafter = make(_automatic(model) if drafter == "auto" else drafter, target)
+        drafter = _automatic(model, target) if drafter == "auto" else make(drafter, target)
     return LLM(Engine(target, drafter, planner, max_rows=max_rows, memory=memory, accept=accept), tokenizer)
 
 
-def _automatic(model: object) -> str:
-    return "hydra" if model is None else "lookup"
+def _automatic(model: object, target: Target) -> Drafter:
+    """The best that a target comes with, else lookup."""
+    if model is None:
+        return make("hydra", target)
+    try:
+        return inborn(target) or make("lookup", target)
+    except ValueError as error:
+        warnings.warn(f"{error}; drafting by lookup instead", stacklevel=3)
+        return make("lookup", target)
 
 
 def _params(params: SamplingParams | None, settings: dict[str, Any]) -> SamplingParams:

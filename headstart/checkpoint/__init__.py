@@ -2,6 +2,17 @@
 
 from headstart.checkpoint.facts import TargetFacts, facts_of
 from headstart.checkpoint.native import describe, load, save
-from headstart.checkpoint.recognise import Recognised, published_in, recognise
+from headstart.checkpoint.recognise import Recognised, inside, modules_lost, published_in, recognise
 
-__all__ = ["Recognised", "TargetFacts", "describe", "facts_of", "load", "published_in", "recognise", "save"]
+__all__ = [
+    "Recognised",
+    "TargetFacts",
+    "describe",
+    "facts_of",
+    "inside",
+    "load",
+    "modules_lost",
+    "published_in",
+    "recognise",
+    "save",
+]

@@ -87,15 +87,20 @@ class Published:
             drafter = self._empty(target_config)
         return {name: tuple(tensor.shape) for name, tensor in drafter.state_dict().items()}
 
+    @property
+    def kind(self) -> Any:
+        """The class of their method's drafters."""
+        return method(self.method)
+
     def _empty(self, target_config: Any) -> Heads:
-        kind = method(self.method)
         settings = dict(self.settings)
         if self.has_prefix and target_config is not None:
             settings["prefix"] = prefix_of(target_config, self)
-        return kind(kind.config_type.model_validate(settings), self.hidden, self.vocab or 1)
+        made: Heads = self.kind(self.kind.config_type.model_validate(settings), self.hidden, self.vocab or 1)
+        return made
 
-    def read(self, facts: TargetFacts, target_config: Any) -> Heads:
-        """The drafter, for that target. Raises ValueError where they do not fit the target, or are not whole."""
+    def check(self, facts: TargetFacts, target_config: Any) -> None:
+        """Raise ValueError where they do not fit the target, or are not whole."""
         where = self.weights.files[0]
         sizes = (("a hidden size", self.hidden, facts.hidden), ("a vocabulary", self.vocab, facts.vocab))
         for what, theirs, its in () if self.refused else sizes:
@@ -103,6 +108,10 @@ class Published:
                 raise ValueError(f"the heads in {where} have {what} of {theirs}, but the target {facts.name} has {its}")
         for problem in self.problems(target_config):
             raise ValueError(f"the heads in {where} cannot be brought in: {problem}")
+
+    def read(self, facts: TargetFacts, target_config: Any) -> Heads:
+        """The drafter, for that target. Raises ValueError where they do not fit the target, or are not whole."""
+        self.check(facts, target_config)
         with torch.device("meta"):
             shapes = self._empty(target_config).state_dict()
         with torch.random.fork_rng(devices=[]):
@@ -113,10 +122,12 @@ class Published:
 
     def _tensor(self, name: str, like: Tensor) -> Tensor:
         theirs = self.names[name]
-        if theirs is None:
-            return torch.zeros(like.shape)
+        return torch.zeros(like.shape) if theirs is None else self._plain(theirs)
+
+    def _plain(self, theirs: str) -> Tensor:
+        """One of their tensors. Raises ValueError where its numbers are not plain ones."""
         tensor = self.weights[theirs]
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
             raise ValueError(f"{theirs} in {self.weights.files[0]} is of type {tensor.dtype}; quantized heads cannot be brought in")
         return tensor
 

@@ -13,12 +13,16 @@ from typing import Any
 
 import torch
 
-from headstart.checkpoint import hydra, medusa, native
+from headstart.checkpoint import hydra, medusa, mtp, native
 from headstart.checkpoint.facts import model_option
 from headstart.checkpoint.published import Published
-from headstart.checkpoint.weights import Weights, config_in, weights_in
+from headstart.checkpoint.weights import Weights, beside, config_in, safe_in, weights_in
 
-METHODS: tuple[Callable[[Weights, Mapping[str, Any]], Published | None], ...] = (hydra.understand, medusa.understand)
+METHODS: tuple[Callable[[Weights, Mapping[str, Any]], Published | None], ...] = (
+    hydra.understand,
+    medusa.understand,
+    mtp.understand,
+)
 
 # Formats that are known by name only: (kind, words, a pattern that one tensor's name fits, a pattern of the configuration's names).
 NAMED = (
@@ -35,8 +39,8 @@ class Recognised:
 
     kind: "native", a method's name, "target" or "unknown". layout: in words. is_target: whether a whole model is there, perhaps
     with heads inside. target: the model that the heads were made for, by name. command: brings them in, None where nothing does.
-    num_heads, num_layers, hidden, vocab, parameters: None where unknown; vocab of heads is also None where they have no
-    projection of their own. notes, problems: sentences for a person.
+    num_heads, num_layers, num_modules, hidden, vocab, parameters: None where unknown; vocab of heads is also None where they have
+    no projection of their own. notes, problems: sentences for a person.
     """
 
     kind: str
@@ -45,6 +49,7 @@ class Recognised:
     method: str | None = None
     num_heads: int | None = None
     num_layers: int | None = None
+    num_modules: int | None = None
     hidden: int | None = None
     vocab: int | None = None
     parameters: int | None = None
@@ -66,12 +71,35 @@ def recognise(path: str | Path) -> Recognised:
     found = understand(weights, config) if weights else None
     if found is not None:
         return _published(path, found)
-    return _named(weights, config) or _model(config) or _unknown(path)
+    return _named(weights, config) or _model(config, path) or _unknown(path)
 
 
 def understand(weights: Weights, config: Mapping[str, Any]) -> Published | None:
     """Heads that can be brought in, or at least are named by a method of ours."""
     return next((found for method in METHODS if (found := method(weights, config))), None)
+
+
+def inside(model: str | Path) -> Published | None:
+    """Heads in the same files as a model, a folder or a hub id; None where there are none, or the files are not here.
+
+    Only safetensors are looked at, and only their headers. Raises ValueError where they are damaged.
+    """
+    folder = beside(model)
+    weights = None if folder is None else safe_in(folder)
+    found = understand(weights, config_in(weights.files[0])) if weights else None
+    return found if found is not None and found.has_trunk else None
+
+
+def modules_lost(model: str | Path) -> str | None:
+    """Where a model's configuration says that it has modules that its weights lack, and what to do: one sentence, else None."""
+    folder = beside(model)
+    said = mtp.promised(config_in(folder)) if folder is not None else None
+    if said is None or inside(model) is not None:
+        return None
+    return (
+        f"its config.json says {said}, but there are no such modules in its weights: transformers leaves them out when it saves a "
+        f"model; bring them in from the model that its makers publish: `headstart import ORIGINAL --target {model} --out FOLDER`"
+    )
 
 
 def published_in(path: str | Path) -> Published:
@@ -85,7 +113,8 @@ def published_in(path: str | Path) -> Published:
     known = recognise(path)
     if known.kind == "native":
         raise ValueError(f"{path} already holds native heads; use them with `--drafter {path}`")
-    raise ValueError(f"{path} holds {known.layout}, which cannot be imported{' yet' if known.method else ''}; Medusa and Hydra can")
+    yet = " yet" if known.method else ""
+    raise ValueError(f"{path} holds {known.layout}, which cannot be imported{yet}; Medusa, Hydra and a model's MTP modules can")
 
 
 def _native(path: Path) -> Recognised:
@@ -98,6 +127,7 @@ def _native(path: Path) -> Recognised:
         method=described.method,
         num_heads=settings.get("num_heads"),
         num_layers=settings.get("num_layers"),
+        num_modules=settings.get("num_modules"),
         hidden=described.target.hidden,
         vocab=described.target.vocab,
         parameters=_numbers(weights),
@@ -116,6 +146,7 @@ def _published(path: Path, found: Published) -> Recognised:
         method=found.method,
         num_heads=found.settings.get("num_heads"),
         num_layers=found.settings.get("num_layers"),
+        num_modules=found.settings.get("num_modules"),
         hidden=found.hidden or None,
         vocab=found.vocab,
         parameters=found.parameters or None,
@@ -135,7 +166,7 @@ def _named(weights: Weights | None, config: Mapping[str, Any]) -> Recognised | N
     for kind, words, tensor, called in NAMED:
         if not (any(re.fullmatch(tensor, name) for name in names) or re.search(called, said)):
             continue
-        is_target = _model(config) is not None and any(re.search(r"layers\.1\.", name) for name in names)
+        is_target = _is_model(config) and any(re.search(r"layers\.1\.", name) for name in names)
         return Recognised(
             kind=kind,
             layout=words + (" inside a whole model" if is_target else ""),
@@ -149,13 +180,23 @@ def _named(weights: Weights | None, config: Mapping[str, Any]) -> Recognised | N
     return None
 
 
-def _model(config: Mapping[str, Any]) -> Recognised | None:
+def _is_model(config: Mapping[str, Any]) -> bool:
+    return "model_type" in config or "architectures" in config
+
+
+def _model(config: Mapping[str, Any], path: Path) -> Recognised | None:
     """A model by its configuration; whether it can be a target is for the one who loads it to say."""
-    if "model_type" not in config and "architectures" not in config:
+    if not _is_model(config):
         return None
     named = config.get("architectures")
     architecture = named[0] if isinstance(named, list) and named else config.get("model_type")
-    return Recognised(kind="target", layout=f"a model ({architecture})", is_target=True, hidden=_number(config, "hidden_size"))
+    return Recognised(
+        kind="target",
+        layout=f"a model ({architecture})",
+        is_target=True,
+        hidden=_number(config, "hidden_size"),
+        notes=tuple(filter(None, [modules_lost(path)])),
+    )
 
 
 def _unknown(path: Path) -> Recognised:

@@ -53,6 +53,27 @@ def weights_in(path: Path) -> Weights | None:
     return Weights(loose[:1]) if len(loose) == 1 else None
 
 
+def beside(model: str | Path) -> Path | None:
+    """The folder with a model's files: its own, or where those of a hub id have been put; None where they are not here."""
+    from transformers.utils.hub import cached_file
+
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        found = cached_file(str(model), "config.json", local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    return Path(found).parent if found else None
+
+
+def safe_in(folder: Path) -> Weights | None:
+    """The safetensors of a whole model; None where it has none. Only their headers are read."""
+    for name in WHOLE:
+        if ".safetensors" in name and (folder / name).is_file():
+            return Weights(_shards(folder / name) if name.endswith(".index.json") else [folder / name])
+    return None
+
+
 def config_in(path: Path) -> dict[str, Any]:
     """The `config.json` in a folder or beside a file; empty where there is none. Raises ValueError for one that is no object."""
     file = (path if path.is_dir() else path.parent) / "config.json"

@@ -12,8 +12,13 @@ if TYPE_CHECKING:
     from headstart.checkpoint.published import Published
 
 
+_COUNTED = ("heads", "layers", "modules")
+
+
 def bring(
-    source: Annotated[str, typer.Argument(help="Folder or file of Medusa or Hydra heads, as published.", metavar="SOURCE")],
+    source: Annotated[
+        str, typer.Argument(help="Folder or file of Medusa or Hydra heads, or of a model with heads inside.", metavar="SOURCE")
+    ],
     out: Annotated[str, typer.Option(help="Folder to write the heads to.")],
     target: Annotated[
         str | None,
@@ -23,8 +28,9 @@ def bring(
 ) -> None:
     """Bring heads that others have published into headstart's format.
 
-    Knows Medusa heads of their authors, TGI and vLLM, Medusa heads inside a whole model, Hydra and Hydra++. Nothing in
-    the files is run. What is missing, extra or misshaped is named, and nothing is written.
+    Knows Medusa heads of their authors, TGI and vLLM, Medusa heads inside a whole model, Hydra and Hydra++, and the MTP
+    modules of DeepSeek-V3, GLM, MiMo, Qwen and Mellum inside a whole model. Nothing in the files is run. What is
+    missing, extra or misshaped is named, and nothing is written.
 
     Example: headstart import ./medusa-vicuna-7b-v1.3 --target lmsys/vicuna-7b-v1.3 --out ./heads
     """
@@ -53,8 +59,7 @@ def imported(source: str, target: str | None, out: str) -> dict[str, Any]:
     return {
         "found": published.layout,
         "method": published.method,
-        "heads": published.settings["num_heads"],
-        "layers": published.settings["num_layers"],
+        **{word: published.settings[f"num_{word}"] for word in _COUNTED if f"num_{word}" in published.settings},
         "hidden": published.hidden,
         "vocab": published.vocab or facts.vocab,
         "parameters": published.parameters,

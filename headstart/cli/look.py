@@ -66,7 +66,8 @@ def facts(path: str, device: str = "auto") -> dict[str, Any]:
     known = _recognised(path)
     if known is not None and not known.is_target:
         return _of_heads(path, known)
-    return _of_model(path, device) | _inside(known)
+    model = _of_model(path, device)
+    return model | _inside(path, known) | {"problems": [*model["problems"], *(known.problems if known else ())]}
 
 
 def _recognised(path: str) -> "Recognised | None":
@@ -82,11 +83,18 @@ def _of_heads(path: str, known: "Recognised") -> dict[str, Any]:
     return {"path": path} | found | {"notes": list(known.notes), "problems": list(known.problems)}
 
 
-def _inside(known: "Recognised | None") -> dict[str, Any]:
-    """Heads in the same files as a model."""
-    if known is None or known.kind == "target":
+def _inside(path: str, known: "Recognised | None") -> dict[str, Any]:
+    """Heads in the same files as a model, or what is said of them."""
+    if known is None:
         return {}
-    return {"heads": known.layout, "num_heads": known.num_heads, "import": known.command, "notes": list(known.notes)}
+    notes = {"notes": list(known.notes)} if known.notes else {}
+    if known.kind == "target":
+        return notes
+    counts = {"num_heads": known.num_heads, "num_modules": known.num_modules}
+    found = {"heads": known.layout, **{name: count for name, count in counts.items() if count is not None}}
+    if known.command is None:
+        return found | notes
+    return found | {"draft": f"headstart generate --model {path} --drafter {known.method}", "import": known.command} | notes
 
 
 def _of_model(path: str, device: str) -> dict[str, Any]:

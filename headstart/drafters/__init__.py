@@ -135,14 +135,33 @@ def folder_of(spec: str) -> Path | None:
     return embedded(spec) if spec in METHODS else None
 
 
+def inborn(target: Target, name: str | None = None) -> Heads | None:
+    """The heads in the same files as a target's weights, of a method if one is named; None where there are none.
+
+    Raises ValueError where they are not whole, quantized, or of a kind that is not known here.
+    """
+    from headstart.checkpoint import facts_of, inside
+
+    found = inside(target.name)
+    if found is None or name not in (None, found.method):
+        return None
+    return found.read(facts_of(target.model), target.model.config).to(target.device, target.dtype)
+
+
 def _own_heads(name: str, target: Target) -> Heads:
-    """The heads of a method that come with the embedded model. Raises ValueError for any other target."""
-    if Path(target.name) != embedded("target"):
-        raise ValueError(
-            f"drafter {name} comes with the embedded model only, and heads fit one model; make some for {target.name} with "
-            f"`headstart train {name} --target {target.name}`, and name their folder"
-        )
-    return heads_in(embedded(name), target)
+    """The heads of a method that a target comes with. Raises ValueError where it comes with none."""
+    from headstart.checkpoint import modules_lost
+
+    if Path(target.name) == embedded("target"):
+        return heads_in(embedded(name), target)
+    if heads := inborn(target, name):
+        return heads
+    lost = modules_lost(target.name) if name == "mtp" else None
+    raise ValueError(
+        f"drafter {name} comes with the embedded model and with those that have such heads inside, and heads fit one model; make "
+        f"some for {target.name} with `headstart train {name} --target {target.name}`, and name their folder"
+        + (f" ({lost})" if lost else "")
+    )
 
 
 def settle(planner: Planner | Measured | None, drafter: str | None, temperature: float) -> Planner | None:
