@@ -8,6 +8,7 @@ engines and command lines.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +119,7 @@ class Run:
             trunk = _save_trunk(self.model.to("cpu"), self.tokenizer, out / TRUNK, getattr(torch, self.config.dtype))
             facts = facts_of(trunk, self.tokenizer)
             for name, heads in self.lesson.heads.items():
-                save(out / name, heads.to("cpu", trunk.dtype), facts, {**told, "with_trunk": True})  # type: ignore[arg-type]
+                save(out / name, heads.to("cpu", trunk.dtype), facts, _told_of(name, told))  # type: ignore[arg-type]
             (out / TOLD).write_text(json.dumps(told, indent=2) + "\n")
         self.checkpoints.remove()
         self.say(f"the model is in {out / TRUNK}; " + _use(out, list(self.lesson.heads)))
@@ -139,6 +140,13 @@ class Run:
             "seed": config.seed,
             **measured,
         }
+
+
+def _told_of(name: str, told: Mapping[str, Any]) -> dict[str, Any]:
+    """What the folder of one method's heads says: nothing of other methods', and its own measures by the names of `train`."""
+    measured = {key: value for key, value in told.items() if key.startswith("held_out_")}
+    own = {key.replace(f"{name}_", ""): value for key, value in measured.items() if key.startswith(f"held_out_{name}_")}
+    return {"with_trunk": True, **{key: value for key, value in told.items() if key not in measured}, **own}
 
 
 def _use(out: Path, heads: list[str]) -> str:
