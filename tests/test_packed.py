@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headstart.training.packed import Blocks, Packed, read_packed
+from headstart.training.streams import read_stream
 
 VOCAB = 320
 
@@ -197,7 +198,7 @@ def test_held_out_may_be_a_file(read, tmp_path):
         ({"a.npy": [4, 320]}, {}, "token 320 at 1 of .*a.npy is not in the vocabulary of 320"),
         ({"a.npy": [4, -1]}, {}, "token -1 at 1 of .*a.npy"),
         ({"a.txt": "the cat"}, {"vocab": 319}, "has 320 tokens and the model only 319; set vocab_size to 320"),
-        ({"a.jsonl": [{"text": "a"}, {"say": "b"}]}, {}, "line 2 of .*a.jsonl has no field to learn from; give text, or messages"),
+        ({"a.jsonl": [{"text": "a"}, {"say": "b"}]}, {}, "line 2 of .*a.jsonl has no field to learn from; give text, messages"),
         ({"a.jsonl": [{"messages": ["a"]}]}, {}, "line 1 of .*a.jsonl: message 0 is a str"),
     ],
 )  # fmt: skip
@@ -223,3 +224,12 @@ def test_a_file_that_is_no_array_is_refused(tmp_path, tokenizer):
             read_packed([tmp_path / name], tokenizer, length=8, vocab=VOCAB)
     with pytest.raises(ValueError, match="there is no file"):
         read_packed([tmp_path / "c.npy"], tokenizer, length=8, vocab=VOCAB)
+
+
+def test_distilled_lines_are_read_as_the_tokens_they_are(tmp_path, tokenizer):
+    lines = [{"text": "the cat", "tokens": [5, 6, 7, 0], "loss_mask": [0, 0, 1, 1]}, {"text": "the sea", "tokens": []}]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_stream(tmp_path / "answers.jsonl", tokenizer, 320).tokens.tolist() == [5, 6, 7, 0]
+    (tmp_path / "answers.jsonl").write_text(json.dumps({"tokens": [5, 999]}))
+    with pytest.raises(ValueError, match=r"line 1 of .*answers.jsonl: token 999 is not in the vocabulary of 320"):
+        read_stream(tmp_path / "answers.jsonl", tokenizer, 320)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,7 +54,8 @@ class Stream:
 
 
 def read_stream(path: Path, tokenizer: PreTrainedTokenizerBase, vocab: int) -> Stream:
-    """The tokens of JSONL with `text` or `messages` (packed or not), of a plain text, which is one document, or of a `.npy` file.
+    """The tokens of JSONL with `text`, `messages` or, distilled, `tokens` (packed or not), of a plain text, which is one document,
+    or of a `.npy` file.
 
     Raises ValueError, naming the file, for what cannot be read, and for tokens that are not below `vocab`.
     """
@@ -63,7 +64,7 @@ def read_stream(path: Path, tokenizer: PreTrainedTokenizerBase, vocab: int) -> S
         return Stream(tokens, np.array([len(tokens)]))
     end = _end(tokenizer, vocab)
     kind = np.uint16 if vocab <= 2**16 else np.uint32
-    pieces = [np.array(ids if ids[-1] == end else [*ids, end], kind) for ids in _encoded(path, tokenizer) if ids]
+    pieces = [np.array(ids if ids[-1] == end else [*ids, end], kind) for ids in _encoded(path, tokenizer, vocab) if ids]
     ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
     return Stream(np.concatenate(pieces) if pieces else np.empty(0, kind), ends)
 
@@ -73,34 +74,52 @@ def chunks(tokens: Tokens) -> Iterator[Tokens]:
     return (tokens[start : start + CHUNK] for start in range(0, len(tokens), CHUNK))
 
 
-def _encoded(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """The tokens of each document. What a chat template renders holds its special tokens already."""
-    for is_chat, group in groupby(_documents(path, tokenizer), key=lambda document: document[0]):
-        for texts in _batches(text for _, text in group):
-            found: Any = tokenizer(
-                texts, add_special_tokens=not is_chat, return_attention_mask=False, return_token_type_ids=False, verbose=False
-            )
-            yield from found["input_ids"]
+@dataclass(frozen=True)
+class _Document:
+    """A plain text, a rendered chat, which holds its special tokens already, or the tokens of a distilled line."""
+
+    kind: Literal["text", "chat", "tokens"]
+    content: Any
 
 
-def _documents(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[bool, str]]:
-    """(whether it is a chat, text); empty ones are left out."""
+def _encoded(path: Path, tokenizer: PreTrainedTokenizerBase, vocab: int) -> Iterator[list[int]]:
+    """The tokens of each document."""
+    for kind, group in groupby(_documents(path, tokenizer, vocab), key=lambda document: document.kind):
+        contents = (document.content for document in group)
+        yield from contents if kind == "tokens" else _tokenized(contents, tokenizer, is_chat=kind == "chat")
+
+
+def _tokenized(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, is_chat: bool) -> Iterator[list[int]]:
+    for batch in _batches(texts):
+        found: Any = tokenizer(
+            batch, add_special_tokens=not is_chat, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        )
+        yield from found["input_ids"]
+
+
+def _documents(path: Path, tokenizer: PreTrainedTokenizerBase, vocab: int) -> Iterator[_Document]:
+    """Empty ones are left out."""
     if not is_jsonl(path):
-        found = iter([(False, read_text(path))])
+        found = iter([_Document("text", read_text(path))])
     else:
-        found = (_document(path, number, fields, tokenizer) for number, fields in read_records(path))
-    return ((is_chat, text) for is_chat, text in found if text)
+        found = (_document(f"line {number} of {path}", fields, tokenizer, vocab) for number, fields in read_records(path))
+    return (document for document in found if document.content)
 
 
-def _document(path: Path, number: int, fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[bool, str]:
+def _document(where: str, fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase, vocab: int) -> _Document:
+    if isinstance(fields.get("tokens"), list):
+        strange = next((token for token in fields["tokens"] if not isinstance(token, int) or not 0 <= token < vocab), None)
+        if strange is not None:
+            raise ValueError(f"{where}: token {strange!r} is not in the vocabulary of {vocab}")
+        return _Document("tokens", fields["tokens"])
     if isinstance(fields.get("messages"), list):
         try:
-            return True, render(tokenizer, checked_messages(fields["messages"]), tokenize=False)
+            return _Document("chat", render(tokenizer, checked_messages(fields["messages"]), tokenize=False))
         except ValueError as error:
-            raise ValueError(f"line {number} of {path}: {error}") from error
+            raise ValueError(f"{where}: {error}") from error
     if isinstance(fields.get("text"), str):
-        return False, fields["text"]
-    raise ValueError(f"line {number} of {path} has no field to learn from; give text, or messages")
+        return _Document("text", fields["text"])
+    raise ValueError(f"{where} has no field to learn from; give text, messages, or the tokens of distilled lines")
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
