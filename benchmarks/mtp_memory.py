@@ -1,0 +1,85 @@
+"""What each further head costs in memory while a trunk learns with it: head after head, and all in one graph.
+
+    python benchmarks/mtp_memory.py [--vocab 32000] [--hidden 256] [--heads 0 1 3]
+
+One step of 2,048 tokens in float32 on the CPU, each in a process of its own: how far the peak of its memory rises.
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from headstart.drafters.layers import block_of
+from headstart.drafters.parallel import ParallelConfig, ParallelMtp
+from headstart.ends import Ends
+from headstart.training.texts import Padded
+from headstart.training.together import Together
+
+ROWS, LENGTH = 4, 512
+
+
+def peak() -> float:
+    """MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def lean(lesson: Together, tokens: torch.Tensor) -> None:
+    """A step as `headstart pretrain` takes it."""
+    loss, _ = lesson(Padded(tokens, torch.ones_like(tokens, dtype=torch.bool), ()))
+    loss.backward()
+
+
+def whole(lesson: Together, tokens: torch.Tensor) -> None:
+    """The same losses as one graph, with all logits."""
+    out = lesson.trunk(tokens, output_hidden_states=True, use_cache=False)
+    loss = cross_entropy(out.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    for heads in lesson.heads.values():
+        for depth in range(heads.depth):
+            states = heads.head(depth)(inputs_embeds=out.hidden_states[-2], use_cache=False).last_hidden_state
+            logits = lesson.trunk.lm_head(states[:, : -depth - 2])
+            loss = loss + cross_entropy(logits.flatten(0, 1), tokens[:, depth + 2 :].flatten())
+    loss.backward()
+
+
+def measure(way: str, num_heads: int, vocab: int, hidden: int) -> float:
+    """MiB that one step adds to the peak."""
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=4,
+        num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, tie_word_embeddings=True,
+    )  # fmt: skip
+    trunk = LlamaForCausalLM(config)
+    kind = ParallelMtp(ParallelConfig(num_heads=max(1, num_heads), block=block_of(config)), hidden, vocab).bind(Ends(trunk))
+    lesson = Together(trunk, {"mtp-parallel": kind} if num_heads else {}, lambda progress: 1.0, 1.0)
+    before = peak()
+    {"lean": lean, "whole": whole}[way](lesson, torch.randint(vocab, (ROWS, LENGTH)))
+    return peak() - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--vocab", type=int, default=32_000)
+    parser.add_argument("--hidden", type=int, default=256, help="a multiple of 64")
+    parser.add_argument("--heads", type=int, nargs="+", default=[0, 1, 3])
+    parser.add_argument("--one", nargs=2, metavar=("WAY", "HEADS"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(measure(args.one[0], int(args.one[1]), args.vocab, args.hidden))
+        return
+    sizes = ["--vocab", str(args.vocab), "--hidden", str(args.hidden)]
+    for heads in args.heads:
+        found = [
+            float(
+                subprocess.run([sys.executable, __file__, *sizes, "--one", way, str(heads)], check=True, capture_output=True).stdout
+            )
+            for way in ("lean", "whole")
+        ]
+        print(f"{heads} heads: {found[0]:6.0f} MiB head after head, {found[1]:6.0f} MiB in one graph", flush=True)
+
+
+if __name__ == "__main__":
+    main()
