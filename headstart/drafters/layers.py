@@ -33,7 +33,9 @@ def block_of(config: PreTrainedConfig) -> dict[str, Any]:
     text = config.get_text_config()
     count = int(text.num_hidden_layers)
     settings = {name: value for name, value in text.to_diff_dict().items() if name not in _NOT_OF_LAYERS}
-    per_layer = {name: value[-1:] for name, value in settings.items() if isinstance(value, list) and len(value) == count}
+    per_layer: dict[str, Any] = {
+        name: value[-1:] for name, value in settings.items() if isinstance(value, list) and len(value) == count
+    }
     if settings.get("first_k_dense_replace", count) < count:
         per_layer["first_k_dense_replace"] = 0  # the last layer has experts, and the only one is the first
     return {**settings, **per_layer, "num_hidden_layers": 1, "model_type": text.model_type}
