@@ -199,7 +199,7 @@ def load(
 def _automatic(model: object, target: Target) -> Drafter:
     """The best that a target comes with, else lookup."""
     if model is None:
-        return make("hydra", target)
+        return make("mtp", target)
     try:
         return inborn(target) or make("lookup", target)
     except ValueError as error:

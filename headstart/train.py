@@ -194,6 +194,7 @@ class Run:
             "tokens": state.tokens,
             "seconds": round(state.seconds, 1),
             "data": [path.name for path in config.data],
+            **({} if config.start is None else {"went_on_from": config.start.name}),
             "loss": self.recipe.objective.model_dump(mode="json"),
             "learning_rate": config.learning_rate,
             "texts_per_step": self.course.per_step * config.rows,

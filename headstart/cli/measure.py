@@ -193,12 +193,14 @@ def _prompt_sets(sources: Sequence[str], limit: int | None, is_replay: bool) -> 
 
 
 def _available(model: Model) -> list[str]:
-    """Every drafter that needs nothing but the target; the embedded model has a sibling and heads, too."""
+    """Every drafter that needs nothing but the target, heads in its own files included; the embedded model has a sibling, too."""
+    from headstart.checkpoint import inside
     from headstart.drafters import METHODS
     from headstart.pretrained import embedded
 
     if model.model:
-        return ["lookup"]
+        own = inside(model.model)
+        return ["lookup", own.method] if own is not None and not any(own.problems()) else ["lookup"]
     home = embedded("target").parent
     return ["lookup", f"model:{embedded('draft')}", *(name for name in METHODS if (home / name).is_dir())]
 

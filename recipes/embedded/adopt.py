@@ -1,0 +1,26 @@
+"""Heads made for a copy of the embedded target become those of the one in the package: the same weights, its name and digest.
+
+python -m recipes.embedded.adopt WORK/second/mtp-parallel headstart/embedded/mtp-parallel
+"""
+
+import argparse
+from pathlib import Path
+
+from headstart.checkpoint import describe, facts_of, load, save
+from headstart.pretrained import embedded, load_model
+from headstart.text import load_tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("heads", type=Path, help="folder of heads")
+    parser.add_argument("out", type=Path, help="folder to write")
+    args = parser.parse_args()
+    target = embedded("target")
+    model = load_model(target)
+    heads = load(args.heads).to(model.dtype)
+    save(args.out, heads, facts_of(model, load_tokenizer(target)), describe(args.heads).training)
+
+
+if __name__ == "__main__":
+    main()
