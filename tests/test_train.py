@@ -329,7 +329,7 @@ def test_data_without_an_answer_is_one_sentence(options, tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("rows: 4\nlearning_rat: 1", "has no key learning_rat; there are method, settings, target"),
+        ("rows: 4\nlearning_rat: 1", "has no key learning_rat; there are method, settings, start, target"),
         ("rows: [", "is not YAML"),
         ("- rows", "holds a list"),
         ("settings: 4", "settings is 4"),
