@@ -117,7 +117,7 @@ class Run:
         if self.accelerator.is_main_process:
             self.lesson.load_state_dict(state)
             trunk = _save_trunk(self.model.to("cpu"), self.tokenizer, out / TRUNK, getattr(torch, self.config.dtype))
-            facts = facts_of(trunk, self.tokenizer)
+            facts = facts_of(trunk, self.tokenizer).model_copy(update={"name": out.resolve().name})
             for name, heads in self.lesson.heads.items():
                 save(out / name, heads.to("cpu", trunk.dtype), facts, _told_of(name, told))  # type: ignore[arg-type]
             (out / TOLD).write_text(json.dumps(told, indent=2) + "\n")

@@ -54,6 +54,7 @@ def test_the_trunk_is_a_model_folder_and_its_heads_draft_for_it(asked, tmp_path)
         settings = {"max_tokens": 12, "temperature": 0.8, "seed": 3}
         assert llm.generate("the cat", **settings)[0].token_ids == plain.generate("the cat", **settings)[0].token_ids
         assert llm.stats.drafts > 0
+    assert checkpoint.describe(tmp_path / "run" / "mtp").target.name == "run"
     written = checkpoint.describe(tmp_path / "run" / "mtp").training
     assert written["with_trunk"]
     assert written["held_out_top1"] == told["held_out_mtp_top1"]
