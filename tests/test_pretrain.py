@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from folders import write_model
 from safetensors.torch import load_file
 from test_train import _one_accelerator_at_a_time, data  # noqa: F401
 from transformers import AutoModelForCausalLM
@@ -114,6 +115,12 @@ def test_what_cannot_be_is_said_in_one_sentence(asked, tmp_path, model_folder):
     ):
         with pytest.raises(ValueError, match=said):
             pretrain(asked(**keys))
+
+
+def test_parallel_heads_need_a_trunk_below_its_last_layer(asked, tmp_path):
+    shallow = write_model(tmp_path / "shallow", layers=1)
+    with pytest.raises(ValueError, match="read layer -2, and the target has 1; choose another method"):
+        pretrain(asked(model=shallow))
 
 
 def test_a_trained_model_is_not_trained_over(asked, tmp_path):

@@ -9,25 +9,19 @@ with what it said itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from headstart.drafters.grow import Level, drafting_rows, grow
-from headstart.drafters.heads import Heads
-from headstart.drafters.layers import Memory, block_of, decoder, llama_block, norm_like, slot_bytes, unrolled
-from headstart.lessons import Batch, Guess, Voice
+from headstart.drafters.layered import Layered
+from headstart.drafters.layers import Memory, decoder, llama_block, norm_like, unrolled
+from headstart.lessons import Batch, Guess
 from headstart.sampling import Rows
 from headstart.tree import Drafts, Kept
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-    from headstart.cache import Seating
-    from headstart.target import Target
 
 
 class MtpConfig(BaseModel):
@@ -60,31 +54,25 @@ class Stage(nn.Module):
         return read
 
 
-class Mtp(Heads):
+class Mtp(Layered):
     """Drafts with sequential modules, level by level."""
 
     name = "mtp"
     config_type = MtpConfig
-    joins_pretraining = True
 
     def __init__(self, config: MtpConfig, hidden: int, vocab: int) -> None:
         config = config.model_copy(update={"block": config.block or llama_block(hidden)})
         assert config.block is not None
         super().__init__(config, hidden, vocab)
         self.stages = nn.ModuleList(Stage(config.block, hidden, config.hidden_first) for _ in range(config.num_modules))
-        self._memories: list[Memory] = []  # one per module
-
-    @classmethod
-    def fitted(cls, config: MtpConfig, target: PreTrainedConfig) -> MtpConfig:
-        return config if config.block else config.model_copy(update={"block": block_of(target)})
 
     @property
     def depth(self) -> int:
         return int(self.config.depth)
 
     @property
-    def remembered(self) -> int:
-        return self.hidden * len(self.stages)
+    def decoders(self) -> Sequence[Any]:
+        return [self.stage(place).block for place in range(len(self.stages))]
 
     def stage(self, place: int) -> Any:
         """The module that speaks `place` (from 0) levels below the root."""
@@ -97,9 +85,6 @@ class Mtp(Heads):
                 first = 0 if self.config.hidden_first else self.hidden
                 stage.eh_proj.weight[:, first : first + self.hidden] = torch.eye(self.hidden)
         return self
-
-    def speech(self, depth: int) -> Voice:
-        return Voice(self.ends.project, self.ends.parameters)
 
     # -- learning --
 
@@ -119,21 +104,12 @@ class Mtp(Heads):
 
     # -- drafting --
 
-    @property
-    def slot_bytes(self) -> int:
-        return sum(slot_bytes(stage.block) for stage in map(self.stage, range(len(self.stages))))
-
-    def attach(self, target: Target, seating: Seating) -> None:
-        super().attach(target, seating)
-        stages = map(self.stage, range(len(self.stages)))
-        self._memories = [Memory(stage.block, seating, target.device, target.dtype) for stage in stages]
-
     def digest(self, kept: Kept) -> Tensor:
         """[kept, modules * hidden]: what each module makes of the token after each kept one."""
         embedded, positions = self.ends.embed(kept.nexts), kept.positions + 1
         hidden, made = super().digest(kept), []
         shift = _Shift(kept, self.device)
-        for place, memory in enumerate(self._memories):
+        for place, memory in enumerate(self.memories):
             if place == 0:
                 hidden = memory.extend(self.stage(0).read(hidden, embedded), positions, kept.seats, kept.lengths)
             else:
@@ -149,14 +125,10 @@ class Mtp(Heads):
 
     def fork(self, source: int, seat: int, length: int) -> None:
         """Behind a fork from the middle of a text, modules after the first begin without the state before it."""
-        whole = self._memories[0].length(source) == length
+        whole = self.memories[0].length(source) == length
         self._states[seat] = self._states[source] if whole else 0
-        for place, memory in enumerate(self._memories):
+        for place, memory in enumerate(self.memories):
             memory.fork(source, seat, max(0, length - place))
-
-    def free(self, seat: int) -> None:
-        for memory in self._memories:
-            memory.free(seat)
 
 
 class _Shift:
@@ -222,13 +194,13 @@ class _Walk:
         parents = {place: states.gather(1, origins) for place, states in self.made.items()}
         embedded = self.mtp.ends.embed(level.tokens)
         seats = [self.seats[row] for row in level.rows]
-        roots = torch.tensor([self.mtp._memories[0].length(seat) for seat in seats]).to(embedded.device, non_blocking=True)
+        roots = torch.tensor([self.mtp.memories[0].length(seat) for seat in seats]).to(embedded.device, non_blocking=True)
         positions = (roots[:, None] + self.depth).expand(-1, level.width).flatten()
         last = len(self.mtp.stages) - 1
         made = {}
         for place in range(min(self.depth, last), last + 1):
             hidden = parents[place if self.depth > last else place - 1]
             read = self.mtp.stage(place).read(hidden, embedded).flatten(0, 1)
-            made[place] = self.mtp._memories[place].level(read, positions, seats, level).unflatten(0, level.tokens.shape)
+            made[place] = self.mtp.memories[place].level(read, positions, seats, level).unflatten(0, level.tokens.shape)
         self.made = made
         return self.logits()

@@ -6,25 +6,19 @@ reads and says, through a norm of its own and the target's head, the token d pla
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from headstart.drafters.grow import compose
-from headstart.drafters.heads import Heads
-from headstart.drafters.layers import Memory, block_of, decoder, llama_block, slot_bytes
-from headstart.lessons import Batch, Guess, Objective, Voice, depths
+from headstart.drafters.layered import Layered
+from headstart.drafters.layers import decoder, llama_block
+from headstart.lessons import Batch, Guess, Objective, depths
 from headstart.sampling import Rows
 from headstart.tree import Drafts, Kept
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-    from headstart.cache import Seating
-    from headstart.target import Target
 
 
 class ParallelConfig(BaseModel):
@@ -37,33 +31,21 @@ class ParallelConfig(BaseModel):
     block: dict[str, Any] | None = None
 
 
-class ParallelMtp(Heads):
+class ParallelMtp(Layered):
     """Drafts with parallel layers."""
 
     name = "mtp-parallel"
     config_type = ParallelConfig
     taps = (-2,)
-    joins_pretraining = True
 
     def __init__(self, config: ParallelConfig, hidden: int, vocab: int) -> None:
         block = config.block or llama_block(hidden)
         super().__init__(config.model_copy(update={"block": block}), hidden, vocab)
         self.heads = nn.ModuleList(decoder(block, hidden) for _ in range(config.num_heads))
-        self._memories: list[Memory] = []  # one per head
-
-    @classmethod
-    def fitted(cls, config: ParallelConfig, target: PreTrainedConfig) -> ParallelConfig:
-        return config if config.block else config.model_copy(update={"block": block_of(target)})
 
     @property
-    def remembered(self) -> int:
-        return self.hidden * self.depth
-
-    def start(self) -> Self:
-        return self
-
-    def speech(self, depth: int) -> Voice:
-        return Voice(self.ends.project, self.ends.parameters)
+    def decoders(self) -> Sequence[Any]:
+        return [self.head(depth) for depth in range(self.depth)]
 
     def states(self, batch: Batch) -> Iterator[Guess]:
         for depth in range(self.depth):
@@ -75,19 +57,10 @@ class ParallelMtp(Heads):
         for loss, column in depths(self.states(batch), batch, objective, self.ends.project):
             yield loss, column[:, None]
 
-    @property
-    def slot_bytes(self) -> int:
-        return sum(slot_bytes(self.head(depth)) for depth in range(self.depth))
-
-    def attach(self, target: Target, seating: Seating) -> None:
-        super().attach(target, seating)
-        heads = map(self.head, range(self.depth))
-        self._memories = [Memory(head, seating, target.device, target.dtype) for head in heads]
-
     def digest(self, kept: Kept) -> Tensor:
         """[kept, heads * hidden]: what each head makes of each kept token."""
         features = super().digest(kept)
-        return torch.cat([memory.extend(features, kept.positions, kept.seats, kept.lengths) for memory in self._memories], -1)
+        return torch.cat([memory.extend(features, kept.positions, kept.seats, kept.lengths) for memory in self.memories], -1)
 
     @torch.inference_mode()
     def propose(self, rows: Rows) -> Drafts:
@@ -96,9 +69,5 @@ class ParallelMtp(Heads):
         return compose(rows, logits, self.calibration)
 
     def fork(self, source: int, seat: int, length: int) -> None:
-        for memory in self._memories:
+        for memory in self.memories:
             memory.fork(source, seat, length)
-
-    def free(self, seat: int) -> None:
-        for memory in self._memories:
-            memory.free(seat)

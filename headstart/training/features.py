@@ -53,7 +53,11 @@ class Online:
 
 
 def layers(taps: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """The tapped layers and the last, ascending, each once."""
+    """The tapped layers and the last, ascending, each once. Raises ValueError where the target has too few layers."""
+    if deep := [tap for tap in taps if not -num_layers <= tap < num_layers]:
+        raise ValueError(
+            f"these heads read layer {deep[0]}, and the target has {num_layers}; choose another method, or more layers"
+        )
     return tuple(sorted({*(tap % num_layers for tap in taps), num_layers - 1}))
 
 
