@@ -42,6 +42,7 @@ TOLD = "training.json"
 def pretrain(config: PretrainConfig, *, resume: bool = False) -> dict[str, Any]:
     """Train a trunk and its heads; what was measured. Raises ValueError, in one sentence, for everything a user can get wrong and
     for a loss that is no number, and KeyboardInterrupt after saving when it was asked to stop."""
+    _check(config)
     check_out(config.out, resume)
     if (config.out / TRUNK).exists():
         raise ValueError(f"out folder {config.out} holds a trained model already ({TRUNK}); name another folder")
@@ -189,16 +190,30 @@ def _trunk(config: PretrainConfig, tokenizer: Any) -> PreTrainedModel:
     return model
 
 
+def _check(config: PretrainConfig) -> None:
+    """What needs no model and no data to be refused, before either is read."""
+    if config.model is not None and not config.model.exists():
+        raise ValueError(f"there is no model configuration {str(config.model)!r}; name a config.json, or a folder with one")
+    for name, settings in config.heads.items():
+        _asked(name, settings)
+
+
+def _asked(name: str, settings: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The class of a method that may learn with a trunk, and its settings."""
+    kind = method(name)
+    if not kind.joins_pretraining:
+        able = ", ".join(other for other in METHODS if method(other).joins_pretraining)
+        raise ValueError(f"{name} heads learn on a trunk that is there already, with `headstart train`; from scratch: {able}")
+    given = {key: value for key, value in settings.items() if key != "from"}
+    return kind, settings_of(name, given, settings.get("from"), f"heads {name}")
+
+
 def _heads(config: PretrainConfig, model: PreTrainedModel) -> dict[str, Heads]:
     """By method: heads that begin as their settings say, or go on from a folder (`from`)."""
     ends, found = Ends(model), {}
     for name, settings in config.heads.items():
-        kind: Any = method(name)
-        if not kind.joins_pretraining:
-            able = ", ".join(other for other in METHODS if method(other).joins_pretraining)
-            raise ValueError(f"{name} heads learn on a trunk that is there already, with `headstart train`; from scratch: {able}")
-        given = {key: value for key, value in settings.items() if key != "from"}
-        chosen = kind.fitted(settings_of(name, given, settings.get("from"), f"heads {name}"), model.config)
+        kind, chosen = _asked(name, settings)
+        chosen = kind.fitted(chosen, model.config)
         found[name] = kind(chosen, ends.hidden, ends.vocab).bind(ends).start()
         if "from" in settings:
             go_on(found[name], settings["from"], facts_of(model))

@@ -106,12 +106,16 @@ def test_the_weight_of_the_heads_falls_where_it_is_told_to(asked):
     assert [run._weight(progress) for progress in (0.0, 0.49, 0.5, 1.0)] == [0.3, 0.3, 0.1, 0.1]
 
 
-def test_what_cannot_be_is_said_in_one_sentence(asked, tmp_path, model_folder):
+def test_what_cannot_be_is_said_in_one_sentence(asked, tmp_path, model_folder, data):  # noqa: F811
     for keys, said in (
         ({"heads": {"medusa": {}}}, "medusa heads learn on a trunk that is there already"),
         ({"heads": {"mtp": {"dept": 3}}}, "heads mtp has no key dept"),
+        ({"model": data, "tokenizer": str(model_folder)}, "is no configuration of a causal language model"),
         ({"length": 9999}, "length is 9999, and the target takes 256"),
-        ({"model": tmp_path / "none.json", "tokenizer": str(model_folder)}, "none.json is no configuration"),
+        (
+            {"model": tmp_path / "none.json", "tokenizer": str(model_folder)},
+            "there is no model configuration .*none.json'; name a config.json",
+        ),
     ):
         with pytest.raises(ValueError, match=said):
             pretrain(asked(**keys))
