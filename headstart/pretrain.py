@@ -52,15 +52,8 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> dict[str, Any]:
     if run.accelerator.is_main_process:
         config.write(config.out)
     run.say(run.greeting(state.step))
-    try:
-        run.accelerator.init_trackers("headstart", config={"learning_rate": config.learning_rate})
-        measured = run.loop.run(state)
-    except KeyboardInterrupt:
-        run.say(f"stopped after step {state.step}; go on with: headstart pretrain --config {config.out / 'config.yaml'} --resume")
-        raise
-    finally:
-        run.accelerator.end_training()
-    return run.finish(measured)
+    run.accelerator.init_trackers("headstart", config={"learning_rate": config.learning_rate})
+    return run.finish(run.loop.see_through(state, "pretrain"))
 
 
 class Run:

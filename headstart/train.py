@@ -54,14 +54,7 @@ def train(config: TrainConfig, *, resume: bool = False, decode: Decode | None = 
     check_out(config.out, resume)
     run = Run(config, recipe, decode)
     state = run.begin()
-    try:
-        measured = run.loop.run(state)
-    except KeyboardInterrupt:
-        run.say(f"stopped after step {state.step}; go on with: headstart train --config {config.out / 'config.yaml'} --resume")
-        raise
-    finally:
-        run.accelerator.end_training()
-    return run.finish(measured)
+    return run.finish(run.loop.see_through(state, "train"))
 
 
 @dataclass(frozen=True)

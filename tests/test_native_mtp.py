@@ -8,14 +8,13 @@ import torch
 import transformers as hf
 from modules import VOCAB, Publication
 from safetensors.torch import load_file
+from test_recognise import answer
 from tiny import _COMMON, REFUSED, random_model
 from transformers.cache_utils import MtpCache
 from transformers.generation.candidate_generator import MTPCandidateGenerator
-from typer.testing import CliRunner
 
 import headstart
 from headstart import checkpoint
-from headstart.cli import app
 from headstart.drafters import make
 from headstart.drafters.layers import block_of, decoder
 from headstart.drafters.lookup import Lookup
@@ -303,16 +302,6 @@ def test_auto_falls_back_to_lookup_where_modules_cannot_be_used(publish, tmp_pat
     with pytest.warns(UserWarning, match="quantized.*drafting by lookup instead"):
         llm = headstart.load(folder, exact=False)
     assert isinstance(llm.engine.drafter, Lookup)
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def answer(*arguments):
-    result = run(*arguments, "--json")
-    assert result.exit_code == 0, result.stderr
-    return json.loads(result.stdout)
 
 
 def test_inspect_says_that_a_model_has_modules(publish):

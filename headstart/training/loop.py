@@ -65,6 +65,17 @@ class Loop:
         self.state = State()
         self._pace_began = (0.0, 0)  # seconds and tokens at the last line
 
+    def see_through(self, state: State, command: str) -> dict[str, Any]:
+        """`run`, and what is said and closed when it ends, in whatever way. command: of `headstart`, which goes on with it."""
+        try:
+            return self.run(state)
+        except KeyboardInterrupt:
+            again = f"headstart {command} --config {self.config.out / 'config.yaml'} --resume"
+            self.report.say(f"stopped after step {state.step}; go on with: {again}")
+            raise
+        finally:
+            self.accelerator.end_training()
+
     def run(self, state: State) -> dict[str, Any]:
         """From `state` to the end of the budget; what was measured last, on held-out texts where there are some.
 
