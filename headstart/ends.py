@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class Ends:
     """Embedding and head of a causal LM, frozen. Raises ValueError, naming the model, where its head does something unknown.
 
-    hidden: width of the final, normed states, which is also the width of an embedding. vocab: width of the logits.
+    hidden: width of the final, normed states, which is also the width of an embedding. vocab: width of the logits. scale: by which
+    those of its head are multiplied.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -29,7 +30,7 @@ class Ends:
         self._model = model
         self._cap: float | None = getattr(config, "final_logit_softcapping", None)
         # Cohere multiplies its logits, Granite divides them.
-        self._scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+        self.scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
         self.hidden = int(config.hidden_size)
         self._check(str(getattr(model.config, "_name_or_path", "") or type(model).__name__))
 
@@ -50,6 +51,11 @@ class Ends:
         """Of the head, for who lets it learn; none where kernels have packed it."""
         return tuple(self.head.parameters())
 
+    @property
+    def table(self) -> Tensor:
+        """[vocab, hidden] the embedding of every token."""
+        return self.embed(torch.arange(self.vocab, device=self._model.device)).detach()
+
     def embed(self, tokens: Tensor) -> Tensor:
         """[...] int64 -> [..., hidden], as the table has them."""
         embedded: Tensor = self._model.get_input_embeddings()(tokens)
@@ -61,7 +67,7 @@ class Ends:
 
     def finish(self, logits: Tensor) -> Tensor:
         """What the model does to the logits of its head: a scale, a soft cap, mostly nothing. Same shape."""
-        logits = logits if self._scale == 1 else logits * self._scale
+        logits = logits if self.scale == 1 else logits * self.scale
         return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
 
     @torch.no_grad()

@@ -47,6 +47,8 @@ class Batch:
 class Objective(BaseModel):
     """How much each loss weighs, and how much less each deeper guess counts.
 
+    Where a drafter's vocabulary is reduced, all sums are over the tokens that it has, with the teacher's own masses: a position
+    counts by the mass that its law has there (EAGLE-3 renormalises, and leaves out those whose best token is not among them).
     hard: cross-entropy with the text's own token. soft: with the teacher's law (KL but for a constant), which is all there is where
     no loss is given a weight. tv: total variation,
     1 - alpha, where alpha = sum(min(p, q)) is the chance that a drawn guess is accepted. alpha: -log alpha. lk: KL and tv mixed
@@ -81,16 +83,18 @@ class Objective(BaseModel):
         """Whether the target's own laws are needed."""
         return self.soft + self.tv + self.alpha + self.lk > 0
 
-    def __call__(self, logits: Tensor, tokens: Tensor, taught: Tensor | None) -> Tensor:
-        """Loss of each position, [n]. logits, taught: [n, vocab]; tokens: [n] int64; taught may be None without a teacher."""
+    def __call__(self, logits: Tensor, tokens: Tensor, taught: Tensor | None, ids: Tensor | None = None) -> Tensor:
+        """Loss of each position, [n]. logits: [n, vocab], or [n, len(ids)] with `ids` the ascending target ids of its columns;
+        taught: [n, vocab], may be None without a teacher; tokens: [n] int64."""
         loss = logits.new_zeros(logits.shape[0], dtype=torch.float32)
         if self.hard:
-            loss = loss + self.hard * F.cross_entropy(logits.float(), tokens, reduction="none")
+            loss = loss + self.hard * F.cross_entropy(logits.float(), _columns(tokens, ids), reduction="none", ignore_index=_NONE)
         if not self.has_teacher:
             return loss
         assert taught is not None, "this objective needs a teacher"
         own = torch.log_softmax(self._heated(logits), -1)
         law = torch.softmax(self._heated(taught), -1)
+        law = law if ids is None else law[:, ids]
         if self.soft:
             loss = loss - self.soft * (law * own).sum(-1)
         if self.tv + self.alpha + self.lk:
@@ -108,12 +112,25 @@ class Objective(BaseModel):
         return logits.float() if self.temperature == 1 else logits.float() / self.temperature
 
 
+_NONE = -100  # cross_entropy's own mark of a token that does not count
+
+
+def _columns(tokens: Tensor, ids: Tensor | None) -> Tensor:
+    """Where each token stands among ascending `ids`, or `_NONE`."""
+    if ids is None:
+        return tokens
+    places = torch.searchsorted(ids, tokens).clamp(max=len(ids) - 1)
+    return torch.where(ids[places] == tokens, places, _NONE)
+
+
 @dataclass(frozen=True, eq=False)
 class Voice:
-    """From states to logits, [n, width] -> [n, vocab], and the weights on that way which may learn."""
+    """From states to logits, [n, width] -> [n, vocab], and the weights on that way which may learn. ids: where the vocabulary is
+    reduced, the ascending target ids of the logits' columns, [draft vocab]."""
 
     project: Callable[[Tensor], Tensor]
     weights: Sequence[nn.Parameter] = ()
+    ids: Tensor | None = None
 
     def __call__(self, states: Tensor) -> Tensor:
         return self.project(states)
@@ -259,7 +276,8 @@ def chunked_loss(
         with torch.no_grad():
             taught = None if finals is None else teach(finals[chunk])
         best = logits.detach().float().argmax(-1)  # the same as in bf16, where a CPU takes four times as long
-        return objective(logits, tokens[chunk], taught).sum(), best == tokens[chunk]
+        best = best if project.ids is None else project.ids[best]
+        return objective(logits, tokens[chunk], taught, project.ids).sum(), best == tokens[chunk]
 
     learned = [weight for weight in project.weights if weight.requires_grad]
     found: tuple[Tensor, Tensor] = _Chunked.apply(piece, states, *learned)  # type: ignore[no-untyped-call]

@@ -19,7 +19,7 @@ from headstart.drafters import method
 from headstart.ends import Ends
 from headstart.lessons import Objective
 from headstart.pretrained import load_model, stored_dtype
-from headstart.text import load_tokenizer
+from headstart.text import load_tokenizer, special_ids
 from headstart.training.begun import go_on, settings_of
 from headstart.training.config import TrainConfig
 from headstart.training.joint import Joint, JointConfig, perplexity, save_trunk
@@ -70,7 +70,8 @@ class Recipe:
     def of(cls, config: TrainConfig) -> Recipe:
         settings = settings_of(config.method, config.settings, config.start, f"method {config.method}")
         joint = None if config.joint is None else validate(JointConfig, config.joint, "joint")
-        return cls(method(config.method), settings, validate(Objective, config.loss, "loss"), joint)
+        kind = method(config.method)
+        return cls(kind, settings, validate(Objective, {**kind.loss_defaults, **config.loss}, "loss"), joint)
 
 
 class Run:
@@ -88,9 +89,8 @@ class Run:
         self.ends, self.facts = Ends(self.model), facts_of(self.model, self.tokenizer)
         self.library = read_library(config, self.tokenizer, self.facts, self.report)
         self.settings = recipe.kind.fitted(recipe.settings, self.model.config)
-        self.heads = self.fresh().bind(self.ends).start()
-        if config.start is not None:
-            go_on(self.heads, config.start, self.facts)
+        self.heads = self._new_heads()
+        self.coverage = self.heads.coverage(self.library.said(self.ends.vocab))
         self.bare = self._lesson()
         self.before: float | None = None  # the trunk's perplexity, where it learns
         optimizer: Any = torch.optim.AdamW(self.bare.groups(config.learning_rate, config.weight_decay), betas=config.betas)
@@ -102,6 +102,17 @@ class Run:
             config, self.course, self.lesson, [optimizer], accelerator, self.checkpoints, self.identity, self.report,
             decode=self.decoded if decode else None, decode_every=config.decode_every,
         )  # fmt: skip
+
+    def _new_heads(self) -> Any:
+        """Those that the run begins with: new ones, or ones that go on."""
+        heads, start = self.fresh().bind(self.ends), self.config.start
+        heads.survey(
+            self.library.said(self.ends.vocab), [token for token in special_ids(self.tokenizer) if token < self.ends.vocab]
+        )
+        heads.start()
+        if start is not None:
+            go_on(heads, start, self.facts)
+        return heads
 
     def _lesson(self) -> Any:
         config, joint = self.config, self.recipe.joint
@@ -177,6 +188,7 @@ class Run:
             f"{self.config.method}: {learned:,} parameters learn from {len(library.taught):,} texts of {tokens:,} tokens, "
             f"{len(library.tested):,} held out; {course.steps:,} steps of {course.per_step * self.config.rows} texts"
             + (f", from step {step} on" if step else "")
+            + (f"; they can say {self.coverage:.2%} of the tokens that are answered there" if self.coverage is not None else "")
         )
 
     def _told(self, measured: dict[str, Any]) -> dict[str, Any]:
@@ -193,6 +205,7 @@ class Run:
             "texts_per_step": self.course.per_step * config.rows,
             "length": config.length,
             "seed": config.seed,
+            **({} if self.coverage is None else {"coverage": round(self.coverage, 5)}),
             **measured,
         }
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from headstart.drafters.eagle import Eagle, EagleConfig
+from headstart.drafters.eagle3 import Eagle3, Eagle3Config
 from headstart.drafters.heads import Heads
 from headstart.drafters.hydra import Hydra, HydraConfig, HydraPlus, HydraPlusConfig
 from headstart.drafters.medusa import Medusa, MedusaConfig
@@ -13,7 +15,8 @@ from headstart.drafters.mtp import Mtp, MtpConfig
 from headstart.drafters.parallel import ParallelConfig, ParallelMtp
 from headstart.target import Target
 
-KINDS = ("medusa", "medusa, shared", "hydra", "hydra++", "mtp", "mtp, 3 modules", "mtp, hidden first", "mtp-parallel")
+KINDS = ("medusa", "medusa, shared", "hydra", "hydra++", "mtp", "mtp, 3 modules", "mtp, hidden first", "mtp-parallel", "eagle",
+         "eagle3", "eagle3.1, 40 tokens")  # fmt: skip
 
 
 def heads_for(target: Target, kind: str, noise: float = 0.05, num_heads: int = 4) -> Heads:
@@ -31,8 +34,17 @@ def heads_for(target: Target, kind: str, noise: float = 0.05, num_heads: int = 4
         "mtp, hidden first": lambda: Mtp(MtpConfig(depth=num_heads, hidden_first=True), *sizes),
         "mtp-parallel": lambda: ParallelMtp(ParallelConfig(num_heads=num_heads), *sizes),
     }
+    made |= {
+        "eagle": lambda: Eagle(EagleConfig(depth=num_heads, bias=True), *sizes),
+        "eagle3": lambda: Eagle3(Eagle3Config(depth=num_heads, taps=(0, 1), norm_before_residual=True), *sizes),
+        "eagle3.1, 40 tokens": lambda: Eagle3(
+            Eagle3Config(depth=num_heads, taps=(0, 1, -1), draft_vocab=40, fc_norm=True, norm_output=True), *sizes
+        ),
+    }
     torch.manual_seed(7)
-    heads = made[kind]().to(target.dtype).bind(ends).start()
+    heads = made[kind]().to(target.dtype).bind(ends)
+    heads.survey(torch.arange(ends.vocab) % 7, ())
+    heads.start()
     with torch.no_grad():
         for weight in heads.parameters():
             weight.add_(torch.randn_like(weight) * noise)

@@ -29,17 +29,17 @@ from headstart.tree import Kept
 TEXTS = [[5, 9, 3, 77, 12, 40, 8, 21, 33, 60], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]]
 
 
-def states_of(tokens):
-    """[rows, length, hidden] final states of the tiny target, by its own attention."""
+def states_of(tokens, taps=(-1,)):
+    """[rows, length, taps * hidden] states of the tiny target, by its own attention: its final ones, or those of other layers."""
     with tiny().original() as model, torch.no_grad():
-        return model(tokens, output_hidden_states=True).hidden_states[-1]
+        states = model(tokens, output_hidden_states=True).hidden_states
+    return torch.cat([states[tap % tiny().num_layers + 1] for tap in taps], -1)
 
 
-def batch_of(tokens, first_answer=1):
-    finals = states_of(tokens)
+def batch_of(tokens, first_answer=1, taps=(-1,)):
     counts = torch.zeros_like(tokens, dtype=torch.bool)
     counts[:, first_answer:] = True
-    return Batch(tokens, counts, finals, finals)
+    return Batch(tokens, counts, states_of(tokens, taps), states_of(tokens))
 
 
 @dataclass
@@ -73,7 +73,7 @@ def hear(heads, texts, places):
     """Let attached heads read each text up to (not including) its root, in two pieces."""
     for first, last in ((0.0, 0.5), (0.5, 1.0)):
         spans = [(int(place * first), int(place * last)) for place in places]
-        features = torch.cat([states_of(torch.tensor([t]))[0, a:b] for t, (a, b) in zip(texts, spans, strict=True)])
+        features = torch.cat([states_of(torch.tensor([t]), heads.taps)[0, a:b] for t, (a, b) in zip(texts, spans, strict=True)])
         pieces = tuple(tuple(t[a : b + 1]) for t, (a, b) in zip(texts, spans, strict=True))
         seats = tuple(range(len(texts)))
         heads.extend(Kept(seats, pieces, tuple(a for a, _ in spans), (), (), features, features.device))
@@ -88,7 +88,7 @@ def test_drafting_says_what_training_said(kind):
         seating.take(len(text))
     trained = []
     for text, place in zip(TEXTS, places, strict=True):
-        guesses = heads.eval().states(batch_of(torch.tensor([text])))
+        guesses = heads.eval().states(batch_of(torch.tensor([text]), taps=heads.taps))
         trained.append([guess.project(guess.states[:, place - 1])[0].detach() for guess in guesses])
     heads.attach(target, seating)
     hear(heads, TEXTS, places)
@@ -222,7 +222,7 @@ def test_a_loss_in_chunks_has_the_value_and_the_gradients_of_the_whole(objective
 def test_losses_of_two_batches_add_up_to_that_of_both(kind):
     heads = heads_for(tiny(), kind).eval()
     tokens = torch.tensor([TEXTS[0], TEXTS[1][:10]])
-    both, parts = batch_of(tokens, 3), [batch_of(tokens[i : i + 1], 3) for i in range(2)]
+    both, parts = batch_of(tokens, 3, heads.taps), [batch_of(tokens[i : i + 1], 3, heads.taps) for i in range(2)]
     objective = Objective(soft=1.0, decay=0.8)
     total, metrics = heads.loss(both, objective)
     losses, measured = zip(*(heads.loss(part, objective) for part in parts), strict=True)
@@ -240,7 +240,7 @@ def test_tau_of_a_chain_counts_unbroken_runs_of_hits():
 def test_every_weight_learns():
     for kind in KINDS:
         heads: Heads = heads_for(tiny(), kind)
-        loss, _ = heads.loss(batch_of(torch.tensor(TEXTS[1:])), Objective())
+        loss, _ = heads.loss(batch_of(torch.tensor(TEXTS[1:]), taps=heads.taps), Objective())
         loss.backward()
         assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in heads.parameters())
 

@@ -84,6 +84,8 @@ def _model(argument: str, target: Target) -> Drafter:
 # Methods whose drafters are trained and kept in a folder: where their class is, which has a `config_type` and is made of
 # (config, hidden, vocab).
 METHODS: dict[str, str] = {
+    "eagle": "headstart.drafters.eagle:Eagle",
+    "eagle3": "headstart.drafters.eagle3:Eagle3",
     "hydra": "headstart.drafters.hydra:Hydra",
     "hydra++": "headstart.drafters.hydra:HydraPlus",
     "medusa": "headstart.drafters.medusa:Medusa",

@@ -5,7 +5,7 @@ A method's own file says what a head computes; this one what is the same for all
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
@@ -61,6 +61,7 @@ class Heads(nn.Module):
     config_type: ClassVar[type[BaseModel]]
     taps: tuple[int, ...] = (-1,)
     joins_pretraining: ClassVar[bool] = False  # whether a trunk may learn with them from the start
+    loss_defaults: ClassVar[dict[str, float]] = {}  # what their `Objective` is, where nothing else is said
     heads: nn.ModuleList  # one per depth
 
     def __init__(self, config: Any, hidden: int, vocab: int) -> None:
@@ -107,6 +108,14 @@ class Heads(nn.Module):
             )
         self._ends = ends
         return self
+
+    def survey(self, counts: Tensor, special: Sequence[int]) -> None:
+        """Before training and before `start`: how often an assistant says each token, [vocab] int64, and which tokens are special.
+        For those that can say some tokens only."""
+
+    def coverage(self, counts: Tensor) -> float | None:
+        """Share of these tokens, as in `survey`, that it can say; None where that is all."""
+        return None
 
     def start(self) -> Self:
         """Before training: own projections begin as the target's head."""

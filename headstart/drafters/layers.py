@@ -58,6 +58,28 @@ def llama_block(hidden: int) -> dict[str, Any]:
     }
 
 
+def plain_block(config: PreTrainedConfig) -> dict[str, Any]:
+    """Settings for `decoder` of one Llama layer with the sizes and rotary positions of a model's own layers, where those are
+    such a layer's; else as `llama_block` has them."""
+    text = config.get_text_config()
+    block = llama_block(int(text.hidden_size))
+    names = (
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "intermediate_size",
+        "rms_norm_eps",
+        "max_position_embeddings",
+    )
+    own = {name: value for name in names if (value := getattr(text, name, None)) is not None}
+    if not {"num_attention_heads", "intermediate_size"} <= own.keys() or getattr(text, "kv_lora_rank", None):
+        return block
+    own.setdefault("head_dim", block["hidden_size"] // own["num_attention_heads"])
+    own.setdefault("num_key_value_heads", own["num_attention_heads"])
+    rope = getattr(text, "rope_parameters", None) or {}
+    return {**block, **own, **({"rope_parameters": dict(rope)} if rope.get("rope_theta") else {})}
+
+
 def decoder(settings: Mapping[str, Any], hidden: int) -> Any:
     """A model of transformers without embedding and head: [rows, length, hidden] `inputs_embeds` -> `last_hidden_state`, normed.
 
@@ -79,11 +101,77 @@ def decoder(settings: Mapping[str, Any], hidden: int) -> Any:
     return model
 
 
-def norm_like(model: Any) -> nn.Module:
-    """One more norm of the kind that ends a new decoder, with the weights that such a norm begins with."""
+def norm_like(model: Any, width: int | None = None) -> nn.Module:
+    """One more norm of the kind that ends a new decoder, with the weights that such a norm begins with, of another `width`
+    perhaps."""
     last = [child for child in model.children() if [weight.dim() for weight in child.parameters()] in ([1], [1, 1])][-1]
     norm: nn.Module = copy.deepcopy(last)
+    if width is not None:
+        for name, weight in list(norm.named_parameters()):
+            setattr(norm, name, nn.Parameter(weight.detach()[:1].repeat(width)))
     return norm
+
+
+class Wide(nn.Module):
+    """One of transformers' decoder layers whose attention reads [embedding, state], each normed (EAGLE-3, arXiv 2503.01840).
+
+    layer: is taken apart. norm_before_residual: the residual is the normed state, not the state itself.
+    """
+
+    def __init__(self, layer: Any, norm_before_residual: bool) -> None:
+        super().__init__()
+        self.norm_before_residual = norm_before_residual
+        self.hidden_norm = copy.deepcopy(layer.input_layernorm)
+        self.input_layernorm, self.post_attention_layernorm = layer.input_layernorm, layer.post_attention_layernorm
+        self.self_attn, self.mlp = layer.self_attn, layer.mlp
+        for name in ("q_proj", "k_proj", "v_proj"):
+            narrow = getattr(self.self_attn, name)
+            wide = nn.Linear(2 * narrow.in_features, narrow.out_features, bias=narrow.bias is not None)
+            setattr(self.self_attn, name, wide.to(narrow.weight.dtype))
+
+    def forward(self, hidden_states: Tensor, **seen: Any) -> Tensor:
+        """[rows, length, 2 * hidden] -> [rows, length, hidden]. seen: what a decoder hands to its layers' attention."""
+        embedded, states = hidden_states.chunk(2, -1)
+        normed = self.hidden_norm(states)
+        attended, _ = self.self_attn(hidden_states=torch.cat([self.input_layernorm(embedded), normed], -1), **seen)
+        states = (normed if self.norm_before_residual else states) + attended
+        result: Tensor = states + self.mlp(self.post_attention_layernorm(states))
+        return result
+
+
+_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+
+
+def bare(model: Any) -> Any:
+    """A decoder whose first layer has no norm before its attention, and which ends without one (EAGLE, arXiv 2401.15077)."""
+    _require_plain(model)
+    model.layers[0].input_layernorm = nn.Identity()
+    model.norm = nn.Identity()
+    return model
+
+
+def widened(model: Any, norm_before_residual: bool = False) -> Any:
+    """A decoder that reads [embedding, state], 2 * hidden wide, and ends without a norm; see `Wide`."""
+    _require_plain(model)
+    model.layers[0] = Wide(model.layers[0], norm_before_residual)
+    model.norm = nn.Identity()
+    return model
+
+
+def _require_plain(model: Any) -> None:
+    """Raise ValueError where a decoder's layers are not made of an attention, an MLP and a norm before each."""
+    layer, kind = model.layers[0], model.config.model_type
+    has_all = {name for name, _ in layer.named_children()} == _PARTS and hasattr(layer.self_attn, "q_proj")
+    if not (has_all and hasattr(model, "norm")):
+        raise ValueError(
+            f"a drafter of this method needs a plain decoder layer, which one of model_type {kind!r} is not; name llama"
+        )
+
+
+def _width(model: Any) -> int:
+    """Of what a decoder reads."""
+    hidden = int(model.config.hidden_size)
+    return 2 * hidden if isinstance(getattr(model, "layers", [None])[0], Wide) else hidden
 
 
 def unrolled(model: Any, inputs: Tensor, step: int, positions: Tensor, cache: Any) -> Tensor:
@@ -130,7 +218,7 @@ def memory_shapes(model: Any) -> tuple[tuple[LayerShape, ...], tuple[Reach, ...]
     attention.register()
     before, probe = model.config._attn_implementation, Probe()
     weight = next(model.parameters())
-    one = torch.zeros(1, 1, model.config.hidden_size, dtype=weight.dtype, device=weight.device)
+    one = torch.zeros(1, 1, _width(model), dtype=weight.dtype, device=weight.device)
     model.set_attn_implementation(attention.NAME)
     try:
         with torch.no_grad():

@@ -81,6 +81,12 @@ class Library:
         padded = self.pad([shortest])
         return Padded(padded.tokens, torch.zeros_like(padded.counts), padded.indices)
 
+    def said(self, vocab: int) -> Tensor:
+        """[vocab] int64: how often an assistant says each token in the taught texts."""
+        taught = (self.texts[index] for index in self.taught)
+        tokens = [token for text in taught for token, is_said in zip(text.tokens, text.mask, strict=True) if is_said]
+        return torch.bincount(torch.tensor(tokens, dtype=torch.int64), minlength=vocab)
+
     def digest(self) -> str:
         """Of every token, who said it, and what is held out: two runs with the same digest read the same."""
         sha = hashlib.sha256(repr((self.taught, self.tested)).encode())

@@ -1,0 +1,79 @@
+"""EAGLE (Li et al. 2024, arXiv 2401.15077): one decoder layer that guesses the target's next final state, and speaks by its head.
+
+EAGLE-2 (arXiv 2406.16858) is the same head drafting with growing trees. It learns to be close to the state that the target will
+have, and to say what that state says; teacher forcing is one step deep, with noise on the states in place of its own mistakes.
+More `steps` unroll it on its own states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Self
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from headstart.drafters.layers import bare, decoder
+from headstart.drafters.recurrent import Recurrent, RecurrentConfig
+from headstart.lessons import Batch, Guess, Metrics, Objective, learn
+
+
+class EagleConfig(RecurrentConfig):
+    """bias: of the projection, which some published heads have. noise: half the width of the uniform noise on the target's states
+    while it learns. regression: weight of the distance between its states and the target's, smooth L1, beside that of the losses
+    of its laws; published are 1 and 0.1."""
+
+    bias: bool = False
+    noise: float = Field(default=0.1, ge=0)
+    regression: float = Field(default=10.0, ge=0)
+
+
+class Eagle(Recurrent):
+    """Drafts with a layer that hands its guess of the target's state on."""
+
+    name = "eagle"
+    config_type = EagleConfig
+
+    def __init__(self, config: EagleConfig, hidden: int, vocab: int) -> None:
+        super().__init__(config, hidden, vocab)
+        self.fc = nn.Linear(2 * hidden, hidden, bias=config.bias)
+        self.block = bare(decoder(self.config.block, hidden))
+
+    def start(self) -> Self:
+        """It begins by handing the state on, so that it says at first what the target would."""
+        with torch.no_grad():
+            self.fc.weight[:, self.hidden :] = torch.eye(self.hidden)
+            if self.config.embedding == "own":
+                self.embedding.weight.copy_(self.ends.table)
+        return self
+
+    def received(self, features: Tensor) -> Tensor:
+        if not (self.training and self.config.noise):
+            return features
+        noise = 2 * torch.rand_like(features) - 1
+        return features + float(self.config.noise) * noise
+
+    def read(self, states: Tensor, embedded: Tensor) -> Tensor:
+        """The embedding first."""
+        read: Tensor = self.fc(torch.cat([embedded, states], -1))
+        return read
+
+    def loss(self, batch: Batch, objective: Objective) -> tuple[Tensor, Metrics]:
+        """That of its laws, and the distance of its states to those that they stand for."""
+        guesses = list(self.states(batch))
+        loss, metrics = learn(iter(guesses), batch, objective, self.ends.project)
+        return loss + self.config.regression * self._distance(guesses, batch, objective.decay), metrics
+
+    @staticmethod
+    def _distance(guesses: list[Guess], batch: Batch, decay: float) -> Tensor:
+        """Smooth L1, the mean over a state, summed over the positions that count and the guesses, each weighted as its law."""
+        return torch.stack(list(_distances(guesses, batch, decay))).sum()
+
+
+def _distances(guesses: list[Guess], batch: Batch, decay: float) -> Iterator[Tensor]:
+    for depth, guess in enumerate(guesses, 1):
+        rows, places = batch.counted(depth).nonzero(as_tuple=True)
+        own, wanted = guess.states[rows, places], batch.finals[rows, places + depth]
+        apart = nn.functional.smooth_l1_loss(own.float(), wanted.float(), reduction="none")
+        yield decay ** (depth - 1) * apart.mean(-1).sum()

@@ -1,0 +1,143 @@
+"""What drafters have in common whose layer is fed its own output: EAGLE and EAGLE-3.
+
+The layer reads pairs: a state, and the embedding of the token behind it. At first the states are the target's; from the first
+guess on they are what the layer itself made. The pair of the token at position i sits at position i. A method's own file says
+how a pair is read and how a state speaks. This file refuses to know any method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from headstart.drafters.grow import Level, drafting_rows, grow
+from headstart.drafters.layered import Layered
+from headstart.drafters.layers import llama_block, plain_block, unrolled
+from headstart.lessons import Batch, Guess
+from headstart.sampling import Rows
+from headstart.tree import Drafts, Kept
+
+
+class RecurrentConfig(BaseModel):
+    """depth: how deep it drafts. steps: how many guesses in a row it learns from, each made from what the one before made of
+    itself; deeper ones are drafted all the same. block: configuration of its layers, as transformers has it, None for one of
+    Llama's with the sizes of the target's. embedding: the target's table, or one of its own, which does not learn either."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    depth: int = Field(default=5, ge=1, le=64)
+    steps: int = Field(default=1, ge=1, le=64)
+    block: dict[str, Any] | None = None
+    embedding: Literal["shared", "own"] = "shared"
+
+
+class Recurrent(Layered):
+    """Drafts level by level with one decoder, which hands its output on."""
+
+    joins_pretraining = False
+    block: Any  # the decoder
+    ids: Tensor | None  # [draft vocab] ascending target ids, where the vocabulary is reduced
+
+    def __init__(self, config: Any, hidden: int, vocab: int) -> None:
+        config = config.model_copy(update={"block": config.block or llama_block(hidden)})
+        super().__init__(config, hidden, vocab)
+        self.width = int(config.block["hidden_size"])  # of its states
+        self.register_buffer("ids", None)
+        if config.embedding == "own":
+            self.embedding = nn.Embedding(vocab, self.width).requires_grad_(False)
+
+    @classmethod
+    def fitted(cls, config: Any, target: Any) -> Any:
+        return config if config.block else config.model_copy(update={"block": plain_block(target)})
+
+    @property
+    def depth(self) -> int:
+        return int(self.config.depth)
+
+    @property
+    def decoders(self) -> Sequence[Any]:
+        return [self.block]
+
+    @property
+    def remembered(self) -> int:
+        return self.width
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[...] int64 -> [..., width]"""
+        embedded: Tensor = self.ends.embed(tokens) if self.config.embedding == "shared" else self.embedding(tokens)
+        return embedded
+
+    def received(self, features: Tensor) -> Tensor:
+        """The states that come from the target: [..., taps * hidden] -> [..., width]."""
+        return features
+
+    def read(self, states: Tensor, embedded: Tensor) -> Tensor:
+        """What the decoder reads of pairs: [..., width] twice -> [..., its input]."""
+        raise NotImplementedError
+
+    def handed(self, states: Tensor) -> Tensor:
+        """What is handed on of the decoder's output, [..., width] -> the same."""
+        return states
+
+    # -- learning --
+
+    def states(self, batch: Batch) -> Iterator[Guess]:
+        """One guess per unrolled step, all `depth` of them while nothing is learned (training-time test, arXiv 2503.01840)."""
+        from transformers import DynamicCache
+
+        count = min(self.config.steps, self.depth) if self.training else self.depth
+        cache = DynamicCache() if count > 1 else None
+        embedded, states = self.embed(batch.tokens), self.received(batch.features)
+        positions = torch.arange(batch.tokens.shape[1], device=states.device)
+        for step in range(count):
+            read = self.read(states, embedded.roll(-(step + 1), 1))  # what is rolled in at the end never counts
+            states = self.handed(unrolled(self.block, read, step, positions + step, cache))
+            yield Guess(states, self.speech(step))
+
+    # -- drafting --
+
+    def digest(self, kept: Kept) -> Tensor:
+        states = self.received(super().digest(kept))
+        read = self.read(states, self.embed(kept.nexts))
+        return self.handed(self.memories[0].extend(read, kept.positions, kept.seats, kept.lengths))
+
+    @torch.inference_mode()
+    def propose(self, rows: Rows) -> Drafts:
+        walk = _Walk(self, rows)
+        return grow(rows, walk.logits(), walk.step, self.ids, calibration=self.calibration, deepest=self.depth)
+
+    def fork(self, source: int, seat: int, length: int) -> None:
+        self.memories[0].fork(source, seat, length)
+
+
+class _Walk:
+    """One round's descent. states: [rows, width of the level, width], what was made of the nodes of the last level."""
+
+    def __init__(self, drafter: Recurrent, rows: Rows) -> None:
+        self.drafter, self.rows = drafter, drafting_rows(rows)
+        self.seats = {row: rows.seats[row] for row in self.rows}
+        self.states = drafter.drafting(rows)[:, None]
+        self.depth = 0
+
+    def logits(self) -> Tensor:
+        """[rows * width, draft vocab] behind the nodes of this level."""
+        return self.drafter.speech(self.depth)(self.states.flatten(0, 1))
+
+    def step(self, level: Level) -> Tensor:
+        """The next level's nodes: each is read with what was made of its parent."""
+        if level.rows != self.rows:
+            places = torch.tensor([self.rows.index(row) for row in level.rows]).to(self.states.device, non_blocking=True)
+            self.rows, self.states = level.rows, self.states[places]
+        drafter, memory = self.drafter, self.drafter.memories[0]
+        parents = self.states.gather(1, level.origins[..., None].expand(-1, -1, drafter.width))
+        read = drafter.read(parents, drafter.embed(level.tokens)).flatten(0, 1)
+        seats = [self.seats[row] for row in level.rows]
+        behind = torch.tensor([memory.length(seat) for seat in seats]).to(read.device, non_blocking=True)
+        positions = (behind[:, None] + self.depth).expand(-1, level.width).flatten()
+        self.states = drafter.handed(memory.level(read, positions, seats, level)).unflatten(0, level.tokens.shape)
+        self.depth += 1
+        return self.logits()
