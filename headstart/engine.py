@@ -197,6 +197,7 @@ class Engine:
             beam=plan.beam if plan else 0,
             nodes=plan.nodes if plan else 0,
             parents=plan.parents if plan else frozenset(),
+            worth=plan.worth if plan else 0.0,
             laws=self._laws_of(requests),
             vocab=self.target.vocab,
             noise_rule=self.rule.noise,

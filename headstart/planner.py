@@ -20,13 +20,14 @@ from headstart.tree import ROOT, Drafts
 class Plan:
     """depth: levels per row at most; width: children per parent; beam: parents expanded per level and row;
     nodes: drafts verified in all, over all rows. parents: the paths of ranks to expand, where a shape names them; empty: the
-    likeliest."""
+    likeliest. worth: kept tokens that the nodes of another level must promise together, or a row ends there."""
 
     depth: int
     width: int
     beam: int
     nodes: int
     parents: frozenset[tuple[int, ...]] = frozenset()
+    worth: float = 0.0
 
 
 class Planner(Protocol):
@@ -69,8 +70,11 @@ class Chain:
 @dataclass(frozen=True)
 class Best:
     """The `nodes` candidates of highest chance per drafting row, at most `depth` deep: EAGLE-2's rule (Li et al. 2024), over all
-    rows at once. `floor` drops candidates that are kept less often than that: where a node costs more than it earns (one more
-    synchronisation per round on a GPU).
+    rows at once.
+
+    floor: candidates that are kept less often than that are dropped: where a node costs more than it earns (one more
+    synchronisation per round on a GPU). worth: a row goes no level deeper where the nodes to be expanded promise fewer kept tokens
+    than that together: about what a level costs, in forwards of the target; on a CPU only, for it asks what was drafted.
     """
 
     nodes: int = 15
@@ -78,12 +82,15 @@ class Best:
     width: int = 4
     beam: int = 4
     floor: float = 0.0
+    worth: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("nodes", "depth", "width", "beam"):
             _positive(name, getattr(self, name))
         if not 0 <= self.floor < 1:
             raise ValueError(f"floor is {self.floor}; a chance below which drafts are dropped must be in [0, 1)")
+        if not 0 <= self.worth < 1:
+            raise ValueError(f"worth is {self.worth}; the tokens that another level must promise must be in [0, 1)")
 
     def headroom(self, max_rows: int) -> int:
         drafted = self.width * (1 + (self.depth - 1) * self.beam)
@@ -91,7 +98,7 @@ class Best:
 
     def plan(self, depths: Sequence[int]) -> Plan:
         drafting = sum(depth > 0 for depth in depths)
-        return Plan(self.depth, self.width, self.beam, self.nodes * drafting)
+        return Plan(self.depth, self.width, self.beam, self.nodes * drafting, worth=self.worth)
 
     def prune(self, drafts: Drafts, plan: Plan, num_rows: int) -> Drafts:
         if len(drafts) > plan.nodes:
@@ -194,9 +201,9 @@ def parse(spec: str) -> Planner | Measured:
             return Measured(int(argument))
         if name == "best":
             settings = dict(item.split("=") for item in argument.split(",")) if argument else {}
-            return Best(**{key: float(value) if key == "floor" else int(value) for key, value in settings.items()})  # type: ignore[arg-type]
+            return Best(**{key: float(value) if key in ("floor", "worth") else int(value) for key, value in settings.items()})  # type: ignore[arg-type]
     except TypeError:
-        raise ValueError(f"planner {spec!r} has a setting that is none of nodes, depth, width, beam, floor") from None
+        raise ValueError(f"planner {spec!r} has a setting that is none of nodes, depth, width, beam, floor, worth") from None
     except ValueError as error:
         why = f": {error}" if "must be" in str(error) else ""
         raise ValueError(f"planner {spec!r} cannot be read{why}; {_SYNTAX}") from None

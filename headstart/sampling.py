@@ -299,6 +299,7 @@ class Rows:
     noise_rule: str = "shared"
     history: History | None = None
     parents: frozenset[tuple[int, ...]] = frozenset()  # paths of ranks to expand, where the plan is a fixed shape
+    worth: float = 0.0  # kept tokens that the nodes of another level must promise together
     _noise: dict[int, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:

@@ -28,6 +28,8 @@ def make_rows(
     parents: frozenset[tuple[int, ...]] = frozenset(),
     noise_rule: str = "shared",
     history: History | None = None,
+    nodes: int = 10**6,
+    worth: float = 0.0,
 ) -> Rows:
     count = len(params)
     return Rows(
@@ -37,7 +39,8 @@ def make_rows(
         depths=tuple(depths or [1] * count),
         width=width,
         beam=beam,
-        nodes=10**6,
+        nodes=nodes,
+        worth=worth,
         laws=Laws.of(params, seeds),
         vocab=vocab,
         noise_rule=noise_rule,

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tables import drafting, make_rows, paths_of
 
 from headstart.drafters.grow import Level, compose, grow
+from headstart.planner import Best
 from headstart.sampling import Rows, SamplingParams
 from headstart.tree import ROOT, Drafts
 
@@ -165,3 +166,43 @@ def test_parallel_heads_compose_what_would_be_grown(depths, width, beam, seed, i
     grown, composed = grow(rows, said[0], tell), compose(rows, said[: max(depths)])
     for name in ("tokens", "parents", "rows", "depths", "chances"):
         assert torch.equal(getattr(grown, name), getattr(composed, name))
+
+
+@settings(deadline=None)
+@given(DEPTHS, st.integers(1, 3), st.integers(1, 4), st.integers(1, 12), st.integers(0, 99))
+def test_levels_that_cannot_be_verified_are_not_grown_and_nothing_is_lost(depths, width, beam, nodes, seed):
+    count = len(depths)
+    planner = Best(nodes=nodes, depth=4, width=width, beam=beam)
+    kept = []
+    for budget in (10**6, planner.plan(depths).nodes):
+        rows = make_rows(KINDS[:count], range(seed, seed + count), VOCAB, depths=depths, width=width, beam=beam, nodes=budget)
+        drafts = planner.prune(drafting(TABLE)(rows, [(row, row) for row in range(count)]), planner.plan(depths), count)
+        kept.append([paths_in(drafts, row) for row in range(count)])
+    assert kept[0] == kept[1]
+
+
+def test_growth_ends_where_the_tree_is_full_of_better_drafts():
+    certain = torch.full((VOCAB,), -9.0)
+    certain[:2] = torch.tensor([1.0, 0.9])
+    levels = []
+
+    def expand(level):
+        levels.append(level.width)
+        return torch.zeros(level.width, VOCAB)
+
+    rows = make_rows([SamplingParams()], [0], VOCAB, depths=[4], width=2, beam=2, nodes=1)
+    assert grow(rows, certain[None], expand).max_depth == 1
+    assert levels == []
+
+
+def test_a_row_goes_deeper_only_where_that_promises_enough():
+    sure, unsure = torch.tensor([9.0, 0, 0, 0, 0]), torch.zeros(VOCAB)
+    for worth, expected in ((0.0, {0, 1}), (0.9, {0})):
+        rows = make_rows([SamplingParams()] * 2, [0, 1], VOCAB, depths=[2, 2], width=2, beam=2, worth=worth)
+        deeper = []
+        grow(
+            rows,
+            torch.stack([sure, unsure]),
+            lambda level, to=deeper: to.extend(level.rows) or torch.zeros(2 * len(level.rows), VOCAB),
+        )
+        assert set(deeper) == expected

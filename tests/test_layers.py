@@ -1,5 +1,7 @@
 """Layers of a drafter's own, of any family: while drafting they say what they say on whole texts."""
 
+import copy
+
 import pytest
 import torch
 from test_heads import TEXTS, Forced
@@ -7,7 +9,18 @@ from tiny import tiny
 from transformers import PreTrainedModel
 
 from headstart.cache import Seating
-from headstart.drafters.layers import block_of, decoder, llama_block, norm_like, slot_bytes
+from headstart.drafters.layers import (
+    Wide,
+    bare,
+    block_of,
+    decoder,
+    llama_block,
+    norm_like,
+    plain_block,
+    slot_bytes,
+    unrolled,
+    widened,
+)
 from headstart.drafters.mtp import Mtp, MtpConfig
 from headstart.drafters.parallel import ParallelConfig, ParallelMtp
 from headstart.lessons import Batch
@@ -95,3 +108,57 @@ def test_a_block_is_one_layer_like_the_last():
     assert settings["num_hidden_layers"] == 1
     assert settings["layer_types"] == [tiny("gemma2").model.config.layer_types[-1]]
     assert "vocab_size" not in settings
+
+
+ROPES = {
+    "default": {"rope_type": "default", "rope_theta": 5e5},
+    "linear": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4},
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32, "rope_theta": 5e5,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen2", "mistral"])
+def test_a_wide_layer_whose_attention_ignores_the_embedding_is_transformers_own_layer(family, rope):
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24, "rope_parameters": ROPES[rope]}
+    block = {**llama_block(64), **sizes, "model_type": family}
+    plain = decoder(block, 64).double()
+    with torch.no_grad():
+        for weight in plain.parameters():
+            weight.add_(torch.randn_like(weight) * 0.1)
+    wide = widened(copy.deepcopy(plain)).double()
+    layer, own = wide.layers[0], plain.layers[0]
+    assert isinstance(layer, Wide)
+    with torch.no_grad():
+        for name in ("q_proj", "k_proj", "v_proj"):
+            there, here = getattr(layer.self_attn, name), getattr(own.self_attn, name)
+            there.weight.copy_(torch.cat([torch.zeros_like(here.weight), here.weight], 1))
+            if here.bias is not None:
+                there.bias.copy_(here.bias)
+    plain.norm = torch.nn.Identity()
+    states, other = torch.randn(2, 2, 40, 64, dtype=torch.float64)
+    positions = torch.arange(40)
+    found = unrolled(wide, torch.cat([other, states], -1), 0, positions, None)
+    torch.testing.assert_close(found, unrolled(plain, states, 0, positions, None), rtol=0, atol=1e-12)
+
+
+def test_a_layer_that_is_not_plain_is_refused_by_its_type():
+    for family in ("gemma2", "olmo2", "phi3"):
+        block = block_of(tiny(family).model.config)
+        for made_of in (bare, widened):
+            with pytest.raises(ValueError, match=f"plain decoder layer, which one of model_type '{family}' is not"):
+                made_of(decoder(block, 64))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral", "deepseek_v3", "gemma3", "gpt_neox"])
+def test_a_plain_block_can_be_made_for_any_target(family):
+    config = tiny(family).model.config
+    block = plain_block(config)
+    assert widened(decoder(block, 64)) and block["model_type"] == "llama"
+    if family in ("llama", "qwen3"):
+        assert [block[name] for name in ("num_key_value_heads", "head_dim")] == [config.num_key_value_heads, config.head_dim]

@@ -59,12 +59,15 @@ def grow(
 
     logits: [drafting rows, vocab] after each root, in the order of the rows; expand: runs one level and returns what follows each
     of its nodes. ids: target ids where the drafter's vocabulary is reduced. deepest: the level at which the drafter must end, None
-    for none. The plan's depth, width and beam are in `rows`.
+    for none. The plan's depth, width and beam are in `rows`. A row ends early where another level cannot pay; on a CPU only, since a
+    device would have to be asked.
     """
     growth = _Growth(rows, ids, logits.device, calibration)
     grown = growth.plant(drafting_rows(rows), logits)
     for depth in range(1, min(rows.max_depth, deepest or rows.max_depth)):
-        beam = growth.narrow(grown, depth)
+        if not (going := growth.going(grown, depth)):
+            break
+        beam = growth.narrow(grown, going, depth)
         grown = growth.expand(beam, growth.choose(beam, depth, expand(beam.level)))
     return growth.drafts(source)
 
@@ -79,7 +82,7 @@ def compose(rows: Rows, logits: Sequence[Tensor], calibration: Calibration = UNF
     growth = _Growth(rows, None, logits[0].device, calibration)
     grown = growth.plant(drafting, logits[0])
     for depth, said in enumerate(logits[1 : rows.max_depth], 1):
-        beam = growth.narrow(grown, depth)
+        beam = growth.narrow(grown, growth.allowed(grown, depth), depth)
         grown = growth.expand(beam, growth.repeat(beam, drafting, growth.choose_once(drafting, depth, said)))
     return growth.drafts(source)
 
@@ -144,9 +147,30 @@ class _Growth:
         nothing = torch.zeros(count, places.shape[1], 0, dtype=torch.bool, device=self.device)
         return _Grown(drafting, places, choice.chances, choice.tokens[..., None], torch.zeros_like(places), nothing)
 
-    def narrow(self, grown: _Grown, depth: int) -> _Beam:
-        """The most promising nodes of each row that may still go deeper."""
-        going = [place for place, row in enumerate(grown.rows) if self.rows.depths[row] > depth]
+    def allowed(self, grown: _Grown, depth: int) -> list[int]:
+        """Which rows of a level may go deeper at all."""
+        return [place for place, row in enumerate(grown.rows) if self.rows.depths[row] > depth]
+
+    def going(self, grown: _Grown, depth: int) -> list[int]:
+        """Which of them shall."""
+        allowed = self.allowed(grown, depth)
+        if self.device.type != "cpu" or self.rows.parents:
+            return allowed
+        pays = self._pays(grown.chances).tolist()
+        return [place for place in allowed if pays[place]]
+
+    def _pays(self, chances: Tensor) -> Tensor:
+        """[rows] bool: whether what would be expanded promises enough, and may be among the drafts that are verified: no child has
+        a better chance than its parent, so that a level below the last of these changes nothing. chances: [rows, size]."""
+        best = chances.topk(min(self.rows.beam, chances.shape[1]), -1).values
+        pays = best.sum(-1) >= self.rows.worth
+        if self.size < self.rows.nodes:
+            return pays
+        last = torch.cat(self.chances).topk(self.rows.nodes).values[-1]
+        return pays & (best[:, 0] > last)
+
+    def narrow(self, grown: _Grown, going: Sequence[int], depth: int) -> _Beam:
+        """The most promising nodes of each row that goes deeper."""
         if len(going) < len(grown.rows):
             at = torch.tensor(going).to(self.device, non_blocking=True)
             grown = _Grown(
