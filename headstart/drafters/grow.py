@@ -59,8 +59,8 @@ def grow(
 
     logits: [drafting rows, vocab] after each root, in the order of the rows; expand: runs one level and returns what follows each
     of its nodes. ids: target ids where the drafter's vocabulary is reduced. deepest: the level at which the drafter must end, None
-    for none. The plan's depth, width and beam are in `rows`. A row ends early where another level cannot pay; on a CPU only, since a
-    device would have to be asked.
+    for none. The plan's depth, width and beam are in `rows`. A row ends early where another level cannot pay; on a CPU only, since
+    a device would have to be asked.
     """
     growth = _Growth(rows, ids, logits.device, calibration)
     grown = growth.plant(drafting_rows(rows), logits)
