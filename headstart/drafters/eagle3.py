@@ -87,7 +87,8 @@ class Eagle3(Recurrent):
         return float(counts[self.ids.to(counts.device)].sum() / counts.sum().clamp(min=1))
 
     def start(self) -> Self:
-        """It begins by handing the highest tap on, and with the target's own head."""
+        """It begins by handing the highest tap on, each place on its own, and with the target's own head."""
+        self.block.layers[0].look_at_itself()
         with torch.no_grad():
             if self.config.embedding == "own":
                 self.embedding.weight.copy_(self.ends.table)

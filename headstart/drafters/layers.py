@@ -129,6 +129,16 @@ class Wide(nn.Module):
             wide = nn.Linear(2 * narrow.in_features, narrow.out_features, bias=narrow.bias is not None)
             setattr(self.self_attn, name, wide.to(narrow.weight.dtype))
 
+    @torch.no_grad()
+    def look_at_itself(self) -> None:
+        """Begin with an attention that sees little but its own place, and hands on what is there at full size: that is the only way
+        for the embedding into the residual, and a new attention, which sees everything a little, takes long to find it."""
+        attention, size = self.self_attn, int(self.self_attn.head_dim)
+        key, query = attention.k_proj.weight, attention.q_proj.weight
+        for weight in (key, attention.v_proj.weight, attention.o_proj.weight):
+            weight.normal_(0, weight.shape[1] ** -0.5)
+        query.copy_(key.unflatten(0, (-1, size)).repeat_interleave(len(query) // len(key), 0).flatten(0, 1))
+
     def forward(self, hidden_states: Tensor, **seen: Any) -> Tensor:
         """[rows, length, 2 * hidden] -> [rows, length, hidden]. seen: what a decoder hands to its layers' attention."""
         embedded, states = hidden_states.chunk(2, -1)
