@@ -52,6 +52,8 @@ class Forced:
     width: int = 1
     beam: int = 1
     parents: frozenset = frozenset()
+    nodes: int = 10**6
+    worth: float = 0.0
     said: dict = field(default_factory=dict)
 
     def __post_init__(self):

@@ -154,7 +154,8 @@ class _Growth:
     def going(self, grown: _Grown, depth: int) -> list[int]:
         """Which of them shall."""
         allowed = self.allowed(grown, depth)
-        if self.device.type != "cpu" or self.rows.parents:
+        is_open = self.rows.worth == 0 and self.size < self.rows.nodes  # whatever comes is welcome
+        if is_open or self.rows.parents or self.device.type != "cpu":
             return allowed
         pays = self._pays(grown.chances).tolist()
         return [place for place in allowed if pays[place]]
