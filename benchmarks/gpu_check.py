@@ -154,7 +154,8 @@ def heads(name: str, target: Target) -> Drafter:
     if target.name == str(embedded("target")):
         return make(name, target)
     kind = method(name)
-    return kind(kind.config_type(), target.ends.hidden, target.ends.vocab).to(target.dtype).bind(target.ends).start()
+    settings = kind.fitted(kind.config_type(), target.model.config)
+    return kind(settings, target.ends.hidden, target.ends.vocab).to(target.dtype).bind(target.ends).start()
 
 
 def identity(target: Target, draft: Target, tokens: int, lines: list[Line]) -> list[dict[str, Any]]:

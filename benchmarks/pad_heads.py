@@ -4,8 +4,9 @@
 
 A target whose embeddings and final states are those of a smaller model, followed by zeros, says what that one says and costs what
 its width costs. So do these heads: every weight goes to the leading corner of a larger one. Where vectors stand side by side
-(Hydra, MTP), each one's columns move to its new place; norms average over the width, so their weights shrink by sqrt(old / new) and
-their eps by old / new. Nothing is written unless the logits are the same. Say "padded" wherever such a number is printed.
+(Hydra, MTP, EAGLE), each one's columns move to its new place; norms average over the width, so their weights shrink by
+sqrt(old / new) and their eps by old / new. Nothing is written unless the logits are the same. Say "padded" wherever such a
+number is printed.
 """
 
 import argparse
@@ -36,11 +37,22 @@ def widen(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
     return result
 
 
-def widen_side_by_side(weight: Tensor, hidden: int) -> Tensor:
-    """[old, count * old], which reads `count` vectors side by side -> [hidden, count * hidden]."""
-    old = weight.shape[0]
+def widen_side_by_side(weight: Tensor, old: int, shape: tuple[int, ...]) -> Tensor:
+    """[rows, count * old], which reads `count` vectors side by side -> [more rows, count * more]."""
     blocks = weight.unflatten(1, (-1, old))
-    return widen(blocks, (hidden, blocks.shape[1], hidden)).flatten(1)
+    return widen(blocks, (shape[0], blocks.shape[1], shape[1] // blocks.shape[1])).flatten(1)
+
+
+def is_side_by_side(name: str, weight: Tensor, like: Tensor, old: int, hidden: int) -> bool:
+    """Whether a matrix reads several vectors of the target's width."""
+    count = weight.shape[-1] // old
+    reads = (
+        "fuse" in name
+        or "eh_proj" in name
+        or name.startswith("fc.")
+        or name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))
+    )
+    return reads and weight.dim() == 2 and weight.shape[1] == count * old and like.shape[1] == count * hidden
 
 
 def widened(heads: Heads, hidden: int) -> Heads:
@@ -51,10 +63,13 @@ def widened(heads: Heads, hidden: int) -> Heads:
     shrink = math.sqrt(heads.hidden / hidden)
     weights: dict[str, Tensor] = {}
     for name, like in large.state_dict().items():
-        weight = heads.state_dict()[name].float()
-        if (".fuse." in name or "eh_proj" in name) and weight.dim() == 2:
-            weights[name] = widen_side_by_side(weight, hidden)
+        weight = heads.state_dict()[name]
+        if not weight.is_floating_point():
+            weights[name] = weight  # tokens of a vocabulary
+        elif is_side_by_side(name, weight, like, heads.hidden, hidden):
+            weights[name] = widen_side_by_side(weight.float(), heads.hidden, tuple(like.shape))
         else:
+            weight = weight.float()
             weights[name] = widen(weight * shrink if "norm" in name else weight, tuple(like.shape))
     large.load_state_dict(weights)
     large.calibration = heads.calibration
@@ -111,11 +126,12 @@ class Narrow:
 def gap(small: Heads, large: Heads, length: int = 12) -> float:
     """The largest difference of their logits on one random text, relative to the largest logit."""
     generator = torch.Generator().manual_seed(0)
-    states = torch.randn(1, length, small.hidden, generator=generator)
+    states = torch.randn(1, length, len(small.taps), small.hidden, generator=generator)
     tokens = torch.randint(0, small.vocab, (1, length), generator=generator)
     counts = torch.ones_like(tokens, dtype=torch.bool)
     wide = pad(states, (0, large.hidden - small.hidden))
-    pairs = zip(small.states(Batch(tokens, counts, states, states)), large.states(Batch(tokens, counts, wide, wide)), strict=True)
+    texts = [Batch(tokens, counts, read.flatten(2), read[:, :, -1]) for read in (states, wide)]
+    pairs = zip(small.states(texts[0]), large.states(texts[1]), strict=True)
     worst = 0.0
     for mine, theirs in pairs:
         expected, found = mine.project(mine.states[0]), theirs.project(theirs.states[0])

@@ -119,6 +119,10 @@ def scripted(
     return lambda voice, answers: (Scripted(script(voice.target.vocab), answers), AsDrafted(nodes, depth))
 
 
+# The static tree of EAGLE-1's paper: 25 drafts, five deep.
+_PATHS = "0 1 2 3 00 01 02 10 11 20 21 30 000 001 002 010 011 020 021 100 0000 0001 0002 00000 00001"
+EAGLE = tuple(tuple(map(int, path)) for path in _PATHS.split(" "))
+
 DRAFTERS: dict[str, Maker] = {
     "none": lambda voice, answers: (None, None),
     "lookup": lambda voice, answers: (Lookup(), Best(nodes=10, depth=5)),
@@ -132,6 +136,10 @@ DRAFTERS: dict[str, Maker] = {
     "mtp, static tree": lambda voice, answers: (heads_of(voice, "mtp"), Shape.full(3, 2, 1)),
     "mtp, dynamic tree": lambda voice, answers: (heads_of(voice, "mtp"), Best(nodes=9, depth=4, width=3, beam=2)),
     "mtp-parallel, dynamic tree": lambda voice, answers: (heads_of(voice, "mtp-parallel"), Best(nodes=9, depth=3, width=3, beam=4)),
+    "eagle, static tree": lambda voice, answers: (heads_of(voice, "eagle"), Shape(EAGLE)),
+    "eagle, dynamic tree": lambda voice, answers: (heads_of(voice, "eagle"), Best(nodes=12, depth=4, width=4, beam=4)),
+    "eagle3, chain": lambda voice, answers: (heads_of(voice, "eagle3"), Chain(4)),
+    "eagle3, dynamic tree": lambda voice, answers: (heads_of(voice, "eagle3"), Best(nodes=9, depth=5, width=3, beam=3, worth=0.1)),
     "scripted right": scripted(lambda vocab: right()),
     "scripted wrong": scripted(wrong),
     "scripted right to 3": scripted(lambda vocab: right_then_wrong(3, vocab)),

@@ -36,6 +36,7 @@ DRAFTERS = {
     "shape": lambda draft, heads: (ModelDrafter(draft), Shape.full(2, 1)),
     "medusa": lambda draft, heads: (heads, Best(nodes=5, depth=3, width=2, beam=2)),
     "hydra++": lambda draft, heads: (heads, Best(nodes=5, depth=3, width=2, beam=2)),
+    "eagle3.1, 40 tokens": lambda draft, heads: (heads, Best(nodes=5, depth=3, width=2, beam=2, worth=0.1)),
 }
 CASES = [
     ("all", "coupled", 3, "best"),
@@ -52,6 +53,7 @@ CASES = [
     ("sampled", "coupled", 3, "medusa"),
     ("all", "coupled", 1, "medusa"),
     ("sampled", "coupled", 3, "hydra++"),
+    ("all", "coupled", 3, "eagle3.1, 40 tokens"),
     ("all", "rejection", 3, "hydra++"),
 ]
 
@@ -86,7 +88,7 @@ def test_the_device_says_what_the_host_says(law, accept, rows, name):
 
 
 # How often a round brings something to the host: its verdict, and each row's share of what the device chose.
-WAITS = {"none": 1, "lookup": 1, "chain": 1, "best": 2, "shape": 4, "medusa": 2, "hydra++": 2}
+WAITS = {"none": 1, "lookup": 1, "chain": 1, "best": 2, "shape": 4, "medusa": 2, "hydra++": 2, "eagle3.1, 40 tokens": 2}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

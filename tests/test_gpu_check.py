@@ -19,5 +19,5 @@ def test_the_check_of_a_device_runs_on_a_cpu(model_folder, draft_folder, monkeyp
     printed = capsys.readouterr().out
     assert end.value.code == 0, printed
     result = json.loads(printed.splitlines()[-1])
-    assert len(result["float32"]["identity"]) == len(result["bfloat16"]["identity"]) == 45
+    assert len(result["float32"]["identity"]) == len(result["bfloat16"]["identity"]) == 57
     assert set(result["bfloat16"]) == {"identity", "together", "pass_ms", "generate", "waits", "memory"}
