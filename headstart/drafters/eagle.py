@@ -74,6 +74,6 @@ class Eagle(Recurrent):
 def _distances(guesses: list[Guess], batch: Batch, decay: float) -> Iterator[Tensor]:
     for depth, guess in enumerate(guesses, 1):
         rows, places = batch.counted(depth).nonzero(as_tuple=True)
-        own, wanted = guess.states[rows, places], batch.finals[rows, places + depth]
+        own, wanted = guess.states[rows, places], batch.finals[rows, places + depth].detach()  # where the target learns, too
         apart = nn.functional.smooth_l1_loss(own.float(), wanted.float(), reduction="none")
         yield decay ** (depth - 1) * apart.mean(-1).sum()
