@@ -1,7 +1,9 @@
 """Heads as others publish them, written by hand from random tensors, and the text and target that they are tried on."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -32,28 +34,35 @@ def write(folder: Path, name: str, tensors: Tensors, **config: object) -> Path:
 
 
 class Trial:
-    """A target, a text of random tokens, and the target's final states there."""
+    """A target, a text of random tokens, and the target's final states there. outputs: of all its layers."""
 
-    def __init__(self, folder: Path) -> None:
-        self.model = load_model(folder, torch.float32, "cpu")
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        self.model = load_model(folder, dtype, "cpu")
         self.facts = checkpoint.facts_of(self.model)
         self.ends = Ends(self.model)
         self.tokens = torch.randint(VOCAB, (2, 9), generator=torch.Generator().manual_seed(3))
         with torch.no_grad():
-            self.states = self.model.model(input_ids=self.tokens).last_hidden_state  # [rows, length, hidden]
+            found = self.model.model(input_ids=self.tokens, output_hidden_states=True)
+            self.states, self.outputs = found.last_hidden_state, found.hidden_states[1:]  # [rows, length, hidden]
             self.embedded = self.ends.embed(self.tokens)
+
+    def read(self, source: Path, taps: Sequence[int] = ()) -> Any:
+        """The heads there, brought in for this target, in its precision."""
+        found = checkpoint.published_in(source).suited(self.facts, lambda: self.ends, taps)
+        return found.read(self.facts, self.model.config).to(self.model.dtype).bind(self.ends)
 
     def logits(self, source: Path) -> list[Tensor]:
         """[heads][rows, length, vocab]: what the heads say at every position, once brought in."""
-        heads = checkpoint.published_in(source).read(self.facts, self.model.config).bind(self.ends)
-        batch = Batch(self.tokens, torch.ones_like(self.tokens, dtype=torch.bool), self.states, self.states)
+        heads = self.read(source)
+        read = torch.cat([self.outputs[tap] if tap >= 0 else self.states for tap in heads.taps], -1)
+        batch = Batch(self.tokens, torch.ones_like(self.tokens, dtype=torch.bool), read, self.states)
         with torch.no_grad():
             return [guess.project(guess.states) for guess in heads.states(batch)]
 
-    def refusal(self, source: Path) -> str:
+    def refusal(self, source: Path, taps: Sequence[int] = ()) -> str:
         """The sentence with which heads are refused."""
         try:
-            checkpoint.published_in(source).read(self.facts, self.model.config)
+            self.read(source, taps)
         except ValueError as error:
             return str(error)
         raise AssertionError(f"{source} was not refused")

@@ -108,13 +108,13 @@ def test_import_refuses_to_write_over_a_model(target, theirs):
         ("nowhere", "does not exist"),
         ("ours", "already holds native heads"),
         ("target", "holds a model (LlamaForCausalLM), which cannot be imported"),
-        ("eagle", "holds EAGLE heads, which cannot be imported yet"),
+        ("dflash", "holds DFlash heads, which cannot be imported yet"),
         ("empty", "holds nothing that is known, which cannot be imported"),
     ],
 )
 def test_import_refuses_what_is_none_of_others_heads(target, theirs, tmp_path, source, words):
     answer("import", theirs, "--target", target, "--out", tmp_path / "ours")
-    write(tmp_path / "eagle", "model.safetensors", {"fc.weight": random(HIDDEN, 2 * HIDDEN)}, architectures=["LlamaForCausalLM"])
+    write(tmp_path / "dflash", "model.safetensors", {"hidden_norm.weight": random(HIDDEN)}, architectures=["DFlashDraftModel"])
     (tmp_path / "empty").mkdir()
     place = target if source == "target" else tmp_path / source
     assert words in refusal("import", place, "--target", target, "--out", tmp_path / "new")
@@ -157,6 +157,22 @@ def test_inspect_names_what_keeps_heads_from_being_brought_in(tmp_path):
         ("eagle", ("fc.weight", "layers.0.self_attn.q_proj.weight"), {"architectures": ["LlamaForCausalLM"]}),
         ("eagle3", ("fc.weight", "midlayer.hidden_norm.weight", "d2t"), {"architectures": ["LlamaForCausalLM"]}),
         ("eagle3", ("fc.weight", "layers.0.self_attn.q_proj.weight"), {"speculators_model_type": "eagle3"}),
+        ("eagle3", ("layers.0.mlp.up_proj.weight",), {"architectures": ["LlamaForCausalLMEagle3"]}),
+    ],
+)
+def test_heads_that_are_not_whole_are_still_called_by_their_name(tmp_path, kind, names, config):
+    write(tmp_path, "model.safetensors", {name: torch.zeros(2, 4) for name in names}, **config)
+    known = checkpoint.recognise(tmp_path)
+    assert (known.kind, known.command) == (kind, None)
+    assert known.problems
+
+
+@pytest.mark.parametrize(
+    ("kind", "names", "config"),
+    [
+        ("eagle", ("fusion_fc.weight", "layers.0.self_attn.q_proj.weight"), {"speculators_model_type": "eagle"}),
+        ("dflash", ("fc.weight", "hidden_norm.weight", "layers.0.mlp.up_proj.weight"), {"architectures": ["DFlashDraftModel"]}),
+        ("dflash", ("fc.weight", "layers.0.mlp.up_proj.weight", "d2t"), {"speculators_model_type": "dflash"}),
         ("mtp", ("mtp.fc.weight", "model.layers.1.mlp.up_proj.weight"), {"model_type": "llama"}),
         ("mtp", ("model.layers.61.eh_proj.weight",), {}),
         ("redrafter", ("rnn_u.weight", "lm_head.0.linear.weight"), {"model_type": "recurrent_drafting_drafter"}),

@@ -26,6 +26,7 @@ from torch import Tensor
 from headstart.chances import PLAN
 from headstart.checkpoint.card import card
 from headstart.checkpoint.facts import TargetFacts, check
+from headstart.checkpoint.tokens import fault
 from headstart.drafters import method
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ def load(folder: str | Path, facts: TargetFacts | None = None) -> Heads:
         drafter = _build(described, folder)
     tensors = _tensors(folder)
     _match(drafter.state_dict(), tensors, folder)
+    _match_ids(tensors, described.target.vocab, folder)
     drafter.load_state_dict(tensors, assign=True)
     return drafter.eval()
 
@@ -184,10 +186,24 @@ def _match(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], folder: Pa
             raise ValueError(f"{where} lacks {name} {list(tensor.shape)}")
         if found[name].shape != tensor.shape:
             raise ValueError(f"{where} has {name} as {list(found[name].shape)}, but these heads need {list(tensor.shape)}")
-        if not found[name].is_floating_point():
-            raise ValueError(f"{where} has {name} of type {found[name].dtype}, but these heads need floating-point numbers")
+        if tensor.is_floating_point() != found[name].is_floating_point():
+            needed = "floating-point numbers" if tensor.is_floating_point() else str(tensor.dtype)
+            raise ValueError(f"{where} has {name} of type {found[name].dtype}, but these heads need {needed}")
     if extra := sorted(found.keys() - wanted.keys()):
         raise ValueError(f"{where} has {len(extra)} tensors that these heads have no place for, first {extra[0]}")
+
+
+def _match_ids(found: Mapping[str, Tensor], vocab: int, folder: Path) -> None:
+    """Whole numbers among the tensors of heads are the tokens that they can say, ascending."""
+    for name, ids in found.items():
+        if ids.is_floating_point():
+            continue
+        wrong = fault(ids, vocab) if ids.dtype is torch.int64 else f"it is of type {ids.dtype} and should be torch.int64"
+        if wrong is None and not bool((ids.diff() > 0).all()):
+            place = int((ids.diff() < 0).nonzero()[0])
+            wrong = f"tokens {int(ids[place])} and {int(ids[place + 1])} stand in this order, and should ascend"
+        if wrong:
+            raise ValueError(f"{folder / WEIGHTS} has {name} that cannot be right: {wrong}; copy or import the heads again")
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------------

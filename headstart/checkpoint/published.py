@@ -6,9 +6,9 @@ follows from the table. This file knows no method by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from headstart.drafters import method
 if TYPE_CHECKING:
     from headstart.checkpoint.facts import TargetFacts
     from headstart.drafters.heads import Heads
+    from headstart.ends import Ends
 
 MAX = 64  # heads, and layers of a head; more can only be a mistake in a name
 PREFIX = "prefix."  # tensors of a decoder layer whose sizes only the target's configuration tells
@@ -99,15 +100,33 @@ class Published:
         made: Heads = self.kind(self.kind.config_type.model_validate(settings), self.hidden, self.vocab or 1)
         return made
 
+    def suited(self, facts: TargetFacts, ends: Callable[[], Ends] | None = None, taps: Sequence[int] = ()) -> Self:
+        """The same, once their target is known, and what only that can settle is settled.
+
+        ends: makes those of the target, asked only where they matter; None where it is not at hand. taps: layers of the target that
+        a person says they read, by their outputs, from 0. Raises ValueError where that is not for a person to say.
+        """
+        if taps:
+            raise ValueError(f"--taps names layers of the target, but {self.layout} read its last one; leave --taps out")
+        return self
+
     def check(self, facts: TargetFacts, target_config: Any) -> None:
         """Raise ValueError where they do not fit the target, or are not whole."""
-        where = self.weights.files[0]
-        sizes = (("a hidden size", self.hidden, facts.hidden), ("a vocabulary", self.vocab, facts.vocab))
-        for what, theirs, its in () if self.refused else sizes:
-            if theirs is not None and theirs != its:
-                raise ValueError(f"the heads in {where} have {what} of {theirs}, but the target {facts.name} has {its}")
+        if not self.refused:
+            self.check_sizes(facts)
         for problem in self.problems(target_config):
-            raise ValueError(f"the heads in {where} cannot be brought in: {problem}")
+            raise self.error(problem)
+
+    def check_sizes(self, facts: TargetFacts) -> None:
+        """Raise ValueError where they are for a target of other sizes."""
+        for what, theirs, its in (("a hidden size", self.hidden, facts.hidden), ("a vocabulary", self.vocab, facts.vocab)):
+            if theirs is not None and theirs != its:
+                where = self.weights.files[0]
+                raise ValueError(f"the heads in {where} have {what} of {theirs}, but the target {facts.name} has {its}")
+
+    def error(self, problem: str) -> ValueError:
+        """What is raised where a problem keeps them from being brought in."""
+        return ValueError(f"the heads in {self.weights.files[0]} cannot be brought in: {problem}")
 
     def read(self, facts: TargetFacts, target_config: Any) -> Heads:
         """The drafter, for that target. Raises ValueError where they do not fit the target, or are not whole."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from headstart.checkpoint import hydra, medusa, mtp, native
+from headstart.checkpoint import eagle, eagle3, hydra, medusa, mtp, native
 from headstart.checkpoint.facts import model_option
 from headstart.checkpoint.published import Published
 from headstart.checkpoint.weights import Weights, beside, config_in, safe_in, weights_in
@@ -22,13 +22,15 @@ METHODS: tuple[Callable[[Weights, Mapping[str, Any]], Published | None], ...] = 
     hydra.understand,
     medusa.understand,
     mtp.understand,
+    eagle3.understand,
+    eagle.understand,
 )
 
 # Formats that are known by name only: (kind, words, a pattern that one tensor's name fits, a pattern of the configuration's names).
 NAMED = (
     ("redrafter", "ReDrafter heads", r"rnn_[uw]\.weight", r"recurrent_drafting"),
-    ("eagle3", "EAGLE-3 heads", r"(midlayer|layers\.0)\.hidden_norm\.weight|d2t", r"Eagle3|eagle3"),
-    ("eagle", "EAGLE heads", r"(model\.)?fc\.weight", r"Eagle|eagle"),
+    ("dflash", "DFlash heads", r"(model\.)?hidden_norm\.weight", r"(?i)dflash|dspark"),
+    ("eagle", "heads of EAGLE's kind", r"(model\.)?fusion_fc\.weight", r"Eagle|eagle"),
     ("mtp", "MTP modules", r"mtp\.fc\.weight|.*\.(eh_proj|mtp_layers\.0\.input_proj)\.weight", r"NextN|MTP"),
 )
 
@@ -39,8 +41,8 @@ class Recognised:
 
     kind: "native", a method's name, "target" or "unknown". layout: in words. is_target: whether a whole model is there, perhaps
     with heads inside. target: the model that the heads were made for, by name. command: brings them in, None where nothing does.
-    num_heads, num_layers, num_modules, hidden, vocab, parameters: None where unknown; vocab of heads is also None where they have
-    no projection of their own. notes, problems: sentences for a person.
+    num_heads, num_layers, num_modules, hidden, vocab, draft_vocab, parameters: None where unknown; vocab of heads is also None
+    where they have no projection of their own, draft_vocab where they can say all of it. notes, problems: sentences for a person.
     """
 
     kind: str
@@ -52,6 +54,7 @@ class Recognised:
     num_modules: int | None = None
     hidden: int | None = None
     vocab: int | None = None
+    draft_vocab: int | None = None
     parameters: int | None = None
     target: str | None = None
     command: str | None = None
@@ -114,7 +117,8 @@ def published_in(path: str | Path) -> Published:
     if known.kind == "native":
         raise ValueError(f"{path} already holds native heads; use them with `--drafter {path}`")
     yet = " yet" if known.method else ""
-    raise ValueError(f"{path} holds {known.layout}, which cannot be imported{yet}; Medusa, Hydra and a model's MTP modules can")
+    can = "heads of Medusa, Hydra and EAGLE and a model's MTP modules can"
+    raise ValueError(f"{path} holds {known.layout}, which cannot be imported{yet}; {can}")
 
 
 def _native(path: Path) -> Recognised:
@@ -130,6 +134,7 @@ def _native(path: Path) -> Recognised:
         num_modules=settings.get("num_modules"),
         hidden=described.target.hidden,
         vocab=described.target.vocab,
+        draft_vocab=settings.get("draft_vocab"),
         parameters=_numbers(weights),
         target=described.target.name,
         command=f"headstart generate {model_option(described.target.name)}--drafter {path}",
@@ -149,6 +154,7 @@ def _published(path: Path, found: Published) -> Recognised:
         num_modules=found.settings.get("num_modules"),
         hidden=found.hidden or None,
         vocab=found.vocab,
+        draft_vocab=found.settings.get("draft_vocab"),
         parameters=found.parameters or None,
         target=target,
         command=None if problems else f"headstart import {path} --target {target or 'MODEL'} --out FOLDER",

@@ -1,6 +1,8 @@
 """`import`: heads that others have published, brought into the native format."""
 
 import json as json_format
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,40 +14,57 @@ if TYPE_CHECKING:
     from headstart.checkpoint.published import Published
 
 
-_COUNTED = ("heads", "layers", "modules")
+_SAID = {"heads": "num_heads", "layers": "num_layers", "modules": "num_modules", "taps": "taps", "draft_vocab": "draft_vocab"}
 
 
 def bring(
     source: Annotated[
-        str, typer.Argument(help="Folder or file of Medusa or Hydra heads, or of a model with heads inside.", metavar="SOURCE")
+        str,
+        typer.Argument(help="Folder or file of Medusa, Hydra or EAGLE heads, or of a model with heads inside.", metavar="SOURCE"),
     ],
     out: Annotated[str, typer.Option(help="Folder to write the heads to.")],
     target: Annotated[
         str | None,
         typer.Option(help="Folder or hub id of the model they draft for.", show_default="the source, if a model is in it"),
     ] = None,
+    taps: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers of the target whose outputs EAGLE-3 heads read, from 0, as 1,15,28.",
+            show_default="as their config.json says",
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Bring heads that others have published into headstart's format.
 
-    Knows Medusa heads of their authors, TGI and vLLM, Medusa heads inside a whole model, Hydra and Hydra++, and the MTP
-    modules of DeepSeek-V3, GLM, MiMo, Qwen and Mellum inside a whole model. Nothing in the files is run. What is
-    missing, extra or misshaped is named, and nothing is written.
+    Knows Medusa heads of their authors, TGI and vLLM, Medusa heads inside a whole model, Hydra and Hydra++, EAGLE and EAGLE-2,
+    EAGLE-3 of its authors, SpecForge and speculators, and the MTP modules of DeepSeek-V3, GLM, MiMo, Qwen and Mellum inside a
+    whole model. Nothing in the files is run. What is missing, extra or misshaped is named, and nothing is written.
 
     Example: headstart import ./medusa-vicuna-7b-v1.3 --target lmsys/vicuna-7b-v1.3 --out ./heads
     """
     quieten()
     with waiting(f"reading {source}"):
-        found = imported(source, target, out)
+        found = imported(source, target, out, _layers(taps))
     if json:
         print(json_format.dumps(found))
     else:
         _print(found)
 
 
-def imported(source: str, target: str | None, out: str) -> dict[str, Any]:
-    """Convert and save; what was found. Raises ValueError where there is nothing to bring in, or it does not fit."""
+def _layers(taps: str | None) -> tuple[int, ...]:
+    try:
+        return tuple(int(layer) for layer in taps.split(",")) if taps is not None else ()
+    except ValueError:
+        raise ValueError(f"--taps is {taps!r}; write the numbers of layers, as 1,15,28") from None
+
+
+def imported(source: str, target: str | None, out: str, taps: Sequence[int] = ()) -> dict[str, Any]:
+    """Convert and save; what was found. taps: layers of the target that a person names, see `Published.suited`. Raises ValueError
+    where there is nothing to bring in, or it does not fit."""
     from headstart.checkpoint import facts_of, published_in, save
+    from headstart.ends import Ends
     from headstart.pretrained import load_model
     from headstart.text import load_tokenizer
 
@@ -53,13 +72,14 @@ def imported(source: str, target: str | None, out: str) -> dict[str, Any]:
     place = _target(published, source, target)
     model = load_model(place, "auto", "cpu")
     facts = facts_of(model, load_tokenizer(place))
+    published = published.suited(facts, partial(Ends, model), taps)
     heads = published.read(facts, model.config)
     training = {"imported_from": Path(source).name, "format": published.layout, "made_for": published.base or "not said"}
     save(out, heads, facts, training)
     return {
         "found": published.layout,
         "method": published.method,
-        **{word: published.settings[f"num_{word}"] for word in _COUNTED if f"num_{word}" in published.settings},
+        **{word: published.settings[name] for word, name in _SAID.items() if published.settings.get(name) is not None},
         "hidden": published.hidden,
         "vocab": published.vocab or facts.vocab,
         "parameters": published.parameters,
@@ -96,8 +116,8 @@ def _print(found: dict[str, Any]) -> None:
 
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in found.items():
-        for line in value if isinstance(value, list) else [value]:
-            table.add_row(
-                name.removesuffix("s") if isinstance(value, list) else name, f"{line:,}" if isinstance(line, int) else line
-            )
+        is_several = isinstance(value, list | tuple)
+        for line in value if is_several else [value]:
+            word = name.removesuffix("s") if is_several else name.replace("_", " ")
+            table.add_row(word, f"{line:,}" if isinstance(line, int) else line)
     Console(highlight=False, markup=False).print(table)
