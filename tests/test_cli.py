@@ -46,7 +46,7 @@ FROZEN = {
     "pretrain": RUN | TOGETHER | {"--model", "--start", "--tokenizer", "--times", "--optimizer"},
     "inspect": {"--device", "--model", "--probe", "--json"},
     "distill": MODEL | DRAFTING | ASKING | {"--json"},
-    "import": {"--target", "--out", "--json"},
+    "import": {"--target", "--out", "--taps", "--json"},
     "calibrate": MODEL | {"--prompts", "--limit", "--max-tokens", "--temperature", "--seed", "--raw", "--chat", "--json"},
     "bench": MODEL
     | SAMPLING
