@@ -37,6 +37,7 @@ class Trial:
     """A target, a text of random tokens, and the target's final states there. outputs: of all its layers."""
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        self.folder = folder
         self.model = load_model(folder, dtype, "cpu")
         self.facts = checkpoint.facts_of(self.model)
         self.ends = Ends(self.model)

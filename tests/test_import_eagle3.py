@@ -13,6 +13,10 @@ from typer.testing import CliRunner
 
 from headstart import checkpoint
 from headstart.cli import app
+from headstart.engine import Engine
+from headstart.pretrained import load_model
+from headstart.sampling import SamplingParams
+from headstart.target import Target
 
 LAYERS, EPS = 8, 1e-2
 THREE = (1, 3, 4)  # outputs that are read of eight layers where nothing is said
@@ -382,6 +386,20 @@ def test_the_command_brings_them_in(trial, tmp_path):
     assert checkpoint.load(tmp_path / "ours").taps == (0, 2, 5)
 
 
+def test_guesses_of_heads_that_were_brought_in_leave_the_text_as_it_is(trial, tmp_path):
+    """From the folder to the engine: features of three layers, trees of the 60 tokens that the heads can say."""
+    write(tmp_path, "model.safetensors", heads(draft=SOME), **SIZES, norm_output=True)
+    target = Target(load_model(trial.folder, torch.float64, "cpu"))
+    engine = Engine(target, trial.read(tmp_path))
+    request = engine.add(trial.tokens[0].tolist(), SamplingParams(max_tokens=16, ignore_eos=True))
+    while request.finish_reason is None:
+        engine.step()
+    plain = trial.tokens[:1]
+    for _ in range(16):
+        plain = torch.cat([plain, trial.model(plain).logits[:, -1:].argmax(-1)], 1)
+    assert list(request.output) == plain[0, trial.tokens.shape[1] :].tolist()
+
+
 def test_layers_are_numbers(tmp_path):
     result = CliRunner().invoke(app, ["import", str(tmp_path), "--out", "x", "--taps", "low,high"])
     assert (result.exit_code, "--taps is 'low,high'; write the numbers of layers" in result.stderr) == (2, True)
@@ -421,6 +439,8 @@ def without(name):
         (without("lm_head.weight"), "lm_head.weight is missing, and only theirs can say the 60 tokens of d2t"),
         (without("d2t"), "lm_head.weight says 60 tokens of a vocabulary of 320, but no d2t says which ones"),
         (lambda tensors: tensors.update(more=random(1)), "no place in EAGLE-3 heads: more"),
+        (lambda tensors: tensors.update(t2d=torch.tensor(1)), "t2d has the shape [] and should be a list"),
+        (lambda tensors: tensors.update(d2t=tensors["d2t"][None]), "d2t has the shape [1, 60] and should be a list"),
         (lambda tensors: tensors.update({"t2d": torch.zeros(300)}), "a vocabulary of 300, but the target talker has 320"),
         (lambda tensors: tensors.update({"d2t": torch.zeros(60)}), "d2t is of type torch.float32 and should hold whole numbers"),
         (lambda tensors: tensors.update({"fc.weight": random(HIDDEN, 100)}), "fc.weight has 100 columns, no multiple of the 32"),
@@ -457,6 +477,7 @@ def test_a_tensor_that_does_not_fit_is_named(trial, tmp_path, change, words):
         ({"speculators_model_type": "peagle"}, "they are P-EAGLE's"),
         ({"parallel_drafting": True}, "they are P-EAGLE's"),
         ({"eagle_config": {"use_aux_hidden_state": False}}, "they read the last state only"),
+        ({"eagle_config": "yes"}, "says eagle_config = 'yes', which should be an object"),
         ({"norm_output": "yes"}, "says norm_output = 'yes', which should be true or false"),
         ({"norm_before_fc": True}, "input_norm.weight is missing"),
         ({"fc_norm": True}, "fc_norm.0.weight is missing"),

@@ -49,10 +49,18 @@ def doubts(config: Mapping[str, Any], layer: Mapping[str, Shape]) -> Iterator[st
         yield f"their config.json says model_type {config['model_type']}, but no queries or keys have norms; the tensors count"
 
 
+def section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A part of a configuration, empty where there is none. Raises ValueError where it is something else."""
+    found = config.get(key) or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"their config.json says {key} = {found!r}, which should be an object")
+    return found
+
+
 def rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """Positions, from `rope_parameters`, or from `rope_theta` and `rope_scaling` of older files. Raises ValueError for kinds that
     cannot be used, and where both are there and differ."""
-    older, newer = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
+    older, newer = section(config, "rope_scaling"), section(config, "rope_parameters")
     _require_agreement(older, newer)
     found = {name: value for name, value in {**older, **newer}.items() if name not in ("type", "rope_type", "rope_theta")}
     kind = _kind_of_positions(newer) or _kind_of_positions(older) or "default"
@@ -77,7 +85,7 @@ def _kind_of_positions(said: Mapping[str, Any]) -> str | None:
 
 
 def _theta(config: Mapping[str, Any]) -> float | None:
-    older, newer = config.get("rope_theta"), (config.get("rope_parameters") or {}).get("rope_theta")
+    older, newer = config.get("rope_theta"), section(config, "rope_parameters").get("rope_theta")
     if None not in (older, newer) and older != newer:
         raise ValueError(f"their config.json says rope_theta = {older} and, in rope_parameters, {newer}; remove the wrong one")
     said = newer if older is None else older

@@ -38,6 +38,13 @@ class Bare:
             self.full.setdefault(name.removeprefix("model."), name)
         self.shapes = {bare: weights.shapes[name] for bare, name in self.full.items()}
 
+    def sized(self, name: str, dims: int) -> Shape:
+        """Shape of a tensor that is there. Raises ValueError where it has another number of dimensions, or is empty."""
+        shape = self.shapes[name]
+        if len(shape) != dims or 0 in shape:
+            raise ValueError(f"{self.full[name]} has the shape {list(shape)} and should be a {'matrix' if dims == 2 else 'list'}")
+        return shape
+
     def inside(self, prefix: str) -> dict[str, Shape]:
         """Shapes of the tensors behind a beginning of names, by what follows it."""
         return {name.removeprefix(prefix): shape for name, shape in self.shapes.items() if name.startswith(prefix)}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from headstart.checkpoint import blocks
+from headstart.checkpoint.blocks import section
 from headstart.checkpoint.eagle import TABLE, Bare, EagleHead, is_other, wanted
 from headstart.checkpoint.published import MAX, Published, Shape, base_of, disagreements
 from headstart.checkpoint.taps import checked, taps_of, told
@@ -137,10 +138,9 @@ class _File:
 
     def __init__(self, bare: Bare, config: Mapping[str, Any]) -> None:
         self.bare, self.config = bare, config
-        nested = config.get("transformer_layer_config")
-        self.inner: Mapping[str, Any] = nested if isinstance(nested, dict) else config
+        self.inner = section(config, "transformer_layer_config") or config
         self.first = "midlayer." if bare.inside("midlayer.") else "layers.0."
-        self.width, columns = _matrix(bare, "fc.weight")
+        self.width, columns = bare.sized("fc.weight", 2)
         self.norms = [name for name in _fc_norms(bare) if f"{name}weight" in bare.full]
         norm = bare.shapes.get(f"{self.norms[0]}weight") if self.norms else None
         self.hidden = _number(config, "target_hidden_size") or (norm[0] if norm else self.width)
@@ -169,19 +169,19 @@ class _File:
 
     def _vocab(self) -> int | None:
         """Of the target, where anything tells it."""
-        for name in (TABLE, KEPT):
+        for name, dims in ((TABLE, 2), (KEPT, 1)):
             if name in self.bare.full:
-                return self.bare.shapes[name][0]
+                return self.bare.sized(name, dims)[0]
         said = _number(self.inner, "vocab_size") or _number(self.config, "vocab_size")
         return said or (None if OFFSETS in self.bare.full else self._rows())
 
     def _rows(self) -> int | None:
-        return _matrix(self.bare, HEAD)[0] if HEAD in self.bare.full else None
+        return self.bare.sized(HEAD, 2)[0] if HEAD in self.bare.full else None
 
     def _draft_vocab(self, vocab: int | None) -> int | None:
         """How many tokens they can say; None for all."""
         if OFFSETS in self.bare.full:
-            (count,) = self.bare.shapes[OFFSETS]
+            (count,) = self.bare.sized(OFFSETS, 1)
             if self._rows() is None:
                 raise ValueError(f"{HEAD} is missing, and only theirs can say the {count} tokens of {OFFSETS}")
             return None if count == vocab else count
@@ -222,7 +222,7 @@ class _File:
 
     def _said(self, key: str) -> bool | None:
         """A switch of the configuration; None where it says nothing."""
-        places = (self.config, self.config.get("eagle_config") or {}, self.inner)
+        places = (self.config, section(self.config, "eagle_config"), self.inner)
         said = next((place[key] for place in places if place.get(key) is not None), None)
         if said is not None and not isinstance(said, bool):
             raise ValueError(f"their config.json says {key} = {said!r}, which should be true or false")
@@ -269,7 +269,7 @@ def _is_of_speculators(config: Mapping[str, Any]) -> bool:
 
 
 def _base(config: Mapping[str, Any]) -> str | None:
-    verifier = (config.get("speculators_config") or {}).get("verifier") or {}
+    verifier = section(section(config, "speculators_config"), "verifier")
     return base_of({"base_model_name_or_path": verifier.get("name_or_path")}) or base_of(config)
 
 
@@ -281,7 +281,7 @@ def _require_known(bare: Bare, config: Mapping[str, Any]) -> None:
         raise ValueError(f"{latent} belongs to latent attention, and only layers like a Llama's can be brought in")
     if expert := next((name for name in bare.full if ".mlp.experts." in name), None):
         raise ValueError(f"{expert} belongs to a mixture of experts, and only layers like a Llama's can be brought in")
-    if (config.get("eagle_config") or {}).get("use_aux_hidden_state") is False:
+    if section(config, "eagle_config").get("use_aux_hidden_state") is False:
         raise ValueError("their config.json says use_aux_hidden_state = false: they read the last state only, without fc.weight")
     if "fc.weight" not in bare.full:
         raise ValueError("fc.weight is missing, without which nothing leads from the target's states to their layer")
@@ -292,13 +292,6 @@ def _fc_norms(bare: Bare) -> Iterator[str]:
     if any(name.startswith(_OLD_NORMS) for name in bare.full):
         return iter(_OLD_NORMS)
     return (f"fc_norm.{place}." for place in range(MAX))
-
-
-def _matrix(bare: Bare, name: str) -> tuple[int, int]:
-    shape = bare.shapes[name]
-    if len(shape) != 2 or 0 in shape:
-        raise ValueError(f"{bare.full[name]} has the shape {list(shape)} and should be a matrix")
-    return shape
 
 
 def _number(config: Mapping[str, Any], key: str) -> int | None:

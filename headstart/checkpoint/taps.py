@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from headstart.checkpoint.blocks import section
+
 IDS = "eagle_aux_hidden_state_layer_ids"
 _ADVICE = "say which layers' outputs they read, counted from 0, with --taps"
 
 
 def told(config: Mapping[str, Any]) -> tuple[int, ...] | None:
     """The numbers that a configuration gives; None for none. Raises ValueError where it gives different ones, or no numbers."""
-    places = (config, config.get("eagle_config") or {}, config.get("transformer_layer_config") or {})
+    places = (config, section(config, "eagle_config"), section(config, "transformer_layer_config"))
     found = [place[IDS] for place in places if place.get(IDS)]
     if not found:
         return None
