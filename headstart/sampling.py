@@ -370,8 +370,8 @@ class Rows:
             return self._draw(logits, level, paths, laws, ranks, ids)
         scores = logits
         if self.laws.is_sampled and self.noise_rule == "shared":
-            noise = self.noise(level)[paths.rows]
-            scores = logits + laws.temperature[:, None] * (noise if ids is None else noise[:, ids])
+            noise = self.noise(level) if len(self) == 1 else self.noise(level)[paths.rows]  # a single row's broadcasts
+            scores = torch.addcmul(logits, laws.temperature[:, None], noise if ids is None else noise[:, ids])
         best = scores.topk(k, -1)
         heat = self.laws.heat(calibration, level)
         heat = heat if len(heat) == 1 else heat[paths.rows]

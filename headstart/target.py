@@ -23,6 +23,7 @@ from headstart.attention import Gaze, Kernel, Probe, Reach, Sight
 from headstart.cache import KVCache, LayerShape, Seating
 from headstart.ends import Ends
 from headstart.kernels.choice import Equipment, equip
+from headstart.kernels.fuse import fuse
 from headstart.kernels.linear import prepack
 from headstart.pretrained import load_model
 from headstart.selfcheck import holds_to_the_bit, self_check
@@ -145,8 +146,9 @@ class Target:
         return Ends(self.model)
 
     def hasten(self, drafter: nn.Module) -> None:
-        """Give a drafter's linears this machine's kernels too, in place and for good."""
+        """Give a drafter's modules this machine's kernels too, in place and for good."""
         if self.equipment is not None and self.device.type == "cpu":
+            fuse(drafter)
             prepack(drafter)
 
     # -- what it does --

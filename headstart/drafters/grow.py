@@ -94,16 +94,25 @@ def drafting_rows(rows: Rows) -> tuple[int, ...]:
 
 @dataclass(frozen=True, eq=False)
 class _Grown:
-    """A level of candidates, `size` per row of `rows`. places: [rows, size] index among all drafts; chances: [rows, size]; paths:
-    [rows, size, depth] tokens; origins: [rows, size] the parent's place among the nodes run at the level above; seen: [rows,
-    size, run so far] bool, what the parent sees."""
+    """A level of candidates, `size` per row of `rows`. ids: [rows, 1] the rows, on the device; tokens, chances, places: [rows,
+    size], places among all drafts. Of their parents, each of which has as many of them: paths [rows, parents, depth - 1] tokens;
+    seen [rows, parents, run so far] bool, what each sees."""
 
     rows: tuple[int, ...]
-    places: Tensor
+    ids: Tensor
+    tokens: Tensor
     chances: Tensor
+    places: Tensor
     paths: Tensor
-    origins: Tensor
     seen: Tensor
+
+    def of(self, going: Sequence[int]) -> _Grown:
+        """The same of some of its rows."""
+        if len(going) == len(self.rows):
+            return self
+        at = torch.tensor(going).to(self.ids.device, non_blocking=True)
+        tensors = (self.ids, self.tokens, self.chances, self.places, self.paths, self.seen)
+        return _Grown(tuple(self.rows[place] for place in going), *(tensor[at] for tensor in tensors))
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +120,7 @@ class _Beam:
     """The expanded part of a level: `level` for the drafter, and where its nodes stand among all drafts."""
 
     level: Level
+    ids: Tensor
     places: Tensor
     chances: Tensor
     paths: Tensor
@@ -127,7 +137,6 @@ class _Growth:
         self.tokens: list[Tensor] = []
         self.parents: list[Tensor] = []
         self.row_ids: list[Tensor] = []
-        self.depths: list[Tensor] = []
         self.chances: list[Tensor] = []
         self.laws: list[tuple[Tensor, Tensor]] = []  # lines of `Drafts.laws` and their content
         self.size = 0
@@ -136,16 +145,14 @@ class _Growth:
 
     def plant(self, drafting: tuple[int, ...], logits: Tensor) -> _Grown:
         """The children of the roots."""
-        count = len(drafting)
         row_ids = torch.tensor(drafting).to(self.device, non_blocking=True)
         choice = self.choose_once(drafting, 0, logits)
         if choice.law is not None:
             self.laws.append((row_ids, choice.law))
         self.ranks = [(rank,) for rank in range(choice.tokens.shape[1])]
-        parents = torch.full_like(choice.tokens, ROOT)
-        places = self._add(choice.tokens, parents, row_ids[:, None].expand_as(parents), 1, choice.chances)
-        nothing = torch.zeros(count, places.shape[1], 0, dtype=torch.bool, device=self.device)
-        return _Grown(drafting, places, choice.chances, choice.tokens[..., None], torch.zeros_like(places), nothing)
+        places = self._add(choice.tokens, torch.full_like(choice.tokens, ROOT), row_ids[:, None], choice.chances)
+        nothing = row_ids.new_empty(len(drafting), 1, 0)
+        return _Grown(drafting, row_ids[:, None], choice.tokens, choice.chances, places, nothing, nothing.bool())
 
     def allowed(self, grown: _Grown, depth: int) -> list[int]:
         """Which rows of a level may go deeper at all."""
@@ -172,24 +179,16 @@ class _Growth:
 
     def narrow(self, grown: _Grown, going: Sequence[int], depth: int) -> _Beam:
         """The most promising nodes of each row that goes deeper."""
-        if len(going) < len(grown.rows):
-            at = torch.tensor(going).to(self.device, non_blocking=True)
-            grown = _Grown(
-                tuple(grown.rows[place] for place in going),
-                grown.places[at],
-                grown.chances[at],
-                grown.paths[at],
-                grown.origins[at],
-                grown.seen[at],
-            )
+        grown = grown.of(going)
         best = self._shaped(len(going)) if self.rows.parents else self._likeliest(grown)  # [rows, width], ascending
-        width = best.shape[1]
-        paths = grown.paths.gather(1, best[..., None].expand(-1, -1, depth))
-        seen = grown.seen.gather(1, best[..., None].expand(-1, -1, grown.seen.shape[2]))
-        own = torch.eye(width, dtype=torch.bool, device=self.device).expand(len(going), -1, -1)
-        self.run_depths = torch.cat([self.run_depths, torch.full((width,), depth, device=self.device)])
-        level = Level(grown.rows, paths[..., -1], torch.cat([seen, own], -1), self.run_depths, grown.origins.gather(1, best))
-        return _Beam(level, grown.places.gather(1, best), grown.chances.gather(1, best), paths)
+        origins = best // (grown.tokens.shape[1] // grown.paths.shape[1])
+        tokens = grown.tokens.gather(1, best)
+        paths = torch.cat([_picked(grown.paths, origins), tokens[..., None]], -1)
+        own = torch.eye(best.shape[1], dtype=torch.bool, device=self.device).expand(len(going), -1, -1)
+        seen = torch.cat([_picked(grown.seen, origins), own], -1)
+        self.run_depths = torch.cat([self.run_depths, torch.full((best.shape[1],), depth, device=self.device)])
+        level = Level(grown.rows, tokens, seen, self.run_depths, origins)
+        return _Beam(level, grown.ids, grown.places.gather(1, best), grown.chances.gather(1, best), paths)
 
     def _likeliest(self, grown: _Grown) -> Tensor:
         width = min(self.rows.beam, grown.places.shape[1])
@@ -208,7 +207,7 @@ class _Growth:
 
     def choose(self, beam: _Beam, depth: int, logits: Tensor) -> Choice:
         """Children for each node of a beam. logits: [rows * width, vocab]."""
-        paths = Paths(self._row_ids(beam).reshape(-1), beam.paths.reshape(-1, depth), beam.places.reshape(-1))
+        paths = Paths(beam.ids.expand_as(beam.places).reshape(-1), beam.paths.reshape(-1, depth), beam.places.reshape(-1))
         return self.rows.choose(logits, depth + 1, paths, self.rows.width, self.ids, self.calibration)
 
     def repeat(self, beam: _Beam, drafting: tuple[int, ...], choice: Choice) -> Choice:
@@ -217,14 +216,9 @@ class _Growth:
         lines = lines.repeat_interleave(beam.level.width)
         return Choice(choice.tokens[lines], choice.chances[lines], None if choice.law is None else choice.law[lines])
 
-    def _row_ids(self, beam: _Beam) -> Tensor:
-        """[rows, width] the row of each node."""
-        return torch.tensor(beam.level.rows).to(self.device, non_blocking=True)[:, None].expand_as(beam.level.tokens)
-
     def expand(self, beam: _Beam, choice: Choice) -> _Grown:
         """The children of a beam, chosen [rows * width, k]."""
-        level = beam.level
-        count, width = level.tokens.shape
+        count, width = beam.places.shape
         children = choice.tokens.shape[1]
         if choice.law is not None:
             self.laws.append((len(self.rows) + beam.places.reshape(-1), choice.law))
@@ -232,18 +226,14 @@ class _Growth:
             self.ranks = [(*path, rank) for path in self.ranks for rank in range(children)]
         chances = (beam.chances.reshape(-1, 1) * choice.chances).reshape(count, width * children)
         tokens = choice.tokens.reshape(count, width * children)
-        parents = beam.places[..., None].expand(-1, -1, children).reshape(count, -1)
-        places = self._add(tokens, parents, self._row_ids(beam)[:, :1].expand_as(tokens), len(self.depths) + 1, chances)
-        origins = torch.arange(width, device=self.device).repeat_interleave(children).expand(count, -1)
-        seen = level.seen.repeat_interleave(children, 1)
-        older = beam.paths.repeat_interleave(children, 1)
-        return _Grown(level.rows, places, chances, torch.cat([older, tokens[..., None]], -1), origins, seen)
+        places = self._add(tokens, beam.places.repeat_interleave(children, 1), beam.ids, chances)
+        return _Grown(beam.level.rows, beam.ids, tokens, chances, places, beam.paths, beam.level.seen)
 
-    def _add(self, tokens: Tensor, parents: Tensor, row_ids: Tensor, depth: int, chances: Tensor) -> Tensor:
-        """Append candidates, all [rows, size]; returns their places."""
-        for store, values in ((self.tokens, tokens), (self.parents, parents), (self.row_ids, row_ids), (self.chances, chances)):
+    def _add(self, tokens: Tensor, parents: Tensor, ids: Tensor, chances: Tensor) -> Tensor:
+        """Append a level of candidates, all [rows, size] but for ids, [rows, 1]; returns their places."""
+        for store, values in ((self.tokens, tokens), (self.parents, parents), (self.chances, chances)):
             store.append(values.reshape(-1))
-        self.depths.append(torch.full_like(self.tokens[-1], depth))
+        self.row_ids.append(ids.expand_as(tokens).reshape(-1))
         places = torch.arange(self.size, self.size + tokens.numel(), device=self.device).reshape(tokens.shape)
         self.size += tokens.numel()
         return places
@@ -256,13 +246,20 @@ class _Growth:
             laws = first.new_zeros(len(self.rows) + self.size, first.shape[1])
             for lines, law in self.laws:
                 laws[lines] = law
+        sizes = torch.tensor([len(level) for level in self.tokens])
+        depths = torch.arange(1, len(sizes) + 1).repeat_interleave(sizes)
         return Drafts(
             tokens,
             torch.cat(self.parents),
             torch.cat(self.row_ids),
-            torch.cat(self.depths),
+            depths.to(self.device, non_blocking=True),
             torch.cat(self.chances).float(),
             torch.full_like(tokens, source),
             laws,
             max_depth=len(self.tokens),
         )
+
+
+def _picked(values: Tensor, at: Tensor) -> Tensor:
+    """values: [rows, from, width]; at: [rows, some] places in `from`. Returns [rows, some, width]."""
+    return values.gather(1, at[..., None].expand(-1, -1, values.shape[2]))
