@@ -42,9 +42,13 @@ class Ends:
 
     @property
     def weight(self) -> Tensor:
-        """[vocab, hidden] of the head, to start heads of one's own from."""
+        """[vocab, hidden] of the head, to start heads of one's own from; of a quantised one, what it multiplies by."""
         weight: Tensor = self.head.weight  # type: ignore[assignment]
-        return weight.detach()
+        if type(weight.data) is Tensor and weight.is_floating_point():
+            return weight.detach()
+        units = torch.eye(self.hidden, device=self._model.device, dtype=self._model.dtype)
+        said: Tensor = self.head(units) - self.head(torch.zeros_like(units[:1]))  # without a bias
+        return said.detach().T
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from headstart import adapters
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -30,6 +32,7 @@ def digest(model: PreTrainedModel) -> str:
     sha = hashlib.sha256()
     for name, module in _telling(model):
         weight: Any = module.weight.T if type(module).__name__ == "Conv1D" else module.weight  # GPT-2's is transposed
+        weight = weight if type(weight.data) is torch.Tensor else weight.dequantize()  # torchao's, which cannot be sliced
         flat = weight.detach().reshape(-1)
         sample = flat[:: max(1, len(flat) // SAMPLES)].to(torch.bfloat16).float()
         sha.update(f"{name} {tuple(weight.shape)}".encode() + sample.cpu().numpy().tobytes())
@@ -49,11 +52,16 @@ def _telling(model: PreTrainedModel) -> list[tuple[str, Any]]:
 
 
 def load_model(path: str | Path, dtype: str | torch.dtype = "auto", device: str = "auto") -> PreTrainedModel:
-    """A causal LM from a folder or the hub. Raises ValueError in one sentence for everything that can be wrong with it."""
+    """A causal LM from a folder or the hub, or a folder with an adapter, together with the model that it adapts.
+
+    Raises ValueError in one sentence for everything that can be wrong with it.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     place = _device(device)
     check_folder(path)
+    if (base := adapters.adapted_by(path)) is not None:
+        return _adapted(path, base, dtype, device)
     try:
         config = AutoConfig.from_pretrained(path)
         if type(config) not in AutoModelForCausalLM._model_mapping or not _is_causal(config.architectures):
@@ -72,11 +80,22 @@ def load_model(path: str | Path, dtype: str | torch.dtype = "auto", device: str 
     return placed
 
 
+def _adapted(path: str | Path, base: str, dtype: str | torch.dtype, device: str) -> PreTrainedModel:
+    try:
+        model = load_model(base, dtype, device)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is an adapter of {base}, and {error}; if that model is elsewhere, say where in {adapters.CONFIG} "
+            "(base_model_name_or_path)"
+        ) from error
+    return adapters.adapt(model, path)
+
+
 def stored_dtype(path: str | Path) -> torch.dtype:
-    """The precision in which a model is stored; float32 where its configuration does not say."""
+    """The precision in which a model, or the one that an adapter is of, is stored; float32 where its configuration does not say."""
     from transformers import AutoConfig
 
-    dtype: torch.dtype | None = getattr(AutoConfig.from_pretrained(path), "dtype", None)
+    dtype: torch.dtype | None = getattr(AutoConfig.from_pretrained(adapters.adapted_by(path) or path), "dtype", None)
     return dtype or torch.float32
 
 
@@ -92,7 +111,7 @@ def check_folder(path: str | Path) -> None:
     """Raise ValueError if `path` looks like a folder and holds no model; a hub id passes."""
     folder = Path(path)
     looks_local = folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
-    if looks_local and not (folder / "config.json").is_file():
+    if looks_local and not any((folder / name).is_file() for name in ("config.json", adapters.CONFIG)):
         what = "has no config.json" if folder.is_dir() else "does not exist" if not folder.exists() else "is not a folder"
         raise ValueError(f"model folder {path} {what}; a model is a folder with config.json, weights and tokenizer, or a hub id")
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
+from headstart.adapters import adapted_by
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -294,11 +296,13 @@ def _eos(holder: object) -> tuple[int, ...]:
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder, or of a model id on the hub."""
+    """The tokenizer in a folder, or of a model id on the hub. An adapter without one has that of its model."""
     folder = Path(path)
     if not folder.exists() and not HUB_ID.fullmatch(str(path)):
         raise ValueError(f"there is no folder {str(path)!r} to load a tokenizer from")
     if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        if (base := adapted_by(folder)) is not None:
+            return load_tokenizer(base)
         raise ValueError(f"no tokenizer in the folder {str(path)!r}: looked for {', '.join(TOKENIZER_FILES)}")
     from transformers import AutoTokenizer
 

@@ -178,6 +178,8 @@ def is_plain(module: nn.Module) -> bool:
         return False
     weight = weight_and_bias(module)[0]
     hooked = module._forward_hooks or module._forward_pre_hooks
+    if type(weight.data) is not Tensor:  # quantized, by a tensor of a type of its own
+        return False
     return weight.device.type == "cpu" and weight.dtype in TOLERANCE and not hooked
 
 

@@ -61,10 +61,15 @@ class JointConfig(BaseModel):
 
 
 class Trunk(nn.Module):
-    """A model that learns, beside what it was before. Raises ValueError where peft is missing or finds nothing to adapt."""
+    """A model that learns, beside what it was before. Raises ValueError where peft is missing or finds nothing to adapt, and for a
+    model whose weights are quantised: what it learned would be rounded away."""
 
     def __init__(self, model: PreTrainedModel, config: JointConfig) -> None:
         super().__init__()
+        if getattr(model.config, "quantization_config", None) is not None:
+            raise ValueError(
+                "a quantised target cannot learn with its heads; leave joint out, or name the target before quantising"
+            )
         self.num_layers = int(model.config.get_text_config().num_hidden_layers)
         self._ends = Ends(model)
         original = None
