@@ -35,7 +35,9 @@ TEMPERATURE = 0.7  # of the decodes in between: greedy answers of small models l
 class Reading:
     """What is learned from, and for which model."""
 
-    target: Annotated[str | None, option("Folder or hub id of the model to learn for.", DATA, default="embedded")] = None
+    target: Annotated[
+        str | None, option("Folder or hub id of the model to learn for, or a folder with an adapter.", DATA, default="embedded")
+    ] = None
     data: Annotated[
         list[Path] | None, option("JSONL (distilled, messages or text), packed or not, or plain text; may be given again.", DATA)
     ] = None
@@ -79,7 +81,7 @@ def train(
     watching: Watching,
     decoding: Decoding,
     method: Annotated[
-        str | None, typer.Argument(help="medusa, hydra, hydra++, mtp or mtp-parallel.", show_default="the config's")
+        str | None, typer.Argument(help="medusa, hydra, hydra++, eagle, eagle3, mtp or mtp-parallel.", show_default="the config's")
     ] = None,
     out: Out = None,
     config: Config = None,
