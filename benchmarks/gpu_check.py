@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from headstart.bench.identity import find_split
 from headstart.bench.report import machine
 from headstart.cache import Seating
-from headstart.drafters import METHODS, Drafter, make, method
+from headstart.drafters import METHODS, Drafter, folder_of, make, method
 from headstart.drafters.lookup import Lookup
 from headstart.drafters.model import ModelDrafter
 from headstart.engine import Engine
@@ -150,8 +150,8 @@ def answers(
 
 
 def heads(name: str, target: Target) -> Drafter:
-    """The embedded model's heads of a method; for any other target, heads that have learned nothing."""
-    if target.name == str(embedded("target")):
+    """The embedded model's heads of a method, where it has some; else heads that have learned nothing."""
+    if target.name == str(embedded("target")) and folder_of(name) is not None:
         return make(name, target)
     kind = method(name)
     settings = kind.fitted(kind.config_type(), target.model.config)

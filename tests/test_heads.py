@@ -1,5 +1,6 @@
 """Medusa, Hydra and Hydra++: what is trained is what drafts, whatever is drafted the text stays, and losses are what they say."""
 
+import re
 from dataclasses import dataclass, field
 
 import pytest
@@ -275,7 +276,10 @@ def test_the_twin_says_the_same_and_learns_alone():
 # -- by name ------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", METHODS)
+SHIPPED = ("medusa", "hydra", "eagle", "eagle3", "mtp", "mtp-parallel")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_the_embedded_models_heads_go_by_their_methods_name(name):
     llm = headstart.load(drafter=name, device="cpu", dtype="float32")
     plain = headstart.load(drafter=None, device="cpu", dtype="float32")
@@ -289,6 +293,12 @@ def test_the_embedded_models_heads_are_used_without_naming_it():
     place = embedded("hydra")
     assert recognise(place).command == f"headstart generate --drafter {place}"
     assert "--model" not in (place / "README.md").read_text()
+
+
+def test_a_method_that_the_embedded_model_has_no_heads_of_says_how_to_make_some():
+    (name,) = METHODS.keys() - {*SHIPPED}
+    with pytest.raises(ValueError, match=rf"comes with no {re.escape(name)} heads, .* `headstart train {re.escape(name)} --target"):
+        headstart.load(drafter=name, device="cpu")
 
 
 def test_no_other_model_takes_the_embedded_heads():

@@ -134,7 +134,13 @@ def folder_of(spec: str) -> Path | None:
     """Where the heads lie that `spec` names: a folder, or a method whose heads come with the embedded model. None for others."""
     if Path(spec).is_dir():
         return Path(spec)
-    return embedded(spec) if spec in METHODS else None
+    return _shipped(spec) if spec in METHODS else None
+
+
+def _shipped(name: str) -> Path | None:
+    """The embedded model's heads of a method; not all methods have some."""
+    folder = embedded("target").with_name(name)
+    return folder if folder.is_dir() else None
 
 
 def inborn(target: Target, name: str | None = None) -> Heads | None:
@@ -154,14 +160,15 @@ def _own_heads(name: str, target: Target) -> Heads:
     """The heads of a method that a target comes with. Raises ValueError where it comes with none."""
     from headstart.checkpoint import modules_lost
 
-    if Path(target.name) == embedded("target"):
-        return heads_in(embedded(name), target)
+    folder = _shipped(name)
+    if folder is not None and Path(target.name) == embedded("target"):
+        return heads_in(folder, target)
     if heads := inborn(target, name):
         return heads
     lost = modules_lost(target.name) if name == "mtp" else None
     raise ValueError(
-        f"drafter {name} comes with the embedded model and with those that have such heads inside, and heads fit one model; make "
-        f"some for {target.name} with `headstart train {name} --target {target.name}`, and name their folder"
+        f"{target.name} comes with no {name} heads, as the embedded model and those with modules inside may, and heads fit one "
+        f"model only; make some for it with `headstart train {name} --target {target.name}`, and name their folder"
         + (f" ({lost})" if lost else "")
     )
 
