@@ -69,6 +69,7 @@ def save(folder: str | Path, drafter: Heads, facts: TargetFacts, training: Mappi
     with torch.device("meta"):
         wanted = _build(described, folder).state_dict()
     assert tensors.keys() == wanted.keys(), "these heads are packed for drafting; save their twin"
+    assert not any(_wrong_ids(ids, facts.vocab) for ids in tensors.values() if not ids.is_floating_point()), "ids are no tokens"
     with _in_one_sentence(folder, "heads that were there are untouched"), _staging(folder) as staged:
         _write(staged, described, tensors)
         os.replace(staged / WEIGHTS, folder / WEIGHTS)  # the moment: old heads before it, new heads after it
@@ -194,16 +195,20 @@ def _match(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], folder: Pa
 
 
 def _match_ids(found: Mapping[str, Tensor], vocab: int, folder: Path) -> None:
-    """Whole numbers among the tensors of heads are the tokens that they can say, ascending."""
     for name, ids in found.items():
-        if ids.is_floating_point():
-            continue
-        wrong = fault(ids, vocab) if ids.dtype is torch.int64 else f"it is of type {ids.dtype} and should be torch.int64"
-        if wrong is None and not bool((ids.diff() > 0).all()):
-            place = int((ids.diff() < 0).nonzero()[0])
-            wrong = f"tokens {int(ids[place])} and {int(ids[place + 1])} stand in this order, and should ascend"
-        if wrong:
+        if not ids.is_floating_point() and (wrong := _wrong_ids(ids, vocab)):
             raise ValueError(f"{folder / WEIGHTS} has {name} that cannot be right: {wrong}; copy or import the heads again")
+
+
+def _wrong_ids(ids: Tensor, vocab: int) -> str | None:
+    """Whole numbers among the tensors of heads are the tokens that they can say, ascending: why these are not."""
+    if ids.dtype is not torch.int64:
+        return f"it is of type {ids.dtype} and should be torch.int64"
+    falls = (ids.diff() < 0).nonzero()
+    if len(falls):
+        place = int(falls[0])
+        return f"tokens {int(ids[place])} and {int(ids[place + 1])} stand in this order, and should ascend"
+    return fault(ids, vocab)
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------------

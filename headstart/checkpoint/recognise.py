@@ -21,8 +21,8 @@ from headstart.checkpoint.weights import Weights, beside, config_in, safe_in, we
 METHODS: tuple[Callable[[Weights, Mapping[str, Any]], Published | None], ...] = (
     hydra.understand,
     medusa.understand,
-    mtp.understand,
     eagle3.understand,
+    mtp.understand,
     eagle.understand,
 )
 
