@@ -29,7 +29,7 @@ from headstart.chances import (
 from headstart.drafters import Drafter
 from headstart.ends import Ends
 from headstart.engine import Engine
-from headstart.lessons import CHUNK, Batch, Guess
+from headstart.lessons import CHUNK, NONE, Batch, Guess, columns
 from headstart.noise import gumbel, mix, noise_keys, signed
 from headstart.planner import Chain, Planner
 from headstart.sampling import Rows, SamplingParams
@@ -56,6 +56,8 @@ class Taught(Drafter, Protocol):
     def states(self, batch: Batch) -> Iterator[Guess]: ...
 
     def twin(self) -> Self: ...
+
+    def eval(self) -> Self: ...
 
     def bind(self, ends: Ends) -> Self: ...
 
@@ -156,7 +158,7 @@ def observe(drafter: Taught, batch: Batch, temperature: float, seed: int, most: 
     for depth, guess in enumerate(drafter.states(batch), 1):
         size = max(0, count - depth + 1)  # roots that still have a token so far behind them
         at = first + torch.arange(size, device=batch.tokens.device)
-        tokens = batch.tokens[0, at + depth + 1]
+        tokens = columns(batch.tokens[0, at + depth + 1], guess.project.ids)
         column, lines = _ranked(guess, at, tokens, depth, temperature, seed, kept[:size].nonzero().squeeze(-1)[:most])
         ranks.append(torch.nn.functional.pad(column, (0, len(kept) - size), value=BEYOND))
         scores.append(lines)
@@ -168,23 +170,26 @@ def observe(drafter: Taught, batch: Batch, temperature: float, seed: int, most: 
 def _ranked(
     guess: Guess, at: Tensor, tokens: Tensor, depth: int, temperature: float, seed: int, wanted: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """[n] ranks of `tokens` at positions `at` of a text, and the scores of the `wanted` ones, [wanted, vocab]."""
+    """[n] ranks of `tokens`, columns of its logits, at positions `at` of a text, and the scores of the `wanted` ones, [wanted,
+    vocab]."""
     column, lines = torch.zeros_like(at), [torch.empty(0, device=at.device)]
     for start in range(0, len(at), CHUNK):
         chunk = slice(start, start + CHUNK)
-        scores = _scores(guess.project(guess.states[0, at[chunk]]), at[chunk] + depth + 1, temperature, seed)
-        own = scores.gather(1, tokens[chunk, None])
-        column[chunk] = (scores > own).sum(-1)
+        scores = _scores(guess, at[chunk], depth, temperature, seed)
+        own = scores.gather(1, tokens[chunk, None].clamp(min=0))
+        column[chunk] = torch.where(tokens[chunk] == NONE, BEYOND, (scores > own).sum(-1))
         lines.append(scores[wanted[(wanted >= start) & (wanted < start + CHUNK)] - start].float())
     return column, torch.cat(lines)
 
 
-def _scores(logits: Tensor, positions: Tensor, temperature: float, seed: int) -> Tensor:
-    """z + T g(seed, position): [n, vocab]. positions: [n] of the guessed tokens."""
+def _scores(guess: Guess, at: Tensor, depth: int, temperature: float, seed: int) -> Tensor:
+    """z + T g(seed, position) of what is guessed at positions `at` [n] of a text: [n, vocab]."""
+    logits = guess.project(guess.states[0, at])
     if temperature == 0:
         return logits
+    positions, ids = at + depth + 1, guess.project.ids
     keys = noise_keys(torch.full_like(positions, signed(seed)), positions)
-    return logits + temperature * gumbel(keys[:, None], torch.arange(logits.shape[-1], device=logits.device))
+    return logits + temperature * gumbel(keys[:, None], torch.arange(logits.shape[-1], device=at.device) if ids is None else ids)
 
 
 # -- fitting ----------------------------------------------------------------------------------------------------------------
@@ -193,9 +198,11 @@ def _scores(logits: Tensor, positions: Tensor, temperature: float, seed: int) ->
 def fit_warmth(scores: Tensor, decided: Tensor, steps: int = 20) -> float:
     """The tau that makes softmax(scores / tau) give what was decided the largest likelihood, within bounds.
 
-    scores: [n, vocab]; decided: [n]. The negative log-likelihood is convex in b = 1 / tau, with the slope E_b[s] - s_decided: a
-    bracketed Newton search for where that is zero on average.
+    scores: [n, vocab]; decided: [n] columns, `NONE` for tokens that the drafter cannot say, which tell nothing. The negative
+    log-likelihood is convex in b = 1 / tau, with the slope E_b[s] - s_decided: a bracketed Newton search for where that is zero
+    on average.
     """
+    scores, decided = scores[decided != NONE], decided[decided != NONE]
     scores = scores - scores.amax(-1, keepdim=True)
     own = scores.gather(1, decided[:, None]).double().mean()
     low, high = 1 / WARMEST, 1 / COLDEST
@@ -259,7 +266,7 @@ def calibrate(
     if not wanted or not trial.prompts or trial.max_tokens < 3:
         raise ValueError("calibration needs a temperature, a prompt, and answers of at least 3 tokens; give it more")
     target = trial.target
-    student = drafter.twin().bind(target.ends).to(target.device, target.dtype)
+    student = drafter.twin().eval().bind(target.ends).to(target.device, target.dtype)
     findings = [_find(trial, drafter, student, temperature, sizes, tell) for temperature in wanted]
     calibration = Calibration(
         tuple(wanted), tuple(finding.warmth for finding in findings), tuple(finding.table for finding in findings)
@@ -298,10 +305,10 @@ def _find(
 
 
 def _warmth(scores: Sequence[Tensor], decided: Sequence[Tensor]) -> tuple[float, ...]:
-    """Per depth; where no parent was ever kept, that of the depth before."""
+    """Per depth; where nothing tells, for no parent was ever kept, that of the depth before."""
     fitted: list[float] = []
     for lines, tokens in zip(scores, decided, strict=True):
-        fitted.append(fit_warmth(lines, tokens) if len(tokens) else fitted[-1])
+        fitted.append(fit_warmth(lines, tokens) if (tokens != NONE).any() else fitted[-1])
     return tuple(fitted)
 
 

@@ -88,7 +88,7 @@ class Objective(BaseModel):
         taught: [n, vocab], may be None without a teacher; tokens: [n] int64."""
         loss = logits.new_zeros(logits.shape[0], dtype=torch.float32)
         if self.hard:
-            loss = loss + self.hard * F.cross_entropy(logits.float(), _columns(tokens, ids), reduction="none", ignore_index=_NONE)
+            loss = loss + self.hard * F.cross_entropy(logits.float(), columns(tokens, ids), reduction="none", ignore_index=NONE)
         if not self.has_teacher:
             return loss
         assert taught is not None, "this objective needs a teacher"
@@ -112,15 +112,15 @@ class Objective(BaseModel):
         return logits.float() if self.temperature == 1 else logits.float() / self.temperature
 
 
-_NONE = -100  # cross_entropy's own mark of a token that does not count
+NONE = -100  # cross_entropy's own mark of a token that does not count
 
 
-def _columns(tokens: Tensor, ids: Tensor | None) -> Tensor:
-    """Where each token stands among ascending `ids`, or `_NONE`."""
+def columns(tokens: Tensor, ids: Tensor | None) -> Tensor:
+    """Where each token stands among ascending `ids`, or `NONE`. tokens: int64 of any shape; ids: None for all tokens."""
     if ids is None:
         return tokens
     places = torch.searchsorted(ids, tokens).clamp(max=len(ids) - 1)
-    return torch.where(ids[places] == tokens, places, _NONE)
+    return torch.where(ids[places] == tokens, places, NONE)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,8 @@ from headstart.calibrate import BEYOND, Recorder, Trial, calibrate, calibration_
 from headstart.chances import load_plan, walk
 from headstart.cli import app
 from headstart.drafters import heads_in
+from headstart.drafters.eagle import Eagle, EagleConfig
+from headstart.drafters.eagle3 import Eagle3, Eagle3Config
 from headstart.drafters.hydra import Hydra, HydraConfig, HydraPlus, HydraPlusConfig, PrefixConfig
 from headstart.drafters.medusa import Medusa, MedusaConfig
 from headstart.planner import Chain, Shape
@@ -21,6 +23,8 @@ PROMPTS = ((3, 1, 4, 1, 5), (9, 2, 6), (5, 3, 5, 8, 9, 7, 9))
 METHODS = {
     "medusa": (Medusa, MedusaConfig(num_heads=3, projection="shared")),
     "hydra": (Hydra, HydraConfig(num_heads=3, projection="shared")),
+    "eagle": (Eagle, EagleConfig(depth=3)),
+    "eagle3": (Eagle3, Eagle3Config(depth=3, steps=1, taps=(0, 2), draft_vocab=50)),
     "hydra++": (HydraPlus, HydraPlusConfig(num_heads=2, prefix=PrefixConfig.for_hidden(64))),
 }
 
@@ -29,7 +33,9 @@ def heads(name):
     """Heads with random weights: their first guesses are right now and then."""
     kind, config = METHODS[name]
     torch.manual_seed(0)
-    drafter = kind(config, 64, VOCAB).bind(tiny().ends).start().double()
+    drafter = kind(config, 64, VOCAB).bind(tiny().ends)
+    drafter.survey(torch.arange(VOCAB) % 5, ())
+    drafter = drafter.start().double()
     with torch.no_grad():
         for weight in drafter.parameters():
             weight.add_(0.02 * torch.randn_like(weight))
