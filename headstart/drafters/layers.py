@@ -180,8 +180,8 @@ def _is_plain(model: Any) -> bool:
 
 
 def _plainly(model: Any, inputs: Tensor, positions: Tensor, gaze: Gaze) -> Tensor:
-    """What a plain decoder makes of [1, n, width of its input], [1, n, hidden], without asking for masks, caches and outputs of which
-    it has none: a third of a level's time, where a level is one small layer."""
+    """What a plain decoder makes of its input [1, n, its width], [1, n, hidden], without asking for masks, caches and outputs of
+    which it has none: that takes as long as a good part of a small layer."""
     angles = model.rotary_emb(inputs, positions)
     for layer in model.layers:
         inputs = layer(inputs, position_ids=positions, position_embeddings=angles, headstart=gaze)
