@@ -296,7 +296,7 @@ def test_inspect_refuses_what_is_no_model(broken, folder):
         (("--memory", "10"), "holds no token"),
         (("--memory", "lots"), "such as 512M or 2G"),
         (("--memory", "900000G"), "does not have; give less memory"),
-        (("--drafter", "crystal-ball"), "drafter 'crystal-ball' is unknown; there are eagle, eagle3, hydra, hydra++, lookup, medusa"),
+        (("--drafter", "crystal-ball"), "drafter 'crystal-ball' is unknown; there are eagle, eagle3, hydra, hydra++, lookup"),
         (("--drafter", "model"), "model:PATH"),
         (("--drafter", "lookup:3"), "takes no argument"),
         (("--drafter", "model:nowhere/at/all"), "does not exist"),

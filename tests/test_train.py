@@ -314,7 +314,7 @@ def test_a_bad_option_is_one_sentence(options, more, words):
 
 
 def test_an_unknown_method_is_refused_with_those_that_there_are(options):
-    assert "method 'oracle' is unknown; there are eagle, eagle3, hydra, hydra++, medusa" in refused("oracle", *options[1:], "--steps", 3)
+    assert "method 'oracle' is unknown; there are eagle, eagle3, hydra" in refused("oracle", *options[1:], "--steps", 3)
 
 
 def test_missing_data_is_one_sentence(options):
