@@ -36,10 +36,10 @@ def heads_for(target: Target, kind: str, noise: float = 0.05, num_heads: int = 4
     }
     made |= {
         "eagle": lambda: Eagle(EagleConfig(depth=num_heads, bias=True), *sizes),
-        "eagle3": lambda: Eagle3(Eagle3Config(depth=num_heads, taps=(0, 1), norm_before_residual=True), *sizes),
-        "eagle3.1, 40 tokens": lambda: Eagle3(
-            Eagle3Config(depth=num_heads, taps=(0, 1, -1), draft_vocab=40, fc_norm=True, norm_output=True), *sizes
+        "eagle3": lambda: Eagle3(
+            Eagle3Config(depth=num_heads, taps=(0, 1), fc_norm=False, norm_output=False, norm_before_residual=True), *sizes
         ),
+        "eagle3.1, 40 tokens": lambda: Eagle3(Eagle3Config(depth=num_heads, taps=(0, 1, -1), draft_vocab=40), *sizes),
     }
     torch.manual_seed(7)
     heads = made[kind]().to(target.dtype).bind(ends)

@@ -14,6 +14,7 @@ from tiny import tiny
 
 import headstart
 from headstart import checkpoint
+from headstart.drafters.eagle3 import Eagle3Config
 from headstart.lessons import Objective, chunked_loss
 from headstart.text import load_tokenizer, special_ids
 from headstart.train import resolve, train
@@ -249,3 +250,8 @@ def test_the_distance_never_pulls_at_the_target():
     pulled, learned = torch.autograd.grad(loss, [finals, heads.fc.weight], allow_unused=True)
     assert pulled is None
     assert learned.abs().sum() > 0
+
+
+def test_two_norms_of_the_same_taps_are_refused():
+    with pytest.raises(ValueError, match="norm_before_fc and fc_norm are both true"):
+        Eagle3Config(norm_before_fc=True)

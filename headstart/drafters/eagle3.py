@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from headstart.drafters.layers import decoder, norm_like, widened
@@ -23,7 +23,7 @@ class Eagle3Config(RecurrentConfig):
     """taps: target layers whose output is read, from 0; empty for three that suit the target. draft_vocab: how many tokens it can
     say, the most frequent of its texts; None for all. norm_before_residual: see `Wide`. fc_bias: of the projection that fuses
     the taps. norm_before_fc: one norm over all taps together. 3.1: fc_norm, a norm for each tap; norm_output, its states are
-    handed on normed."""
+    handed on normed; without them it is EAGLE-3 as first published, which learns more slowly (docs/log.md)."""
 
     depth: int = Field(default=6, ge=1, le=64)
     steps: int = Field(default=4, ge=1, le=64)
@@ -31,9 +31,15 @@ class Eagle3Config(RecurrentConfig):
     draft_vocab: int | None = Field(default=None, ge=1)
     norm_before_residual: bool = False
     norm_before_fc: bool = False
-    fc_norm: bool = False
     fc_bias: bool = False
-    norm_output: bool = False
+    fc_norm: bool = True
+    norm_output: bool = True
+
+    @model_validator(mode="after")
+    def _has_one_norm_of_taps(self) -> Self:
+        if self.fc_norm and self.norm_before_fc:
+            raise ValueError("norm_before_fc and fc_norm are both true, and nothing says which comes first; set one to false")
+        return self
 
 
 class Eagle3(Recurrent):
@@ -124,8 +130,8 @@ class Eagle3(Recurrent):
 
 
 def default_taps(num_layers: int) -> Sequence[int]:
-    """Outputs of three layers, low, middle and high: as published for deep targets, spread evenly over shallow ones, whose
-    published layers would coincide; fewer than three where there are not as many."""
+    """Outputs of three layers, low, middle and high: as published for deep targets; spread evenly over shallow ones, of which the
+    published layers coincide or leave out the upper third (docs/log.md). Fewer than three where there are not as many."""
     published = (1, num_layers // 2 - 1, num_layers - 4)
     if num_layers >= 16:
         return published
