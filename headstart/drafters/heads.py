@@ -61,6 +61,7 @@ class Heads(nn.Module):
     config_type: ClassVar[type[BaseModel]]
     taps: tuple[int, ...] = (-1,)
     joins_pretraining: ClassVar[bool] = False  # whether a trunk may learn with them from the start
+    worth: ClassVar[float] = 0.0  # kept tokens that another level must promise; see `Best`
     loss_defaults: ClassVar[dict[str, float]] = {}  # what their `Objective` is, where nothing else is said
     heads: nn.ModuleList  # one per depth
 
@@ -70,7 +71,7 @@ class Heads(nn.Module):
         self.hidden = hidden
         self.vocab = vocab
         self.calibration: Calibration = UNFITTED
-        self.planner: Planner = Best(nodes=10, depth=self.depth, width=4, beam=6)
+        self.planner: Planner = Best(nodes=10, depth=self.depth, width=4, beam=6, worth=self.worth)
         self._ends: Ends | None = None
         self._states = torch.empty(0)  # [seats, remembered] what each seat's next draft starts from
 
