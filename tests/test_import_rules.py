@@ -9,7 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "headstart"
 MATHEMATICS = {f"headstart.{room}" for room in ("tree", "chances", "sampling", "verify", "planner", "scheduler")}
-SHARED_DRAFTER_PARTS = {f"headstart.drafters{part}" for part in ("", ".grow", ".heads", ".layered", ".layers", ".recurrent")}
+SHARED = ("", ".grow", ".heads", ".layered", ".layers", ".plain", ".recurrent")
+SHARED_DRAFTER_PARTS = {f"headstart.drafters{part}" for part in SHARED}
 JUDGES = {"headstart.engine", "headstart.verify"}
 ENGINE, TRAINERS = "headstart.engine", ("headstart.train", "headstart.training")
 SURFACES = ("headstart.cli", "headstart.serve", "headstart.bench")
@@ -58,7 +59,7 @@ def breach(importer: str, imported: str) -> str | None:
     ):
         return "2: a drafter proposes; it knows no engine, scheduler, verifier or trainer"
     if importer.startswith("headstart.drafters.") and is_sibling(importer, imported):
-        return "2: drafters share grow, heads, layered, layers and recurrent, nothing else"
+        return "2: drafters share grow, heads, layered, layers, plain and recurrent, nothing else"
     if importer in JUDGES and imported.startswith("headstart.drafters.") and imported in MODULES:
         return "3: a new drafter is one file; engine and verify know none by name"
     if ENGINE in (importer, imported) and any(is_in(importer, room) or is_in(imported, room) for room in TRAINERS):

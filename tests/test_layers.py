@@ -9,20 +9,10 @@ from tiny import tiny
 from transformers import PreTrainedModel
 
 from headstart.cache import Seating
-from headstart.drafters.layers import (
-    Wide,
-    bare,
-    block_of,
-    decoder,
-    llama_block,
-    norm_like,
-    plain_block,
-    slot_bytes,
-    unrolled,
-    widened,
-)
+from headstart.drafters.layers import block_of, decoder, norm_like, slot_bytes, unrolled
 from headstart.drafters.mtp import Mtp, MtpConfig
 from headstart.drafters.parallel import ParallelConfig, ParallelMtp
+from headstart.drafters.plain import Wide, bare, llama_block, plain_block, widened
 from headstart.lessons import Batch
 from headstart.tree import Kept
 
@@ -155,10 +145,14 @@ def test_a_layer_that_is_not_plain_is_refused_by_its_type():
                 made_of(decoder(block, 64))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral", "deepseek_v3", "gemma3", "gpt_neox"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen3", "mixtral", "deepseek_v3", "gemma3", "gpt_neox", "glm4", "phi3", "smollm3", "opt"]
+)
 def test_a_plain_block_can_be_made_for_any_target(family):
     config = tiny(family).model.config
     block = plain_block(config)
-    assert isinstance(widened(decoder(block, 64)).layers[0], Wide)
+    wide = widened(decoder(block, 64))
+    assert isinstance(wide.layers[0], Wide)
+    assert unrolled(wide, torch.randn(1, 5, 128), 0, torch.arange(5), None).shape == (1, 5, 64)
     if family in ("llama", "qwen3"):
         assert [block[name] for name in ("num_key_value_heads", "head_dim")] == [config.num_key_value_heads, config.head_dim]

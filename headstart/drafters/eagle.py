@@ -14,7 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from headstart.drafters.layers import bare, decoder
+from headstart.drafters.layers import decoder
+from headstart.drafters.plain import bare
 from headstart.drafters.recurrent import Recurrent, RecurrentConfig
 from headstart.lessons import Batch, Guess, Metrics, Objective, learn
 

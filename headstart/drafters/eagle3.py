@@ -14,7 +14,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from headstart.drafters.layers import decoder, norm_like, widened
+from headstart.drafters.layers import decoder, norm_like
+from headstart.drafters.plain import widened
 from headstart.drafters.recurrent import Recurrent, RecurrentConfig
 from headstart.lessons import Voice
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from headstart.drafters.grow import Level, drafting_rows, grow
 from headstart.drafters.heads import Block, Heads, HeadsConfig
-from headstart.drafters.layers import Memory, decoder, llama_block, slot_bytes
+from headstart.drafters.layers import Memory, decoder, slot_bytes
+from headstart.drafters.plain import llama_block
 from headstart.lessons import Batch, Guess
 from headstart.sampling import Rows
 from headstart.tree import Drafts, Kept

@@ -1,7 +1,8 @@
 """Decoder layers of a drafter's own: transformers' layers of any family, fed with states instead of tokens.
 
 `decoder` makes them, `unrolled` runs them as training does when a layer is fed its own output, `Memory` runs them while drafting,
-with keys and values of their own. This file knows layers and seats. It refuses to know methods, targets and losses.
+with keys and values of their own. Those of the plainest families are in `headstart.drafters.plain`. This file knows layers and
+seats. It refuses to know methods, targets and losses.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from headstart import attention
 from headstart.attention import Gaze, Probe, Reach, Sight
 from headstart.cache import KVCache, LayerShape, Seating
 from headstart.drafters.grow import Level
+from headstart.drafters.plain import is_plain, plainly, width_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -39,45 +41,6 @@ def block_of(config: PreTrainedConfig) -> dict[str, Any]:
     if settings.get("first_k_dense_replace", count) < count:
         per_layer["first_k_dense_replace"] = 0  # the last layer has experts, and the only one is the first
     return {**settings, **per_layer, "num_hidden_layers": 1, "model_type": text.model_type}
-
-
-def llama_block(hidden: int) -> dict[str, Any]:
-    """Settings for `decoder` of one Llama layer that suits a hidden size: heads of 64 where that divides it, else of the largest
-    power of two that does."""
-    size = next(size for size in (64, 32, 16, 8, 4, 2, 1) if hidden % size == 0)
-    return {
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "num_hidden_layers": 1,
-        "num_attention_heads": hidden // size,
-        "num_key_value_heads": hidden // size,
-        "head_dim": size,
-        "intermediate_size": -(-8 * hidden // 3 // 32) * 32,
-        "max_position_embeddings": 2**20,
-        "rms_norm_eps": 1e-5,
-    }
-
-
-def plain_block(config: PreTrainedConfig) -> dict[str, Any]:
-    """Settings for `decoder` of one Llama layer with the sizes and rotary positions of a model's own layers, where those are
-    such a layer's; else as `llama_block` has them."""
-    text = config.get_text_config()
-    block = llama_block(int(text.hidden_size))
-    names = (
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "intermediate_size",
-        "rms_norm_eps",
-        "max_position_embeddings",
-    )
-    own = {name: value for name in names if (value := getattr(text, name, None)) is not None}
-    if not {"num_attention_heads", "intermediate_size"} <= own.keys() or getattr(text, "kv_lora_rank", None):
-        return block
-    own.setdefault("head_dim", block["hidden_size"] // own["num_attention_heads"])
-    own.setdefault("num_key_value_heads", own["num_attention_heads"])
-    rope = getattr(text, "rope_parameters", None) or {}
-    return {**block, **own, **({"rope_parameters": dict(rope)} if rope.get("rope_theta") else {})}
 
 
 def decoder(settings: Mapping[str, Any], hidden: int) -> Any:
@@ -110,89 +73,6 @@ def norm_like(model: Any, width: int | None = None) -> nn.Module:
         for name, weight in list(norm.named_parameters()):
             setattr(norm, name, nn.Parameter(weight.detach()[:1].repeat(width)))
     return norm
-
-
-class Wide(nn.Module):
-    """One of transformers' decoder layers whose attention reads [embedding, state], each normed (EAGLE-3, arXiv 2503.01840).
-
-    layer: is taken apart. norm_before_residual: the residual is the normed state, not the state itself.
-    """
-
-    def __init__(self, layer: Any, norm_before_residual: bool) -> None:
-        super().__init__()
-        self.norm_before_residual = norm_before_residual
-        self.hidden_norm = copy.deepcopy(layer.input_layernorm)
-        self.input_layernorm, self.post_attention_layernorm = layer.input_layernorm, layer.post_attention_layernorm
-        self.self_attn, self.mlp = layer.self_attn, layer.mlp
-        for name in ("q_proj", "k_proj", "v_proj"):
-            narrow = getattr(self.self_attn, name)
-            wide = nn.Linear(2 * narrow.in_features, narrow.out_features, bias=narrow.bias is not None)
-            setattr(self.self_attn, name, wide.to(narrow.weight.dtype))
-
-    @torch.no_grad()
-    def look_at_itself(self) -> None:
-        """Begin with an attention that sees little but its own place, and hands on what is there at full size: that is the only way
-        for the embedding into the residual, and a new attention, which sees everything a little, takes long to find it."""
-        attention, size = self.self_attn, int(self.self_attn.head_dim)
-        key, query = attention.k_proj.weight, attention.q_proj.weight
-        for weight in (key, attention.v_proj.weight, attention.o_proj.weight):
-            weight.normal_(0, weight.shape[1] ** -0.5)
-        query.copy_(key.unflatten(0, (-1, size)).repeat_interleave(len(query) // len(key), 0).flatten(0, 1))
-
-    def forward(self, hidden_states: Tensor, **seen: Any) -> Tensor:
-        """[rows, length, 2 * hidden] -> [rows, length, hidden]. seen: what a decoder hands to its layers' attention."""
-        embedded, states = hidden_states.chunk(2, -1)
-        normed = self.hidden_norm(states)
-        attended, _ = self.self_attn(hidden_states=torch.cat([self.input_layernorm(embedded), normed], -1), **seen)
-        states = (normed if self.norm_before_residual else states) + attended
-        result: Tensor = states + self.mlp(self.post_attention_layernorm(states))
-        return result
-
-
-# Families whose decoders are nothing but angles, then layers of a normed attention and a normed MLP, then a norm.
-PLAIN = ("llama", "mistral", "qwen2", "qwen3")
-
-
-def bare(model: Any) -> Any:
-    """A decoder whose first layer has no norm before its attention, and which ends without one (EAGLE, arXiv 2401.15077)."""
-    _require_plain(model)
-    model.layers[0].input_layernorm = nn.Identity()
-    model.norm = nn.Identity()
-    return model
-
-
-def widened(model: Any, norm_before_residual: bool = False) -> Any:
-    """A decoder that reads [embedding, state], 2 * hidden wide, and ends without a norm; see `Wide`."""
-    _require_plain(model)
-    model.layers[0] = Wide(model.layers[0], norm_before_residual)
-    model.norm = nn.Identity()
-    return model
-
-
-def _require_plain(model: Any) -> None:
-    """Raise ValueError where a decoder's layers are not made of an attention, an MLP and a norm before each."""
-    if (kind := model.config.model_type) not in PLAIN:
-        raise ValueError(f"a drafter of this method needs a plain decoder layer ({', '.join(PLAIN)}), but its block is of {kind!r}")
-
-
-def _is_plain(model: Any) -> bool:
-    return model.config.model_type in PLAIN
-
-
-def _plainly(model: Any, inputs: Tensor, positions: Tensor, gaze: Gaze) -> Tensor:
-    """What a plain decoder makes of its input [1, n, its width], [1, n, hidden], without asking for masks, caches and outputs of
-    which it has none: that takes as long as a good part of a small layer."""
-    angles = model.rotary_emb(inputs, positions)
-    for layer in model.layers:
-        inputs = layer(inputs, position_ids=positions, position_embeddings=angles, headstart=gaze)
-    states: Tensor = model.norm(inputs)
-    return states
-
-
-def _width(model: Any) -> int:
-    """Of what a decoder reads."""
-    hidden = int(model.config.hidden_size)
-    return 2 * hidden if isinstance(getattr(model, "layers", [None])[0], Wide) else hidden
 
 
 def unrolled(model: Any, inputs: Tensor, step: int, positions: Tensor, cache: Any) -> Tensor:
@@ -239,7 +119,7 @@ def memory_shapes(model: Any) -> tuple[tuple[LayerShape, ...], tuple[Reach, ...]
     attention.register()
     before, probe = model.config._attn_implementation, Probe()
     weight = next(model.parameters())
-    one = torch.zeros(1, 1, _width(model), dtype=weight.dtype, device=weight.device)
+    one = torch.zeros(1, 1, width_of(model), dtype=weight.dtype, device=weight.device)
     model.set_attn_implementation(attention.NAME)
     try:
         with torch.no_grad():
@@ -306,8 +186,8 @@ class Memory:
 
     def _run(self, inputs: Tensor, positions: Tensor, sights: Sequence[Sight]) -> Tensor:
         gaze = Gaze(sights, self._cache, attention.fused, self._reaches, self._together)
-        if _is_plain(self._model):
-            return _plainly(self._model, inputs[None], positions[None], gaze)[0]
+        if is_plain(self._model):
+            return plainly(self._model, inputs[None], positions[None], gaze)[0]
         out = self._model(inputs_embeds=inputs[None], position_ids=positions[None], use_cache=False, headstart=gaze)
         states: Tensor = out.last_hidden_state[0]
         return states

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from headstart.drafters.grow import Level, drafting_rows, grow
 from headstart.drafters.layered import Layered
-from headstart.drafters.layers import Memory, decoder, llama_block, norm_like, unrolled
+from headstart.drafters.layers import Memory, decoder, norm_like, unrolled
+from headstart.drafters.plain import llama_block
 from headstart.lessons import Batch, Guess
 from headstart.sampling import Rows
 from headstart.tree import Drafts, Kept

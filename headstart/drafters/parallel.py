@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from headstart.drafters.grow import compose
 from headstart.drafters.layered import Layered
-from headstart.drafters.layers import decoder, llama_block
+from headstart.drafters.layers import decoder
+from headstart.drafters.plain import llama_block
 from headstart.lessons import Batch, Guess, Objective, depths
 from headstart.sampling import Rows
 from headstart.tree import Drafts, Kept

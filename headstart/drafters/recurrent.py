@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from headstart.drafters.grow import Level, drafting_rows, grow
 from headstart.drafters.layered import Layered
-from headstart.drafters.layers import llama_block, plain_block, unrolled
+from headstart.drafters.layers import unrolled
+from headstart.drafters.plain import llama_block, plain_block
 from headstart.lessons import Batch, Guess
 from headstart.sampling import Rows
 from headstart.tree import Drafts, Kept
