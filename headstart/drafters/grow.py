@@ -92,6 +92,15 @@ def drafting_rows(rows: Rows) -> tuple[int, ...]:
     return tuple(row for row, depth in enumerate(rows.depths) if depth > 0)
 
 
+def of_parents(made: Tensor, rows: tuple[int, ...], level: Level) -> Tensor:
+    """What was made of each node's parent, [level's rows, width, ...]. made: [rows, width above, ...], of the nodes of the level
+    above, which was run for `rows`: of those, some may have ended."""
+    if level.rows != rows:
+        going = torch.tensor([rows.index(row) for row in level.rows])
+        made = made[going.to(made.device, non_blocking=True)]
+    return _picked(made, level.origins)
+
+
 @dataclass(frozen=True, eq=False)
 class _Grown:
     """A level of candidates, `size` per row of `rows`. ids: [rows, 1] the rows, on the device; tokens, chances, places: [rows,

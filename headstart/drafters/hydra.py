@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from headstart.drafters.grow import Level, drafting_rows, grow
+from headstart.drafters.grow import Level, drafting_rows, grow, of_parents
 from headstart.drafters.heads import Block, Heads, HeadsConfig
 from headstart.drafters.layers import Memory, decoder, slot_bytes
 from headstart.drafters.plain import llama_block
@@ -188,10 +188,7 @@ class _Walk:
 
     def step(self, level: Level) -> Tensor:
         """The next level's nodes: each has read what its parent read, and itself."""
-        if level.rows != self.rows:
-            places = torch.tensor([self.rows.index(row) for row in level.rows])
-            self.rows, self.z = level.rows, self.z[places.to(self.z.device, non_blocking=True)]
-        parents = self.z.gather(1, level.origins[..., None].expand(-1, -1, self.z.shape[-1]))
-        self.z = torch.cat([parents, self.hydra.ends.embed(level.tokens)], -1)
+        parents = of_parents(self.z, self.rows, level)
+        self.rows, self.z = level.rows, torch.cat([parents, self.hydra.ends.embed(level.tokens)], -1)
         self.depth += 1
         return self.logits()

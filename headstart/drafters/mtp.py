@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from headstart.drafters.grow import Level, drafting_rows, grow
+from headstart.drafters.grow import Level, drafting_rows, grow, of_parents
 from headstart.drafters.layered import Layered
 from headstart.drafters.layers import Memory, decoder, norm_like, unrolled
 from headstart.drafters.plain import llama_block
@@ -186,13 +186,9 @@ class _Walk:
 
     def step(self, level: Level) -> Tensor:
         """The next level's nodes: each is read with what was made of its parent."""
-        if level.rows != self.rows:
-            places = torch.tensor([self.rows.index(row) for row in level.rows]).to(level.tokens.device, non_blocking=True)
-            self.made = {place: states[places] for place, states in self.made.items()}
-            self.rows = level.rows
         self.depth += 1
-        origins = level.origins[..., None].expand(-1, -1, self.mtp.hidden)
-        parents = {place: states.gather(1, origins) for place, states in self.made.items()}
+        parents = {place: of_parents(states, self.rows, level) for place, states in self.made.items()}
+        self.rows = level.rows
         embedded = self.mtp.ends.embed(level.tokens)
         seats = [self.seats[row] for row in level.rows]
         roots = torch.tensor([self.mtp.memories[0].length(seat) for seat in seats]).to(embedded.device, non_blocking=True)
