@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from headstart.checkpoint import facts_of, save
 from headstart.drafters import method
@@ -89,8 +89,9 @@ class Run:
         self.ends, self.facts = Ends(self.model), facts_of(self.model, self.tokenizer)
         self.library = read_library(config, self.tokenizer, self.facts, self.report)
         self.settings = recipe.kind.fitted(recipe.settings, self.model.config)
-        self.heads = self._new_heads()
-        self.coverage = self.heads.coverage(self.library.said(self.ends.vocab))
+        said = self.library.said(self.ends.vocab)
+        self.heads = self._new_heads(said)
+        self.coverage = self.heads.coverage(said)
         self.bare = self._lesson()
         self.before: float | None = None  # the trunk's perplexity, where it learns
         optimizer: Any = torch.optim.AdamW(self.bare.groups(config.learning_rate, config.weight_decay), betas=config.betas)
@@ -103,16 +104,14 @@ class Run:
             decode=self.decoded if decode else None, decode_every=config.decode_every,
         )  # fmt: skip
 
-    def _new_heads(self) -> Any:
-        """Those that the run begins with: new ones, or ones that go on."""
+    def _new_heads(self, said: Tensor) -> Any:
+        """Those that the run begins with: new ones, or ones that go on. said: how often each token is, [vocab]."""
         heads, start = self.fresh().bind(self.ends), self.config.start
-        heads.survey(
-            self.library.said(self.ends.vocab), [token for token in special_ids(self.tokenizer) if token < self.ends.vocab]
-        )
-        heads.start()
         if start is not None:
             go_on(heads, start, self.facts)
-        return heads
+            return heads
+        heads.survey(said, [token for token in special_ids(self.tokenizer) if token < self.ends.vocab])
+        return heads.start()
 
     def _lesson(self) -> Any:
         config, joint = self.config, self.recipe.joint

@@ -14,8 +14,11 @@ from tiny import tiny
 
 import headstart
 from headstart import checkpoint
-from headstart.drafters.eagle3 import Eagle3Config
+from headstart.cache import Seating
+from headstart.drafters.eagle3 import Eagle3, Eagle3Config
+from headstart.drafters.plain import llama_block
 from headstart.lessons import Objective, chunked_loss
+from headstart.pretrained import load_model
 from headstart.text import load_tokenizer, special_ids
 from headstart.train import resolve, train
 
@@ -140,6 +143,15 @@ def test_heads_that_go_on_keep_the_vocabulary_they_have(asked, tmp_path):  # noq
         train(resolve(None, more | {"out": tmp_path / "third", "settings": {"draft_vocab": 61}}))
 
 
+def test_heads_of_fewer_words_than_there_are_special_tokens_go_on_too(asked, tmp_path, model_folder):  # noqa: F811
+    model, tokenizer = load_model(model_folder), load_tokenizer(model_folder)
+    facts, config = checkpoint.facts_of(model, tokenizer), Eagle3.fitted(Eagle3Config(draft_vocab=2), model.config)
+    assert len(special_ids(tokenizer)) > 2
+    checkpoint.save(tmp_path / "few", Eagle3(config, facts.hidden, facts.vocab), facts, {})
+    train(resolve(None, asked(method="eagle3", settings={}, start=str(tmp_path / "few"), steps=1, out=tmp_path / "more")))
+    assert ids_of(tmp_path / "more") == [0, 1]
+
+
 def test_losses_over_kept_tokens_are_sums_over_these_with_the_teachers_own_masses():
     """Five tokens, of which 0, 2 and 3 can be said; the text's tokens are 2 and 4."""
     torch.manual_seed(0)
@@ -250,6 +262,26 @@ def test_the_distance_never_pulls_at_the_target():
     pulled, learned = torch.autograd.grad(loss, [finals, heads.fc.weight], allow_unused=True)
     assert pulled is None
     assert learned.abs().sum() > 0
+
+
+def test_layers_of_another_width_than_what_they_read_are_refused():
+    narrow = llama_block(32)
+    with pytest.raises(ValueError, match="hidden size of 32, the target and its embedding, which it reads, one of 64"):
+        Eagle3(Eagle3Config(block=narrow, taps=(0,)), 64, 97)
+    heads = Eagle3(Eagle3Config(block=narrow, taps=(0,), embedding="own"), 64, 97).double().bind(tiny().ends)
+    with pytest.raises(ValueError, match="an embedding 32 wide cannot begin as the target's of 64"):
+        heads.start()
+
+
+def test_a_target_without_the_layers_that_are_read_is_refused_before_it_drafts():
+    heads = Eagle3(Eagle3Config(taps=(0, 3)), 64, 97)
+    with pytest.raises(ValueError, match=r"these eagle3 heads read layer 3, counted from 0, and .* has 3; use them with the model"):
+        heads.attach(tiny(), Seating(1, 64))
+
+
+def test_a_layer_that_is_named_twice_is_refused():
+    with pytest.raises(ValueError, match="layer 5 is named twice"):
+        Eagle3Config(taps=(0, 5, 5))
 
 
 def test_two_norms_of_the_same_taps_are_refused():

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from headstart.drafters.plain import STEADY
+
 Shape = tuple[int, ...]
 
 THETA = 10000.0  # of rotary positions, where nothing is said: what every published implementation falls back to
 _PLAIN = {"llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"}  # their drafters have a Llama's layers
-_POSITIONS = {"default", "linear", "llama3", "yarn"}
 
 
 def block(config: Mapping[str, Any], layer: Mapping[str, Shape], hidden: int, count: int) -> dict[str, Any]:
@@ -64,8 +65,8 @@ def rope(config: Mapping[str, Any]) -> dict[str, Any]:
     _require_agreement(older, newer)
     found = {name: value for name, value in {**older, **newer}.items() if name not in ("type", "rope_type", "rope_theta")}
     kind = _kind_of_positions(newer) or _kind_of_positions(older) or "default"
-    if kind not in _POSITIONS or "mrope_section" in found or any(isinstance(value, dict) for value in found.values()):
-        known = ", ".join(sorted(_POSITIONS))
+    if kind not in STEADY or "mrope_section" in found or any(isinstance(value, dict) for value in found.values()):
+        known = ", ".join(sorted(STEADY))
         raise ValueError(f"their positions are of the type {kind!r} with {sorted(found)}; those of type {known} can be brought in")
     if kind != "default" and not found.get("factor"):
         raise ValueError(f"their positions are of the type {kind!r}, but their config.json says no factor")

@@ -7,7 +7,7 @@ More `steps` unroll it on its own states.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Self
 
 import torch
@@ -45,9 +45,7 @@ class Eagle(Recurrent):
         """It begins by handing the state on, so that it says at first what the target would."""
         with torch.no_grad():
             self.fc.weight[:, self.hidden :] = torch.eye(self.hidden)
-            if self.config.embedding == "own":
-                self.embedding.weight.copy_(self.ends.table)
-        return self
+        return super().start()
 
     def received(self, features: Tensor) -> Tensor:
         if not (self.training and self.config.noise):
@@ -64,15 +62,11 @@ class Eagle(Recurrent):
         """That of its laws, and the distance of its states to those that they stand for."""
         guesses = list(self.states(batch))
         loss, metrics = learn(iter(guesses), batch, objective, self.ends.project)
-        return loss + self.config.regression * self._distance(guesses, batch, objective.decay), metrics
-
-    @staticmethod
-    def _distance(guesses: list[Guess], batch: Batch, decay: float) -> Tensor:
-        """Smooth L1, the mean over a state, summed over the positions that count and the guesses, each weighted as its law."""
-        return torch.stack(list(_distances(guesses, batch, decay))).sum()
+        return loss + self.config.regression * torch.stack([*_distances(guesses, batch, objective.decay)]).sum(), metrics
 
 
-def _distances(guesses: list[Guess], batch: Batch, decay: float) -> Iterator[Tensor]:
+def _distances(guesses: Sequence[Guess], batch: Batch, decay: float) -> Iterator[Tensor]:
+    """Smooth L1 of each guess, the mean over a state, summed over the positions that count, weighted as its law."""
     for depth, guess in enumerate(guesses, 1):
         rows, places = batch.counted(depth).nonzero(as_tuple=True)
         own, wanted = guess.states[rows, places], batch.finals[rows, places + depth].detach()  # where the target learns, too

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from headstart.drafters.layers import decoder, norm_like
@@ -35,6 +35,13 @@ class Eagle3Config(RecurrentConfig):
     fc_bias: bool = False
     fc_norm: bool = True
     norm_output: bool = True
+
+    @field_validator("taps")
+    @classmethod
+    def _are_different(cls, taps: tuple[int, ...]) -> tuple[int, ...]:
+        if len({*taps}) < len(taps):
+            raise ValueError(f"layer {next(tap for tap in taps if taps.count(tap) > 1)} is named twice; name each once")
+        return taps
 
     @model_validator(mode="after")
     def _has_one_norm_of_taps(self) -> Self:
@@ -95,14 +102,12 @@ class Eagle3(Recurrent):
 
     def start(self) -> Self:
         """It begins by handing the highest tap on, each place on its own, and with the target's own head."""
+        super().start()
         self.block.layers[0].look_at_itself()
         with torch.no_grad():
-            if self.config.embedding == "own":
-                self.embedding.weight.copy_(self.ends.table)
-            if self.width == self.hidden:
-                self.fc.weight[:, -self.hidden :] = torch.eye(self.hidden)
-                rows = self.ends.weight if self.ids is None else self.ends.weight[self.ids.to(self.ends.weight.device)]
-                self.lm_head.weight.copy_(rows * self.ends.scale)
+            self.fc.weight[:, -self.hidden :] = torch.eye(self.hidden)
+            rows = self.ends.weight
+            self.lm_head.weight.copy_((rows if self.ids is None else rows[self.ids.to(rows.device)]) * self.ends.scale)
         return self
 
     def received(self, features: Tensor) -> Tensor:

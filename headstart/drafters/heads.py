@@ -168,7 +168,13 @@ class Heads(nn.Module):
         return self._states.device
 
     def attach(self, target: Target, seating: Seating) -> None:
+        """Raises ValueError where the sizes differ, and for a target without the layers that are read."""
         self.bind(target.ends)
+        if deep := [tap for tap in self.taps if not -target.num_layers <= tap < target.num_layers]:
+            raise ValueError(
+                f"these {self.name} heads read layer {deep[0]}, counted from 0, and {target.name} has {target.num_layers}; use "
+                "them with the model that they were made for"
+            )
         self.requires_grad_(False).eval().to(target.device, target.dtype)
         target.hasten(self)
         self._states = torch.zeros(seating.num_seats, self.remembered, device=target.device, dtype=target.dtype)

@@ -23,7 +23,7 @@ PLAIN = ("llama", "mistral", "qwen2", "qwen3")
 _SIZES = (
     "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "rms_norm_eps", "max_position_embeddings",
 )  # fmt: skip
-_STEADY = ("default", "linear", "llama3", "yarn")  # rotary positions that do not depend on the others in a forward
+STEADY = ("default", "linear", "llama3", "yarn")  # rotary positions that do not depend on the others in a forward
 
 
 def llama_block(hidden: int) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def _angles(rope: Mapping[str, Any]) -> dict[str, Any]:
     """The setting of rotary positions; of kinds that a plain layer cannot have, the base alone."""
     if not isinstance(rope.get("rope_theta"), float | int):
         return {}
-    is_fit = rope.get("rope_type") in _STEADY and rope.get("partial_rotary_factor", 1) == 1
+    is_fit = rope.get("rope_type") in STEADY and rope.get("partial_rotary_factor", 1) == 1
     return {"rope_parameters": dict(rope) if is_fit else {"rope_type": "default", "rope_theta": rope["rope_theta"]}}
 
 

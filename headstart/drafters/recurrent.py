@@ -8,13 +8,13 @@ how a pair is read and how a state speaks. This file refuses to know any method.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from headstart.drafters.grow import Level, drafting_rows, grow
+from headstart.drafters.grow import Level, drafting_rows, grow, of_parents
 from headstart.drafters.layered import Layered
 from headstart.drafters.layers import unrolled
 from headstart.drafters.plain import llama_block, plain_block
@@ -47,6 +47,11 @@ class Recurrent(Layered):
         config = config.model_copy(update={"block": config.block or llama_block(hidden)})
         super().__init__(config, hidden, vocab)
         self.width = int(config.block["hidden_size"])  # of its states
+        if self.width != hidden and config.embedding == "shared":
+            raise ValueError(
+                f"the drafter's layer has a hidden size of {self.width}, the target and its embedding, which it reads, one of "
+                f"{hidden}; give the block that size"
+            )
         self.register_buffer("ids", None)
         if config.embedding == "own":
             self.embedding = nn.Embedding(vocab, self.width).requires_grad_(False)
@@ -83,6 +88,18 @@ class Recurrent(Layered):
     def handed(self, states: Tensor) -> Tensor:
         """What is handed on of the decoder's output, [..., width] -> the same."""
         return states
+
+    def start(self) -> Self:
+        """Raises ValueError for an embedding of its own that cannot begin as the target's, for it never learns."""
+        if self.config.embedding == "own":
+            if self.width != self.hidden:
+                raise ValueError(
+                    f"an embedding {self.width} wide cannot begin as the target's of {self.hidden}; give the block that hidden "
+                    "size, or go on from heads that have one"
+                )
+            with torch.no_grad():
+                self.embedding.weight.copy_(self.ends.table)
+        return self
 
     # -- learning --
 
@@ -130,11 +147,8 @@ class _Walk:
 
     def step(self, level: Level) -> Tensor:
         """The next level's nodes: each is read with what was made of its parent."""
-        if level.rows != self.rows:
-            places = torch.tensor([self.rows.index(row) for row in level.rows]).to(self.states.device, non_blocking=True)
-            self.rows, self.states = level.rows, self.states[places]
         drafter, memory = self.drafter, self.drafter.memories[0]
-        parents = self.states.gather(1, level.origins[..., None].expand(-1, -1, drafter.width))
+        parents, self.rows = of_parents(self.states, self.rows, level), level.rows
         read = drafter.read(parents, drafter.embed(level.tokens)).flatten(0, 1)
         seats = [self.seats[row] for row in level.rows]
         behind = torch.tensor([memory.length(seat) for seat in seats]).to(read.device, non_blocking=True)
