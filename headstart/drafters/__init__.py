@@ -160,16 +160,16 @@ def _own_heads(name: str, target: Target) -> Heads:
     """The heads of a method that a target comes with. Raises ValueError where it comes with none."""
     from headstart.checkpoint import modules_lost
 
-    folder = _shipped(name)
-    if folder is not None and Path(target.name) == embedded("target"):
+    is_embedded = Path(target.name) == embedded("target")
+    if is_embedded and (folder := _shipped(name)):
         return heads_in(folder, target)
     if heads := inborn(target, name):
         return heads
     lost = modules_lost(target.name) if name == "mtp" else None
+    who, option = ("the embedded model", "") if is_embedded else (target.name, f" --target {target.name}")
     raise ValueError(
-        f"{target.name} comes with no {name} heads, as the embedded model and those with modules inside may, and heads fit one "
-        f"model only; make some for it with `headstart train {name} --target {target.name}`, and name their folder"
-        + (f" ({lost})" if lost else "")
+        f"{who} comes with no {name} heads, and heads fit one model only; make some for it with `headstart train {name}{option}`, "
+        "and name their folder" + (f" ({lost})" if lost else "")
     )
 
 
