@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,24 @@ def _telling(model: PreTrainedModel) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in matrices if not (number := LAYER.search(name)) or int(number[1]) in chosen]
 
 
+@contextmanager
+def no_weight_bars() -> Iterator[None]:
+    """No "Loading weights" bars of transformers inside; the bars of downloads stay, and so do the user's own settings."""
+    from transformers.utils import logging
+
+    def without_weights(factory: Any, args: Any, options: dict[str, Any]) -> Any:
+        if options.get("desc") == "Loading weights":
+            options = {**options, "disable": True}
+        return factory(*args, **options) if before is None else before(factory, args, options)
+
+    before = logging.set_tqdm_hook(without_weights)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
+
+
+@no_weight_bars()
 def load_model(path: str | Path, dtype: str | torch.dtype = "auto", device: str = "auto") -> PreTrainedModel:
     """A causal LM from a folder or the hub, or a folder with an adapter, together with the model that it adapts.
 

@@ -8,10 +8,14 @@ This file knows logits, laws and noise. It refuses to know trees' shapes, models
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from functools import cached_property
-from typing import NamedTuple
+from numbers import Real
+from reprlib import repr as shortened
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -50,9 +54,7 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        stop: object = self.stop
-        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        self._check_types()
         _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
         _require(0 <= self.temperature <= _LARGE, "temperature", self.temperature, f"0 (greedy) or positive, at most {_LARGE:g}")
         _require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1, or None for off")
@@ -70,9 +72,123 @@ class SamplingParams:
         _require(all(self.stop), "stop", self.stop, "strings that are not empty")
         _require(self.logprobs is None or self.logprobs >= 0, "logprobs", self.logprobs, "None, or the number of alternatives")
 
+    def _check_types(self) -> None:
+        """Bring every field to the type that it is declared with. Raises ValueError where that would change its value."""
+        for name, read in _READERS.items():
+            value = getattr(self, name)
+            if type(value) is not _PLAIN[read] and not (value is None and name in _OPTIONAL):
+                object.__setattr__(self, name, read(name, value))
+
     @property
     def has_penalties(self) -> bool:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+class SamplingSettings(TypedDict, total=False):
+    """The fields of `SamplingParams` as keyword arguments, for editors and type checkers."""
+
+    max_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    seed: int | None
+    n: int
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    ignore_eos: bool
+    logprobs: int | None
+
+
+# What other libraries call these settings.
+SYNONYMS = {
+    "best_of": "n",
+    "do_sample": "temperature",
+    "eos_token_id": "stop_token_ids",
+    "max_completion_tokens": "max_tokens",
+    "max_length": "max_tokens",
+    "max_new_tokens": "max_tokens",
+    "num_return_sequences": "n",
+    "random_seed": "seed",
+    "stop_sequences": "stop",
+    "stop_strings": "stop",
+    "temp": "temperature",
+    "top_logprobs": "logprobs",
+}
+
+
+def read_settings(params: SamplingParams | None, settings: Mapping[str, Any]) -> SamplingParams:
+    """`params` (None: the defaults) with some fields replaced. Raises ValueError for a name that is no field."""
+    known = [known.name for known in fields(SamplingParams)]
+    for name in settings:
+        if name not in known:
+            similar = [SYNONYMS[name]] if name in SYNONYMS else get_close_matches(name, known, 1)
+            hint = f"did you mean {similar[0]}?" if similar else f"there are {', '.join(known)}"
+            raise ValueError(f"{name} is no sampling setting; {hint}")
+    return replace(params or SamplingParams(), **settings)
+
+
+def _whole(name: str, value: object) -> int:
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        pass
+    raise _wrong_type(name, value, "a whole number")
+
+
+def _real(name: str, value: object) -> float:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise _wrong_type(name, value, "a number")
+    return float(value)
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise _wrong_type(name, value, "True or False")
+    return value
+
+
+def _strings(name: str, value: object) -> tuple[str, ...]:
+    items = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (None,)
+    if not all(isinstance(item, str) for item in items):
+        raise _wrong_type(name, value, "a string or a list of strings")
+    return items
+
+
+def _token_ids(name: str, value: object) -> tuple[int, ...]:
+    if not isinstance(value, Iterable) or isinstance(value, str):
+        raise _wrong_type(name, value, "a list of token ids")
+    return tuple(_whole(f"an item of {name}", item) for item in value)
+
+
+def _biases(name: str, value: object) -> Mapping[int, float]:
+    if not isinstance(value, Mapping):
+        raise _wrong_type(name, value, "a dict of token ids and numbers")
+    return {_whole(f"a token of {name}", token): _real(f"{name} of token {token}", bias) for token, bias in value.items()}
+
+
+def _wrong_type(name: str, value: object, kind: str) -> ValueError:
+    return ValueError(f"{name} is {shortened(value)}; it must be {kind}" + (", or None" if name in _OPTIONAL else ""))
+
+
+# How each field is read, and the type that a reader leaves as it is (NoneType: it looks at every value).
+_READERS = {
+    **dict.fromkeys(("max_tokens", "top_k", "seed", "n", "logprobs"), _whole),
+    **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"), _real),
+    "logit_bias": _biases,
+    "stop": _strings,
+    "stop_token_ids": _token_ids,
+    "ignore_eos": _flag,
+}
+_PLAIN = {_whole: int, _real: float, _flag: bool, _biases: None, _strings: None, _token_ids: None}
+_OPTIONAL = frozenset(("top_k", "top_p", "min_p", "seed", "logprobs"))
 
 
 def _require(is_met: bool, name: str, value: object, limit: str) -> None:

@@ -22,6 +22,11 @@ class Stats:
     tried: list[int] = field(default_factory=list)  # per depth: rows that had a draft there
     held: list[int] = field(default_factory=list)  # per depth: rows that kept one
 
+    def __repr__(self) -> str:
+        acceptance = " ".join(f"{share:.2f}" for share in self.acceptance[:6]) + (" ..." if len(self.acceptance) > 6 else "")
+        by_depth = f", acceptance by depth {acceptance}" if acceptance else ""
+        return f"<Stats {self.tokens} tokens in {self.rounds} rounds, tau {self.tau:.2f}{by_depth}>"
+
     @property
     def tau(self) -> float:
         """Tokens emitted per round and row; plain decoding has 1."""
