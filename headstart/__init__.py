@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from headstart.drafters import Drafter
     from headstart.engine import Engine
-    from headstart.llm import LLM, custom_generate, load
+    from headstart.generate_hook import custom_generate
+    from headstart.llm import LLM, load
     from headstart.sampling import SamplingParams
     from headstart.scheduler import Request
 
@@ -33,7 +34,7 @@ _ROOMS = {
     "Engine": "headstart.engine",
     "Request": "headstart.scheduler",
     "SamplingParams": "headstart.sampling",
-    "custom_generate": "headstart.llm",
+    "custom_generate": "headstart.generate_hook",
     "load": "headstart.llm",
 }
 

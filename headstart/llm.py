@@ -1,4 +1,4 @@
-"""The front door: a model, its tokenizer, a drafter and an engine as one object, and the hook for transformers' `generate`.
+"""The front door: a model, its tokenizer, a drafter and an engine as one object.
 
 This file knows how the rooms fit together. It refuses to do anything that one of them can do.
 """
@@ -10,10 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakSet
 
 import torch
-from torch import Tensor
 
 from headstart.drafters import Drafter, inborn, make
 from headstart.engine import Engine
@@ -226,115 +224,3 @@ def _answer(request: Request, text: str, stats: Stats, is_lossy: bool) -> Answer
     logprobs = None if request.params.logprobs is None else tuple(request.logprobs)
     reason = request.finish_reason or "abort"
     return Answer(text, tuple(request.output), tuple(request.guessed), reason, request.seed, logprobs, stats, is_lossy)
-
-
-# -- inside transformers ----------------------------------------------------------------------------------------------------
-
-# Settings of a GenerationConfig that change the text and are not honoured here, with the value that switches each off.
-_REFUSED = {
-    "num_beams": 1,
-    "penalty_alpha": None,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "no_repeat_ngram_size": 0,
-    "bad_words_ids": None,
-    "encoder_repetition_penalty": 1.0,
-    "guidance_scale": None,
-    "sequence_bias": None,
-    "min_new_tokens": None,
-    "min_length": 0,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "exponential_decay_length_penalty": None,
-    "stop_strings": None,
-    "max_time": None,
-    "return_dict_in_generate": False,
-}
-
-# What transformers makes of the settings that are honoured; any other step would be ignored, so it is refused.
-_HONOURED = {
-    "TemperatureLogitsWarper",
-    "TopKLogitsWarper",
-    "TopPLogitsWarper",
-    "MinPLogitsWarper",
-    "RepetitionPenaltyLogitsProcessor",
-    "MaxLengthCriteria",
-    "EosTokenCriteria",
-}
-
-
-_CHECKED: WeakSet[PreTrainedModel] = WeakSet()  # a model is checked once, however often its `generate` is called
-
-
-def custom_generate(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    logits_processor: Any = None,
-    stopping_criteria: Any = None,
-    generation_config: Any = None,
-    drafter: str | Drafter | None = "lookup",
-    planner: Planner | None = None,
-    **rest: Any,
-) -> Tensor:
-    """`model.generate(ids, custom_generate=headstart.custom_generate, drafter=...)`: the same tokens in fewer passes.
-
-    Settings of the GenerationConfig are honoured or refused with a ValueError. With `do_sample` the seed is drawn from torch's
-    default generator, so `torch.manual_seed` repeats an answer. Left padding is allowed. Returns [batch, length], right-padded.
-    """
-    config = generation_config or model.generation_config
-    params = _from_generation_config(config, input_ids.shape[1])
-    for step in (*(logits_processor or ()), *(stopping_criteria or ())):
-        if type(step).__name__ not in _HONOURED:
-            raise ValueError(f"{type(step).__name__} is not supported by headstart.custom_generate; leave it out")
-    mask = rest.get("attention_mask")
-    prompts = _unpadded(input_ids, mask)
-    stops = stop_token_ids(None, config, model.config)
-    target = Target(model, check=model not in _CHECKED)
-    _CHECKED.add(model)
-    try:
-        made = make(drafter, target) if isinstance(drafter, str) else drafter
-        engine = Engine(target, made, planner, max_rows=min(8, len(prompts)))
-        seeds = torch.randint(0, 2**62, (len(prompts),)).tolist() if params.temperature else [0] * len(prompts)
-        requests = [engine.add(ids, params, seed=seed, stop_ids=stops) for ids, seed in zip(prompts, seeds, strict=True)]
-        for _ in engine.run():
-            pass
-    finally:
-        target.release()
-    pad = getattr(config, "pad_token_id", None)
-    return _padded(input_ids, requests, pad if pad is not None else (stops[0] if stops else 0))
-
-
-def _from_generation_config(config: Any, length: int) -> SamplingParams:
-    for name, off in _REFUSED.items():
-        given = getattr(config, name, off)
-        if given is not None and given != off:
-            raise ValueError(f"generation setting {name}={given} is not supported by headstart.custom_generate; set it to {off}")
-    left = getattr(config, "max_new_tokens", None) or (config.max_length or 20) - length
-    sampled = bool(config.do_sample)
-    temperature = 1.0 if config.temperature is None else float(config.temperature)
-    return SamplingParams(
-        max_tokens=left,
-        temperature=temperature if sampled else 0.0,
-        top_k=(config.top_k or None) if sampled else None,
-        top_p=config.top_p if sampled else None,
-        min_p=getattr(config, "min_p", None) if sampled else None,
-        repetition_penalty=config.repetition_penalty or 1.0,
-    )
-
-
-def _unpadded(input_ids: Tensor, mask: Tensor | None) -> list[list[int]]:
-    if mask is None:
-        rows: list[list[int]] = input_ids.tolist()
-        return rows
-    return [ids[keep.bool()].tolist() for ids, keep in zip(input_ids, mask, strict=True)]
-
-
-def _padded(input_ids: Tensor, requests: Sequence[Request], pad: int) -> Tensor:
-    longest = max(len(request.output) for request in requests)
-    new = torch.full((len(requests), longest), pad, dtype=input_ids.dtype)
-    for row, request in enumerate(requests):
-        new[row, : len(request.output)] = torch.tensor(request.output)
-    return torch.cat([input_ids, new.to(input_ids.device)], 1)

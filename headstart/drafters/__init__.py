@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 
-from headstart.planner import Measured, Planner
+from headstart.planner import Measured, Planner, parse
 from headstart.pretrained import embedded
 from headstart.sampling import Rows
 from headstart.tree import Drafts, Kept
@@ -190,6 +190,28 @@ def settle(planner: Planner | Measured | None, drafter: str | None, temperature:
             "folder of heads with `headstart calibrate FOLDER --model MODEL`, or name another planner"
         )
     return plan.shape(planner.nodes, temperature)
+
+
+def read_planner(planner: object, drafter: str | Drafter | None, temperature: float = 0.0) -> Planner | None:
+    """The planner to draft by: one that was given, one that a string names (as `parse` reads it), or None for the drafter's own.
+
+    drafter: as the caller named it, or the object. temperature: which measured trees go by. Raises ValueError for anything that is
+    no planner, and for a planner without a drafter.
+    """
+    if planner is None:
+        return None
+    if drafter is None:
+        raise ValueError(f"planner is {planner}, but drafter None drafts nothing; leave one of them out")
+    if isinstance(planner, str):
+        planner = parse(planner)
+    if isinstance(planner, Measured) and not isinstance(drafter, str):
+        raise ValueError(
+            f"planner tree:{planner.nodes} needs trees that were measured, and a drafter object does not say where its own are; "
+            "name the folder of the heads as the drafter, or another planner"
+        )
+    if not isinstance(planner, Measured) and not all(hasattr(planner, name) for name in ("headroom", "plan", "prune")):
+        raise ValueError(f"planner is {planner!r}; it must be a planner, a string such as 'chain:5', or None")
+    return settle(cast("Planner | Measured", planner), cast("str", drafter), temperature)
 
 
 def names() -> Sequence[str]:
