@@ -6,23 +6,24 @@ This file knows how the rooms fit together. It refuses to do anything that one o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import torch
 
-from headstart.drafters import Drafter, inborn, make
+from headstart.drafters import Drafter, inborn, make, read_planner
 from headstart.engine import Engine
 from headstart.noise import draw_seed, mix
 from headstart.planner import Planner
 from headstart.pretrained import check_folder, embedded
-from headstart.sampling import SamplingParams
+from headstart.sampling import SamplingParams, SamplingSettings, read_settings
 from headstart.scheduler import Request
 from headstart.stats import Stats
 from headstart.target import Target
-from headstart.text import Prompt, TextStream, encode_prompt, load_tokenizer, stop_token_ids
+from headstart.text import Prompt, TextStream, encode_chat, encode_prompt, load_tokenizer, stop_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,6 +47,14 @@ class Answer:
     def as_dict(self) -> dict[str, Any]:
         """For JSON: stats with tau and acceptance by depth."""
         return asdict(self) | {"stats": self.stats.as_dict()}
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        start = self.text if len(self.text) <= 40 else self.text[:37] + "..."
+        lossy = ", lossy" if self.is_lossy else ""
+        return f"<Answer {start!r}: {len(self.token_ids)} tokens, {self.finish_reason}, tau {self.stats.tau:.2f}{lossy}>"
 
 
 @dataclass(frozen=True)
@@ -101,39 +110,97 @@ class Answering:
 
 
 class LLM:
-    """A loaded model that answers prompts. Made by `headstart.load`."""
+    """A loaded model that answers prompts. Made by `headstart.load`.
+
+    As a context manager it releases the model at the end.
+    """
 
     def __init__(self, engine: Engine, tokenizer: PreTrainedTokenizerBase) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
+        self.is_released = False
         model = engine.target.model
         self.stop_ids = stop_token_ids(tokenizer, model.generation_config, model.config)
+
+    def __repr__(self) -> str:
+        target, drafter = self.engine.target, self.engine.drafter
+        exact = "exact" if target.is_exact else "not exact"
+        facts = [Path(target.name).name, f"drafter {drafter.name if drafter else None}"]
+        if drafter:
+            planner = str(self.engine.planner)
+            facts.append(f"planner {planner if len(planner) < 80 else type(self.engine.planner).__name__}")
+        facts += [exact, str(target.dtype).removeprefix("torch."), str(target.device)]
+        return f"<LLM {', '.join(facts)}{', released' if self.is_released else ''}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.release()
+
+    def release(self) -> PreTrainedModel:
+        """Give the model back as it was before `load`, and return it. This object answers nothing afterwards."""
+        self.is_released = True
+        return self.engine.target.release()
 
     @property
     def stats(self) -> Stats:
         """Of all rounds so far."""
         return self.engine.stats
 
-    def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, **settings: Any) -> list[Answer]:
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, **settings: Unpack[SamplingSettings]
+    ) -> list[Answer]:
         """Complete one prompt or several at once; `n` answers each, in order.
 
-        A prompt is a string, a list of chat messages, or a list of token ids. settings: fields of `SamplingParams`. Raises
-        ValueError for anything that cannot be honoured, before any work is done.
+        A string is continued as it stands: `chat` is for questions to a chat model. A prompt may also be a list of chat messages or
+        of token ids. settings: fields of `SamplingParams`. Raises ValueError for anything that cannot be honoured, before any work
+        is done.
         """
-        answering = self.start(_as_prompts(prompts), _params(params, settings))
+        answering = self.start(_as_prompts(prompts), read_settings(params, settings))
         for _ in answering:
             pass
         return answering.answers
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **settings: Any) -> Answering:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **settings: Unpack[SamplingSettings]) -> Answering:
         """The answer to one prompt, to be iterated piece by piece. Leaving the loop early ends the request."""
-        params = _params(params, settings)
+        params = read_settings(params, settings)
         if params.n != 1:
             raise ValueError(f"n is {params.n}; a stream has one answer, use generate for several")
         return self.start([prompt], params)
 
+    def chat(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **settings: Unpack[SamplingSettings],
+    ) -> list[Answer]:
+        """Answer a conversation by the model's chat template: `n` answers.
+
+        messages: what the user says, as a string, or a list of messages with 'role' and 'content'. chat_template_kwargs: variables
+        of the template, such as {"enable_thinking": False}. settings: fields of `SamplingParams`. Raises ValueError for a model
+        without a chat template and for a variable that its template does not read.
+        """
+        ids = encode_chat(self.tokenizer, messages, chat_template_kwargs)
+        return self.generate(ids, params, **settings)
+
+    def chat_stream(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **settings: Unpack[SamplingSettings],
+    ) -> Answering:
+        """The answer of `chat`, to be iterated piece by piece."""
+        return self.stream(encode_chat(self.tokenizer, messages, chat_template_kwargs), params, **settings)
+
     def start(self, prompts: Sequence[Prompt], params: SamplingParams) -> Answering:
         """Queue `n` answers to each prompt. Nothing runs until the result is iterated."""
+        if self.is_released:
+            raise ValueError(f"the model {self.engine.target.name} was released from this LLM; load it again to use it")
         base = draw_seed() if params.seed is None else params.seed
         requests: list[Request] = []
         try:
@@ -160,7 +227,7 @@ def load(
     model: str | Path | PreTrainedModel | None = None,
     *,
     drafter: str | Drafter | None = "auto",
-    planner: Planner | None = None,
+    planner: Planner | str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     device: str = "auto",
     dtype: str | torch.dtype = "auto",
@@ -172,13 +239,18 @@ def load(
     """Load a model and make it answer sooner.
 
     model: a folder, a hub id, a transformers model you hold (then give its `tokenizer` too), or None for the embedded one.
-    drafter: "auto" (the embedded model's Hydra heads, MTP modules or heads in the model's own files, else lookup), "lookup",
+    drafter: "auto" (MTP modules or heads in the model's own files, else lookup), "lookup",
     "model:PATH", a folder of heads, a method's name for those that the model comes with, a drafter you hold, or None for plain
-    decoding. planner: how much to speculate, None for what suits the drafter. exact: True for equality to the bit on CPU, "auto"
+    decoding. planner: how much to speculate: a planner, a string such as "chain:5" or "tree:8" (the tree measured for temperature
+    0), or None for what suits the drafter. exact: True for equality to the bit on CPU, "auto"
     where it is nearly free. max_rows: requests at once. memory: bytes for keys and values. accept: "coupled" (same text as plain
     decoding), "rejection" (same law) or "typical" (lossy: another law, which `Answer.is_lossy` recalls). Raises ValueError, in one
     sentence, for whatever is wrong with a path or a setting.
+
+    The model's attention is replaced and its linears are packed in place; `LLM.release` gives both back, and so does leaving a
+    `with headstart.load(...) as llm:`.
     """
+    planner = read_planner(planner, "mtp" if drafter == "auto" and model is None else drafter)
     place: Any = embedded("target") if model is None else model
     if isinstance(place, str | Path):
         check_folder(place)
@@ -189,9 +261,13 @@ def load(
             raise ValueError("load was given a model object without its tokenizer; pass tokenizer=...")
         target = Target(place)
         target.equip(exact)
-    if isinstance(drafter, str):
-        drafter = _automatic(model, target) if drafter == "auto" else make(drafter, target)
-    return LLM(Engine(target, drafter, planner, max_rows=max_rows, memory=memory, accept=accept), tokenizer)
+    try:
+        if isinstance(drafter, str):
+            drafter = _automatic(model, target) if drafter == "auto" else make(drafter, target)
+        return LLM(Engine(target, drafter, planner, max_rows=max_rows, memory=memory, accept=accept), tokenizer)
+    except BaseException:
+        target.release()  # a model that the caller holds stays theirs
+        raise
 
 
 def _automatic(model: object, target: Target) -> Drafter:
@@ -205,17 +281,9 @@ def _automatic(model: object, target: Target) -> Drafter:
         return make("lookup", target)
 
 
-def _params(params: SamplingParams | None, settings: dict[str, Any]) -> SamplingParams:
-    known = {field.name for field in fields(SamplingParams)}
-    strange = sorted(set(settings) - known)
-    if strange:
-        raise ValueError(f"{', '.join(strange)} is no sampling setting; there are {', '.join(sorted(known))}")
-    return replace(params or SamplingParams(), **settings)
-
-
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """A list holds several prompts if its items are strings or lists; messages and token ids are one prompt."""
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int | dict)):
+    if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence) or (prompts and isinstance(prompts[0], int | dict)):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
 

@@ -121,8 +121,10 @@ SYNONYMS = {
 }
 
 
-def read_settings(params: SamplingParams | None, settings: Mapping[str, Any]) -> SamplingParams:
-    """`params` (None: the defaults) with some fields replaced. Raises ValueError for a name that is no field."""
+def read_settings(params: object, settings: Mapping[str, Any]) -> SamplingParams:
+    """`params` (None: the defaults) with some fields replaced. Raises ValueError for other params and a name that is no field."""
+    if params is not None and not isinstance(params, SamplingParams):
+        raise ValueError(f"params is {shortened(params)}; it must be SamplingParams, or left out for settings by name")
     known = [known.name for known in fields(SamplingParams)]
     for name in settings:
         if name not in known:

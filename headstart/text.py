@@ -202,18 +202,45 @@ class TextStream:
 
 # -- prompts to tokens --
 
+_FIXED = {"add_generation_prompt": True, "return_dict": False}  # how a chat template is asked for a prompt
+
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """The token ids of a prompt: a string, messages for the chat template, or token ids, which stay as they are."""
     if isinstance(prompt, str):
         return _not_empty(tokenizer.encode(prompt), "the prompt is an empty string: give at least one character")
-    if not isinstance(prompt, Sequence):
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
         raise ValueError(f"a prompt is a string, a list of messages or of token ids, not {type(prompt).__name__}")
     _not_empty(prompt, "the prompt is an empty list: give at least one message or token id")
     if all(isinstance(item, int) for item in prompt):
         return _within_vocabulary(tokenizer, cast("Sequence[int]", prompt))
-    token_ids = render(tokenizer, checked_messages(prompt), add_generation_prompt=True, return_dict=False)
+    return encode_chat(tokenizer, checked_messages(prompt))
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: str | Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None
+) -> list[int]:
+    """The token ids of a conversation that the model is to continue; a string is one message of the user.
+
+    variables: what the chat template may read besides the messages. Raises ValueError for one that the template does not read,
+    and for a tokenizer without a template.
+    """
+    if isinstance(messages, str):
+        _not_empty(messages, "the message is an empty string: give at least one character")
+        messages = [{"role": "user", "content": messages}]
+    if not isinstance(messages, Sequence) or any(isinstance(message, int) for message in messages):
+        raise ValueError(f"a conversation is a string or a list of messages, not {_kind_of(messages)}")
+    _not_empty(messages, "the conversation is an empty list: give at least one message")
+    template = tokenizer.chat_template
+    for name in variables or ():
+        if template is not None and (name in ("messages", *_FIXED) or not re.search(rf"\b{re.escape(name)}\b", str(template))):
+            raise ValueError(f"the chat template of {name_of(tokenizer)} takes no variable {name!r}; leave it out")
+    token_ids = render(tokenizer, checked_messages(messages), **_FIXED, **(variables or {}))
     return _not_empty(token_ids, f"the chat template of {name_of(tokenizer)} made an empty prompt")
+
+
+def _kind_of(messages: object) -> str:
+    return "token ids" if isinstance(messages, Sequence) else type(messages).__name__
 
 
 def _not_empty(items: Sequence[Any], sentence: str) -> list[Any]:
