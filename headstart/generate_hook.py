@@ -235,12 +235,18 @@ def _check_arguments(rest: Mapping[str, Any], call: Mapping[str, Any]) -> None:
     for name in _KEPT_BACK:
         if call.get(name) is not None and call[name] is not False:
             raise _not_supported(f"argument {name}", _INSTEAD.get(name, "leave it out"))
-    given = call["kwargs"] if call else rest
-    if given.get("past_key_values") is not None:
+    if (call and call["kwargs"].get("past_key_values") is not None) or _is_used(rest.get("past_key_values")):
         raise _not_supported("argument past_key_values", "leave it out; the engine has a cache of its own")
     for name, value in rest.items():
         if name not in _USUAL and value is not None and value is not False:
             raise _not_supported(f"argument {name}", _INSTEAD.get(name, "leave it out"))
+
+
+def _is_used(cache: Any) -> bool:
+    """Whether a cache holds something, or is its caller's; `generate` makes an empty one for every call."""
+    if cache is None:
+        return False
+    return not hasattr(cache, "get_seq_length") or cache.get_seq_length() > 0 or getattr(cache, "_is_user_defined", False)
 
 
 def check_settings(config: Any) -> None:

@@ -277,6 +277,21 @@ def test_stop_strings_and_healing_are_refused_before_headstart_is_asked(model):
             ours(model, PROMPT, max_new_tokens=5, **settings)
 
 
+def test_a_cache_is_refused_in_a_direct_call_only_if_it_holds_something(model):
+    cache, config = hf.DynamicCache(config=model.config), hf.GenerationConfig(max_new_tokens=12)
+    found = headstart.custom_generate(model, PROMPT, generation_config=config, past_key_values=cache)
+    assert torch.equal(found, model.generate(PROMPT, max_new_tokens=12))
+    model(PROMPT, past_key_values=cache)
+    with pytest.raises(ValueError, match="argument past_key_values"):
+        headstart.custom_generate(model, PROMPT, generation_config=config, past_key_values=cache)
+
+
+def test_rows_of_a_direct_call_are_repeated_by_its_caller(model):
+    config = hf.GenerationConfig(max_new_tokens=3, num_return_sequences=2, do_sample=True)
+    with pytest.raises(ValueError, match=r"num_return_sequences in a direct call is not supported.*; repeat the rows"):
+        headstart.custom_generate(model, PROMPT, generation_config=config)
+
+
 # -- streamers --------------------------------------------------------------------------------------------------------------
 
 
