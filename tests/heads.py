@@ -1,8 +1,9 @@
-"""Heads for any target, as training would start them, shaken a little so that every weight matters."""
+"""Heads for any target, as training would start them, shaken a little so that every weight matters; a round to draft in."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 
@@ -13,6 +14,7 @@ from headstart.drafters.hydra import Hydra, HydraConfig, HydraPlus, HydraPlusCon
 from headstart.drafters.medusa import Medusa, MedusaConfig
 from headstart.drafters.mtp import Mtp, MtpConfig
 from headstart.drafters.parallel import ParallelConfig, ParallelMtp
+from headstart.sampling import Choice
 from headstart.target import Target
 
 KINDS = ("medusa", "medusa, shared", "hydra", "hydra++", "mtp", "mtp, 3 modules", "mtp, hidden first", "mtp-parallel", "eagle",
@@ -49,3 +51,32 @@ def heads_for(target: Target, kind: str, noise: float = 0.05, num_heads: int = 4
         for weight in heads.parameters():
             weight.add_(torch.randn_like(weight) * noise)
     return heads
+
+
+@dataclass
+class Forced:
+    """Stands in for `Rows`: every choice is the true continuation, and the logits it was made of are noted by depth."""
+
+    texts: list[list[int]]
+    places: tuple[int, ...]
+    depths: tuple[int, ...]
+    width: int = 1
+    beam: int = 1
+    parents: frozenset = frozenset()
+    nodes: int = 10**6
+    worth: float = 0.0
+    said: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.seats = tuple(range(len(self.texts)))
+        self.roots = tuple(text[place] for text, place in zip(self.texts, self.places, strict=True))
+        self.max_depth = max(self.depths)
+
+    def __len__(self):
+        return len(self.texts)
+
+    def choose(self, logits, level, paths, k, ids=None, calibration=None):
+        rows = paths.rows.tolist()
+        self.said |= {(row, level): line for row, line in zip(rows, logits, strict=True)}
+        tokens = torch.tensor([[self.texts[row][self.places[row] + level]] for row in rows])
+        return Choice(tokens, torch.ones(len(rows), 1), None)

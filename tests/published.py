@@ -6,13 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from heads import Forced
 from safetensors.torch import save_file
 from torch import Tensor
 
 from headstart import checkpoint
+from headstart.cache import Seating
 from headstart.ends import Ends
 from headstart.lessons import Batch
 from headstart.pretrained import load_model
+from headstart.target import Target
+from headstart.tree import Kept
 
 HIDDEN, VOCAB = 32, 320  # of folders.write_model
 Tensors = dict[str, Tensor]
@@ -59,6 +63,32 @@ class Trial:
         batch = Batch(self.tokens, torch.ones_like(self.tokens, dtype=torch.bool), read, self.states)
         with torch.no_grad():
             return [guess.project(guess.states) for guess in heads.states(batch)]
+
+    def drafted(self, source: Path, steps: int) -> list[Tensor]:
+        """[steps][rows, places, vocab]: what the heads say while they draft the true text, `steps` deep behind every place: of
+        the text up to there they have read states, piece by piece; of what follows they know the tokens alone."""
+        heads, target = self.read(source), Target(load_model(self.folder, self.model.dtype, "cpu"), check=False)
+        texts, places = self.tokens.tolist(), range(self.tokens.shape[1] - steps)
+        anchors = [(row, place + 1) for row in range(len(texts)) for place in places]  # of the roots
+        seating = Seating(len(anchors), 64 * len(anchors))
+        for _ in anchors:
+            seating.take(64)
+        heads.attach(target, seating)
+        for share in (0.0, 0.5), (0.5, 1.0):
+            spans = [(seat, row, *(int(root * part) for part in share)) for seat, (row, root) in enumerate(anchors)]
+            self._hear(heads, [(seat, row, first, last) for seat, row, first, last in spans if first < last])
+        said = Forced([[*texts[row], 0] for row, _ in anchors], tuple(root for _, root in anchors), (steps,) * len(anchors))
+        heads.propose(said)
+        told = [torch.stack([said.said[place, step + 1] for place in range(len(anchors))]) for step in range(steps)]
+        return [logits.unflatten(0, (len(texts), len(places))) for logits in told]
+
+    def _hear(self, heads: Any, spans: Sequence[tuple[int, int, int, int]]) -> None:
+        """Pieces of texts, (seat, row, first, last), with the states of the target there."""
+        read = torch.cat([self.outputs[tap] if tap >= 0 else self.states for tap in heads.taps], -1)
+        pieces = tuple(tuple(self.tokens[row, first : last + 1].tolist()) for _, row, first, last in spans)
+        features = torch.cat([read[row, first:last] for _, row, first, last in spans])
+        seats, starts = tuple(seat for seat, *_ in spans), tuple(first for _, _, first, _ in spans)
+        heads.extend(Kept(seats, pieces, starts, (), (), features, features.device))
 
     def refusal(self, source: Path, taps: Sequence[int] = ()) -> str:
         """The sentence with which heads are refused."""

@@ -1,13 +1,12 @@
 """Medusa, Hydra and Hydra++: what is trained is what drafts, whatever is drafted the text stays, and losses are what they say."""
 
 import re
-from dataclasses import dataclass, field
 
 import pytest
 import torch
 import torch.nn.functional as F
 from folders import write_model
-from heads import KINDS, heads_for
+from heads import KINDS, Forced, heads_for
 from scripted import Ask, decode
 from tiny import tiny
 
@@ -22,7 +21,7 @@ from headstart.drafters.medusa import Medusa, MedusaConfig
 from headstart.lessons import CHUNK, Batch, Metrics, Objective, Voice, chunked_loss
 from headstart.planner import Best, Chain, Shape
 from headstart.pretrained import embedded, load_model
-from headstart.sampling import Choice, SamplingParams
+from headstart.sampling import SamplingParams
 from headstart.target import Target
 from headstart.text import load_tokenizer
 from headstart.tree import Kept
@@ -41,35 +40,6 @@ def batch_of(tokens, first_answer=1, taps=(-1,)):
     counts = torch.zeros_like(tokens, dtype=torch.bool)
     counts[:, first_answer:] = True
     return Batch(tokens, counts, states_of(tokens, taps), states_of(tokens))
-
-
-@dataclass
-class Forced:
-    """Stands in for `Rows`: every choice is the true continuation, and the logits it was made of are noted by depth."""
-
-    texts: list[list[int]]
-    places: tuple[int, ...]
-    depths: tuple[int, ...]
-    width: int = 1
-    beam: int = 1
-    parents: frozenset = frozenset()
-    nodes: int = 10**6
-    worth: float = 0.0
-    said: dict = field(default_factory=dict)
-
-    def __post_init__(self):
-        self.seats = tuple(range(len(self.texts)))
-        self.roots = tuple(text[place] for text, place in zip(self.texts, self.places, strict=True))
-        self.max_depth = max(self.depths)
-
-    def __len__(self):
-        return len(self.texts)
-
-    def choose(self, logits, level, paths, k, ids=None, calibration=None):
-        rows = paths.rows.tolist()
-        self.said |= {(row, level): line for row, line in zip(rows, logits, strict=True)}
-        tokens = torch.tensor([[self.texts[row][self.places[row] + level]] for row in rows])
-        return Choice(tokens, torch.ones(len(rows), 1), None)
 
 
 def hear(heads, texts, places):

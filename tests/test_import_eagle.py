@@ -177,7 +177,8 @@ def test_a_tensor_that_does_not_fit_is_named(trial, tmp_path, change, words):
         ({"num_attention_heads": "4"}, "says num_attention_heads = '4', which should be a whole number above 0"),
         ({"model_type": "gemma2"}, "model_type 'gemma2', whose layers are not known to compute as a Llama's do"),
         ({"use_sliding_window": True}, "they see a sliding window only"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "positions are of the type 'dynamic'"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "positions are of the type 'longrope'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "does not say max_position_embeddings, up to which 'dynamic'"),
         ({"rope_scaling": {"type": "linear"}}, "of the type 'linear', but their config.json says no factor"),
         (
             {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e4}},

@@ -245,6 +245,17 @@ def test_heads_without_a_head_speak_by_the_targets(trial, tmp_path):
     assert_says(trial, tmp_path, by_formula(trial, tensors | {"lm_head.weight": trial.ends.weight}))
 
 
+def test_a_list_that_nobody_reads_may_be_empty(trial, tmp_path):
+    """As speculators stores heads that can say every token: two lists, both never filled in."""
+    tensors = heads("layers.0.", draft=list(range(VOCAB)))
+    tensors["t2d"].fill_(False)
+    assert not tensors["d2t"].any()
+    write(tmp_path, "model.safetensors", tensors, **of_speculators(norm_before_residual=False))
+    assert checkpoint.recognise(tmp_path).problems == ()
+    assert trial.read(tmp_path).config.draft_vocab is None
+    assert_says(trial, tmp_path, by_formula(trial, tensors, prefix="layers.0."))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

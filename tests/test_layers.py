@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from test_heads import TEXTS, Forced
+from heads import Forced
+from test_heads import TEXTS
 from tiny import tiny
 from transformers import PreTrainedModel
 

@@ -14,6 +14,7 @@ from headstart.drafters.plain import STEADY
 
 Shape = tuple[int, ...]
 
+DYNAMIC = "dynamic"  # positions that are plain up to `max_position_embeddings`, and behind that stretched anew at every length
 THETA = 10000.0  # of rotary positions, where nothing is said: what every published implementation falls back to
 _PLAIN = {"llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"}  # their drafters have a Llama's layers
 
@@ -46,8 +47,22 @@ def doubts(config: Mapping[str, Any], layer: Mapping[str, Shape]) -> Iterator[st
     """What a configuration leaves open or says wrongly, and how it was read."""
     if _theta(config) is None:
         yield f"their config.json says no rope_theta: {THETA:g}, whatever the target's is"
+    if (most := limit(config)) is not None:
+        yield (
+            f"their positions are of the type {DYNAMIC!r}, the same as plain ones in the first {most} tokens: behind these nothing "
+            "is drafted"
+        )
     if config.get("model_type") in ("qwen3", "qwen3_moe") and _kind(layer)["model_type"] != "qwen3":
         yield f"their config.json says model_type {config['model_type']}, but no queries or keys have norms; the tensors count"
+
+
+def limit(config: Mapping[str, Any]) -> int | None:
+    """How many positions their layers can be used for, where that are not all. Raises ValueError where nothing says it."""
+    if _kind_of_positions(section(config, "rope_parameters")) != DYNAMIC != _kind_of_positions(section(config, "rope_scaling")):
+        return None
+    if config.get("max_position_embeddings") is None:
+        raise ValueError(f"their config.json does not say max_position_embeddings, up to which {DYNAMIC!r} positions can be used")
+    return _positive(config, "max_position_embeddings")
 
 
 def section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -59,20 +74,22 @@ def section(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Positions, from `rope_parameters`, or from `rope_theta` and `rope_scaling` of older files. Raises ValueError for kinds that
-    cannot be used, and where both are there and differ."""
+    """Positions, from `rope_parameters`, or from `rope_theta` and `rope_scaling` of older files; dynamic ones as they are up to
+    `limit`. Raises ValueError for kinds that cannot be used, and where both are there and differ."""
     older, newer = section(config, "rope_scaling"), section(config, "rope_parameters")
     _require_agreement(older, newer)
     found = {name: value for name, value in {**older, **newer}.items() if name not in ("type", "rope_type", "rope_theta")}
     kind = _kind_of_positions(newer) or _kind_of_positions(older) or "default"
-    if kind not in STEADY or "mrope_section" in found or any(isinstance(value, dict) for value in found.values()):
-        known = ", ".join(sorted(STEADY))
+    if kind not in (*STEADY, DYNAMIC) or "mrope_section" in found or any(isinstance(value, dict) for value in found.values()):
+        known = ", ".join(sorted((*STEADY, DYNAMIC)))
         raise ValueError(f"their positions are of the type {kind!r} with {sorted(found)}; those of type {known} can be brought in")
     if kind != "default" and not found.get("factor"):
         raise ValueError(f"their positions are of the type {kind!r}, but their config.json says no factor")
     if (part := found.get("partial_rotary_factor", config.get("partial_rotary_factor", 1))) not in (None, 1):
         raise ValueError(f"only {part} of each of their heads has positions, which cannot be brought in")
-    return {**(found if kind != "default" else {}), "rope_type": kind, "rope_theta": _theta(config) or THETA}
+    if kind in ("default", DYNAMIC):
+        return {"rope_type": "default", "rope_theta": _theta(config) or THETA}
+    return {**found, "rope_type": kind, "rope_theta": _theta(config) or THETA}
 
 
 def _require_agreement(older: Mapping[str, Any], newer: Mapping[str, Any]) -> None:

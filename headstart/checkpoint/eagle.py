@@ -121,6 +121,7 @@ def understand(weights: Weights, config: Mapping[str, Any]) -> Published | None:
     try:
         settings = {
             "block": blocks.block(config, layer, hidden, 1),
+            "context": blocks.limit(config),
             "bias": has_bias,
             "embedding": "shared" if vocab is None else "own",
         }

@@ -105,7 +105,7 @@ class Eagle3Head(EagleHead):
         if wrong := fault(self._ids(), vocab):
             are_ids = fault(stored.long(), vocab) is None
             return f"{self.offsets} is wrong: {wrong}" + ("; it holds ids themselves, and should hold offsets" if are_ids else "")
-        table = Bare(self.weights).full.get(KEPT)
+        table = Bare(self.weights).full.get(KEPT) if self.settings["draft_vocab"] is not None else None  # read by nobody there
         token = None if table is None else unlike(self._ids(), self.weights[table])
         return None if token is None else f"{self.offsets} and {table} do not agree on whether token {token} can be said"
 
@@ -203,6 +203,7 @@ class _File:
             "draft_vocab": self._draft_vocab(vocab),
             "embedding": "own" if TABLE in self.bare.full else "shared",
             "block": blocks.block(self.inner, layer, self.width, self._num_layers()),
+            "context": blocks.limit(self.inner),
             "fc_bias": "fc.bias" in self.bare.full,
             "norm_before_fc": bool(self._said("norm_before_fc")) or "input_norm.weight" in self.bare.full,
             "fc_norm": bool(self._said("fc_norm")) or bool(self.norms),

@@ -132,7 +132,8 @@ def plainly(model: Any, inputs: Tensor, positions: Tensor, gaze: Gaze) -> Tensor
     which it has none: that takes as long as a good part of a small layer."""
     angles = model.rotary_emb(inputs, positions)
     for layer in model.layers:
-        inputs = layer(inputs, position_ids=positions, position_embeddings=angles, headstart=gaze)
+        # Families differ in which of these have a default; the mask, which is in `gaze`, has none in Qwen's and Mistral's.
+        inputs = layer(inputs, attention_mask=None, position_ids=positions, position_embeddings=angles, headstart=gaze)
     states: Tensor = model.norm(inputs)
     return states
 

@@ -8,6 +8,7 @@ how a pair is read and how a state speaks. This file refuses to know any method.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Self
 
 import torch
@@ -33,6 +34,7 @@ class RecurrentConfig(BaseModel):
     depth: int = Field(default=5, ge=1, le=64)
     steps: int = Field(default=1, ge=1, le=64)
     block: dict[str, Any] | None = None
+    context: int | None = Field(default=None, ge=1)
     embedding: Literal["shared", "own"] = "shared"
 
 
@@ -125,8 +127,18 @@ class Recurrent(Layered):
 
     @torch.inference_mode()
     def propose(self, rows: Rows) -> Drafts:
+        rows = self._within_context(rows)
+        if not any(rows.depths):
+            return Drafts.none(self.device)
         walk = _Walk(self, rows)
         return grow(rows, walk.logits(), walk.step, self.ids, calibration=self.calibration, deepest=self.depth)
+
+    def _within_context(self, rows: Rows) -> Rows:
+        """The same round; rows are drafted only as deep as their positions go. The deepest guess is never read."""
+        if (most := self.config.context) is None:
+            return rows
+        left = [1 + most - self.memories[0].length(seat) for seat in rows.seats]
+        return replace(rows, depths=tuple(max(0, min(pair)) for pair in zip(rows.depths, left, strict=True)))
 
     def fork(self, source: int, seat: int, length: int) -> None:
         self.memories[0].fork(source, seat, length)
