@@ -39,11 +39,14 @@ TRUNK = "model"  # the folder of the trunk, inside that of the run
 TOLD = "training.json"
 
 
-def pretrain(config: PretrainConfig, *, resume: bool = False) -> dict[str, Any]:
-    """Train a trunk and its heads; what was measured. Raises ValueError, in one sentence, for everything a user can get wrong and
-    for a loss that is no number, and KeyboardInterrupt after saving when it was asked to stop."""
+def pretrain(config: PretrainConfig, *, resume: bool = False, finish: bool = False) -> dict[str, Any]:
+    """Train a trunk and its heads; what was measured. resume, finish: as `headstart.train.train` has them.
+
+    Raises ValueError, in one sentence, for everything a user can get wrong and for a loss that is no number, and KeyboardInterrupt
+    after saving when it was asked to stop.
+    """
     _check(config)
-    check_out(config.out, resume)
+    check_out(config.out, resume, finish)
     if (config.out / TRUNK).exists():
         raise ValueError(f"out folder {config.out} holds a trained model already ({TRUNK}); name another folder")
     run = Run(config)
@@ -53,7 +56,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False) -> dict[str, Any]:
         config.write(config.out)
     run.say(run.greeting(state.step))
     run.accelerator.init_trackers("headstart", config={"learning_rate": config.learning_rate})
-    return run.finish(run.loop.see_through(state, "pretrain"))
+    return run.finish(run.loop.end_at(state) if finish else run.loop.see_through(state, "pretrain"))
 
 
 class Run:
@@ -123,6 +126,7 @@ class Run:
         config, state = self.config, self.loop.state
         return {
             "steps": state.step,
+            **self.loop.left_out(),
             "tokens": state.tokens,
             "seconds": round(state.seconds, 1),
             "data": [path.name for path in config.data],

@@ -41,20 +41,21 @@ TRUNK = "model"  # the folder of a trunk that learned too, inside that of its he
 Decode = Callable[["PreTrainedModel", nn.Module, Sequence[Sequence[int]]], float]
 
 
-def train(config: TrainConfig, *, resume: bool = False, decode: Decode | None = None) -> dict[str, Any]:
+def train(config: TrainConfig, *, resume: bool = False, finish: bool = False, decode: Decode | None = None) -> dict[str, Any]:
     """Train heads and save them in `config.out`; what was written about their training.
 
-    resume: go on from the last checkpoint there, to the very weights of a run that was never stopped. decode: measures a real
+    resume: go on from the last checkpoint there, to the very weights of a run that was never stopped. finish: end the run there
+    instead, and save what it has learned so far. decode: measures a real
     tau every `decode_every` steps. Raises ValueError, in one sentence, for everything a user can get wrong and for a loss that
     is no number, and KeyboardInterrupt after saving when it was asked to stop.
     """
     recipe = Recipe.of(config)
     if config.decode_every and decode is None:
         raise ValueError("decode_every is given, but nothing to decode with; pass decode=..., or leave it out")
-    check_out(config.out, resume)
+    check_out(config.out, resume, finish)
     run = Run(config, recipe, decode)
     state = run.begin()
-    return run.finish(run.loop.see_through(state, "train"))
+    return run.finish(run.loop.end_at(state) if finish else run.loop.see_through(state, "train"))
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,7 @@ class Run:
         config, state = self.config, self.loop.state
         return {
             "steps": state.step,
+            **self.loop.left_out(),
             "tokens": state.tokens,
             "seconds": round(state.seconds, 1),
             "data": [path.name for path in config.data],

@@ -156,3 +156,16 @@ def test_heads_that_learned_with_the_trunk_go_on_alone(asked, tmp_path, data):  
     ):
         with pytest.raises(ValueError, match=said):
             train(TrainConfig(**keys | {"settings": settings, "method": method, "out": tmp_path / "other"}))
+
+
+def test_a_run_that_was_stopped_can_be_ended_there(asked, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(asked())
+    told = pretrain(asked(), finish=True)
+    assert {"steps": 3, "steps_planned": 6}.items() <= told.items()
+    pretrain(asked(out=tmp_path / "short", steps=3, schedule="constant", warmup=0.0))
+    one, other = weights(tmp_path / "run"), weights(tmp_path / "short")
+    assert one.keys() == other.keys()
+    assert not (tmp_path / "run" / "checkpoint").exists()

@@ -350,7 +350,9 @@ def test_options_go_on_top_of_the_config(tmp_path):
 
 def test_a_run_that_has_not_ended_is_not_overwritten(asked, tmp_path):
     killed(resolve(None, asked()), "step:4")
-    with pytest.raises(ValueError, match="a run that has not ended; go on with --resume, or name another folder"):
+    with pytest.raises(
+        ValueError, match="a run that has not ended; go on with --resume, end it there with --finish, or name another folder"
+    ):
         train(resolve(None, asked()))
     with pytest.raises(ValueError, match=r"started with learning_rate=0.001, so it cannot go on with learning_rate=0.5"):
         train(resolve(None, asked(learning_rate=0.5)), resume=True)

@@ -6,7 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from headstart.cli.runs import DATA, OPTIMISER, Batches, Budget, Config, Optimiser, Out, Resume, Watching, given, option, pairs
+from headstart.cli.runs import (
+    DATA,
+    OPTIMISER,
+    Batches,
+    Budget,
+    Config,
+    Finish,
+    Optimiser,
+    Out,
+    Resume,
+    Watching,
+    config_of,
+    given,
+    option,
+    pairs,
+)
 from headstart.cli.settings import Json, quieten
 
 _MODEL, _HEADS = "Model (one of --model and --start)", "Heads"
@@ -79,6 +94,7 @@ def pretrain(
     out: Out = None,
     config: Config = None,
     resume: Resume = False,
+    finish: Finish = False,
     json: Json = False,
 ) -> None:
     """Train a model from scratch, with heads that predict several tokens at once.
@@ -93,7 +109,7 @@ def pretrain(
     from headstart.training.options import resolve
 
     quieten()
-    told = run(resolve(config, options, kind=PretrainConfig), resume=resume)
+    told = run(resolve(config_of(config, out, finish), options, kind=PretrainConfig), resume=resume, finish=finish)
     if json:
         print(json_format.dumps(told))
 

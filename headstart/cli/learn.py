@@ -15,10 +15,12 @@ from headstart.cli.runs import (
     Batches,
     Budget,
     Config,
+    Finish,
     Optimiser,
     Out,
     Resume,
     Watching,
+    config_of,
     given,
     option,
     pairs,
@@ -100,6 +102,7 @@ def train(
         typer.Option(help="Let the target learn too (Medusa-2), as mode=lora; may be given again.", show_default="frozen"),
     ] = None,
     resume: Resume = False,
+    finish: Finish = False,
     json: Json = False,
 ) -> None:
     """Train heads for a model.
@@ -114,8 +117,8 @@ def train(
     from headstart.train import train as run
 
     quieten()
-    whole = resolve(config, options, default_target=_embedded)
-    told = run(whole, resume=resume, decode=_decoder(whole) if whole.decode_every else None)
+    whole = resolve(config_of(config, out, finish), options, default_target=_embedded)
+    told = run(whole, resume=resume, finish=finish, decode=_decoder(whole) if whole.decode_every else None)
     if json:
         print(json_format.dumps(told))
 

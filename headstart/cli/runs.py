@@ -17,6 +17,10 @@ Out = Annotated[Path | None, typer.Option(help="Folder for what is made.", show_
 Config = Annotated[Path | None, typer.Option(help="YAML file of settings; options go on top.", show_default="none")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")]
 
+Finish = Annotated[
+    bool, typer.Option("--finish", help="End the run in the folder here: save what its last checkpoint has learned.")
+]
+
 
 def option(help: str, panel: str, default: str | bool = False) -> Any:
     """default: of the configuration, told in words."""
@@ -73,6 +77,12 @@ def given(*groups: Any, **more: Any) -> dict[str, Any]:
     """The options that were not left out, by name. groups: dataclasses of options."""
     every = {field.name: getattr(group, field.name) for group in groups for field in fields(group)} | more
     return {name: value for name, value in every.items() if value is not None}
+
+
+def config_of(config: Path | None, out: Path | None, finish: bool) -> Path | None:
+    """The file of settings: of a run that is to be finished, the one in its own folder, unless another is named."""
+    own = None if out is None else out / "config.yaml"
+    return own if finish and config is None and own is not None and own.is_file() else config
 
 
 def pairs(texts: Sequence[str] | None, option: str) -> dict[str, Any] | None:

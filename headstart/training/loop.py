@@ -71,10 +71,22 @@ class Loop:
             return self.run(state)
         except KeyboardInterrupt:
             again = f"headstart {command} --config {self.config.out / 'config.yaml'} --resume"
-            self.report.say(f"stopped after step {state.step}; go on with: {again}")
+            self.report.say(f"stopped after step {state.step}; go on with: {again} (--finish in its place ends the run there)")
             raise
         finally:
             self.accelerator.end_training()
+
+    def end_at(self, state: State) -> dict[str, Any]:
+        """What `see_through` returns, of a run that learns nothing more; held-out texts are measured, where there are some."""
+        self.state = state
+        try:
+            return self.evaluate() if self.course.library.tested else {}
+        finally:
+            self.accelerator.end_training()
+
+    def left_out(self) -> dict[str, int]:
+        """What a run that was ended early is told to have been meant for."""
+        return {} if self.state.step == self.course.steps else {"steps_planned": self.course.steps}
 
     def run(self, state: State) -> dict[str, Any]:
         """From `state` to the end of the budget; what was measured last, on held-out texts where there are some.

@@ -32,8 +32,13 @@ if TYPE_CHECKING:
 LENGTH = 512  # of a text, where the target takes as much
 
 
-def check_out(out: Path, resume: bool) -> None:
-    """Before anything is loaded: an output folder that can be written, and holds nothing that would be lost."""
+def check_out(out: Path, resume: bool, finish: bool = False) -> None:
+    """Before anything is loaded: an output folder that can be written, and holds nothing that would be lost.
+
+    finish: whether the run there is to be ended where it is; raises ValueError where there is no checkpoint of one.
+    """
+    if finish and resume:
+        raise ValueError("finish ends a run where it is, and resume goes on with it; leave one of them out")
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / ".can-be-written"
@@ -42,8 +47,13 @@ def check_out(out: Path, resume: bool) -> None:
     except OSError as error:
         raise ValueError(f"out folder {out} cannot be written: {error.strerror}; name another folder") from None
     has_checkpoint = any((out / HOME).glob("step-*"))
-    if has_checkpoint and not resume:
-        raise ValueError(f"{out} holds a checkpoint of a run that has not ended; go on with --resume, or name another folder")
+    if finish and not has_checkpoint:
+        raise ValueError(f"{out} holds no checkpoint, so there is no run to finish; name the out folder of a run that was stopped")
+    if has_checkpoint and not (resume or finish):
+        raise ValueError(
+            f"{out} holds a checkpoint of a run that has not ended; go on with --resume, end it there with --finish, or name "
+            "another folder"
+        )
     if (out / "config.json").exists() and not has_checkpoint:
         what = "the run in it has ended" if resume else "it holds heads or a model already"
         raise ValueError(f"out folder {out} cannot be trained into: {what}; name another folder")

@@ -1,0 +1,59 @@
+"""A run that was stopped and is ended there: what its last checkpoint has learned becomes heads, and nothing more is learned."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import _one_accelerator_at_a_time, asked, data, killed, weights  # noqa: F401
+from typer.testing import CliRunner
+
+from headstart.checkpoint import describe, recognise
+from headstart.cli import app
+from headstart.train import resolve, train
+from headstart.training.resume import HOME
+
+
+def stored(out):
+    """The drafter in the newest checkpoint, as accelerate keeps it."""
+    (step,) = (out / HOME).glob("step-*")
+    kept = load_file(step / "model.safetensors")
+    return {name.removeprefix("drafter."): tensor for name, tensor in kept.items() if name.startswith("drafter.")}
+
+
+def test_the_last_checkpoint_of_a_killed_run_becomes_heads(asked, tmp_path):  # noqa: F811
+    out = tmp_path / "heads"
+    killed(resolve(None, asked()), "step:8")
+    kept = stored(out)
+    result = CliRunner().invoke(app, ["train", "--finish", "--out", str(out), "--json"])
+    assert result.exit_code == 0, result.output
+    assert {"steps": 6, "steps_planned": 9}.items() <= json.loads(result.stdout).items()
+    assert recognise(out).kind == "native"
+    found = weights(out)
+    assert found.keys() == kept.keys()
+    assert all(torch.equal(found[name], tensor.to(found[name].dtype)) for name, tensor in kept.items())
+    assert not (out / HOME).exists()
+
+
+def test_held_out_texts_are_measured_when_a_run_is_finished(asked, tmp_path):  # noqa: F811
+    config = resolve(None, asked(held_out=0.2))
+    killed(config, "step:5")
+    told = train(config, finish=True)
+    assert told["held_out_tau"] >= 1
+    assert describe(tmp_path / "heads").training["steps"] == 3
+
+
+def test_a_run_that_ends_as_planned_says_nothing_of_it(asked):  # noqa: F811
+    assert "steps_planned" not in train(resolve(None, asked(steps=2)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"finish": True}, "holds no checkpoint, so there is no run to finish"),
+        ({"finish": True, "resume": True}, "leave one of them out"),
+    ],
+)
+def test_what_cannot_be_finished_is_one_sentence(asked, settings, words):  # noqa: F811
+    with pytest.raises(ValueError, match=words):
+        train(resolve(None, asked()), **settings)
