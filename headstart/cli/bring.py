@@ -20,7 +20,9 @@ _SAID = {"heads": "num_heads", "layers": "num_layers", "modules": "num_modules",
 def bring(
     source: Annotated[
         str,
-        typer.Argument(help="Folder or file of Medusa, Hydra or EAGLE heads, or of a model with heads inside.", metavar="SOURCE"),
+        typer.Argument(
+            help="Folder, file or hub id of Medusa, Hydra or EAGLE heads, or of a model with heads inside.", metavar="SOURCE"
+        ),
     ],
     out: Annotated[str, typer.Option(help="Folder to write the heads to.")],
     target: Annotated[
@@ -63,18 +65,24 @@ def _layers(taps: str | None) -> tuple[int, ...]:
 def imported(source: str, target: str | None, out: str, taps: Sequence[int] = ()) -> dict[str, Any]:
     """Convert and save; what was found. taps: layers of the target that a person names, see `Published.suited`. Raises ValueError
     where there is nothing to bring in, or it does not fit."""
+    from headstart import hub
     from headstart.checkpoint import facts_of, published_in, save
     from headstart.ends import Ends
     from headstart.pretrained import load_model
     from headstart.text import load_tokenizer
 
-    published = published_in(source)
+    is_on_hub = hub.is_id(source)
+    published = published_in(hub.fetched_of_others(source) if is_on_hub else source)
     place = _target(published, source, target)
     model = load_model(place, "auto", "cpu")
     facts = facts_of(model, load_tokenizer(place))
     published = published.suited(facts, partial(Ends, model), taps)
     heads = published.read(facts, model.config)
-    training = {"imported_from": Path(source).name, "format": published.layout, "made_for": published.base or "not said"}
+    training = {
+        "imported_from": source if is_on_hub else Path(source).name,
+        "format": published.layout,
+        "made_for": published.base or "not said",
+    }
     save(out, heads, facts, training)
     return {
         "found": published.layout,

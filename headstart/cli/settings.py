@@ -86,7 +86,8 @@ class Drafting:
     drafter: Annotated[
         str,
         typer.Option(
-            help="What guesses: auto, lookup, model:PATH, a folder of heads, an installed name, or none.", rich_help_panel=_MODEL
+            help="What guesses: auto, lookup, model:PATH, a method, a folder or hub id of heads, an installed name, or none.",
+            rich_help_panel=_MODEL,
         ),
     ] = "auto"
     planner: Annotated[

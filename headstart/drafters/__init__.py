@@ -13,6 +13,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 
+from headstart import hub
 from headstart.planner import Measured, Planner, parse
 from headstart.pretrained import embedded
 from headstart.sampling import Rows
@@ -131,10 +132,13 @@ def _tokenizer_of(target: Target) -> PreTrainedTokenizerBase | None:
 
 
 def folder_of(spec: str) -> Path | None:
-    """Where the heads lie that `spec` names: a folder, or a method whose heads come with the embedded model. None for others."""
+    """Where the heads lie that `spec` names: a folder, a method whose heads come with the embedded model, or an id on the hub,
+    from where they are fetched. None for others."""
     if Path(spec).is_dir():
         return Path(spec)
-    return _shipped(spec) if spec in METHODS else None
+    if spec in METHODS:
+        return _shipped(spec)
+    return hub.fetched(spec) if hub.is_id(spec) else None
 
 
 def _shipped(name: str) -> Path | None:
@@ -220,7 +224,9 @@ def names() -> Sequence[str]:
 
 
 def make(spec: str, target: Target) -> Drafter:
-    """The drafter named by `spec`: a folder of heads, or `NAME` or `NAME:ARGUMENT`. Raises ValueError for what nobody knows."""
+    """The drafter named by `spec`: a folder of heads, a method, `NAME` or `NAME:ARGUMENT` of a drafter that is installed, or the
+    `owner/name` of heads on the hub. The first of these that there is counts: a folder that exists hides everything else, and a
+    name without a slash is never looked for on the hub. Raises ValueError for what nobody knows."""
     if Path(spec).is_dir():
         return heads_in(spec, target)
     if spec in METHODS:
@@ -231,4 +237,9 @@ def make(spec: str, target: Target) -> Drafter:
     for entry in entry_points(group="headstart.drafters", name=name):
         maker: Maker = entry.load()
         return maker(argument, target)
-    raise ValueError(f"drafter {spec!r} is unknown; there are {', '.join(names())}, and none for plain decoding")
+    if hub.is_id(spec):
+        return heads_in(hub.fetched(spec), target)
+    raise ValueError(
+        f"drafter {spec!r} is unknown; there are {', '.join(names())}, a folder of heads, heads on the hub as owner/name, and none "
+        "for plain decoding"
+    )
