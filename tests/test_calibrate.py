@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from headstart import checkpoint
 from headstart.calibrate import BEYOND, Recorder, Trial, calibrate, calibration_error, fit_warmth, observe
 from headstart.chances import load_plan, walk
+from headstart.checkpoint.card import with_section
 from headstart.cli import app
 from headstart.drafters import heads_in
 from headstart.drafters.eagle import Eagle, EagleConfig
@@ -194,3 +195,33 @@ def test_what_a_user_did_wrong_is_one_sentence(arguments, word, model_folder, he
     assert done.exit_code == 2
     assert word in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_card_says_what_was_measured_once(model_folder, heads_folder):
+    """Measured twice, it has the second table; a card that somebody deleted is written anew; the rest of it stays."""
+    card = heads_folder / "README.md"
+    before = card.read_text().split("## Measured")[0].rstrip()
+    ask = ["calibrate", str(heads_folder), "--model", str(model_folder), "--limit", "2", "--max-tokens", "16", "--raw"]
+    result = CliRunner().invoke(app, [*ask, "--temperature", "0.7"])
+    assert result.exit_code == 0, result.output
+    first = card.read_text()
+    result = CliRunner().invoke(app, [*ask, "--temperature", "0", "--json"])
+    (finding,) = json.loads(result.stdout)["findings"]
+    second = card.read_text()
+    assert second.startswith(before)
+    assert "| 0.7 |" in first
+    assert "| 0.7 |" not in second
+    assert second.count("## Measured") == 1
+    taus = [tree["decoded"] for tree in finding["trees"].values()]
+    accepted = ", ".join(f"{shares[0]:.0%}" for shares in finding["table"])
+    row = " | ".join(["0", accepted, *(f"{tau:.2f}" for tau in (finding["chain_measured"], *taus))])
+    assert f"| {row} |" in second
+    assert str(heads_folder) not in second
+    card.unlink()
+    checkpoint.tell(heads_folder, "Measured", "again")
+    assert card.read_text() == f"{before}\n\n## Measured\n\nagain\n"
+
+
+def test_a_section_of_a_card_is_replaced_and_those_around_it_stay():
+    card = "# heads\n\n## Settings\n\n- a: 1\n\n## Measured\n\nold\n\n## Mine\n\nkeep\n"
+    assert with_section(card, "Measured", "new") == "# heads\n\n## Settings\n\n- a: 1\n\n## Mine\n\nkeep\n\n## Measured\n\nnew\n"

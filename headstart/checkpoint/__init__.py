@@ -1,7 +1,7 @@
 """Heads on disk: the native format, and what others publish."""
 
 from headstart.checkpoint.facts import TargetFacts, facts_of
-from headstart.checkpoint.native import describe, load, save
+from headstart.checkpoint.native import describe, load, save, tell
 from headstart.checkpoint.recognise import Recognised, inside, modules_lost, published_in, recognise
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "published_in",
     "recognise",
     "save",
+    "tell",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from headstart.checkpoint.facts import model_option
@@ -53,6 +54,12 @@ def card(described: Description, parameters: int) -> str:
         settings=_list(described.settings),
         training=_list(described.training) if described.training else "Nothing was written down.",
     )
+
+
+def with_section(text: str, title: str, body: str) -> str:
+    """A card with a section of that title at its end; one that it had is gone."""
+    kept = re.sub(rf"\n## {re.escape(title)}\n.*?(?=\n## |\Z)", "", text, flags=re.DOTALL)
+    return f"{kept.rstrip()}\n\n## {title}\n\n{body.strip()}\n"
 
 
 def _list(facts: dict[str, object]) -> str:

@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from headstart.chances import PLAN
-from headstart.checkpoint.card import card
+from headstart.checkpoint.card import card, with_section
+from headstart.checkpoint.disk import sync
 from headstart.checkpoint.facts import TargetFacts, check
 from headstart.checkpoint.tokens import fault
 from headstart.drafters import method
@@ -97,6 +98,24 @@ def load(folder: str | Path, facts: TargetFacts | None = None) -> Heads:
     _match_ids(tensors, described.target.vocab, folder)
     drafter.load_state_dict(tensors, assign=True)
     return drafter.eval()
+
+
+def tell(folder: str | Path, title: str, body: str) -> None:
+    """Add a section to the card of native heads, in place of one of that title; a card that was deleted is written anew.
+
+    Raises ValueError where the folder holds no native heads, or cannot be written.
+    """
+    folder = Path(folder)
+    described = describe(folder)
+    with _in_one_sentence(folder, f"{CARD} is as it was"), _staging(folder) as staged:
+        try:
+            text = (folder / CARD).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            with _reading(folder) as file:
+                sizes = [torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys()]  # noqa: SIM118
+            text = card(described, sum(sizes))
+        (staged / CARD).write_text(with_section(text, title, body), encoding="utf-8")
+        os.replace(staged / CARD, folder / CARD)
 
 
 def describe(folder: str | Path) -> Description:
@@ -232,9 +251,8 @@ def _write(staged: Path, described: Description, tensors: Mapping[str, Tensor]) 
     (staged / CONFIG).write_text(text, encoding="utf-8")
     shutil.copymode(staged / CONFIG, staged / WEIGHTS)  # safetensors makes files that only their owner can read
     (staged / CARD).write_text(card(described, sum(map(Tensor.numel, tensors.values()))), encoding="utf-8")
-    for path in staged.iterdir():  # onto the disk: after a power cut, no name stands for half a file
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    for path in staged.iterdir():
+        sync(path)
 
 
 @contextmanager

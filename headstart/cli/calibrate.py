@@ -59,6 +59,7 @@ def calibrate(
         {size: trial.decode(drafter, Shape(tree.paths), one.temperature).tau for size, tree in one.trees.items()}
         for one in findings
     ]
+    _tell(heads, trial, Path(prompts).name, findings, decoded)
     if json:
         settings = {
             "prompts": prompts,
@@ -70,7 +71,7 @@ def calibrate(
         print(json_format.dumps({"heads": str(heads), "settings": settings, "findings": _as_json(findings, decoded)}))
     else:
         _print(trial, findings, decoded)
-        print(f"written to {heads / 'plan.json'}")
+        print(f"written to {heads / 'plan.json'}, and to the card beside it")
 
 
 def probe(heads: str, model: str | None, device: str) -> dict[str, Any]:
@@ -92,6 +93,28 @@ def _taught(heads: Path, llm: "LLM") -> "Taught":
 
     drafter: Taught = heads_in(heads, llm.engine.target)
     return drafter
+
+
+def _tell(heads: Path, trial: "Trial", prompts: str, findings: "list[Finding]", decoded: list[dict[int, float]]) -> None:
+    """Write what was measured into the model card of the heads."""
+    from headstart.checkpoint import facts_of, tell
+
+    sizes = sorted({size for taus in decoded for size in taus})
+    names = ("temperature", "first guess accepted, by depth", "chain", *(f"tree of {size}" for size in sizes))
+    rows = [names, ("---",) * len(names)]
+    for one, taus in zip(findings, decoded, strict=True):
+        accepted = ", ".join(f"{shares[0]:.0%}" for shares in one.table)
+        cells = (f"{taus[size]:.2f}" if size in taus else "" for size in sizes)
+        rows.append((f"{one.temperature:g}", accepted, f"{one.chain_measured:.2f}", *cells))
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    tell(
+        heads,
+        "Measured",
+        f"`headstart calibrate`, on {facts_of(trial.target.model).name}'s own answers to {len(trial.prompts)} prompts ({prompts}), "
+        f"{trial.max_tokens} tokens each at most. The last columns are tokens per pass of the model, by decoding: with a chain of "
+        "best guesses, and with the trees in `plan.json` (`--planner tree:SIZE`). Acceptance is that of a guess whose parent was "
+        f"accepted.\n\n{table}",
+    )
 
 
 def _as_json(findings: "list[Finding]", decoded: list[dict[int, float]]) -> list[dict[str, Any]]:

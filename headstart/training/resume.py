@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from headstart.checkpoint.disk import sync
 from headstart.training.config import WATCHING
 
 if TYPE_CHECKING:
@@ -109,13 +110,13 @@ class Checkpoints:
 
     def _publish(self, beside: Path, name: str) -> None:
         for path in (*(p for p in beside.rglob("*") if p.is_file()), beside):
-            _sync(path)
+            sync(path)
         final = self.home / name
         if final.exists():  # saved at this very step before; it is the same
             shutil.rmtree(beside)
             return
         os.rename(beside, final)
-        _sync(self.home)
+        sync(self.home)
         for older in self.home.glob("step-*"):
             if older.name < name:
                 shutil.rmtree(older, ignore_errors=True)
@@ -130,11 +131,3 @@ class Checkpoints:
         )
         said = " ".join(str(error).split())
         raise ValueError(f"the checkpoint of step {step} cannot be written to {self.home} ({said}); {whole}") from error
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
