@@ -40,7 +40,6 @@ app = typer.Typer(
     cls=Commands,
     help="The same text from a language model, sooner: exact speculative decoding for any Hugging Face causal LM.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from headstart.cli import complete
 from headstart.cli.runs import (
     DATA,
     OPTIMISER,
@@ -83,7 +84,12 @@ def train(
     watching: Watching,
     decoding: Decoding,
     method: Annotated[
-        str | None, typer.Argument(help="medusa, hydra, hydra++, eagle, eagle3, mtp or mtp-parallel.", show_default="the config's")
+        str | None,
+        typer.Argument(
+            help="medusa, hydra, hydra++, eagle, eagle3, mtp or mtp-parallel.",
+            show_default="the config's",
+            autocompletion=complete.methods,
+        ),
     ] = None,
     out: Out = None,
     config: Config = None,

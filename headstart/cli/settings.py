@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
+from headstart.cli import complete
+
 if TYPE_CHECKING:
     from headstart.llm import LLM
     from headstart.sampling import SamplingParams
@@ -30,7 +32,12 @@ class Model:
 
     model: Annotated[
         str | None,
-        typer.Option(help="Folder or hub id of a causal language model.", show_default="embedded", rich_help_panel=_MODEL),
+        typer.Option(
+            help="Folder or hub id of a causal language model.",
+            show_default="embedded",
+            rich_help_panel=_MODEL,
+            autocompletion=complete.folders,
+        ),
     ] = None
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16", "float64"],
@@ -88,6 +95,7 @@ class Drafting:
         typer.Option(
             help="What guesses: auto, lookup, model:PATH, a method, a folder or hub id of heads, an installed name, or none.",
             rich_help_panel=_MODEL,
+            autocompletion=complete.drafters,
         ),
     ] = "auto"
     planner: Annotated[
@@ -96,6 +104,7 @@ class Drafting:
             help="How much is guessed: chain:5, full:3,2,1, best:nodes=15,depth=6,width=4,beam=4 or, of calibrated heads, tree:32.",
             show_default="the drafter's",
             rich_help_panel=_MODEL,
+            autocompletion=complete.planners,
         ),
     ] = None
     memory: Annotated[
