@@ -28,7 +28,7 @@ ANSWER = {"--system", "--show-drafts", "--json"}
 RUN = {
     "--data", "--held-out", "--rows", "--length", "--accumulate", "--tokens", "--epochs", "--steps", "--learning-rate", "--warmup",
     "--schedule", "--floor", "--weight-decay", "--clip", "--seed", "--dtype", "--precision", "--device", "--threads", "--log-every",
-    "--eval-every", "--save-every", "--tracker", "--out", "--config", "--resume", "--json",
+    "--eval-every", "--save-every", "--tracker", "--out", "--config", "--resume", "--finish", "--json",
 }  # fmt: skip
 TOGETHER = {"--heads", "--weight", "--weight-end", "--weight-until", "--decay"}
 ASKING = {

@@ -62,8 +62,14 @@ def listened(drafter):
     return heard
 
 
-@pytest.mark.parametrize("accept", ["coupled", "rejection"])
-@pytest.mark.parametrize("planner", [Chain(3), Best(nodes=9, depth=3, width=3, beam=3)], ids=["chain", "tree"])
+TREE = Best(nodes=9, depth=3, width=3, beam=3)
+
+
+@pytest.mark.parametrize(
+    ("planner", "accept"),
+    [(Chain(3), "coupled"), (TREE, "coupled"), (TREE, "rejection")],
+    ids=["chain", "tree", "tree, rejection"],
+)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize(("wide", "narrow"), [(352, 400), (352, 336)], ids=["the draft is wider", "the target is wider"])
 def test_models_padded_to_different_sizes_draft_for_each_other(targets, wide, narrow, temperature, planner, accept):

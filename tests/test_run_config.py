@@ -108,7 +108,8 @@ def asked(monkeypatch):
     """What the command asks of `headstart.pretrain`, which does nothing."""
     found: list[tuple[PretrainConfig, bool]] = []
 
-    def pretrain(config: PretrainConfig, *, resume: bool = False) -> dict:
+    def pretrain(config: PretrainConfig, *, resume: bool = False, finish: bool = False) -> dict:
+        assert not finish
         found.append((config, resume))
         return {"steps": 3}
 
