@@ -57,3 +57,15 @@ def test_a_run_that_ends_as_planned_says_nothing_of_it(asked):  # noqa: F811
 def test_what_cannot_be_finished_is_one_sentence(asked, settings, words):  # noqa: F811
     with pytest.raises(ValueError, match=words):
         train(resolve(None, asked()), **settings)
+
+
+@pytest.mark.parametrize("command", ["train", "pretrain"])
+@pytest.mark.parametrize(
+    ("place", "words"), [((), "but no folder is named"), (("--out", "nowhere"), "nowhere holds no config.yaml of one")]
+)
+def test_a_run_that_nobody_began_cannot_be_finished(tmp_path, monkeypatch, command, place, words):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, [command, "--finish", *place])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert words in result.stderr
+    assert list(tmp_path.iterdir()) == []

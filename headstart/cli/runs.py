@@ -80,9 +80,15 @@ def given(*groups: Any, **more: Any) -> dict[str, Any]:
 
 
 def config_of(config: Path | None, out: Path | None, finish: bool) -> Path | None:
-    """The file of settings: of a run that is to be finished, the one in its own folder, unless another is named."""
+    """The file of settings: of a run that is to be finished, the one in its own folder, unless another is named. Raises ValueError
+    where there is none."""
+    if not finish or config is not None:
+        return config
     own = None if out is None else out / "config.yaml"
-    return own if finish and config is None and own is not None and own.is_file() else config
+    if own is None or not own.is_file():
+        where = "no folder is named" if out is None else f"{out} holds no config.yaml of one"
+        raise ValueError(f"--finish ends a run that was stopped, but {where}; name the run's folder with --out")
+    return own
 
 
 def pairs(texts: Sequence[str] | None, option: str) -> dict[str, Any] | None:
