@@ -43,7 +43,7 @@ def _fetched(name: str, patterns: Sequence[str]) -> Path:
             "with `hf auth login`"
         ) from None
     except Exception as error:  # errors of the hub, of the connection and of the disk share no base class
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")
         raise ValueError(
             f"{name} is no folder here, and it cannot be fetched from the hub: {reason}; check the connection, or name a folder"
         ) from error
