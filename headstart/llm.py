@@ -240,14 +240,14 @@ def load(
 
     model: a folder, a hub id, a transformers model you hold (then give its `tokenizer` too), or None for the embedded one.
     drafter: "auto" (MTP modules or heads in the model's own files, else lookup), "lookup", "model:PATH", a folder of heads or their
-        `owner/name` on the hub, a method's name for those that the model comes with, a drafter you hold, or None for plain decoding.
+        `owner/name` on the hub, a method's name for heads that the model comes with, a drafter you hold, or None for plain decoding.
     planner: how much to speculate: a planner, a string such as "chain:5" or "tree:8" (the tree measured for temperature 0), or None
         for what suits the drafter.
     exact: True for equality to the bit on CPU, "auto" where it is nearly free.
     max_rows: requests at once.
     memory: bytes for keys and values.
-    accept: "coupled" (same text as plain decoding), "rejection" (same distribution) or "typical" (lossy: another distribution, which
-        `Answer.is_lossy` recalls).
+    accept: "coupled" (same text as plain decoding), "rejection" (same distribution) or "typical" (lossy: another distribution,
+        which `Answer.is_lossy` recalls).
 
     Raises ValueError, in one sentence, for whatever is wrong with a path or a setting. The model's attention is replaced and its
     linears are packed in place; `LLM.release` gives both back, and so does leaving a `with headstart.load(...) as llm:`.
