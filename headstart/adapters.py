@@ -7,10 +7,11 @@ This file knows adapter_config.json. It refuses to know how models are loaded.
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from headstart.records import read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,13 +30,24 @@ def adapted_by(path: str | Path) -> str | None:
         return None
     if both := [name for name in WHOLE if (folder / name).is_file()]:
         raise ValueError(f"model folder {path} holds a whole model ({both[0]}) and an adapter ({CONFIG}); move one of them away")
-    try:
-        base = json.loads((folder / CONFIG).read_text()).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{folder / CONFIG} is damaged: {error}") from None
-    if not base:
+    said = read_object(folder / CONFIG)
+    base = said.get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
         raise ValueError(f"{folder / CONFIG} does not say which model it adapts; write that model into base_model_name_or_path")
-    return str(base)
+    if is_own_base(folder):
+        raise ValueError(f"{folder / CONFIG} adapts itself (by way of {base}); write the whole model into base_model_name_or_path")
+    if said.get("megatron_config"):  # peft would import whatever module `megatron_core` names
+        raise ValueError(f"{folder / CONFIG} asks for layers of Megatron (megatron_config), which are not supported; remove it")
+    return base
+
+
+def is_own_base(folder: Path) -> bool:
+    """Whether going from an adapter to what it adapts, and on from there, leads in a circle."""
+    seen: set[Path] = set()
+    while folder.resolve() not in seen and (folder / CONFIG).is_file():
+        seen.add(folder.resolve())
+        folder = Path(str(read_object(folder / CONFIG).get("base_model_name_or_path")))
+    return folder.resolve() in seen
 
 
 def adapt(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:

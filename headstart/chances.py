@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from headstart.planner import Shape
+from headstart.records import read_object
 
 T = TypeVar("T")
 PLAN = "plan.json"
@@ -233,8 +234,8 @@ def load_plan(folder: Path) -> HeadsPlan | None:
     if not path.is_file():
         return None
     try:
-        return _plan(json.loads(path.read_text()))
-    except (ValueError, TypeError, RecursionError) as error:
+        return _plan(read_object(path))
+    except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"{path} cannot be used: {error}; measure the heads again, or delete the file") from None
 
 

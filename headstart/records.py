@@ -1,6 +1,7 @@
-"""Lines of JSON in files, packed or not: prompts, conversations, texts.
+"""JSON of others: whole files, and lines in files, packed or not: prompts, conversations, texts.
 
-This file knows lines, their numbers, and under which names published files keep what they say. It refuses to know tokens.
+Every JSON that this package reads is read by `parsed`. This file knows lines, their numbers, and under which names published
+files keep what they say. It refuses to know tokens.
 """
 
 from __future__ import annotations
@@ -8,12 +9,76 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+ENCODING = "utf-8-sig"  # a byte order mark, as some editors write it, is no part of the text
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz")
 PROMPTS = ("turns", "prompt", "instruction", "Instruction", "question")
+DEEPEST = 64  # lists and objects inside one another
+SURROGATE = re.compile("[\ud800-\udfff]")  # one half of a pair, which stands for no character
+_ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")  # how JSON may write one
+
+
+def parsed(text: str | bytes, where: object) -> Any:
+    """The content of a JSON text. Raises ValueError, in one sentence that names `where`, for what is not JSON, not UTF-8, nested
+    more than `DEEPEST` deep, or a string with half of a surrogate pair."""
+    try:
+        text = text if isinstance(text, str) else text.decode(ENCODING)
+        found = json.loads(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where} is not valid UTF-8 ({error.reason}); convert it, for example with iconv") from None
+    except RecursionError:
+        raise ValueError(_too_deep(where)) from None
+    except ValueError as error:  # of the grammar, or a number with thousands of digits
+        raise ValueError(f"{where} is not JSON: {error}") from None
+    if text.count("[") + text.count("{") > DEEPEST and _depth(found) > DEEPEST:
+        raise ValueError(_too_deep(where))
+    if _ESCAPED.search(text) and SURROGATE.search(json.dumps(found, ensure_ascii=False)):
+        raise ValueError(f"{where} holds half of a surrogate pair, which is no character; write the whole pair, or leave it out")
+    return found
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ValueError as `parsed` does, for what is no object, and for a file that cannot be read."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    found = parsed(content, path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, and must hold a JSON object")
+    return found
+
+
+def why(error: Exception) -> str:
+    """What an error of a library that reads files says, in one line."""
+    said = next(iter(str(error).strip().splitlines()), "")[:300]
+    if "trust_remote_code" in str(error):
+        return "it comes with Python files of its own; read them, and if you trust them, let them run with --trust-remote-code"
+    if isinstance(error, RecursionError):
+        return "something in it is nested too deeply"
+    if isinstance(error, KeyError | AttributeError | TypeError | IndexError | AssertionError) or not said:
+        return f"something in its files is missing or of the wrong kind ({type(error).__name__}: {said})"
+    return said
+
+
+def _too_deep(where: object) -> str:
+    return f"{where} is nested more than {DEEPEST} deep; nothing that is meant for this is"
+
+
+def _depth(content: Any) -> int:
+    """How many lists and objects stand inside one another, at most one more than `DEEPEST`."""
+    level, depth = [content], 0
+    while depth <= DEEPEST:
+        level = [one for one in level if isinstance(one, list | dict)]
+        if not level:
+            break
+        level = [item for one in level for item in (one.values() if isinstance(one, dict) else one)]
+        depth += 1
+    return depth
 
 
 def is_jsonl(path: Path) -> bool:
@@ -47,10 +112,7 @@ def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in read_lines(path):
         if not line.strip():
             continue
-        try:
-            fields = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number} of {path} is not JSON: {error.msg}") from None
+        fields = parsed(line, f"line {number} of {path}")
         if not isinstance(fields, dict):
             raise ValueError(f"line {number} of {path} is a {type(fields).__name__}; each line must be a JSON object")
         yield number, fields
@@ -75,7 +137,7 @@ def applied_to(fields: dict[str, Any]) -> str:
 
 def _open(path: Path) -> TextIO:
     if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
+        return gzip.open(path, "rt", encoding=ENCODING)
     if path.suffix == ".xz":
-        return lzma.open(path, "rt", encoding="utf-8")
-    return path.open(encoding="utf-8")
+        return lzma.open(path, "rt", encoding=ENCODING)
+    return path.open(encoding=ENCODING)

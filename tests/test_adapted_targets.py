@@ -156,7 +156,7 @@ def test_an_adapter_that_is_not_whole_is_refused(adapter, tmp_path):
     with pytest.raises(ValueError, match="cannot be used with its model"):
         load_model(damaged)
     (damaged / "adapter_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"adapter_config\.json is damaged"):
+    with pytest.raises(ValueError, match=r"adapter_config\.json is not JSON"):
         load_model(damaged)
 
 

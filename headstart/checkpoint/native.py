@@ -7,7 +7,6 @@ kill before `config.json` follows leaves whole heads, too: `load` then believes 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -29,6 +28,7 @@ from headstart.checkpoint.disk import sync
 from headstart.checkpoint.facts import TargetFacts, check
 from headstart.checkpoint.tokens import fault
 from headstart.drafters import method
+from headstart.records import parsed, read_object
 
 if TYPE_CHECKING:
     from headstart.drafters.heads import Heads
@@ -123,7 +123,7 @@ def describe(folder: str | Path) -> Description:
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} holds no heads: it has no {CONFIG}; heads are a folder made by `headstart train` or `import`")
-    described = _parse((folder / CONFIG).read_text(encoding="utf-8"), folder)
+    described = _parse((folder / CONFIG).read_bytes(), folder)
     with _reading(folder) as file:
         copy = (file.metadata() or {}).get("headstart")
     if copy is None or (saved := _parse(copy, folder)) == described:
@@ -144,12 +144,9 @@ def is_native(config: object) -> bool:
 # -- reading ----------------------------------------------------------------------------------------------------------------
 
 
-def _parse(text: str, folder: Path) -> Description:
+def _parse(text: str | bytes, folder: Path) -> Description:
     where = folder / CONFIG
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from None
+    found = parsed(text, where)
     if not is_native(found):
         raise ValueError(f"{folder} holds no native heads; `headstart inspect {folder}` says what it is")
     if found.get("version") != 1:
@@ -209,6 +206,8 @@ def _match(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], folder: Pa
         if tensor.is_floating_point() != found[name].is_floating_point():
             needed = "floating-point numbers" if tensor.is_floating_point() else str(tensor.dtype)
             raise ValueError(f"{where} has {name} of type {found[name].dtype}, but these heads need {needed}")
+    if broken := next((name for name, tensor in found.items() if not bool(torch.isfinite(tensor).all())), None):
+        raise ValueError(f"{where} has numbers in {broken} that are none (nan or inf); train or import the heads again")
     if extra := sorted(found.keys() - wanted.keys()):
         raise ValueError(f"{where} has {len(extra)} tensors that these heads have no place for, first {extra[0]}")
 
@@ -236,9 +235,7 @@ def _wrong_ids(ids: Tensor, vocab: int) -> str | None:
 def _refuse_others(folder: Path) -> None:
     """A model's folder has files of the same names; they are not ours to replace."""
     try:
-        is_other = not is_native(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        is_other = False
+        is_other = (folder / CONFIG).exists() and not is_native(read_object(folder / CONFIG))
     except (ValueError, OSError):
         is_other = True
     if is_other:

@@ -5,7 +5,6 @@ This file knows files. It refuses to know what the names mean.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,6 +14,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from headstart.records import read_object
 
 PICKLES = (".pt", ".bin", ".pth")
 HEADS = ("medusa_lm_head.safetensors", "medusa_lm_head.pt", "hydra_lm_head.safetensors", "hydra_lm_head.pt")
@@ -79,20 +80,14 @@ def config_in(path: Path) -> dict[str, Any]:
     file = (path if path.is_dir() else path.parent) / "config.json"
     if not file.is_file():
         return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} is no JSON object")
-    return found
+    return read_object(file)
 
 
 def _shards(index: Path) -> list[Path]:
-    try:
-        names = sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is no index of weights: {error}") from None
+    named = read_object(index).get("weight_map")
+    if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
+        raise ValueError(f"{index} is no index of weights: its weight_map does not say in which file each tensor is")
+    names = sorted({*named.values()})
     if strange := [name for name in names if Path(name).name != name]:
         raise ValueError(f"{index} names the file {strange[0]!r}, which is not in its folder")
     return [index.parent / name for name in names]

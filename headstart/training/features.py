@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from headstart.lessons import Batch
+from headstart.records import read_object
 from headstart.training.texts import Library, Padded
 
 if TYPE_CHECKING:
@@ -183,11 +184,12 @@ def _claim(folder: Path, key: dict[str, Any]) -> None:
             beside = folder / f".{MANIFEST}.{os.getpid()}"
             beside.write_text(json.dumps(key))
             os.replace(beside, manifest)
-        found = json.loads(manifest.read_text())
     except OSError as error:
         raise ValueError(f"features folder {folder} cannot be used: {error.strerror}") from None
-    except json.JSONDecodeError:
-        raise ValueError(f"{folder / MANIFEST} is damaged; delete the folder, and the features are computed again") from None
+    try:
+        found = read_object(manifest)
+    except ValueError as error:
+        raise ValueError(f"{error}; delete the folder, and the features are computed again") from None
     wrong = [f"{name} {found.get(name)} instead of {value}" for name, value in key.items() if found.get(name) != value]
     if wrong:
         raise ValueError(f"features in {folder} are of another run: {', '.join(wrong)}; name another folder, or delete it")

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, overload
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from headstart.records import ENCODING
 from headstart.training.config import RunConfig, TrainConfig
 
 Kind = TypeVar("Kind", bound=BaseModel)
@@ -80,10 +81,12 @@ def _sentence(error: Any) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = yaml.safe_load(path.read_text(encoding=ENCODING))
     except OSError as error:
         raise ValueError(f"config {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise ValueError(f"config {path} is nested too deeply; write lines of `key: value`") from None
+    except (yaml.YAMLError, ValueError) as error:  # of the grammar, of UTF-8, or a date or number that cannot be
         raise ValueError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
     if found is not None and not isinstance(found, dict):
         raise ValueError(f"config {path} holds a {type(found).__name__}; write lines of `key: value`")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from headstart.checkpoint.disk import sync
+from headstart.records import read_object
 from headstart.training.config import WATCHING
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Identity:
 
     def check(self, found: dict[str, Any], folder: Path) -> None:
         """Raise ValueError, naming the first key, if a checkpoint is of another run."""
-        free = WATCHING | {"accumulate", "out", "features"}  # `per_step` stands for the first; the others may have moved
+        free = WATCHING | {"accumulate", "out", "features", "trust_remote_code"}  # `per_step` stands for the first
         for key, value in self.config.items():
             before = found["config"].get(key)
             if key not in free and before != value:
@@ -96,12 +97,18 @@ class Checkpoints:
         if newest is None:
             return State()
         try:
-            found = json.loads((newest / STATE).read_text())
-            identity.check(found["identity"], self.out)
+            found = read_object(newest / STATE)
+            state = State(**{entry.name: found[entry.name] for entry in fields(State)})
+            of_run = Identity(**found["identity"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"checkpoint {newest} is damaged: {error}; delete {self.home} to start again") from None
+        identity.check(asdict(of_run), self.out)
+        try:
             self.accelerator.load_state(str(newest))
-        except (OSError, SafetensorError, RuntimeError, json.JSONDecodeError, KeyError) as error:
-            raise ValueError(f"checkpoint {newest} cannot be read: {error}; delete {self.home} to start again") from None
-        return State(**{entry.name: found[entry.name] for entry in fields(State)})
+        except Exception as error:  # of accelerate, torch, pickle and safetensors, which share no base class
+            said = " ".join(str(error).split())[:300]
+            raise ValueError(f"checkpoint {newest} cannot be read: {said}; delete {self.home} to start again") from None
+        return state
 
     def remove(self) -> None:
         """When a run has ended."""
