@@ -235,12 +235,13 @@ def load(
     max_rows: int = 8,
     memory: int | None = None,
     accept: str = "coupled",
+    trust_remote_code: bool = False,
 ) -> LLM:
     """Load a model and make it answer sooner.
 
     model: a folder, a hub id, a transformers model you hold (then give its `tokenizer` too), or None for the embedded one.
     drafter: "auto" (MTP modules or heads in the model's own files, else lookup), "lookup", "model:PATH", a folder of heads or their
-        `owner/name` on the hub, a method's name for heads that the model comes with, a drafter you hold, or None for plain decoding.
+        `owner/name` on the hub, a method's name for heads that come with the model, a drafter you hold, or None for plain decoding.
     planner: how much to speculate: a planner, a string such as "chain:5" or "tree:8" (the tree measured for temperature 0), or None
         for what suits the drafter.
     exact: True for equality to the bit on CPU, "auto" where it is nearly free.
@@ -248,6 +249,7 @@ def load(
     memory: bytes for keys and values.
     accept: "coupled" (same text as plain decoding), "rejection" (same distribution) or "typical" (lossy: another distribution,
         which `Answer.is_lossy` recalls).
+    trust_remote_code: whether Python files in the folders of the model, its tokenizer and a draft model may run; nothing is asked.
 
     Raises ValueError, in one sentence, for whatever is wrong with a path or a setting. The model's attention is replaced and its
     linears are packed in place; `LLM.release` gives both back, and so does leaving a `with headstart.load(...) as llm:`.
@@ -256,12 +258,13 @@ def load(
     place: Any = embedded("target") if model is None else model
     if isinstance(place, str | Path):
         check_folder(place)
-        tokenizer = tokenizer or load_tokenizer(place)
-        target = Target.load(place, dtype=dtype, device=device, exact=exact)
+        tokenizer = tokenizer or load_tokenizer(place, trust_remote_code)
+        target = Target.load(place, dtype=dtype, device=device, exact=exact, trust_remote_code=trust_remote_code)
     else:
         if tokenizer is None:
             raise ValueError("load was given a model object without its tokenizer; pass tokenizer=...")
         target = Target(place)
+        target.trust_remote_code = trust_remote_code
         target.equip(exact)
     try:
         if isinstance(drafter, str):

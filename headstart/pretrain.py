@@ -19,7 +19,7 @@ from headstart.checkpoint import facts_of, save
 from headstart.drafters import METHODS, method
 from headstart.drafters.heads import Heads
 from headstart.ends import Ends
-from headstart.pretrained import load_model
+from headstart.pretrained import load_model, random_model
 from headstart.text import load_tokenizer
 from headstart.training.begun import go_on, settings_of
 from headstart.training.config import PretrainConfig
@@ -66,7 +66,7 @@ class Run:
         self.accelerator = accelerator = start_accelerator(config)
         self.report = Report(config.out, accelerator.is_main_process)
         self.say = self.report.say
-        self.tokenizer = load_tokenizer(_tokenizer_place(config))
+        self.tokenizer = load_tokenizer(_tokenizer_place(config), config.trust_remote_code)
         self.model = _trunk(config, self.tokenizer).to(accelerator.device)
         self.config = config = config.model_copy(update={"length": fitting_length(config.length, self.model)})
         self.library = self._read()
@@ -169,18 +169,12 @@ def _tokenizer_place(config: PretrainConfig) -> str:
 def _trunk(config: PretrainConfig, tokenizer: Any) -> PreTrainedModel:
     """The model as it begins: with random weights, or with those of `start`; in float32, for small steps vanish in less."""
     if config.start is not None:
-        begun: PreTrainedModel = load_model(config.start, "float32", "cpu")
+        begun: PreTrainedModel = load_model(config.start, "float32", "cpu", config.trust_remote_code)
         begun.train().requires_grad_(True)
         return begun
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     assert config.model is not None
-    try:
-        known = AutoConfig.from_pretrained(config.model)
-        torch.manual_seed(config.seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(known, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model {config.model} is no configuration of a causal language model: {error}") from None
+    torch.manual_seed(config.seed)
+    model = random_model(config.model, config.trust_remote_code)
     for name in ("eos_token_id", "pad_token_id"):
         if getattr(model.generation_config, name, None) is None:
             setattr(model.generation_config, name, getattr(tokenizer, name))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -16,12 +16,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from headstart import adapters
+from headstart.records import read_object, why
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SAMPLES = 4096  # of each weight
+DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
 LAYER = re.compile(r"\.(\d+)\.")
+GENERATION = "generation_config.json"
+LONGEST = 1024  # letters of a path
 
 
 def digest(model: PreTrainedModel) -> str:
@@ -70,38 +74,99 @@ def no_weight_bars() -> Iterator[None]:
 
 
 @no_weight_bars()
-def load_model(path: str | Path, dtype: str | torch.dtype = "auto", device: str = "auto") -> PreTrainedModel:
+def load_model(
+    path: str | Path, dtype: str | torch.dtype = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> PreTrainedModel:
     """A causal LM from a folder or the hub, or a folder with an adapter, together with the model that it adapts.
 
-    Raises ValueError in one sentence for everything that can be wrong with it.
+    trust_remote_code: whether Python files in that folder may run; nothing is ever asked. Raises ValueError in one sentence for
+    everything that can be wrong with it.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     place = _device(device)
     check_folder(path)
     if (base := adapters.adapted_by(path)) is not None:
-        return _adapted(path, base, dtype, device)
+        return _adapted(path, base, dtype, device, trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(path)
-        if type(config) not in AutoModelForCausalLM._model_mapping or not _is_causal(config.architectures):
-            kind = (config.architectures or [config.model_type])[0]
-            raise ValueError(f"it holds a {kind}, which is not a causal language model")
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        _check_config(config)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
+        )
         model, info = loaded
     except Exception as error:  # safetensors, json and hub errors share no base class
-        why = "its weights are damaged or cut short: " if "Safetensor" in type(error).__name__ else ""
-        raise ValueError(f"model {path} cannot be loaded: {why}{_first_line(error)}") from error
+        what = "its weights are damaged or cut short: " if "Safetensor" in type(error).__name__ else ""
+        raise ValueError(f"model {path} cannot be loaded: {what}{why(error)}") from error
     broken = {kind: sorted(names) for kind, names in info.items() if names and kind in ("missing_keys", "mismatched_keys")}
     if broken:
         kind, names = next(iter(broken.items()))
         raise ValueError(f"model {path} is not whole: {len(names)} {kind.replace('_', ' ')}, first {names[0]}")
+    if (number := _layer_left_out(model, info.get("unexpected_keys", ()))) is not None:
+        raise ValueError(
+            f"model {path} is not whole: its weights have a layer {number}, counted from 0, and its config.json says that it has "
+            f"{model.config.get_text_config().num_hidden_layers} layers; set num_hidden_layers right"
+        )
     placed: PreTrainedModel = model.to(place)
     return placed
 
 
-def _adapted(path: str | Path, base: str, dtype: str | torch.dtype, device: str) -> PreTrainedModel:
+def random_model(path: Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A causal LM in float32 as a config.json, or a folder with one, describes it; its weights are drawn from torch's generator.
+
+    Raises ValueError in one sentence for what is no such configuration.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"model folder {path} has no config.json")
+    read_object(file)
     try:
-        model = load_model(base, dtype, device)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        _check_config(config)
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a wrong number does in there
+        raise ValueError(f"model {path} is no configuration of a causal language model: {why(error)}") from error
+    return made
+
+
+def _check_config(config: Any) -> None:
+    """Raise ValueError for a configuration of something else, and for what would be taken from elsewhere without a word."""
+    from transformers import AutoModelForCausalLM
+
+    is_known = type(config) in AutoModelForCausalLM._model_mapping
+    has_own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if not (is_known or has_own) or not _is_causal(config.architectures):
+        kind = (config.architectures or [config.model_type])[0]
+        raise ValueError(f"it holds a {kind}, which is not a causal language model")
+    if "/" in str(config._attn_implementation or ""):  # transformers would fetch a kernel by that name and run it
+        raise ValueError(f"its config.json asks for attention by {config._attn_implementation}; remove attn_implementation")
+
+
+def _layer_left_out(model: PreTrainedModel, unexpected: Iterable[str]) -> int | None:
+    """The first layer that the weights have like any other and the model has not. Modules behind the last layer, which draft,
+    have tensors that no layer has."""
+    count = int(model.config.get_text_config().num_hidden_layers)
+    parts = {_of_layer(name)[1] for name, _ in model.named_parameters() if LAYER.search(name)}
+    found: dict[int, set[str]] = {}
+    for name in unexpected:
+        if LAYER.search(name):
+            number, part = _of_layer(name)
+            found.setdefault(number, set()).add(part)
+    return next((number for number in sorted(found) if number >= count and found[number] <= parts), None)
+
+
+def _of_layer(name: str) -> tuple[int, str]:
+    """The number of the layer that a tensor is in, and its name without that number."""
+    number = LAYER.search(name)
+    assert number is not None, f"{name} is in no layer"
+    return int(number[1]), f"{name[: number.start()]}.{name[number.end() :]}"
+
+
+def _adapted(path: str | Path, base: str, dtype: str | torch.dtype, device: str, trust_remote_code: bool) -> PreTrainedModel:
+    try:
+        model = load_model(base, dtype, device, trust_remote_code)
     except ValueError as error:
         raise ValueError(
             f"{path} is an adapter of {base}, and {error}; if that model is elsewhere, say where in {adapters.CONFIG} "
@@ -110,11 +175,12 @@ def _adapted(path: str | Path, base: str, dtype: str | torch.dtype, device: str)
     return adapters.adapt(model, path)
 
 
-def stored_dtype(path: str | Path) -> torch.dtype:
+def stored_dtype(path: str | Path, trust_remote_code: bool = False) -> torch.dtype:
     """The precision in which a model, or the one that an adapter is of, is stored; float32 where its configuration does not say."""
     from transformers import AutoConfig
 
-    dtype: torch.dtype | None = getattr(AutoConfig.from_pretrained(adapters.adapted_by(path) or path), "dtype", None)
+    config = AutoConfig.from_pretrained(adapters.adapted_by(path) or path, trust_remote_code=trust_remote_code)
+    dtype: torch.dtype | None = getattr(config, "dtype", None)
     return dtype or torch.float32
 
 
@@ -129,10 +195,26 @@ def embedded(part: str) -> Path:
 def check_folder(path: str | Path) -> None:
     """Raise ValueError if `path` looks like a folder and holds no model; a hub id passes."""
     folder = Path(path)
+    if len(str(path)) > LONGEST:
+        raise ValueError(f"model {str(path)[:40]!r}... is a name of {len(str(path))} letters, which no folder and no hub id has")
     looks_local = folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
     if looks_local and not any((folder / name).is_file() for name in ("config.json", adapters.CONFIG)):
         what = "has no config.json" if folder.is_dir() else "does not exist" if not folder.exists() else "is not a folder"
         raise ValueError(f"model folder {path} {what}; a model is a folder with config.json, weights and tokenizer, or a hub id")
+    for name in ("config.json", GENERATION):  # transformers leaves the second out without a word where it is damaged
+        if (folder / name).is_file():
+            read_object(folder / name)
+    if (folder / GENERATION).is_file():
+        _check_generation(folder / GENERATION)
+
+
+def _check_generation(file: Path) -> None:
+    from transformers import GenerationConfig
+
+    try:
+        GenerationConfig.from_pretrained(file.parent)
+    except Exception as error:  # whatever a wrong value does in there
+        raise ValueError(f"{file} is damaged: {why(error)}; correct it, or delete it") from error
 
 
 def _is_causal(architectures: Sequence[str] | None) -> bool:
@@ -144,14 +226,9 @@ def _device(name: str) -> torch.device:
     has_cuda = torch.cuda.is_available()
     if name == "auto":
         return torch.device("cuda" if has_cuda else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device {name!r} is unknown; write auto, cpu, cuda or cuda:NUMBER") from None
+    if not DEVICE.fullmatch(name):
+        raise ValueError(f"device {name!r} is unknown here; write auto, cpu, cuda or cuda:NUMBER")
+    device = torch.device(name)
     if device.type == "cuda" and (not has_cuda or (device.index or 0) >= torch.cuda.device_count()):
         raise ValueError(f"device {name!r} is not there; torch sees {torch.cuda.device_count()} CUDA devices")
     return device
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

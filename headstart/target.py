@@ -53,6 +53,7 @@ class Target:
         self.kernel = kernel
         self.together = model.device.type != "cpu"  # one attention call for all rows, where a call costs more than padding
         self.min_nodes = 1  # the smallest forest whose rows do not depend on its size; dead nodes fill up to it
+        self.trust_remote_code = False  # whether Python files beside its weights, or a draft model's, may run
         self.is_exact = False  # whether equality to the bit is promised
         self.equipment: Equipment | None = None
         text = model.config.get_text_config()
@@ -73,9 +74,14 @@ class Target:
             self.check()
 
     @classmethod
-    def load(cls, path: str | Path, dtype: str | torch.dtype = "auto", device: str = "auto", exact: bool | str = "auto") -> Target:
-        """From a folder or hub id, with this machine's kernels (`equip`)."""
-        target = cls(load_model(path, dtype, device), check=False)
+    def load(
+        cls, path: str | Path, dtype: str | torch.dtype = "auto", device: str = "auto", exact: bool | str = "auto",
+        trust_remote_code: bool = False,
+    ) -> Target:  # fmt: skip
+        """From a folder or hub id, with this machine's kernels (`equip`). trust_remote_code: whether Python files in that folder,
+        and in that of a model that drafts for it, may run."""
+        target = cls(load_model(path, dtype, device, trust_remote_code), check=False)
+        target.trust_remote_code = trust_remote_code
         target.equip(exact)
         target.check()
         return target
@@ -103,7 +109,7 @@ class Target:
 
         Not by the clock: a promise of exactness must not depend on who else uses the machine while a model is loaded.
         """
-        behind = min(256, self.context - nodes)
+        behind = min(256, max(0, self.context - nodes))
         seating = Seating(1, behind + nodes)
         cache, seat = self.new_cache(seating), seating.take(behind + nodes)
         assert seat is not None
@@ -221,6 +227,11 @@ class Target:
             if probe.shapes:
                 what = f"keeps a state of its own in {missing} of {self.num_layers} layers (recurrent or linear attention)"
             raise ValueError(f"{self.name} ({kind}) cannot be a target: it {what}")
+        if bool(logits.isnan().any()):
+            self.release()
+            raise ValueError(
+                f"{self.name} ({kind}) cannot be a target: it answers with nan, so its weights are damaged; copy them again"
+            )
         self.vocab = int(logits.shape[-1])
         return probe
 

@@ -6,23 +6,30 @@ Knows tokenizers and chat templates. Refuses to know tensors, logits and rounds:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from headstart.adapters import adapted_by
+from headstart.records import SURROGATE, read_object, why
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Prompt: TypeAlias = str | Sequence[Mapping[str, Any]] | Sequence[int]
 
+TOKENIZER_FACTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character, or not yet
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 MAX_CHARACTER_BYTES = 4
+LONGEST_RENDERING = 5.0  # seconds of a chat template
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
@@ -208,6 +215,7 @@ _FIXED = {"add_generation_prompt": True, "return_dict": False}  # how a chat tem
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """The token ids of a prompt: a string, messages for the chat template, or token ids, which stay as they are."""
     if isinstance(prompt, str):
+        _check_characters(prompt, "the prompt")
         return _not_empty(tokenizer.encode(prompt), "the prompt is an empty string: give at least one character")
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
         raise ValueError(f"a prompt is a string, a list of messages or of token ids, not {type(prompt).__name__}")
@@ -276,7 +284,13 @@ def _message(place: int, item: object) -> dict[str, Any]:
             raise ValueError(f"message {place} has no '{key}'; a message is a dict with 'role' and 'content'")
         if not isinstance(item[key], str):
             raise ValueError(f"the '{key}' of message {place} is a {type(item[key]).__name__}; give a string")
+        _check_characters(item[key], f"the '{key}' of message {place}")
     return dict(item)
+
+
+def _check_characters(text: str, what: str) -> None:
+    if found := SURROGATE.search(text):
+        raise ValueError(f"{what} holds half of a surrogate pair (U+{ord(found[0]):04X} at {found.start()}), which is no character")
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], **settings: Any) -> Any:
@@ -292,9 +306,35 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, A
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template([dict(message) for message in messages], **settings)
+        with _limited(LONGEST_RENDERING):
+            return tokenizer.apply_chat_template([dict(message) for message in messages], **settings)
     except TemplateError as error:
         raise ValueError(f"the chat template of {name_of(tokenizer)} refuses these messages: {error}") from error
+    except Exception as error:  # a template is a program of others, which can fail in any way
+        raise ValueError(f"the chat template of {name_of(tokenizer)} fails on these messages: {why(error)}") from error
+
+
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in a template that takes this thread more seconds of processor time than that.
+
+    Python has no other way to stop a loop in the same thread: every line of a template, and of nothing else, asks for the time.
+    """
+    end, before = time.thread_time() + seconds, sys.gettrace()
+
+    def on_line(frame: FrameType, event: str, given: Any) -> Any:
+        if time.thread_time() > end:
+            raise TimeoutError(f"it has not ended after {seconds:g} seconds")
+        return on_line
+
+    def on_call(frame: FrameType, event: str, given: Any) -> Any:
+        return on_line if frame.f_code.co_filename == "<template>" else None
+
+    sys.settrace(on_call)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def name_of(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -316,25 +356,39 @@ def stop_token_ids(tokenizer: object, generation_config: object = None, config: 
 
 
 def _eos(holder: object) -> tuple[int, ...]:
-    eos: int | Sequence[int] | None = getattr(holder, "eos_token_id", None)
+    eos: Any = getattr(holder, "eos_token_id", None)
     if eos is None:
         return ()
-    return (eos,) if isinstance(eos, int) else tuple(eos)
+    found = tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+    if wrong := [token_id for token_id in found if not isinstance(token_id, int) or isinstance(token_id, bool)]:
+        raise ValueError(f"eos_token_id of the model is {wrong[0]!r}; it must be a token id, or a list of some")
+    return found
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder, or of a model id on the hub. An adapter without one has that of its model."""
+def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder, or of a model id on the hub. An adapter without one has that of its model.
+
+    trust_remote_code: whether Python files in that folder may run. Raises ValueError, in one sentence, for what cannot be loaded.
+    """
     folder = Path(path)
     if not folder.exists() and not HUB_ID.fullmatch(str(path)):
         raise ValueError(f"there is no folder {str(path)!r} to load a tokenizer from")
     if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         if (base := adapted_by(folder)) is not None:
-            return load_tokenizer(base)
+            return load_tokenizer(base, trust_remote_code)
         raise ValueError(f"no tokenizer in the folder {str(path)!r}: looked for {', '.join(TOKENIZER_FILES)}")
     from transformers import AutoTokenizer
 
+    if folder.is_dir():
+        _check_files(folder)
     try:
-        return cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(str(path)))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"cannot load a tokenizer from {str(path)!r}: {reason}") from error
+        return cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code))
+    except Exception as error:  # of transformers, tokenizers and sentencepiece, which share no base class
+        raise ValueError(f"cannot load a tokenizer from {str(path)!r}: {why(error)}") from error
+
+
+def _check_files(folder: Path) -> None:
+    """Raise ValueError, naming the file, for one that is damaged; transformers would fail on it in ways that name none."""
+    for name in TOKENIZER_FACTS:
+        if (folder / name).is_file():
+            read_object(folder / name)

@@ -84,8 +84,8 @@ class Run:
         self.report = Report(config.out, accelerator.is_main_process)
         self.say = self.report.say
         dtype = "float32" if recipe.joint and config.dtype == "auto" else config.dtype  # small steps vanish in bf16
-        self.model = load_model(config.target, dtype, str(accelerator.device))
-        self.tokenizer = load_tokenizer(config.target)
+        self.model = load_model(config.target, dtype, str(accelerator.device), config.trust_remote_code)
+        self.tokenizer = load_tokenizer(config.target, config.trust_remote_code)
         self.config = config = config.model_copy(update={"length": fitting_length(config.length, self.model)})
         self.ends, self.facts = Ends(self.model), facts_of(self.model, self.tokenizer)
         self.library = read_library(config, self.tokenizer, self.facts, self.report)
@@ -139,7 +139,7 @@ class Run:
     def finish(self, measured: dict[str, Any]) -> dict[str, Any]:
         """Save the heads, and the trunk if it learned; what is told about them."""
         told, facts, out = self._told(measured), self.facts, self.config.out
-        dtype = stored_dtype(self.config.target)  # in which the heads will work
+        dtype = stored_dtype(self.config.target, self.config.trust_remote_code)  # in which the heads will work
         heads = self.whole().to(dtype)
         if self.recipe.joint:
             told |= _quality(self.before, perplexity(self.bare, self.library, self.config.rows), self.report)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headstart.cli.settings import Json, quieten, waiting
+from headstart.cli.settings import Json, Trust, quieten, waiting
 
 if TYPE_CHECKING:
     from headstart.checkpoint.published import Published
@@ -36,6 +36,7 @@ def bring(
             show_default="as their config.json says",
         ),
     ] = None,
+    trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
     """Bring heads that others have published into headstart's format.
@@ -48,7 +49,7 @@ def bring(
     """
     quieten()
     with waiting(f"reading {source}"):
-        found = imported(source, target, out, _layers(taps))
+        found = imported(source, target, out, _layers(taps), trust_remote_code)
     if json:
         print(json_format.dumps(found))
     else:
@@ -62,7 +63,9 @@ def _layers(taps: str | None) -> tuple[int, ...]:
         raise ValueError(f"--taps is {taps!r}; write the numbers of layers, as 1,15,28") from None
 
 
-def imported(source: str, target: str | None, out: str, taps: Sequence[int] = ()) -> dict[str, Any]:
+def imported(
+    source: str, target: str | None, out: str, taps: Sequence[int] = (), trust_remote_code: bool = False
+) -> dict[str, Any]:
     """Convert and save; what was found. taps: layers of the target that a person names, see `Published.suited`. Raises ValueError
     where there is nothing to bring in, or it does not fit."""
     from headstart import hub
@@ -74,8 +77,8 @@ def imported(source: str, target: str | None, out: str, taps: Sequence[int] = ()
     is_on_hub = hub.is_id(source)
     published = published_in(hub.fetched_of_others(source) if is_on_hub else source)
     place = _target(published, source, target)
-    model = load_model(place, "auto", "cpu")
-    facts = facts_of(model, load_tokenizer(place))
+    model = load_model(place, "auto", "cpu", trust_remote_code)
+    facts = facts_of(model, load_tokenizer(place, trust_remote_code))
     published = published.suited(facts, partial(Ends, model), taps)
     heads = published.read(facts, model.config)
     training = {

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from headstart.cli.settings import TRUST
+
 BUDGET, DATA, OPTIMISER, WATCH = "Budget (one of them)", "Data", "Optimiser", "Watching"
 
 Out = Annotated[Path | None, typer.Option(help="Folder for what is made.", show_default="the config's")]
@@ -61,6 +63,9 @@ class Optimiser:
     ] = None
     device: Annotated[Literal["auto", "cpu"] | None, option("auto is accelerate's choice.", OPTIMISER, default="auto")] = None
     threads: Annotated[int | None, option("Threads of the processor.", OPTIMISER, default="torch's")] = None
+    trust_remote_code: Annotated[
+        bool | None, typer.Option("--trust-remote-code", help=TRUST, rich_help_panel=OPTIMISER, show_default=False)
+    ] = None
 
 
 @dataclass(frozen=True)

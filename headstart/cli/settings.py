@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 _MODEL, _SAMPLING = "Model and decoding", "Sampling"
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
+TRUST = "Let Python files in the model's folder run; nothing is ever asked."
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help=TRUST)]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on standard output, for machines.")]
 
 
@@ -63,6 +65,10 @@ class Model:
     threads: Annotated[
         int | None, typer.Option(help="Threads of the processor.", show_default="torch's", rich_help_panel=_MODEL)
     ] = None
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help=TRUST, rich_help_panel=_MODEL),
+    ] = False
 
     def load(self, **settings: Any) -> "LLM":
         """The model, with a spinner while it loads. settings: of `headstart.load`."""
@@ -74,7 +80,8 @@ class Model:
             quieten()
             self._use_threads()
             exact = "auto" if self.exact is None else self.exact
-            return headstart.load(self.model, device=self.device, dtype=self.dtype, exact=exact, accept=self.accept, **settings)
+            settings |= {"accept": self.accept, "trust_remote_code": self.trust_remote_code}
+            return headstart.load(self.model, device=self.device, dtype=self.dtype, exact=exact, **settings)
 
     def _use_threads(self) -> None:
         if self.threads is None:
@@ -164,6 +171,8 @@ class Sampling:
         settings = {field.name: getattr(self, field.name) for field in fields(self)}
         settings["max_tokens"] = 256 if self.max_tokens is None else self.max_tokens
         settings["temperature"] = self.temperature or 0.0
+        for stop in self.stop or ():
+            checked(stop, "a stop string")
         return SamplingParams(**{**settings, **more, "stop": tuple(self.stop or ())})
 
 
@@ -205,12 +214,17 @@ def read_bytes(text: str) -> int:
 def read_prompt(prompt: str | None) -> str:
     """The prompt argument, or standard input for `-` or nothing. Raises ValueError where that is not text."""
     if prompt is not None and prompt != "-":
-        if any("\udc80" <= character <= "\udcff" for character in prompt):  # how the system hands over bytes that are no text
-            raise ValueError("the prompt is not valid UTF-8; convert it, for example with iconv -t utf-8")
-        return prompt
+        return checked(prompt, "the prompt")
     if prompt is None and sys.stdin.isatty():
         raise ValueError("there is no prompt; give one as an argument, or pipe it into standard input")
     return decoded(sys.stdin.buffer.read())
+
+
+def checked(given: str, what: str) -> str:
+    """A text that was given as an argument. Raises ValueError where its bytes are no text."""
+    if any("\udc80" <= character <= "\udcff" for character in given):  # how the system hands over bytes that are no text
+        raise ValueError(f"{what} is not valid UTF-8; convert it, for example with iconv -t utf-8")
+    return given
 
 
 def decoded(line: bytes) -> str:

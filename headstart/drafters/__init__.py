@@ -126,7 +126,7 @@ def _tokenizer_of(target: Target) -> PreTrainedTokenizerBase | None:
     if not Path(target.name).is_dir():
         return None
     try:
-        return load_tokenizer(target.name)
+        return load_tokenizer(target.name, target.trust_remote_code)
     except ValueError:
         return None
 

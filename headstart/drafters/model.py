@@ -50,7 +50,9 @@ class ModelDrafter:
     def load(cls, path: str | Path, target: Target) -> ModelDrafter:
         """From a folder or hub id, in the target's precision, on its device. Raises ValueError if it speaks other tokens."""
         has_same_tokens = _has_same_tokens(path, target)
-        return cls(Target.load(path, dtype=target.dtype, device=str(target.device), exact=False), has_same_tokens)
+        trust = target.trust_remote_code
+        model = Target.load(path, dtype=target.dtype, device=str(target.device), exact=False, trust_remote_code=trust)
+        return cls(model, has_same_tokens)
 
     @property
     def cache(self) -> KVCache:
@@ -144,7 +146,7 @@ def _has_same_tokens(path: str | Path, target: Target) -> bool:
     """Whether both tokenizers are known to have the same tokens; False where one has tokens more than the other, or where either
     model has no tokenizer beside it. Raises ValueError where a number stands for two tokens, or a token for two numbers."""
     try:
-        own, its = load_tokenizer(path).get_vocab(), load_tokenizer(target.name).get_vocab()
+        own, its = (load_tokenizer(place, target.trust_remote_code).get_vocab() for place in (path, target.name))
     except ValueError:
         return False
     by_number = {number: token for token, number in its.items()}

@@ -28,7 +28,8 @@ class RunConfig(BaseModel):
     tokens, epochs, steps: the budget, exactly one of them; tokens without padding. rows: texts of a batch, each of `length` tokens
     at most, None for 512 or what the model takes. accumulate: batches of a step, on each process. warmup: share of the steps.
     floor: share of the learning rate that is left at the end of the schedule. held_out: a share of the texts, or a file. precision:
-    of the arithmetic. device: "auto" is accelerate's choice.
+    of the arithmetic. device: "auto" is accelerate's choice. trust_remote_code: whether Python files in the folders of models and
+    tokenizers may run.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -61,6 +62,7 @@ class RunConfig(BaseModel):
     log_every: _Count = 10
     eval_every: _Count | None = None
     save_every: _Count = 200
+    trust_remote_code: bool = False
     tracker: Literal["none", "tensorboard", "wandb", "mlflow", "trackio", "aim", "clearml", "comet_ml"] = "none"
     threads: _Count | None = None
 
