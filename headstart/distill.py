@@ -7,10 +7,12 @@ prompts, turns and the file of answers. It refuses to know what is learned from 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -20,6 +22,7 @@ from headstart.llm import LLM
 from headstart.noise import mix
 from headstart.openings import Message, Opening
 from headstart.pretrained import digest
+from headstart.records import parsed
 from headstart.sampling import SamplingParams
 from headstart.scheduler import Request
 from headstart.text import decode, encode_prompt
@@ -239,15 +242,36 @@ def distill(
     tally = Tally(len(openings), num_found=sum(opening.id in found for opening in openings))
     tell(tally)
     left = (opening for opening in openings if opening.id not in found)
-    with path.open("a", encoding="utf-8") as file:
+    with _opened(path) as file:
         for told in teacher.converse(left, settings):
             is_dropped = settings.drop_cut and told.finish_reason == "length"
             if not told.is_empty:
-                file.write(json.dumps(_line(told, settings, teacher, is_dropped), ensure_ascii=False) + "\n")
-                file.flush()
+                _append(file, path, json.dumps(_line(told, settings, teacher, is_dropped), ensure_ascii=False) + "\n", tally)
             tally.count(told, is_dropped)
             tell(tally)
     return tally
+
+
+def _opened(path: Path) -> io.FileIO:
+    try:
+        return path.open("ab", buffering=0)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error.strerror}; name another file") from None
+
+
+def _append(file: io.FileIO, path: Path, line: str, tally: Tally) -> None:
+    """A whole line, or none. Raises ValueError, saying what is kept, on a full disk."""
+    size, left = os.fstat(file.fileno()).st_size, line.encode("utf-8")
+    try:
+        while left:
+            left = left[file.write(left) :]
+    except OSError as error:
+        with suppress(OSError):
+            os.ftruncate(file.fileno(), size)
+        raise ValueError(
+            f"{path} cannot be written: {error.strerror}; the {tally.num_found + tally.num_answered} conversations that are in it "
+            "are whole, so make room and give the same command again"
+        ) from None
 
 
 def _line(told: Conversation, settings: Settings, teacher: Teacher, is_dropped: bool) -> dict[str, Any]:
@@ -274,8 +298,13 @@ def _recorded(settings: Settings) -> dict[str, Any]:
 def _resume(path: Path, openings: dict[str, Opening], settings: Settings, teacher: Teacher) -> set[str]:
     """The ids of the conversations in a file, after a last line that was not finished has been cut off."""
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written: {error.strerror}; name another file") from None
         return set()
+    if not path.is_file():
+        raise ValueError(f"{path} is {'a folder' if path.is_dir() else 'no ordinary file'}; name a file for the answers")
     found: set[str] = set()
     size = 0
     with path.open("rb") as file:
@@ -293,7 +322,7 @@ def _checked(path: Path, number: int, line: bytes, openings: dict[str, Opening],
     """The id of a line. Raises ValueError if it is none of this run."""
     where = f"line {number} of {path}"
     try:
-        fields = json.loads(line)
+        fields = parsed(line, where)
         id, target = str(fields["id"]), fields["target"]
         held = {name: value for name, value in fields["settings"].items() if name != "seed"}
         held |= {name: target[name] for name in target if name != "name"}

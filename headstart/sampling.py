@@ -23,6 +23,7 @@ from torch import Tensor
 from headstart.chances import UNFITTED, Calibration
 from headstart.noise import gumbel, noise_key, noise_keys, signed
 
+MOST_ANSWERS = 2**14  # to one prompt: all are queued before the first begins, and each holds its tokens until the last has ended
 _LARGE = 1e6  # no setting beyond this means anything, and float32 logits would lose their differences or overflow
 
 
@@ -68,7 +69,7 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             _require(abs(bias) <= _LARGE or bias == -math.inf, f"logit_bias of token {token}", bias, f"{between}, or -inf")
         _require(self.seed is None or -(2**63) <= self.seed < 2**64, "seed", self.seed, "a 64-bit integer, or None to draw one")
-        _require(self.n >= 1, "n", self.n, "at least 1")
+        _require(1 <= self.n <= MOST_ANSWERS, "n", self.n, f"between 1 and {MOST_ANSWERS}; ask again for more, with another seed")
         _require(all(self.stop), "stop", self.stop, "strings that are not empty")
         _require(self.logprobs is None or self.logprobs >= 0, "logprobs", self.logprobs, "None, or the number of alternatives")
 

@@ -288,14 +288,15 @@ RUN_FIELDS = {
 MACHINE_FIELDS = {"cpu", "cores", "threads", "device", "python", "torch", "transformers", "headstart", "command"}
 
 
-def test_bench_prints_a_table_and_one_json_line(model_folder, draft_folder):
+def test_bench_prints_a_table_and_writes_json_where_it_is_told(model_folder, draft_folder, tmp_path):
     base = ("bench", "--model", model_folder, "--limit", 2, "--max-tokens", 8, "--repeat", 1, "--run", "lookup")
-    result = run(*base, "--run", f"model:{draft_folder}@chain:2", "--seed", 4, "--temperature", 0.5)
+    result = run(*base, "--run", f"model:{draft_folder}@chain:2", "--seed", 4, "--temperature", 0.5, "--out", tmp_path / "measured")
     assert result.exit_code == 0, result.output
-    *table, last = result.stdout.splitlines()
+    table = result.stdout.splitlines()
     assert any("speed-up" in line for line in table)
     assert any("clean samples" in line for line in table)
-    found = json.loads(last)
+    assert "{" not in result.stdout  # kilobytes of JSON are for machines
+    found = json.loads((tmp_path / "measured").read_text())
     assert found.keys() == {"model", "machine", "settings", "labels", "num_samples", "clean_share", "runs", "heads"}
     assert found["machine"].keys() == MACHINE_FIELDS
     assert [one["run"] for one in found["runs"]] == ["plain", "lookup", f"model:{draft_folder}@chain:2"]
@@ -305,14 +306,16 @@ def test_bench_prints_a_table_and_one_json_line(model_folder, draft_folder):
     assert found["heads"] == []
 
 
-def test_temperatures_and_prompt_sets_share_one_table(model_folder, heads_folder):
+def test_temperatures_and_prompt_sets_share_one_table(model_folder, heads_folder, tmp_path):
     base = ("bench", "--model", model_folder, "--limit", 1, "--max-tokens", 4, "--repeat", 1, "--run", f"{heads_folder}@tree:2")
-    result = run(*base, "--temperatures", "0,0.7", "--prompts", "stories", "--prompts", "questions", "--by-kind")
+    result = run(
+        *base, "--temperatures", "0,0.7", "--prompts", "stories", "--prompts", "questions", "--by-kind", "--out", tmp_path / "m"
+    )
     assert result.exit_code == 0, result.output
-    *tables, last = result.stdout.splitlines()
+    tables = result.stdout.splitlines()
     assert [" T " in line for line in tables if "speed-up" in line] == [True, True]
     assert sum("medusa@tree:2" in line for line in tables) == 2 + 2 * 2  # temperatures, and prompt sets at each
-    found = json.loads(last)
+    found = json.loads((tmp_path / "m").read_text())
     assert [(one["run"], one["temperature"]) for one in found["runs"]] == [
         (name, heat) for heat in (0, 0.7) for name in ("plain", f"{heads_folder}@tree:2")
     ]
@@ -320,10 +323,10 @@ def test_temperatures_and_prompt_sets_share_one_table(model_folder, heads_folder
     assert found["settings"]["num_prompts"] == 2
 
 
-def test_heads_say_what_their_training_wrote_down(model_folder, heads_folder):
+def test_heads_say_what_their_training_wrote_down(model_folder, heads_folder, tmp_path):
     base = ("bench", "--model", model_folder, "--limit", 1, "--max-tokens", 4, "--repeat", 1, "--dtype", "bfloat16")
-    result = run(*base, "--run", heads_folder, "--run", f"{heads_folder}@chain:2")
-    (made,) = json.loads(result.stdout.splitlines()[-1])["heads"]
+    result = run(*base, "--run", heads_folder, "--run", f"{heads_folder}@chain:2", "--out", tmp_path / "m")
+    (made,) = json.loads((tmp_path / "m").read_text())["heads"]
     parameters = 2 * (32 * 32 + 32)  # two heads of one block each
     assert made == {
         "folder": str(heads_folder), "method": "medusa", "parameters": parameters, "megabytes": parameters * 2 / 1e6,

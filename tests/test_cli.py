@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 from headstart.cli import app
 from headstart.engine import Engine
 
-MODEL = {"--model", "--dtype", "--device", "--exact", "--no-exact", "--accept", "--threads"}
+MODEL = {"--model", "--dtype", "--device", "--exact", "--no-exact", "--accept", "--threads", "--trust-remote-code"}
 DRAFTING = {"--drafter", "--planner", "--memory"}
 SAMPLING = {
     "--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--presence-penalty",
@@ -28,7 +28,7 @@ ANSWER = {"--system", "--show-drafts", "--json"}
 RUN = {
     "--data", "--held-out", "--rows", "--length", "--accumulate", "--tokens", "--epochs", "--steps", "--learning-rate", "--warmup",
     "--schedule", "--floor", "--weight-decay", "--clip", "--seed", "--dtype", "--precision", "--device", "--threads", "--log-every",
-    "--eval-every", "--save-every", "--tracker", "--out", "--config", "--resume", "--finish", "--json",
+    "--eval-every", "--save-every", "--tracker", "--out", "--config", "--resume", "--finish", "--json", "--trust-remote-code",
 }  # fmt: skip
 TOGETHER = {"--heads", "--weight", "--weight-end", "--weight-until", "--decay"}
 ASKING = {
@@ -44,13 +44,25 @@ FROZEN = {
     "train": RUN
     | {"--start", "--target", "--any-target", "--features", "--set", "--loss", "--joint", "--decode-every", "--decode-prompts"},
     "pretrain": RUN | TOGETHER | {"--model", "--start", "--tokenizer", "--times", "--optimizer"},
-    "inspect": {"--device", "--model", "--probe", "--json"},
+    "inspect": {"--device", "--model", "--probe", "--trust-remote-code", "--json"},
     "distill": MODEL | DRAFTING | ASKING | {"--json"},
-    "import": {"--target", "--out", "--taps", "--json"},
+    "import": {"--target", "--out", "--taps", "--trust-remote-code", "--json"},
     "calibrate": MODEL | {"--prompts", "--limit", "--max-tokens", "--temperature", "--seed", "--raw", "--chat", "--json"},
     "bench": MODEL
     | SAMPLING
-    | {"--run", "--prompts", "--by-kind", "--limit", "--temperatures", "--repeat", "--raw", "--chat", "--replay", "--json"},
+    | {
+        "--run",
+        "--prompts",
+        "--by-kind",
+        "--limit",
+        "--temperatures",
+        "--repeat",
+        "--raw",
+        "--chat",
+        "--replay",
+        "--out",
+        "--json",
+    },
 }
 
 
@@ -261,7 +273,7 @@ def refused(*arguments: object, stdin: str | bytes | None = "") -> str:
     [
         ("missing", "missing does not exist"),
         ("empty", "has no config.json"),
-        ("bad-config", "not a valid JSON file"),
+        ("bad-config", "config.json is not JSON"),
         ("not-causal", "BertForMaskedLM, which is not a causal"),
         ("corrupt", "damaged or cut short"),
         ("truncated", "damaged or cut short"),

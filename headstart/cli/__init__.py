@@ -1,6 +1,10 @@
 """The command line: parse, call, print. What a user did wrong is one sentence on standard error and exit code 2."""
 
+import errno
+import os
+import re
 import sys
+from contextlib import suppress
 from typing import Any
 
 import typer
@@ -10,6 +14,7 @@ from headstart.cli import answer, begin, bring, calibrate, learn, look, measure,
 from headstart.cli.settings import expanded
 
 INTERRUPTED = 130
+SHOWN = 200  # letters of a name, or of what a library says
 
 
 class Commands(TyperGroup):
@@ -19,15 +24,54 @@ class Commands(TyperGroup):
         """Run a command and leave with its exit code."""
         extra["standalone_mode"] = False
         try:
-            sys.exit(super().main(*args, **extra) or 0)
-        except ValueError as error:
-            _leave(str(error), 2)
+            code = super().main(*args, **extra) or 0
+            sys.stdout.flush()  # what does not fit on a disk is noticed here
+            sys.exit(code)
+        except BrokenPipeError:  # whoever reads the output has enough
+            _silence()
+            sys.exit(1)
         except (KeyboardInterrupt, typer.Abort):
             _leave("interrupted", INTERRUPTED)
         except Exception as error:
-            if not hasattr(error, "format_message"):  # the parser's own errors, whichever package they come from
+            if (sentence := _sentence(error)) is None:
                 raise
-            _leave(error.format_message(), 2)
+            _leave(sentence, 2)
+
+
+def _sentence(error: Exception) -> str | None:
+    """What to say of an error that comes from what was given, or from the machine; None for one of this package."""
+    if isinstance(error, UnicodeError):
+        return f"something that was given is not valid UTF-8 ({error}); convert it, for example with iconv"
+    if isinstance(error, ValueError):
+        return str(error)
+    if isinstance(error, OSError):
+        return _of_system(error)
+    if isinstance(error, RecursionError):
+        return "something that was given is nested too deeply to be read; nothing that is meant for this is"
+    if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error)):
+        return f"there is not enough memory: {_short(str(error)) or 'the system gives no more'}; a smaller model needs less"
+    if hasattr(error, "format_message"):  # the parser's own errors, whichever package they come from
+        return str(error.format_message())
+    return None
+
+
+def _of_system(error: OSError) -> str:
+    """An error of the system, with the file that it is about."""
+    if error.errno == errno.ENOSPC and error.filename is None:
+        _silence()
+        return "the output cannot be written: there is no space left on its disk; make room, or write elsewhere"
+    where = "" if error.filename is None else f"{_short(str(error.filename))}: "
+    return f"{where}{error.strerror or _short(str(error)) or type(error).__name__}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def _silence() -> None:
+    """Forget what standard output still holds: it would fail once more when the interpreter leaves."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _leave(sentence: str, code: int) -> None:

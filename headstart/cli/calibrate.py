@@ -11,6 +11,8 @@ from headstart.cli.measure import Raw, as_tasks, console, progress
 from headstart.cli.settings import Json, Model
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from headstart.calibrate import Finding, Taught, Trial
     from headstart.llm import LLM
 
@@ -40,10 +42,9 @@ def calibrate(
     Example: headstart calibrate ./my-heads --model ./talk13M --limit 4
     """
     from headstart.bench import suites
-    from headstart.calibrate import Trial
+    from headstart.calibrate import SIZES, Trial
     from headstart.calibrate import calibrate as measure
     from headstart.chances import save_plan
-    from headstart.planner import Shape
 
     if model.accept != "coupled":
         raise ValueError(f"--accept is {model.accept}; calibration measures the coupled rule, so leave it out")
@@ -52,13 +53,12 @@ def calibrate(
     drafter = _taught(heads, llm)
     tasks, num_skipped = as_tasks(llm, cases, max_tokens, raw, False)
     trial = Trial(llm.engine.target, tuple(task.prompt for task in tasks), max_tokens, seed, llm.stop_ids)
-    with progress(len(tasks) * len({*(temperature or DEFAULT)})) as tell:
+    with progress(len(tasks) * len({*(temperature or DEFAULT)}) * (1 + len(SIZES))) as tell:
         plan, findings = measure(trial, drafter, temperature or DEFAULT, tell=tell)
-    save_plan(heads, plan)
-    decoded = [
-        {size: trial.decode(drafter, Shape(tree.paths), one.temperature).tau for size, tree in one.trees.items()}
-        for one in findings
-    ]
+        save_plan(heads, plan)
+        decoded = [
+            {size: _tau(trial, drafter, tree.paths, one.temperature, tell) for size, tree in one.trees.items()} for one in findings
+        ]
     _tell(heads, trial, Path(prompts).name, findings, decoded)
     if json:
         settings = {
@@ -74,12 +74,19 @@ def calibrate(
         print(f"written to {heads / 'plan.json'}, and to the card beside it")
 
 
-def probe(heads: str, model: str | None, device: str) -> dict[str, Any]:
+def _tau(trial: "Trial", drafter: "Taught", paths: Any, temperature: float, tell: "Callable[[], None]") -> float:
+    """Of decoding with the tree of these paths. tell: called after each answer."""
+    from headstart.planner import Shape
+
+    return float(trial.decode(drafter, Shape(paths), temperature, lambda place, done: tell()).tau)
+
+
+def probe(heads: str, model: str | None, device: str, trust_remote_code: bool = False) -> dict[str, Any]:
     """A few prompts decoded with heads: tau and acceptance by depth, and what they depend on."""
     from headstart.bench import suites
     from headstart.calibrate import Trial
 
-    llm = Model(model=model, device=device).load(drafter=None, max_rows=1)
+    llm = Model(model=model, device=device, trust_remote_code=trust_remote_code).load(drafter=None, max_rows=1)
     drafter = _taught(Path(heads), llm)
     suite = "questions" if llm.tokenizer.chat_template is not None else "stories"
     tasks, _ = as_tasks(llm, suites.SUITES[suite][:PROBED], 64, None, False)

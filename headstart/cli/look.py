@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headstart.cli.settings import Json, quieten, waiting
+from headstart.cli.settings import Json, Trust, quieten, waiting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,6 +28,7 @@ def inspect(
         str | None, typer.Option(help="With --probe: the model that the heads shall work for.", show_default="embedded")
     ] = None,
     probe: Annotated[bool, typer.Option("--probe", help="Decode a few prompts with these heads, and say how they fare.")] = False,
+    trust_remote_code: Trust = False,
     json: Json = False,
 ) -> None:
     """Say what a folder holds.
@@ -43,30 +44,36 @@ def inspect(
         raise ValueError("--model names the model that heads are tried on; add --probe, or leave it out")
     place = path or str(embedded("target"))
     with waiting(f"loading {place}"):
-        found = facts(place, device)
+        found = facts(place, device, trust_remote_code)
     if probe:
-        found |= {"probe": _probed(place, model, device)}
+        found |= {"probe": _probed(place, model, device, trust_remote_code)}
+    refusal = found.pop("refusal", None)
     if json:
         print(json_format.dumps(found))
     else:
         _print(found)
+    if refusal is not None:
+        raise ValueError(refusal)
 
 
-def _probed(path: str, model: str | None, device: str) -> dict[str, Any]:
+def _probed(path: str, model: str | None, device: str, trust_remote_code: bool) -> dict[str, Any]:
     from headstart.checkpoint import describe
     from headstart.cli.calibrate import probe
 
     describe(path)  # which refuses what holds no heads of ours
-    return probe(path, model, device)
+    return probe(path, model, device, trust_remote_code)
 
 
-def facts(path: str, device: str = "auto") -> dict[str, Any]:
-    """Everything `inspect` says. Raises ValueError where there is neither a model that can be loaded nor heads."""
+def facts(path: str, device: str = "auto", trust_remote_code: bool = False) -> dict[str, Any]:
+    """Everything `inspect` says; `refusal` is why a model cannot be a target, where it cannot.
+
+    Raises ValueError where there is neither a model that can be loaded nor heads.
+    """
     quieten()
     known = _recognised(path)
     if known is not None and not known.is_target:
         return _of_heads(path, known)
-    model = _of_model(path, device)
+    model = _of_model(path, device, trust_remote_code)
     return model | _inside(path, known) | {"problems": [*model["problems"], *(known.problems if known else ())]}
 
 
@@ -97,10 +104,10 @@ def _inside(path: str, known: "Recognised | None") -> dict[str, Any]:
     return found | {"draft": f"headstart generate --model {path} --drafter {known.method}", "import": known.command} | notes
 
 
-def _of_model(path: str, device: str) -> dict[str, Any]:
+def _of_model(path: str, device: str, trust_remote_code: bool) -> dict[str, Any]:
     from headstart.pretrained import digest, load_model
 
-    model = load_model(path, "auto", device)
+    model = load_model(path, "auto", device, trust_remote_code)
     text = model.config.get_text_config()
     found = {
         "path": path,
@@ -115,11 +122,11 @@ def _of_model(path: str, device: str) -> dict[str, Any]:
         "digest": digest(model),
     }
     problems: list[str] = []
-    return found | _as_target(model, problems) | _tokenizer(path, model, problems) | {"problems": problems}
+    return found | _as_target(model, problems) | _tokenizer(path, model, problems, trust_remote_code) | {"problems": problems}
 
 
 def _as_target(model: "PreTrainedModel", problems: list[str]) -> dict[str, Any]:
-    """What only a target knows; empty, with the reason among the problems, if the model is refused."""
+    """What only a target knows; the reason alone, which is among the problems too, if the model is refused."""
     from headstart.selfcheck import MAX_CHECK
     from headstart.target import Target
 
@@ -128,7 +135,7 @@ def _as_target(model: "PreTrainedModel", problems: list[str]) -> dict[str, Any]:
         target.equip()
     except ValueError as error:
         problems.append(str(error))
-        return {}
+        return {"refusal": str(error)}
     longest = max((reach.window or reach.chunk or 0 for reach in target.reaches), default=0)
     if longest > MAX_CHECK:
         problems.append(f"the self-check reads {MAX_CHECK} tokens at most and did not go beyond the window of {longest}")
@@ -157,11 +164,11 @@ def _reach(reach: "Reach") -> str:
     return "everything" if reach.chunk is None else f"chunk of {reach.chunk}"
 
 
-def _tokenizer(path: str, model: "PreTrainedModel", problems: list[str]) -> dict[str, Any]:
+def _tokenizer(path: str, model: "PreTrainedModel", problems: list[str], trust_remote_code: bool) -> dict[str, Any]:
     from headstart.text import load_tokenizer, stop_token_ids
 
     try:
-        tokenizer = load_tokenizer(path)
+        tokenizer = load_tokenizer(path, trust_remote_code)
     except ValueError as error:
         problems.append(str(error))
         return {"tokenizer": None}

@@ -119,6 +119,10 @@ def bench(
             "--replay", help="The target runs at full cost, the references of the prompts decide.", rich_help_panel=_BENCH
         ),
     ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File for everything that was measured, as JSON.", show_default="none", rich_help_panel=_BENCH),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Measure drafters against plain decoding.
@@ -131,6 +135,8 @@ def bench(
         sampling.params(), seed=sampling.seed or 0, max_tokens=128 if sampling.max_tokens is None else sampling.max_tokens
     )
     heats = _temperatures(sampling.temperature, temperatures)
+    if out is not None:
+        _check_place(out)
     sources = prompts or ["stories"]
     sets = _prompt_sets(sources, limit, replay)
     if by_kind and len(sets) == 1:
@@ -154,12 +160,15 @@ def bench(
         "temperatures": heats,
     } | {name: value for name, value in vars(params).items() if name not in ("n", "logprobs", "temperature")}
     result = report.as_json(setup, [*chain(*samples)], found, settings) | {"heads": [vars(one) for one in made]}
-    if not json:
+    if out is not None:
+        _write(out, result)
+    if json:
+        print(json_format.dumps(result))
+    else:
         console().print(report.table(found, _title(setups, model)))
         for more in ([report.table_by_kind(found)] if by_kind else []) + ([heads.table(made)] if made else []):
             console().print(more)
         _print_caution(result)
-    print(json_format.dumps(result))
 
 
 def _temperatures(single: float | None, several: str | None) -> tuple[float, ...]:
@@ -282,6 +291,22 @@ def _title(setups: "Sequence[Setup]", model: Model) -> str:
     heats = "/".join(f"{one.params.temperature:g}" for one in setups)
     words = [model.model or "embedded model", dtype, cpu_name(), f"temperature {heats}"]
     return ", ".join([*words, f"{len(setup.tasks)} prompts", *labels(setup)])
+
+
+def _check_place(out: Path) -> None:
+    """Before anything is measured: a file that can be written. Raises ValueError where it cannot."""
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        what = "is a folder" if out.is_dir() else f"is in {out.parent}, which is no folder"
+        raise ValueError(f"--out {out} {what}; name a file for what is measured")
+
+
+def _write(out: Path, result: dict[str, Any]) -> None:
+    try:
+        out.write_text(json_format.dumps(result) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"--out {out} cannot be written: {error.strerror}; what was measured was {json_format.dumps(result)}"
+        ) from None
 
 
 def _print_caution(result: dict[str, Any]) -> None:

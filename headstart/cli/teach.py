@@ -118,7 +118,7 @@ def _teacher(
     from headstart.text import load_tokenizer
 
     quieten()
-    tokenizer = load_tokenizer(model.model or embedded("target"))
+    tokenizer = load_tokenizer(model.model or embedded("target"), model.trust_remote_code)
     return tokenizer, EndpointTeacher(endpoint, endpoint_model, tokenizer, os.environ.get(api_key_env or ""), rows)
 
 

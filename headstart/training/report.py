@@ -70,9 +70,15 @@ class Report:
 
     def write(self, values: Mapping[str, Any]) -> None:
         """One line of the log."""
-        if self._is_main:
+        if not self._is_main:
+            return
+        try:
             with self._path.open("a") as file:
                 file.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise ValueError(
+                f"the log {self._path} cannot be written: {error.strerror}; make room and go on with --resume"
+            ) from None
 
     def tell(self, values: Mapping[str, Any], steps: int, left: float) -> None:
         """One line for people. left: seconds to go."""
