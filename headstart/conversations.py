@@ -193,10 +193,13 @@ class _Reader:
         strange = next((token for token in tokens if not isinstance(token, int) or not 0 <= token < self.vocab), None)
         if strange is not None:
             raise ValueError(f"token {strange!r} is not in the vocabulary of {self.vocab}")
-        is_own = self._is_own(fields.get("target") or {})
+        target, settings = (_object(fields, name) for name in ("target", "settings"))
+        is_own = self._is_own(target)
         self.report.num_foreign += not is_own
-        settings = fields.get("settings") or {}
-        return self._cut(tokens, mask, settings.get("temperature"), settings.get("seed") if is_own else None)
+        temperature, seed = settings.get("temperature"), settings.get("seed")
+        if not isinstance(temperature, int | float | None) or not isinstance(seed, int | None):
+            raise ValueError(f"it was answered at temperature {temperature!r} with seed {seed!r}; these must be numbers, or null")
+        return self._cut(tokens, mask, temperature, seed if is_own else None)
 
     def _is_own(self, target: dict[str, Any]) -> bool:
         """Whether the answer is known to be this target's; one that is known to be another's is refused."""
@@ -246,6 +249,13 @@ class _Reader:
     def _drop(self, why: str) -> Iterator[Example]:
         self.report.dropped[why] += 1
         return iter(())
+
+
+def _object(fields: dict[str, Any], name: str) -> dict[str, Any]:
+    found = fields.get(name)
+    if not isinstance(found, dict | None):
+        raise ValueError(f"its {name} is a {type(found).__name__}; it must be an object, as `headstart distill` writes it")
+    return found or {}
 
 
 def _example(tokens: list[int], mask: list[int], temperature: float | None, seed: int | None) -> Example:

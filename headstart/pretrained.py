@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -25,6 +25,7 @@ SAMPLES = 4096  # of each weight
 DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
 LAYER = re.compile(r"\.(\d+)\.")
 GENERATION = "generation_config.json"
+MOST_LAYERS = 100_000
 LONGEST = 1024  # letters of a path
 
 
@@ -92,16 +93,25 @@ def load_model(
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         _check_config(config)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
+            path,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told below, by name
+            trust_remote_code=trust_remote_code,
         )
         model, info = loaded
     except Exception as error:  # safetensors, json and hub errors share no base class
         what = "its weights are damaged or cut short: " if "Safetensor" in type(error).__name__ else ""
         raise ValueError(f"model {path} cannot be loaded: {what}{why(error)}") from error
-    broken = {kind: sorted(names) for kind, names in info.items() if names and kind in ("missing_keys", "mismatched_keys")}
-    if broken:
-        kind, names = next(iter(broken.items()))
-        raise ValueError(f"model {path} is not whole: {len(names)} {kind.replace('_', ' ')}, first {names[0]}")
+    if misshaped := sorted(info.get("mismatched_keys", ()), key=str):
+        name, found, wanted = misshaped[0]
+        said = (
+            f"{len(misshaped)} tensors of other shapes than its config.json says, first {name}: {list(found)}, not {list(wanted)}"
+        )
+        raise ValueError(f"model {path} is not whole: {said}")
+    if missing := sorted(info.get("missing_keys", ())):
+        raise ValueError(f"model {path} is not whole: {len(missing)} missing keys, first {missing[0]}")
     if (number := _layer_left_out(model, info.get("unexpected_keys", ()))) is not None:
         raise ValueError(
             f"model {path} is not whole: its weights have a layer {number}, counted from 0, and its config.json says that it has "
@@ -121,7 +131,7 @@ def random_model(path: Path, trust_remote_code: bool = False) -> PreTrainedModel
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"model folder {path} has no config.json")
-    read_object(file)
+    _check_numbers(file, read_object(file))
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         _check_config(config)
@@ -203,9 +213,16 @@ def check_folder(path: str | Path) -> None:
         raise ValueError(f"model folder {path} {what}; a model is a folder with config.json, weights and tokenizer, or a hub id")
     for name in ("config.json", GENERATION):  # transformers leaves the second out without a word where it is damaged
         if (folder / name).is_file():
-            read_object(folder / name)
+            _check_numbers(folder / name, read_object(folder / name))
     if (folder / GENERATION).is_file():
         _check_generation(folder / GENERATION)
+
+
+def _check_numbers(file: Path, said: Mapping[str, Any]) -> None:
+    """Raise ValueError for a number of layers that no model has: transformers would make them one by one, without an end."""
+    for name, value in [*said.items(), *dict(said.get("text_config") or {}).items()]:
+        if "layer" in name and isinstance(value, int | float) and abs(value) > MOST_LAYERS:
+            raise ValueError(f"{file} says {name}: {value:g}; it must be at most {MOST_LAYERS}")
 
 
 def _check_generation(file: Path) -> None:

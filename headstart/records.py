@@ -55,9 +55,14 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def why(error: Exception) -> str:
     """What an error of a library that reads files says, in one line."""
-    said = next(iter(str(error).strip().splitlines()), "")[:300]
+    said = " ".join(str(error).split())[:300]
     if "trust_remote_code" in str(error):
-        return "it comes with Python files of its own; read them, and if you trust them, let them run with --trust-remote-code"
+        return (
+            "it comes with Python files of its own, which do not run unless they are allowed to; read them, and if you trust them, "
+            "allow them with --trust-remote-code (in Python trust_remote_code=True)"
+        )
+    if "weights_only" in str(error):
+        return "it is a pickle that holds something else than tensors, which is never run; ask its author for safetensors"
     if isinstance(error, RecursionError):
         return "something in it is nested too deeply"
     if isinstance(error, KeyError | AttributeError | TypeError | IndexError | AssertionError) or not said:
@@ -131,7 +136,10 @@ def first_text(fields: dict[str, Any], names: Sequence[str]) -> str | None:
 
 def applied_to(fields: dict[str, Any]) -> str:
     """What an instruction is applied to, where a file keeps it apart; to be put behind the instruction."""
-    given = fields.get("input") or next((one.get("input") for one in fields.get("instances", [])), None)
+    instances = fields.get("instances")
+    held = [fields, *(instances if isinstance(instances, list) else ())]
+    found = (one["input"] for one in held if isinstance(one, dict) and isinstance(one.get("input"), str))
+    given = next(filter(None, found), "")
     return f"\n\n{given}" if given else ""
 
 

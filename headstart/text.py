@@ -391,4 +391,6 @@ def _check_files(folder: Path) -> None:
     """Raise ValueError, naming the file, for one that is damaged; transformers would fail on it in ways that name none."""
     for name in TOKENIZER_FACTS:
         if (folder / name).is_file():
-            read_object(folder / name)
+            said = read_object(folder / name)
+            if not isinstance(said.get("model_max_length"), int | float | None):
+                raise ValueError(f"{folder / name}: model_max_length is {said['model_max_length']!r}; it must be a number")

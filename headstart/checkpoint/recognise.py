@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from headstart.chances import load_plan
 from headstart.checkpoint import eagle, eagle3, hydra, medusa, mtp, native
 from headstart.checkpoint.facts import model_option
 from headstart.checkpoint.published import Published
@@ -138,7 +139,17 @@ def _native(path: Path) -> Recognised:
         parameters=_numbers(weights),
         target=described.target.name,
         command=f"headstart generate {model_option(described.target.name)}--drafter {path}",
+        problems=tuple(filter(None, [_fault_of_plan(path)])),
     )
+
+
+def _fault_of_plan(path: Path) -> str | None:
+    """What is wrong with what was measured of our heads."""
+    try:
+        load_plan(path)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _published(path: Path, found: Published) -> Recognised:

@@ -80,7 +80,11 @@ def config_in(path: Path) -> dict[str, Any]:
     file = (path if path.is_dir() else path.parent) / "config.json"
     if not file.is_file():
         return {}
-    return read_object(file)
+    found = read_object(file)
+    named = found.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise ValueError(f"{file}: architectures is {named!r}; it must be a list of names")
+    return found
 
 
 def _shards(index: Path) -> list[Path]:
