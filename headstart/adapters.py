@@ -72,7 +72,10 @@ def adapt(model: PreTrainedModel, path: str | Path) -> PreTrainedModel:
     if not hasattr(whole, "merge_and_unload"):
         kind = whole.peft_config["default"].peft_type.value
         raise ValueError(f"the adapter in {path} is of type {kind}, which puts tokens of its own before a text; use one like LoRA")
-    plain: PreTrainedModel = whole.merge_and_unload() if _can_be_merged(whole.get_base_model()) else whole.get_base_model()
+    try:
+        plain: PreTrainedModel = whole.merge_and_unload() if _can_be_merged(whole.get_base_model()) else whole.get_base_model()
+    except NotImplementedError as error:
+        raise ValueError(f"the adapter in {path} cannot be made a part of its model: {error}") from error
     plain.config._name_or_path = str(path)
     plain.eval()
     return plain

@@ -63,10 +63,10 @@ class Target:
         self._found_attention = str(model.config._attn_implementation)
         is_held = self._found_attention == attention.NAME  # by another target
         self._original_attention = "eager" if is_held else self._found_attention
+        self.context = _context(text, self.name)
         attention.register()
         self._switch(attention.NAME)
         probe = self._probe()
-        self.context = _context(text, self.name)
         self.shapes = tuple(LayerShape(*probe.shapes[layer]) for layer in range(self.num_layers))
         self.heads = max(probe.heads.values())
         self.reaches = tuple(_reach(text, layer, probe.windows[layer]) for layer in range(self.num_layers))
@@ -109,7 +109,8 @@ class Target:
 
         Not by the clock: a promise of exactness must not depend on who else uses the machine while a model is loaded.
         """
-        behind = min(256, max(0, self.context - nodes))
+        nodes = min(nodes, self.context)
+        behind = min(256, self.context - nodes)
         seating = Seating(1, behind + nodes)
         cache, seat = self.new_cache(seating), seating.take(behind + nodes)
         assert seat is not None
@@ -292,6 +293,8 @@ def _context(config: Any, name: str) -> int:
             longest = min(longest, original or longest)
     if getattr(config, "attn_temperature_tuning", False) and hasattr(config, "floor_scale"):
         longest = min(longest, int(config.floor_scale) - 1)  # from here on Llama 4 counts nodes, not positions
+    if longest < 2:
+        raise ValueError(f"{name} takes texts of {longest} tokens (max_position_embeddings in its config), and an answer needs 2")
     return int(longest)
 
 

@@ -29,7 +29,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character, or not yet
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 MAX_CHARACTER_BYTES = 4
-LONGEST_RENDERING = 5.0  # seconds of a chat template
+LONGEST_RENDERING = 2.0  # seconds of processor time for a chat template, which takes thousandths
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
@@ -311,7 +311,8 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, A
     except TemplateError as error:
         raise ValueError(f"the chat template of {name_of(tokenizer)} refuses these messages: {error}") from error
     except Exception as error:  # a template is a program of others, which can fail in any way
-        raise ValueError(f"the chat template of {name_of(tokenizer)} fails on these messages: {why(error)}") from error
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"the chat template of {name_of(tokenizer)} fails on these messages: {said}") from error
 
 
 @contextmanager

@@ -56,7 +56,8 @@ def plainly(folder: Path) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of transformers, about values that it takes all the same
-def test_500_broken_folders_and_files_end_in_one_sentence_or_in_the_right_answer(tmp_path):
+def test_500_broken_folders_and_files_end_in_one_sentence_or_in_the_right_answer(tmp_path, monkeypatch):
+    monkeypatch.setattr("headstart.text.LONGEST_RENDERING", 0.2)
     start = whole(tmp_path)
     (tmp_path / "cases").mkdir()
     faults, endings, of_start = [], [], digests(start.model) | digests(start.heads) | digests(start.adapter)

@@ -93,8 +93,14 @@ class RunConfig(BaseModel):
         return plain | paths | places | {"data": [str(path.absolute()) for path in self.data]}
 
     def write(self, folder: Path) -> None:
-        """As `config.yaml`, which `--config` reads."""
-        (folder / "config.yaml").write_text(yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True))
+        """As `config.yaml`, which `--config` reads. Raises ValueError on a full disk."""
+        text = yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
+        try:
+            (folder / "config.yaml").write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ValueError(
+                f"{folder / 'config.yaml'} cannot be written: {error.strerror}; make room, or name another folder"
+            ) from None
 
 
 class TrainConfig(RunConfig):
