@@ -131,8 +131,8 @@ def random_model(path: Path, trust_remote_code: bool = False) -> PreTrainedModel
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"model folder {path} has no config.json")
-    _check_numbers(file, read_object(file))
     try:
+        _check_numbers(file, read_object(file))
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         _check_config(config)
         made: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
