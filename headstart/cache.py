@@ -81,6 +81,15 @@ class Seating:
                 merged.append(run)
         self._free = merged
 
+    def snapshot(self) -> tuple[dict[int, Seat], list[Seat]]:
+        """Who sits where now, for `restore`."""
+        return dict(self._seats), list(self._free)
+
+    def restore(self, snapshot: tuple[dict[int, Seat], list[Seat]]) -> None:
+        """Back to a snapshot, which stays as it is."""
+        seats, free = snapshot
+        self._seats, self._free = dict(seats), list(free)
+
     def check(self) -> None:
         """Assert that every slot is free or used, once."""
         runs = sorted([*self._free, *self._seats.values()], key=lambda run: run.start)

@@ -11,7 +11,12 @@ from typing import Any
 
 @dataclass
 class Stats:
-    """Where time and tokens went. Seconds: draft, score, verify, commit, host (all the rest of a round)."""
+    """Where time and tokens went, of an engine or of one request.
+
+    Of an engine: all rounds that counted. Of a request: the rounds in which it had a row, with its own nodes, drafts and tokens.
+    seconds: draft, score, verify, commit, host (all the rest of a round); of a request, its share: a round's time divided by the
+    rows of that round, so that the requests' seconds sum to the engine's.
+    """
 
     rounds: int = 0
     row_rounds: int = 0  # rounds in which a row emitted something, summed over rows
@@ -44,17 +49,22 @@ class Stats:
     def copy(self) -> Stats:
         return copy.deepcopy(self)
 
+    def __add__(self, other: Stats) -> Stats:
+        return Stats(
+            rounds=self.rounds + other.rounds,
+            row_rounds=self.row_rounds + other.row_rounds,
+            tokens=self.tokens + other.tokens,
+            nodes=self.nodes + other.nodes,
+            drafts=self.drafts + other.drafts,
+            seconds={share: spent + other.seconds[share] for share, spent in self.seconds.items()},
+            tried=[a + b for a, b in zip_longest(self.tried, other.tried, fillvalue=0)],
+            held=[a + b for a, b in zip_longest(self.held, other.held, fillvalue=0)],
+        )
+
     @classmethod
     def total(cls, parts: Iterable[Stats]) -> Stats:
         """The sum of several."""
-        result = cls()
-        for part in parts:
-            for name in ("rounds", "row_rounds", "tokens", "nodes", "drafts"):
-                setattr(result, name, getattr(result, name) + getattr(part, name))
-            result.seconds = {share: spent + part.seconds[share] for share, spent in result.seconds.items()}
-            result.tried = [a + b for a, b in zip_longest(result.tried, part.tried, fillvalue=0)]
-            result.held = [a + b for a, b in zip_longest(result.held, part.held, fillvalue=0)]
-        return result
+        return sum(parts, cls())
 
     def since(self, before: Stats) -> Stats:
         """What was added after `before` was copied."""

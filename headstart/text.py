@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -54,6 +55,12 @@ class Detokenizer:
         self._held: list[int] = []  # after the window: byte tokens, and special ones, which do not end a run of bytes
         self._num_out = 0  # characters of the window's text that are out
         self._limit = 32  # tokens in the window before the context is cut
+
+    def copy(self) -> Detokenizer:
+        """One that goes on from here by itself."""
+        twin = copy(self)
+        twin._window, twin._held = self._window[:], self._held[:]
+        return twin
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that these tokens make final."""
@@ -142,6 +149,10 @@ class StopStrings:
         self._stops = stops
         self._held = ""
 
+    def copy(self) -> StopStrings:
+        """One that goes on from here by itself."""
+        return copy(self)
+
     def push(self, text: str) -> tuple[str, str | None]:
         """The text that is out for certain, and the stop string that ended it, if any."""
         text = self._held + text
@@ -186,6 +197,13 @@ class TextStream:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> None:
         self._detokenizer = Detokenizer(tokenizer)
         self._stops = StopStrings(stops) if stops else None
+
+    def copy(self) -> TextStream:
+        """One that goes on from here by itself."""
+        twin = copy(self)
+        twin._detokenizer = self._detokenizer.copy()
+        twin._stops = self._stops and self._stops.copy()
+        return twin
 
     def push(self, token_ids: Sequence[int]) -> Piece:
         if self._stops is None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 from headstart import hub
 from headstart.planner import Measured, Planner, parse
@@ -60,6 +60,23 @@ class Drafter(Protocol):
 
     def free(self, seat: int) -> None:
         """Forget a seat."""
+        ...
+
+
+@runtime_checkable
+class Restorable(Protocol):
+    """A drafter that can return to what it remembered before a round, for rounds that do not end (an interruption, no memory).
+
+    Worth having for drafters with `taps`, whose features do not come again: without it they no longer draft for the rows of such
+    a round. Drafters without taps are told their texts again.
+    """
+
+    def snapshot(self) -> Any:
+        """What is remembered of all seats. Called before every round, so it must be cheap: lengths and references."""
+        ...
+
+    def restore(self, snapshot: Any) -> None:
+        """Back to a snapshot of the same round. May be called again where it was interrupted."""
         ...
 
 

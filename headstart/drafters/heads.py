@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from headstart.cache import Seating
+    from headstart.drafters.layers import Memory
     from headstart.ends import Ends
     from headstart.target import Target
 
@@ -62,6 +63,7 @@ class Heads(nn.Module):
     taps: tuple[int, ...] = (-1,)
     joins_pretraining: ClassVar[bool] = False  # whether a trunk may learn with them from the start
     worth: ClassVar[float] = 0.0  # kept tokens that another level must promise; see `Best`
+    memories: Sequence[Memory] = ()  # of decoders that read whole texts, once attached
     loss_defaults: ClassVar[dict[str, float]] = {}  # what their `Objective` is, where nothing else is said
     heads: nn.ModuleList  # one per depth
 
@@ -184,7 +186,8 @@ class Heads(nn.Module):
         assert kept.features is not None, "these heads read features"
         lasts = torch.tensor(kept.lengths).cumsum(0) - 1
         seats = torch.tensor([kept.seats, lasts.tolist()]).to(self.device, non_blocking=True)
-        self._states[seats[0]] = self.digest(kept)[seats[1]]
+        # Replaced, not written to: a snapshot holds the states as they were.
+        self._states = self._states.index_copy(0, seats[0], self.digest(kept)[seats[1]].to(self._states))
 
     def digest(self, kept: Kept) -> Tensor:
         """What drafts start from at each kept token, [kept, remembered]: the features, unless something stands between."""
@@ -204,3 +207,11 @@ class Heads(nn.Module):
 
     def free(self, seat: int) -> None:
         """A seat's state is overwritten by its next occupant."""
+
+    def snapshot(self) -> tuple[Tensor, list[list[int]]]:
+        return self._states, [memory.snapshot() for memory in self.memories]
+
+    def restore(self, snapshot: tuple[Tensor, list[list[int]]]) -> None:
+        self._states, lengths = snapshot
+        for memory, entries in zip(self.memories, lengths, strict=True):
+            memory.restore(entries)

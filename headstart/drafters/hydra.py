@@ -134,6 +134,7 @@ class Hydra(Heads):
         super().attach(target, seating)
         if self.prefix is not None:
             self._memory = Memory(self.prefix, seating, target.device, target.dtype)
+            self.memories = [self._memory]
 
     @property
     def slot_bytes(self) -> int:

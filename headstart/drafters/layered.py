@@ -27,7 +27,6 @@ class Layered(Heads):
 
     joins_pretraining = True
     worth = 0.5  # a level costs a whole layer and the way to the vocabulary (docs/log.md)
-    memories: Sequence[Memory] = ()  # one per decoder, once attached
 
     @classmethod
     def fitted(cls, config: Any, target: PreTrainedConfig) -> Any:

@@ -184,6 +184,13 @@ class Memory:
     def free(self, seat: int) -> None:
         self._cache.free(seat)
 
+    def snapshot(self) -> list[int]:
+        """How many entries each seat has: what lies behind them is scratch."""
+        return list(self._cache.lengths)
+
+    def restore(self, lengths: list[int]) -> None:
+        self._cache.lengths[:] = lengths
+
     def _run(self, inputs: Tensor, positions: Tensor, sights: Sequence[Sight]) -> Tensor:
         gaze = Gaze(sights, self._cache, attention.fused, self._reaches, self._together)
         if is_plain(self._model):

@@ -101,6 +101,12 @@ class ModelDrafter:
         self.cache.free(seat)
         self._pending.pop(seat, None)
 
+    def snapshot(self) -> tuple[list[int], dict[int, list[int]]]:
+        return list(self.cache.lengths), {seat: list(pending) for seat, pending in self._pending.items()}
+
+    def restore(self, snapshot: tuple[list[int], dict[int, list[int]]]) -> None:
+        self.cache.lengths[:], self._pending = snapshot
+
     def _fits(self, seat: int, more: int) -> bool:
         return self.cache.lengths[seat] + len(self._pending.get(seat, [])) + more <= self.model.context
 

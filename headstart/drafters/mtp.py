@@ -127,7 +127,9 @@ class Mtp(Layered):
     def fork(self, source: int, seat: int, length: int) -> None:
         """Behind a fork from the middle of a text, modules after the first begin without the state before it."""
         whole = self.memories[0].length(source) == length
-        self._states[seat] = self._states[source] if whole else 0
+        states = self._states.clone()  # a snapshot may hold them as they are
+        states[seat] = states[source] if whole else 0
+        self._states = states
         for place, memory in enumerate(self.memories):
             memory.fork(source, seat, max(0, length - place))
 
