@@ -132,8 +132,9 @@ class EngineTeacher:
                         yield talk.told
                 if not running:
                     return
-                ended = [event.request for event in engine.step() if event.request.finish_reason is not None]
-                for talk in [running.pop(request.id) for request in ended]:
+                engine.step()
+                for talk in [talk for talk in running.values() if talk.request.finish_reason is not None]:
+                    del running[talk.request.id]
                     if talk.hear() and talk.ask():
                         running[talk.request.id] = talk
                     else:

@@ -6,14 +6,14 @@ This file knows how the rooms fit together. It refuses to do anything that one o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import torch
 
+from headstart.answers import Answer, Answering
 from headstart.drafters import Drafter, inborn, make, read_planner
 from headstart.engine import Engine
 from headstart.noise import draw_seed, mix
@@ -27,86 +27,6 @@ from headstart.text import Prompt, TextStream, encode_chat, encode_prompt, load_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One completion. guessed: which tokens a drafter had proposed. seed: repeats the answer. logprobs: per token its own raw
-    log-probability and those of the alternatives asked for, or None. stats: of the engine while this call ran. is_lossy: whether
-    the rule changed the law, so that this is not what plain decoding would have said."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    guessed: tuple[bool, ...]
-    finish_reason: str
-    seed: int
-    logprobs: tuple[tuple[float, dict[int, float]], ...] | None
-    stats: Stats
-    is_lossy: bool = False
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON: stats with tau and acceptance by depth."""
-        return asdict(self) | {"stats": self.stats.as_dict()}
-
-    def __str__(self) -> str:
-        return self.text
-
-    def __repr__(self) -> str:
-        start = self.text if len(self.text) <= 40 else self.text[:37] + "..."
-        lossy = ", lossy" if self.is_lossy else ""
-        return f"<Answer {start!r}: {len(self.token_ids)} tokens, {self.finish_reason}, tau {self.stats.tau:.2f}{lossy}>"
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """A piece of a streamed answer: final text, and the tokens it came with. `str(fragment)` is the text.
-
-    index: which answer it belongs to, where several run at once.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    guessed: tuple[bool, ...]
-    index: int = 0
-
-    def __str__(self) -> str:
-        return self.text
-
-
-class Answering:
-    """Answers on their way: iterate for their fragments; `answers` is what they have come to, at the end or when left early.
-
-    Leaving the loop ends the requests and frees their memory.
-    """
-
-    def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
-        self._engine = engine
-        self._requests = list(requests)
-        self._texts = [""] * len(requests)
-        self._before = engine.stats.copy()
-
-    def __iter__(self) -> Iterator[Fragment]:
-        places = {request.id: place for place, request in enumerate(self._requests)}
-        try:
-            while any(request.finish_reason is None for request in self._requests):
-                own = [(places[e.request.id], e) for e in self._engine.step() if e.request.id in places]
-                for place, event in own:  # all of a round is noted before any is handed out: the caller may leave
-                    self._texts[place] += event.text
-                for place, event in own:
-                    yield Fragment(event.text, event.tokens, event.guessed, place)
-        finally:
-            self.abort()
-
-    def abort(self) -> None:
-        """End what is not yet finished; its text so far stays."""
-        for request in self._requests:
-            self._engine.abort(request)
-
-    @property
-    def answers(self) -> list[Answer]:
-        stats = self._engine.stats.since(self._before)
-        is_lossy = self._engine.rule.is_lossy
-        return [_answer(request, text, stats, is_lossy) for request, text in zip(self._requests, self._texts, strict=True)]
 
 
 class LLM:
@@ -163,7 +83,12 @@ class LLM:
         return answering.answers
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, **settings: Unpack[SamplingSettings]) -> Answering:
-        """The answer to one prompt, to be iterated piece by piece. Leaving the loop early ends the request."""
+        """The answer to one prompt, to be iterated piece by piece.
+
+        Leaving the loop early ends the request, as does dropping the stream or `close`. Several streams may be read by turns, in
+        several threads, and `generate` be called in the middle of one. A stream that is kept and not read has a row in the rounds
+        of the others as soon as there is a seat, and its pieces wait for its reader.
+        """
         params = read_settings(params, settings)
         if params.n != 1:
             raise ValueError(f"n is {params.n}; a stream has one answer, use generate for several")
@@ -198,29 +123,24 @@ class LLM:
         return self.stream(encode_chat(self.tokenizer, messages, chat_template_kwargs), params, **settings)
 
     def start(self, prompts: Sequence[Prompt], params: SamplingParams) -> Answering:
-        """Queue `n` answers to each prompt. Nothing runs until the result is iterated."""
+        """Queue `n` answers to each prompt. Nothing runs until this result is iterated, or another one of the same engine."""
         if self.is_released:
             raise ValueError(f"the model {self.engine.target.name} was released from this LLM; load it again to use it")
         base = draw_seed() if params.seed is None else params.seed
-        requests: list[Request] = []
-        try:
+        answering = Answering(self.engine)
+        with answering.closed_on_error():
             for place, prompt in enumerate(prompts):
-                requests += self._submit(prompt, params, base if len(prompts) == 1 else mix(base, place))
-        except ValueError:
-            for request in requests:
-                self.engine.abort(request)
-            raise
-        return Answering(self.engine, requests)
+                self._submit(answering, prompt, params, base if len(prompts) == 1 else mix(base, place))
+        return answering
 
-    def _submit(self, prompt: Prompt, params: SamplingParams, seed: int) -> list[Request]:
+    def _submit(self, answering: Answering, prompt: Prompt, params: SamplingParams, seed: int) -> None:
         ids = encode_prompt(self.tokenizer, prompt)
-        requests: list[Request] = []
+        leader: Request | None = None
         for sample in range(params.n):
             own = seed if params.n == 1 else mix(seed, sample)
             stream = TextStream(self.tokenizer, params.stop)
-            leader = requests[0] if requests else None
-            requests.append(self.engine.add(ids, params, seed=own, stop_ids=self.stop_ids, stream=stream, leader=leader))
-        return requests
+            request = answering.add(ids, params, seed=own, stop_ids=self.stop_ids, stream=stream, leader=leader)
+            leader = leader or request
 
 
 def load(
@@ -291,9 +211,3 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence) or (prompts and isinstance(prompts[0], int | dict)):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
-
-
-def _answer(request: Request, text: str, stats: Stats, is_lossy: bool) -> Answer:
-    logprobs = None if request.params.logprobs is None else tuple(request.logprobs)
-    reason = request.finish_reason or "abort"
-    return Answer(text, tuple(request.output), tuple(request.guessed), reason, request.seed, logprobs, stats, is_lossy)

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from headstart.cache import Seating
+from headstart.events import EventQueue
 from headstart.sampling import SamplingParams
+from headstart.stats import Part, Stats
 
 
 class Piece(Protocol):
@@ -27,8 +29,12 @@ class Piece(Protocol):
 
 
 class Stream(Protocol):
-    """Turns the tokens of one answer into text; `headstart.text.TextStream` is one."""
+    """Turns the tokens of one answer into text; `headstart.text.TextStream` is one.
 
+    A round pushes to a copy, which takes the original's place when the round counts.
+    """
+
+    def copy(self) -> Stream: ...
     def push(self, token_ids: Sequence[int]) -> Piece: ...
     def flush(self) -> Piece: ...
 
@@ -38,8 +44,11 @@ class Request:
     """One prompt to be continued, and how far it has come.
 
     prompt, output: token ids. seed: the one really used. stream: turns its tokens into text, or None. leader: another request
-    with the same prompt, whose slots are copied instead of scored again. finish_reason: None while it runs, then "stop",
-    "length" or "abort".
+    with the same prompt, whose slots are copied instead of scored again. queue: where its events go, or None: `Engine.step`
+    returns them. finish_reason: None while it runs, then "stop", "length", "abort", or "error" where its stream raised.
+    rounds: what each round gave it.
+    drafts: whether the drafter drafts for it; a drafter that failed twice in a row does not.
+    is_lost: whether the drafter has to be told its text again, after a round that failed.
     """
 
     id: int
@@ -49,12 +58,21 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     stream: Stream | None = None
     leader: Request | None = None
+    queue: EventQueue | None = None
     output: list[int] = field(default_factory=list)
     guessed: list[bool] = field(default_factory=list)
     logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)
     seat: int | None = None
     scored: int = 0
     finish_reason: str | None = None
+    rounds: list[Part] = field(default_factory=list)
+    drafts: bool = True
+    is_lost: bool = False
+
+    @property
+    def stats(self) -> Stats:
+        """Of its own rounds."""
+        return Stats.of(self.rounds)
 
     @property
     def length(self) -> int:
@@ -104,14 +122,17 @@ class Scheduler:
         """All that a request may ever need."""
         return len(request.prompt) + request.params.max_tokens + self.headroom
 
-    def add(self, request: Request) -> None:
-        """Queue a request. Raises ValueError if even an empty cache could not hold it."""
+    def check(self, request: Request) -> None:
+        """Raises ValueError if even an empty cache could not hold a request."""
         if self.slots(request) > self.seating.num_slots:
             room = max(0, self.seating.num_slots - self.headroom)
             raise ValueError(
                 f"prompt of {len(request.prompt)} tokens plus max_tokens={request.params.max_tokens} exceeds the cache, which "
                 f"holds {room} tokens of one request; shorten the prompt, lower max_tokens, or allow more memory"
             )
+
+    def add(self, request: Request) -> None:
+        """Queue a request."""
         self.waiting.append(request)
 
     def admit(self) -> list[Request]:

@@ -6,7 +6,24 @@ import copy
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Part(NamedTuple):
+    """One row's part in a round.
+
+    nodes: its stem and its drafts.
+    tried, held: depth of its deepest draft and of its deepest kept one.
+    tokens: how many were emitted.
+    seconds: its share.
+    """
+
+    nodes: int
+    drafts: int
+    tried: int
+    held: int
+    tokens: int
+    seconds: dict[str, float]
 
 
 @dataclass
@@ -60,6 +77,20 @@ class Stats:
             tried=[a + b for a, b in zip_longest(self.tried, other.tried, fillvalue=0)],
             held=[a + b for a, b in zip_longest(self.held, other.held, fillvalue=0)],
         )
+
+    @classmethod
+    def of(cls, parts: Iterable[Part]) -> Stats:
+        """Of one request, from its parts in rounds."""
+        result = cls()
+        for part in parts:
+            result.rounds += 1
+            result.nodes += part.nodes
+            result.drafts += part.drafts
+            for name, spent in part.seconds.items():
+                result.seconds[name] += spent
+            if part.tokens:
+                result.count(part.tried, part.held, part.tokens)
+        return result
 
     @classmethod
     def total(cls, parts: Iterable[Stats]) -> Stats:

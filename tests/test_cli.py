@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -395,14 +396,14 @@ def test_interrupting_keeps_the_partial_text(endless_folder):
 @pytest.mark.parametrize("several", [1, 2])
 def test_interrupting_keeps_the_partial_json(model_folder, monkeypatch, several):
     rounds = iter(range(8))
-    whole_step = Engine.step
+    whole_advance = Engine.advance
 
-    def step(engine: Engine) -> list:
+    def advance(engine: Engine, is_done: Callable[[], bool]) -> None:
         if next(rounds, None) is None:
             raise KeyboardInterrupt
-        return whole_step(engine)
+        whole_advance(engine, is_done)
 
-    monkeypatch.setattr(Engine, "step", step)
+    monkeypatch.setattr(Engine, "advance", advance)
     result = run("generate", "the cat", "--model", model_folder, "--ignore-eos", "--drafter", "none", "--n", several, "--json")
     assert result.exit_code == 130
     for line in result.stdout.splitlines():

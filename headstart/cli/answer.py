@@ -12,7 +12,8 @@ import typer
 from headstart.cli.settings import Drafting, Json, Model, Sampling, decoded, read_prompt, waiting
 
 if TYPE_CHECKING:
-    from headstart.llm import LLM, Answering, Fragment
+    from headstart.answers import Answering, Fragment
+    from headstart.llm import LLM
     from headstart.sampling import SamplingParams
     from headstart.text import Prompt
 
@@ -159,8 +160,10 @@ def _print(llm: "LLM", answering: "Answering", show_drafts: bool, as_json: bool)
 
 
 def _print_summary(answering: "Answering") -> None:
+    from headstart.stats import Stats
+
     done = answering.answers
-    stats, guessed = done[0].stats, sum(sum(answer.guessed) for answer in done)
+    stats, guessed = Stats.total(answer.stats for answer in done), sum(sum(answer.guessed) for answer in done)
     lossy = ", lossy: not the text of plain decoding" if done[0].is_lossy else ""
     print(f"{stats.tokens} tokens in {stats.row_rounds} rounds: tau {stats.tau:.2f}, {guessed} guessed{lossy}", file=sys.stderr)
 
