@@ -151,6 +151,7 @@ def custom_generate(
     streamer: Streamer | None = None,
     drafter: str | Drafter | None = "lookup",
     planner: Planner | str | None = None,
+    exact: bool | str = "auto",
     **rest: Any,
 ) -> Tensor:
     """`model.generate(ids, custom_generate=headstart.custom_generate, drafter=...)`: the same tokens in fewer passes.
@@ -158,6 +159,8 @@ def custom_generate(
     input_ids: [batch, length], padded on the left where `attention_mask` is 0.
     drafter, planner: as `headstart.load` takes them. Heads and draft models are loaded once per model and path.
     streamer: given to `generate`; it takes a batch of one.
+    exact: as in `load`, but the model's linears are not packed. Any drafter then gives the same tokens, also sampled ones. Beside
+        `model.generate` itself, whose kernels are others, a greedy near tie may fall otherwise.
     With `do_sample` the seed is drawn from torch's default generator, so `torch.manual_seed` repeats an answer.
     Returns [batch, length + new], padded on the right. Raises ValueError for every argument and setting that is not honoured.
     """
@@ -165,7 +168,7 @@ def custom_generate(
     streamer = streamer or call.get("streamer")
     try:
         return _generate(
-            model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, drafter, planner, rest, call
+            model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, drafter, planner, exact, rest, call
         )
     finally:
         if streamer is not None:  # also after an error: nobody waits for ever for the end of a stream
@@ -181,6 +184,7 @@ def _generate(
     streamer: Streamer | None,
     drafter: str | Drafter | None,
     planner: Planner | str | None,
+    exact: bool | str,
     rest: dict[str, Any],
     call: Mapping[str, Any],
 ) -> Tensor:
@@ -199,7 +203,7 @@ def _generate(
             raise ValueError(f"a streamer takes a batch of one, but there are {len(prompts)} rows; leave it out")
         if not call:
             streamer.put(input_ids.cpu())  # `generate` itself has done so
-    with _LoadedDrafters.of(model).lend(model, drafter) as (target, lent):
+    with _LoadedDrafters.of(model).lend(model, drafter, exact) as (target, lent):
         engine = Engine(target, lent, planner, max_rows=min(8, len(prompts)))
         seeds = torch.randint(0, 2**62, (len(prompts),)).tolist() if params.temperature else [0] * len(prompts)
         requests = [engine.add(ids, params, seed=seed, stop_ids=stops) for ids, seed in zip(prompts, seeds, strict=True)]
@@ -394,12 +398,15 @@ class _LoadedDrafters:
         return found
 
     @contextmanager
-    def lend(self, model: PreTrainedModel, spec: str | Drafter | None) -> Iterator[tuple[Target, Drafter | None]]:
+    def lend(
+        self, model: PreTrainedModel, spec: str | Drafter | None, exact: bool | str
+    ) -> Iterator[tuple[Target, Drafter | None]]:
         """The model as a target, and the drafter that `spec` names, for one call."""
         with self.lock:
             target = Target(model, check=not self.is_checked)
             self.is_checked = True
             try:
+                target.equip(exact, pack=False)
                 if not isinstance(spec, str) or spec == "lookup":  # lookup learns from one call only
                     yield target, make(spec, target) if isinstance(spec, str) else spec
                     return

@@ -35,14 +35,19 @@ def self_check(target: Target) -> None:
 
 
 def holds_to_the_bit(target: Target) -> bool:
-    """Whether a tree's logits are those of one token at a time, bit for bit: the whole model, with the kernels it runs with."""
+    """Whether logits have the same bits in a crowd of trees and one token at a time: the whole model, with its kernels.
+
+    Two rows, their prompts read at once, with a tree behind each; then each row alone, its prompt cut elsewhere, one branch.
+    """
     length = min(24, target.context - 8)
     if length < 4:
         return True
-    (text,), branches = _draw(target, (length,))
-    (found,) = _tree_logits(target, [text], branches)
-    paths = [_one_by_one(target, text, branch) for branch in branches]
-    return torch.equal(found, torch.cat([paths[0], paths[1][1:]]))
+    texts, branches = _draw(target, (length, max(3, length // 2)))
+    crowd = _tree_logits(target, texts, branches)
+    for text, branch, found, nodes in zip(texts, branches, crowd, ([0, 1, 2], [0, 3, 4]), strict=True):
+        if not torch.equal(found[nodes], _one_by_one(target, text, branch)):
+            return False
+    return True
 
 
 def _draw(target: Target, sizes: tuple[int, ...]) -> tuple[list[list[int]], list[list[int]]]:
@@ -55,15 +60,17 @@ def _draw(target: Target, sizes: tuple[int, ...]) -> tuple[list[list[int]], list
 
 
 def _one_by_one(target: Target, text: list[int], branch: list[int]) -> Tensor:
-    """[1 + branch, vocab]: the prompt as a stem, then root and branch, one node a forward."""
+    """[1 + branch, vocab]: the prompt in two parts, then root and branch, one node a forward."""
     seating = Seating(1, len(text) + len(branch) + 1)
     cache, seats = target.new_cache(seating), [seating.take(seating.num_slots) or 0]
     lines: list[Tensor] = []
-    for stem in (text[:-1], text[-1:], *([token] for token in branch)):
-        forest = merge([stem], [cache.lengths[seats[0]]], [True], Drafts.none(target.device), target.min_nodes)
-        lines.append(target.score(forest, cache, seats).logits[:1])
-        cache.commit(seats, forest.stems, [()])
-    return torch.cat(lines[1:])
+    cut = (len(text) - 1) // 3
+    for stem in (text[:cut], text[cut:-1], text[-1:], *([token] for token in branch)):
+        if stem:
+            forest = merge([stem], [cache.lengths[seats[0]]], [True], Drafts.none(target.device), target.min_nodes)
+            lines.append(target.score(forest, cache, seats).logits[:1])
+            cache.commit(seats, forest.stems, [()])
+    return torch.cat(lines[-1 - len(branch) :])
 
 
 def _own_logits(target: Target, text: list[int], branches: list[list[int]]) -> Tensor:
@@ -82,15 +89,17 @@ def _tree_logits(target: Target, texts: list[list[int]], branches: list[list[int
     seating = Seating(len(texts), capacity * len(texts))
     cache = target.new_cache(seating)
     seats = [seating.take(capacity) or 0 for _ in texts]
-    prompts = merge([text[:-1] for text in texts], [0] * len(texts), [False] * len(texts), Drafts.none(target.device))
+    prompts = merge(
+        [text[:-1] for text in texts], [0] * len(texts), [False] * len(texts), Drafts.none(target.device), target.min_nodes
+    )
     target.score(prompts, cache, seats)
     cache.commit(seats, prompts.stems, [()] * len(texts))
     tokens = [token for branch in branches for token in branch]
     rows = [row for row in range(len(texts)) for _ in tokens]
     parents = [parent + 4 * row if parent >= 0 else parent for row in range(len(texts)) for parent in (-1, 0, -1, 2)]
     drafts = Drafts.of(tokens * len(texts), parents, rows, [1, 2, 1, 2] * len(texts), [1.0] * len(rows), device=target.device)
-    forest = merge([text[-1:] for text in texts], [len(text) - 1 for text in texts], [True] * len(texts), drafts)
-    return list(target.score(forest, cache, seats).logits.split(5))
+    forest = merge([text[-1:] for text in texts], [len(text) - 1 for text in texts], [True] * len(texts), drafts, target.min_nodes)
+    return list(target.score(forest, cache, seats).logits[: 5 * len(texts)].split(5))
 
 
 def _compare(target: Target, expected: Tensor, found: Tensor, what: str) -> None:

@@ -7,13 +7,13 @@ This file knows models. It refuses to know drafters, rules and requests.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +22,18 @@ from headstart import attention
 from headstart.attention import Gaze, Kernel, Probe, Reach, Sight
 from headstart.cache import KVCache, LayerShape, Seating
 from headstart.ends import Ends
-from headstart.kernels.choice import Equipment, equip
+from headstart.kernels.choice import Equipment, equip, inexact, ungroup
 from headstart.kernels.fuse import fuse
 from headstart.kernels.linear import prepack
 from headstart.pretrained import load_model
 from headstart.selfcheck import holds_to_the_bit, self_check
-from headstart.tree import Drafts, Forest, merge
+from headstart.tree import Forest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+_HELD: WeakKeyDictionary[nn.Module, dict[tuple[torch.dtype, Kernel, int], bool]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,48 +89,45 @@ class Target:
         target.check()
         return target
 
-    def equip(self, exact: bool | str = "auto") -> None:
-        """Choose this machine's kernels: the model's linears are packed in place, and stay so.
+    def equip(self, exact: bool | str = "auto", *, pack: bool = True) -> None:
+        """Choose this machine's kernels: the model's linears are packed in place, and stay so, unless `pack` is False.
 
-        exact: True for equality to the bit (ValueError where it cannot be had), False, or "auto" for where it is nearly free.
+        exact: True for equality to the bit (ValueError where it cannot be had), "auto" for wherever it can be had on a CPU, or
+        False. The choice depends on the model, the machine and the number of threads, never on time; `equipment.why_not` says
+        what stands against exactness. Change torch's number of threads before, not afterwards.
         """
         if exact not in (True, False, "auto"):
             raise ValueError(f"exact is {exact!r}; it must be True, False or 'auto'")
-        self._use(equip(self.model, self.heads, self.shapes, exact, self._seconds))
-        if self.is_exact and not holds_to_the_bit(self):
-            why_not = "a node of a tree comes out with other bits than the same node alone, somewhere in its layers"
-            if exact is True:
-                raise ValueError(f"exact=True is not to be had for {self.name}: {why_not}")
-            self._use(Equipment(attention.fused, 1, False, why_not=why_not))
+        self._ungroup()
+        self._use(equip(self.model, self.heads, self.shapes, exact, pack))
+        if self.is_exact and not self._holds(is_cached=not pack):
+            self._ungroup()
+            self._use(
+                inexact(exact, "a node of a tree comes out with other bits than the same node alone, somewhere in its layers")
+            )
+
+    def _holds(self, is_cached: bool) -> bool:
+        """Whether the whole model holds to the bit. is_cached: asked once per model, for a caller who has it again and again."""
+        known = _HELD.setdefault(self.model, {}) if is_cached else {}
+        key = (self.dtype, self.kernel, torch.get_num_threads())
+        if key not in known:
+            known[key] = holds_to_the_bit(self)
+        return known[key]
+
+    def _ungroup(self) -> None:
+        if self.equipment is not None:
+            ungroup(self.equipment)
 
     def _use(self, equipment: Equipment) -> None:
         self.equipment = equipment
         self.kernel, self.min_nodes, self.is_exact = equipment.kernel, equipment.min_nodes, equipment.is_exact
 
-    def _seconds(self, kernel: Kernel, nodes: int) -> float:
-        """What one pass of `nodes` nodes behind up to 256 tokens costs with a kernel, in processor time of one thread.
-
-        Not by the clock: a promise of exactness must not depend on who else uses the machine while a model is loaded.
-        """
-        nodes = min(nodes, self.context)
-        behind = min(256, self.context - nodes)
-        seating = Seating(1, behind + nodes)
-        cache, seat = self.new_cache(seating), seating.take(behind + nodes)
-        assert seat is not None
-        cache.lengths[seat] = behind
-        forest = merge([[0] * nodes], [behind], [False], Drafts.none(self.device))
-        threads, before = torch.get_num_threads(), self.kernel
-        torch.set_num_threads(1)
-        self.kernel = kernel
-        try:
-            began = time.thread_time()
-            self.score(forest, cache, [seat])
-            return time.thread_time() - began
-        finally:
-            self.kernel = before
-            torch.set_num_threads(threads)
-
     # -- what it is --
+
+    def __repr__(self) -> str:
+        why_not = self.equipment.why_not if self.equipment else "its kernels were not chosen, see `equip`"
+        promise = "exact to the bit" if self.is_exact else f"exact up to near ties: {why_not}"
+        return f"Target({self.name!r}, {str(self.dtype).removeprefix('torch.')} on {self.device}, {promise})"
 
     @property
     def device(self) -> torch.device:
@@ -195,6 +195,7 @@ class Target:
             self._switch(attention.NAME)
 
     def release(self) -> PreTrainedModel:
+        self._ungroup()
         self._switch(self._found_attention)
         return self.model
 

@@ -154,8 +154,7 @@ def _exactness(target: "Target") -> str:
     """Whether speculation equals plain decoding to the bit here, by default."""
     found = target.equipment
     assert found is not None, "equip the target first"
-    cost = "" if found.cost is None else f", at {found.cost:.0%} of a pass"
-    return f"to the bit{cost}" if found.is_exact else f"up to near-ties: {found.why_not or f'the bit costs too much{cost}'}"
+    return "to the bit" if found.is_exact else f"up to near ties: {found.why_not}"
 
 
 def _reach(reach: "Reach") -> str:

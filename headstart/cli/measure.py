@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from headstart.bench.runner import Sample, Setup, Task
     from headstart.bench.suites import Case
     from headstart.llm import LLM
-    from headstart.target import Target
 
 _BENCH = "Measuring"
 Raw = Annotated[
@@ -54,7 +53,6 @@ def demo(
     cases = [*suites.SUITES["stories"][:3], suites.SUITES["questions"][0]]
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     llm = model.load(drafter=None, max_rows=1)
-    _make_exact(llm.engine.target, model)
     tasks, num_skipped = as_tasks(llm, cases, max_tokens, None, False)
     if num_skipped:
         raise ValueError(f"max_tokens is {max_tokens}; with the demo's prompts that exceeds the context, so lower it")
@@ -70,13 +68,6 @@ def demo(
         _print_text(case, llm, sample)
     promise = "The same text, sooner" if model.accept == "coupled" else "Sooner"
     console().print(report.table(found, f"{promise}: {_title([setup], model)}", is_short=True))
-
-
-def _make_exact(target: "Target", model: Model) -> None:
-    """A demonstration shows equality to the bit wherever that can be had, unless it was refused."""
-    equipment = target.equipment
-    if model.exact is None and equipment is not None and not equipment.is_exact and equipment.why_not is None:
-        target.equip(True)
 
 
 def bench(

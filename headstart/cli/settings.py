@@ -50,7 +50,7 @@ class Model:
         bool | None,
         typer.Option(
             "--exact/--no-exact",
-            help="Equality to the bit with plain decoding; left out: where it is nearly free.",
+            help="Equality to the bit with plain decoding, demanded or switched off; left out: wherever it can be had on a CPU.",
             show_default=False,
             rich_help_panel=_MODEL,
         ),
@@ -81,7 +81,11 @@ class Model:
             self._use_threads()
             exact = "auto" if self.exact is None else self.exact
             settings |= {"accept": self.accept, "trust_remote_code": self.trust_remote_code}
-            return headstart.load(self.model, device=self.device, dtype=self.dtype, exact=exact, **settings)
+            llm = headstart.load(self.model, device=self.device, dtype=self.dtype, exact=exact, **settings)
+        equipment = llm.engine.target.equipment
+        if self.exact is None and equipment is not None and not equipment.is_exact:
+            print(f"headstart: equal to plain decoding up to near ties, not to the bit: {equipment.why_not}", file=sys.stderr)
+        return llm
 
     def _use_threads(self) -> None:
         if self.threads is None:

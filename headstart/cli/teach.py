@@ -6,9 +6,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from headstart.distill import Settings, Tally, Teacher
-    from headstart.llm import LLM
 
 _SAMPLING, _ENDPOINT = "Sampling", "Another engine answers"
 
@@ -107,7 +105,7 @@ def _teacher(
             raise ValueError("--endpoint-model and --api-key-env are for an --endpoint; give its URL, or leave them out")
         from headstart.distill import EngineTeacher
 
-        llm = _load_exact(model, **drafting.settings(temperature), max_rows=rows)
+        llm = model.load(**drafting.settings(temperature), max_rows=rows)
         return llm.tokenizer, EngineTeacher(llm)
     if endpoint_model is None:
         raise ValueError("--endpoint needs --endpoint-model, the name by which the server calls its model")
@@ -120,18 +118,6 @@ def _teacher(
     quieten()
     tokenizer = load_tokenizer(model.model or embedded("target"), model.trust_remote_code)
     return tokenizer, EndpointTeacher(endpoint, endpoint_model, tokenizer, os.environ.get(api_key_env or ""), rows)
-
-
-def _load_exact(model: Model, **settings: Any) -> "LLM":
-    """With equality to the bit wherever it can be had, unless it was refused: else a near-tie may fall as the batch falls."""
-    if model.exact is not None:
-        return model.load(**settings)
-    try:
-        return replace(model, exact=True).load(**settings)
-    except ValueError:  # for whatever else is wrong, this says it again
-        llm = model.load(**settings)
-    print("headstart: no equality to the bit here, so a near-tie may fall otherwise in another batch", file=sys.stderr)
-    return llm
 
 
 @contextmanager

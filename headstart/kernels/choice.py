@@ -1,25 +1,25 @@
-"""Which kernels a target runs with on this machine, decided once when it is loaded.
+"""Which kernels a target runs with on this machine, decided once when it is loaded, by what is true of them and never by time.
 
 Packing and fusing change speed only. Exactness to the bit also needs linears that treat each row alike whatever the others are,
-from some number of rows on, and attention with one order of addition: both are measured here, and so is what they cost.
+in products of some numbers of rows, and attention with one order of addition: both are measured here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from headstart.attention import Kernel, fused
 from headstart.cache import LayerShape
 from headstart.kernels.attention import is_order_proof, ordered, wide
 from headstart.kernels.fuse import fuse
-from headstart.kernels.invariance import smallest_invariant_size
-from headstart.kernels.linear import prepack
+from headstart.kernels.invariance import Kind, RowRange, kind_of, row_ranges
+from headstart.kernels.linear import PackedLinear, joined, prepack, row_groups
 
-CHEAP = 0.05  # exactness is on by itself where it costs less than this share of a pass
 EXACT_DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -27,61 +27,79 @@ EXACT_DTYPES = (torch.bfloat16, torch.float32)
 class Equipment:
     """What a target runs with. min_nodes: dead nodes fill a forest up to it. is_exact: whether equality to the bit is promised.
 
-    cost: what exactness costs, as a share of a pass of 16 nodes behind 256 tokens, where it was measured. why_not: what stands
-    against exactness on this machine, or None.
+    why_not: what stands against exactness, or None. grouped: plain linears that were told to multiply their rows in groups.
     """
 
     kernel: Kernel
     min_nodes: int
     is_exact: bool
-    cost: float | None = None
     why_not: str | None = None
+    grouped: tuple[nn.Module, ...] = ()
 
 
-def equip(
-    model: nn.Module, heads: int, shapes: Sequence[LayerShape], exact: bool | str, seconds: Callable[[Kernel, int], float]
-) -> Equipment:
-    """Pack the model's linears in place and choose kernels.
+def equip(model: nn.Module, heads: int, shapes: Sequence[LayerShape], exact: bool | str, pack: bool = True) -> Equipment:
+    """Choose kernels. pack: pack the model's linears in place first.
 
-    heads: query heads. exact: True, False, or "auto" for where it is nearly free. seconds: times one pass with a kernel over so
-    many nodes. Raises ValueError where exactness is demanded and cannot be had.
+    heads: query heads. exact: True, False, or "auto" for wherever it can be had. Raises ValueError where exactness is demanded
+    and cannot be had.
     """
     parameter = next(model.parameters())
-    if parameter.device.type == "cpu":
+    if pack and parameter.device.type == "cpu":
         fuse(model)
         prepack(model)
-    plainly = Equipment(fused, 1, False)
     if exact is False:
-        return plainly
-    kernel, min_nodes, why_not = _exact_parts(model, heads, shapes, parameter)
-    if why_not is not None:
-        if exact is True:
-            raise ValueError(f"exact=True is not to be had: {why_not}; leave exact at its default, or see docs/concepts.md")
-        return Equipment(fused, 1, False, why_not=why_not)
-    cost = _cost(kernel, min_nodes, seconds)
-    if exact is True or cost < CHEAP:
-        return Equipment(kernel, min_nodes, True, cost)
-    return Equipment(fused, 1, False, cost)
-
-
-def _exact_parts(
-    model: nn.Module, heads: int, shapes: Sequence[LayerShape], parameter: nn.Parameter
-) -> tuple[Kernel, int, str | None]:
-    """The attention kernel, the smallest forest, and what stands in the way."""
+        return Equipment(fused, 1, False, why_not="exact=False was asked for")
     if parameter.device.type != "cpu" or parameter.dtype not in EXACT_DTYPES:
-        return fused, 1, f"it is for CPU in bf16 or fp32, and the model is in {parameter.dtype} on {parameter.device.type}"
-    min_nodes = smallest_invariant_size(model.modules())
-    if min_nodes is None or min_nodes > 2:
-        return fused, 1, "linears or experts of this model give a row other bits when other rows are beside it"
-    is_proof = all(
-        is_order_proof(heads, shape.kv_heads, shape.key_dim, shape.value_dim, parameter.dtype) for shape in dict.fromkeys(shapes)
-    )
-    return ordered if is_proof else wide, min_nodes, None
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        return inexact(exact, f"it is for CPU in bfloat16 or float32, and the model is in {dtype} on {parameter.device.type}")
+    ranges = row_ranges(model.modules())
+    if ranges is None:
+        return inexact(exact, "linears or experts of this model give a row other bits when other rows are beside it")
+    threads = torch.get_num_threads()
+    is_proof = all(_is_order_proof(heads, shape, parameter.dtype, threads) for shape in dict.fromkeys(shapes))
+    min_nodes = max((own.least for own in ranges.values()), default=1)
+    return Equipment(ordered if is_proof else wide, min_nodes, True, grouped=_group(model, ranges))
 
 
-def _cost(kernel: Kernel, min_nodes: int, seconds: Callable[[Kernel, int], float]) -> float:
-    """What exactness adds, as a share of a plain pass: the larger of one node's and sixteen nodes' share."""
-    pairs = ((fused, 1), (kernel, min_nodes), (fused, 16), (kernel, 16))
-    times = [[seconds(*pair) for pair in pairs] for _ in range(5)]  # interleaved: other load hits all alike
-    one, one_exact, many, many_exact = (min(column) for column in zip(*times, strict=True))
-    return float(max(one_exact / one, many_exact / many) - 1)
+def inexact(exact: bool | str, why_not: str) -> Equipment:
+    """Kernels without exactness, and the reason. Raises ValueError where exactness is demanded."""
+    if exact is True:
+        raise ValueError(f"exact=True is not to be had: {why_not}; leave exact at its default, or see docs/concepts.md")
+    return Equipment(fused, 1, False, why_not=why_not)
+
+
+def ungroup(equipment: Equipment) -> None:
+    """Let the plain linears multiply all their rows at once again."""
+    for linear in equipment.grouped:
+        vars(linear).pop("forward", None)
+
+
+@cache
+def _is_order_proof(heads: int, shape: LayerShape, dtype: torch.dtype, threads: int) -> bool:
+    """Measured once per process; threads: what it depends on besides the machine."""
+    return is_order_proof(heads, shape.kv_heads, shape.key_dim, shape.value_dim, dtype)
+
+
+def _group(model: nn.Module, ranges: dict[Kind, RowRange]) -> tuple[nn.Module, ...]:
+    """Keep each linear's products within its range; returns the plain ones, whose `forward` is covered until `ungroup`."""
+    plain: list[nn.Module] = []
+    for module in model.modules():
+        kind = kind_of(module)
+        if kind is None:
+            continue
+        own = ranges[kind]
+        if isinstance(module, PackedLinear):
+            module.pack.least_rows, module.pack.most_rows = own.least, own.most
+        else:
+            module.forward = partial(_in_groups, module, own)
+            plain.append(module)
+    return tuple(plain)
+
+
+def _in_groups(linear: nn.Module, own: RowRange, x: Tensor) -> Tensor:
+    """A plain linear, [..., in] -> [..., out], in products of no more and no fewer rows than its range."""
+    forward = type(linear).forward
+    if own.least <= x.numel() // x.shape[-1] <= own.most:
+        y: Tensor = forward(linear, x)
+        return y
+    return joined([forward(linear, rows) for rows in row_groups(x, own.least, own.most)], x)

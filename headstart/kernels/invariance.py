@@ -5,29 +5,73 @@ here cancel to nothing but their rounding errors, so that any change of order sh
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from headstart.kernels.linear import Pack, PackedLinear, is_plain, weight_and_bias
 
-SIZES = (1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 32, 33, 64, 65, 128, 256, 512)
+USUAL = 16  # rows of the product that all others are held to: those of a usual tree
+SIZES = (*range(1, 34), 48, 64, 65, 96, 128, 256)
 MAX_WEIGHTS = 2**23  # of a tested matrix; a wider vocabulary repeats the same blocks
 
 
-def smallest_invariant_size(linears: Iterable[nn.Module], sizes: Sequence[int] = SIZES) -> int | None:
-    """The smallest number of rows from which on every tested number gives each row the same bits; None if there is none.
+@dataclass(frozen=True)
+class Kind:
+    """All that a linear's choice of kernel can depend on. is_transposed: whether it is GPT-2's, whose weight is [in, out]."""
 
-    One linear of each distinct shape and kind is tested, with weights of its own making. None also where a module multiplies by
-    a matrix that is no plain linear's, as experts and routers do: how many rows meet there is not the forest's to say.
+    num_out: int
+    num_in: int
+    dtype: torch.dtype
+    is_packed: bool
+    has_bias: bool = False
+    is_transposed: bool = False
+
+
+@dataclass(frozen=True)
+class RowRange:
+    """Numbers of rows, from `least` to `most`, among which a product gives each row the same bits."""
+
+    least: int
+    most: int
+
+
+def row_ranges(modules: Iterable[nn.Module]) -> dict[Kind, RowRange] | None:
+    """The range of each kind of linear among the modules, with weights of the test's own making; measured once per process.
+
+    None where a linear has no range, and where a module multiplies by a matrix that is no plain linear's, as experts and routers
+    do: how many rows meet there is not the forest's to say.
     """
-    modules = list(linears)
+    modules = list(modules)
     if any(map(multiplies_by_itself, modules)):
         return None
-    failing = {size for linear in distinct(modules) for size in varying_sizes(linear, sizes)}
-    confirmed = sorted(sizes)[:-1]  # the largest is what the others are compared with
-    return next((size for size in confirmed if all(size > other for other in failing)), None)
+    found: dict[Kind, RowRange] = {}
+    for kind in distinct(modules):
+        own = _measured(kind, torch.get_num_threads())
+        if own is None:
+            return None
+        found[kind] = own
+    return found
+
+
+@cache
+def _measured(kind: Kind, threads: int) -> RowRange | None:
+    """threads: what a range depends on besides the machine."""
+    return row_range(varying_sizes(kind))
+
+
+def row_range(varying: Sequence[int], sizes: Sequence[int] = SIZES) -> RowRange | None:
+    """The run of tested numbers of rows around `USUAL` in which none varies; None where `USUAL` itself does."""
+    if USUAL in varying:
+        return None
+    below = [size for size in varying if size < USUAL]
+    above = [size for size in varying if size > USUAL]
+    run = [size for size in sizes if (not below or size > max(below)) and (not above or size < min(above))]
+    return RowRange(min(run), max(run))
 
 
 def multiplies_by_itself(module: nn.Module) -> bool:
@@ -37,30 +81,47 @@ def multiplies_by_itself(module: nn.Module) -> bool:
     return any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
 
 
-def distinct(linears: Iterable[nn.Module]) -> list[tuple[int, int, torch.dtype, bool]]:
-    """(out, in, dtype, packed) of each kind of linear among the modules, once."""
-    kinds: dict[tuple[int, int, torch.dtype, bool], None] = {}
-    for linear in linears:
-        if isinstance(linear, PackedLinear):
-            kinds[sum(linear.pack.sizes), linear.in_features, linear.pack.packed.dtype, True] = None
-        elif is_plain(linear):
-            weight, _ = weight_and_bias(linear)
-            kinds[weight.shape[0], weight.shape[1], weight.dtype, False] = None
-    return list(kinds)
+def distinct(modules: Iterable[nn.Module]) -> list[Kind]:
+    """Each kind of linear among the modules, once."""
+    return list(dict.fromkeys(kind for kind in map(kind_of, modules) if kind is not None))
 
 
-def varying_sizes(kind: tuple[int, int, torch.dtype, bool], sizes: Sequence[int] = SIZES) -> list[int]:
-    """The numbers of rows at which a linear of this kind gives some row other bits than among the most rows."""
-    num_out, num_in, dtype, packed = kind
-    num_out = min(num_out, MAX_WEIGHTS // num_in)
+def kind_of(module: nn.Module) -> Kind | None:
+    """The kind of a linear; None for any other module."""
+    if isinstance(module, PackedLinear):
+        return Kind(sum(module.pack.sizes), module.in_features, module.pack.packed.dtype, True, module.pack.bias is not None)
+    if is_plain(module):
+        weight, bias = weight_and_bias(module)
+        return Kind(weight.shape[0], weight.shape[1], weight.dtype, False, bias is not None, isinstance(module, Conv1D))
+    return None
+
+
+def varying_sizes(kind: Kind, sizes: Sequence[int] = SIZES) -> list[int]:
+    """The numbers of rows at which a linear of this kind gives some row other bits than among `USUAL` rows.
+
+    `USUAL` itself is among them where a row's bits depend on its place.
+    """
+    num_out, num_in = min(kind.num_out, MAX_WEIGHTS // kind.num_in), kind.num_in
     generator = torch.Generator().manual_seed(num_in)
 
     def draw(count: int, sign: int) -> Tensor:
         half = torch.randn(count, num_in // 2, generator=generator)
-        return torch.cat([half, sign * half, half.new_zeros(count, num_in % 2)], 1).to(dtype)
+        return torch.cat([half, sign * half, half.new_zeros(count, num_in % 2)], 1).to(kind.dtype)
 
     weight, rows = draw(num_out, -1), draw(max(sizes), 1)
-    multiply: Callable[[Tensor], Tensor] = Pack([weight], [None]) if packed else lambda x: F.linear(x, weight)
+    multiply = _product_of(kind, weight, weight.new_zeros(num_out) if kind.has_bias else None)
     with torch.inference_mode():
-        wanted = multiply(rows[None])[0]
-        return [size for size in sizes if not torch.equal(multiply(rows[None, :size])[0], wanted[:size])]
+        wanted = torch.cat([multiply(rows[None, first : first + USUAL])[0] for first in range(0, max(sizes) - USUAL + 1, USUAL)])
+        varying = [size for size in sizes if not torch.equal(multiply(rows[None, :size])[0], wanted[:size])]
+        backwards = multiply(rows[None, :USUAL].flip(1))[0].flip(0)
+    return varying if torch.equal(backwards, wanted[:USUAL]) else sorted({*varying, USUAL})
+
+
+def _product_of(kind: Kind, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """[1, rows, in] -> [1, rows, out], as a linear of this kind multiplies."""
+    if kind.is_packed:
+        return Pack([weight], [bias])
+    if not kind.is_transposed:
+        return lambda x: F.linear(x, weight, bias)
+    stored, added = weight.T.contiguous(), weight.new_zeros(len(weight))
+    return lambda x: torch.addmm(added, x[0], stored)[None]  # not by a new module: making one would draw from the user's noise

@@ -4,6 +4,7 @@ Knows `nn.Linear`, GPT-2's `Conv1D` and which siblings read the same input; know
 For inference: an input that wants gradients takes the plain path, slowly and correctly.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -20,7 +21,10 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}  # of the largest output
 
 
 class Pack:
-    """Linears that read the same input, stacked and packed as one. The layout is opaque; `dense` unpacks it."""
+    """Linears that read the same input, stacked and packed as one. The layout is opaque; `dense` unpacks it.
+
+    least_rows, most_rows: one product multiplies so many rows; fewer are filled up, more are multiplied in several products.
+    """
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
         """weights: each [out, in], one dtype; biases: each [out] or None."""
@@ -32,6 +36,7 @@ class Pack:
             ).detach()
         stacked = weights[0] if len(weights) == 1 else torch.cat(list(weights))
         self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(stacked.detach().contiguous())
+        self.least_rows, self.most_rows = 1, sys.maxsize
         self._multiply = torch.ops.mkldnn._linear_pointwise.default
         self._multiply_by = torch.ops.mkldnn._linear_pointwise.binary
 
@@ -39,11 +44,17 @@ class Pack:
         """[..., in] -> [..., sum of out], all members side by side; the activation is applied before rounding."""
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError("packed linears have no gradients; load the target without kernels to train through it")
+        if not self.least_rows <= x.numel() // x.shape[-1] <= self.most_rows:
+            parts = row_groups(x, self.least_rows, self.most_rows)
+            return joined([self._multiply(part, self.packed, self.bias, activation, [], variant) for part in parts], x)
         y: Tensor = self._multiply(x, self.packed, self.bias, activation, [], variant)
         return y
 
     def times(self, x: Tensor, other: Tensor) -> Tensor:
         """[..., in], [..., out] -> [..., out]: the product of the linear's output and `other`, rounded once."""
+        if not self.least_rows <= x.numel() // x.shape[-1] <= self.most_rows:
+            parts = zip(*(row_groups(each, self.least_rows, self.most_rows) for each in (x, other)), strict=True)
+            return joined([self._multiply_by(*both, self.packed, self.bias, "mul") for both in parts], x)
         y: Tensor = self._multiply_by(x, other, self.packed, self.bias, "mul")
         return y
 
@@ -56,6 +67,20 @@ class Pack:
     def nbytes(self) -> int:
         """Memory of the packed weight and bias; the layout pads odd sizes."""
         return int(torch.ops.mkldnn._nbytes(self.packed)) + (0 if self.bias is None else self.bias.nbytes)
+
+
+def row_groups(x: Tensor, least: int, most: int) -> list[Tensor]:
+    """[..., width] -> the rows in groups of almost equal size, each [least to most, width]; zeros fill up what is too few."""
+    rows = x.reshape(-1, x.shape[-1])
+    count = -(-rows.shape[0] // most)
+    missing = count * least - rows.shape[0]
+    return list((F.pad(rows, (0, 0, 0, missing)) if missing > 0 else rows).tensor_split(count))
+
+
+def joined(products: Sequence[Tensor], x: Tensor) -> Tensor:
+    """What was made of the groups of `x`, as [..., out]."""
+    y = torch.cat(list(products)) if len(products) > 1 else products[0]
+    return y[: x.numel() // x.shape[-1]].reshape(*x.shape[:-1], -1)
 
 
 class PackedLinear(nn.Module):
@@ -177,7 +202,7 @@ def is_plain(module: nn.Module) -> bool:
     if type(module) not in (nn.Linear, Conv1D):  # a subclass (LoRA, quantized) computes something else
         return False
     weight = weight_and_bias(module)[0]
-    hooked = module._forward_hooks or module._forward_pre_hooks
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     if type(weight.data) is not Tensor:  # quantized, by a tensor of a type of its own
         return False
     return weight.device.type == "cpu" and weight.dtype in TOLERANCE and not hooked
