@@ -6,9 +6,10 @@ slots, for nodes of one depth share a position. This file knows masks and attent
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,8 @@ class Sight:
 
     first, last: its nodes in the flat list. start: its seat's first slot. committed: slots that every node sees; scratch: slots
     behind them that hold earlier nodes of this row (a drafter's levels). seen: [nodes, scratch + nodes] bool, which of these
-    and of this forward's nodes each node sees, itself included; None: causal. positions: [scratch + nodes].
+    and of this forward's nodes each node sees, itself included; None: causal. positions: [scratch + nodes]. notes: what a kernel
+    works out once for all layers of this forward, by names of its own.
     """
 
     first: int
@@ -51,6 +53,7 @@ class Sight:
     positions: Tensor
     scratch: int = 0
     _masks: dict[tuple[Reach, torch.dtype], Tensor | None] = field(default_factory=dict)
+    notes: dict[Hashable, Any] = field(default_factory=dict)
 
     @property
     def nodes(self) -> int:

@@ -19,7 +19,6 @@ not laws: `is_order_proof` measures them, and `wide`, in fp64, serves where they
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -30,7 +29,7 @@ from headstart.attention import Manner, Reach, Sight, plain
 BLOCK = 128  # positions added in one matrix product
 MAX_SLOTS = 192  # a longer sum is split by MKL; measured, as are the next two
 MIN_KEYS = 16  # fewer columns (12) take another kernel
-MIN_ROWS = 4  # fewer rows take another kernel
+MIN_ROWS = 8  # fewer rows take another kernel, and in heads wider than 128 fewer than twice as many
 MIN_WORK = 400  # rows * width below which torch multiplies by itself
 
 
@@ -46,11 +45,9 @@ def ordered(query: Tensor, keys: Tensor, values: Tensor, sight: Sight, manner: M
         batch = 2 if heads % 2 == 0 else heads
         keys, values = keys.expand(batch, -1, -1), values.expand(batch, -1, -1)
     rows = query.reshape(batch, -1, width).float()  # groups of query heads become query rows: no key is repeated
-    num_rows, least = rows.shape[1], _least(min(width, values.shape[-1]))
-    mask = sight.mask(manner.reach, torch.float32)
-    if mask is not None and num_rows > nodes:
-        mask = mask.repeat(num_rows // nodes, 1)
-    scores = _scores(_lengthen(rows, least), keys.float(), mask, manner)
+    num_rows, least = rows.shape[1], max(_least(width), _least(values.shape[-1]))
+    scores = _scores(_lengthen(rows, least), keys.float(), manner)
+    _hide(scores, sight, manner.reach, num_rows)
     sinks = None if manner.sinks is None else manner.sinks.reshape(batch, -1, 1).repeat_interleave(nodes, 1)
     weights, total = _weigh(scores, None if sinks is None else _lengthen(sinks.float(), least))
     out = _add_up(weights, values.float(), sight).div_(total)
@@ -68,18 +65,26 @@ def _lengthen(x: Tensor, least: int) -> Tensor:
     return F.pad(x, (0, 0, 0, missing)) if missing > 0 else x
 
 
-def _scores(rows: Tensor, keys: Tensor, mask: Tensor | None, manner: Manner) -> Tensor:
-    """[batch, rows, dim], [batch, context, dim], [rows or fewer, context] -> [batch, rows, context]"""
+def _scores(rows: Tensor, keys: Tensor, manner: Manner) -> Tensor:
+    """[batch, rows, dim], [batch, context, dim] -> [batch, rows, context], nothing hidden yet."""
     context = keys.shape[1]
-    rows, keys = rows * manner.scaling, _lengthen(keys, MIN_KEYS)  # before the product, where masked and unmasked meet
-    if manner.softcap is None and mask is not None and keys.shape[1] == context:
-        return torch.baddbmm(_lengthen(mask[None], rows.shape[1]), rows, keys.mT)
+    rows, keys = rows * manner.scaling, _lengthen(keys, MIN_KEYS)  # before the product: `alpha` would round otherwise
     scores = torch.bmm(rows, keys.mT)[..., :context]
-    if manner.softcap is not None:
-        scores = scores.div_(manner.softcap).tanh_().mul_(manner.softcap)
+    return scores if manner.softcap is None else scores.div_(manner.softcap).tanh_().mul_(manner.softcap)
+
+
+def _hide(scores: Tensor, sight: Sight, reach: Reach, num_rows: int) -> None:
+    """Add the mask, where there is something to hide: without a window, among this forward's nodes only."""
+    key = ("mask", reach, scores.shape[1])
+    if key not in sight.notes:
+        mask = sight.mask(reach, torch.float32)
+        if mask is not None:
+            first = 0 if reach.hides(sight.context) else sight.committed
+            mask = _lengthen(mask[None, :, first:].repeat(1, num_rows // sight.nodes, 1), scores.shape[1])
+        sight.notes[key] = mask
+    mask = sight.notes[key]
     if mask is not None:
-        scores += _lengthen(mask[None], rows.shape[1])
-    return scores
+        scores[..., -mask.shape[-1] :].add_(mask)
 
 
 def _weigh(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -105,8 +110,15 @@ def _add_up(weights: Tensor, values: Tensor, sight: Sight) -> Tensor:
     return out
 
 
-@lru_cache(maxsize=32)  # the same for all layers of a forward
 def _blocks(sight: Sight) -> list[tuple[int, int, Tensor | None]]:
+    """`_runs`, once for all layers of a forward."""
+    if "runs" not in sight.notes:
+        sight.notes["runs"] = _runs(sight)
+    found: list[tuple[int, int, Tensor | None]] = sight.notes["runs"]
+    return found
+
+
+def _runs(sight: Sight) -> list[tuple[int, int, Tensor | None]]:
     """Per block of positions, ascending: the run of slots [first, last) that holds it.
 
     Around a border the run also holds slots of other blocks, as drafts of all depths are mixed: then [last - first] bool,
@@ -142,7 +154,8 @@ def _product(weights: Tensor, values: Tensor) -> Tensor:
 
 def _least(width: int) -> int:
     """Rows below which a product of this width is made by another kernel, in another order."""
-    return max(1, math.ceil(MIN_WORK / width / MIN_ROWS)) * MIN_ROWS  # whole groups: no slower than a part of one
+    group = MIN_ROWS if width <= 128 else 2 * MIN_ROWS
+    return max(1, math.ceil(MIN_WORK / width / group)) * group  # whole groups: no slower than a part of one
 
 
 def is_order_proof(heads: int, kv_heads: int, width: int, value_width: int, dtype: torch.dtype) -> bool:
@@ -155,9 +168,10 @@ def is_order_proof(heads: int, kv_heads: int, width: int, value_width: int, dtyp
     length, manner = 300, Manner(0.1, Reach())  # no power of two: scaling rounds
 
     def draw(count: int, size: int) -> Tensor:
-        return torch.randn(count, length, size, generator=generator).to(dtype)
+        return torch.randn(count, length, size, generator=generator)
 
-    query, keys, values = draw(heads, width), draw(kv_heads, width), draw(kv_heads, value_width)
+    # The query in fp32, and so the result: rounded to bf16 it would hide most differences.
+    query, keys, values = draw(heads, width), draw(kv_heads, width).to(dtype), draw(kv_heads, value_width).to(dtype)
     for last in (20, 129, 299):
         text = slice(0, last + 1)
         alone = Sight(0, 1, 0, last, None, torch.tensor([last]))

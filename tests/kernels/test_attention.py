@@ -9,7 +9,7 @@ from headstart.attention import Manner, Reach, Sight, plain
 from headstart.kernels import attention
 from headstart.kernels.attention import is_order_proof, ordered, wide
 
-SHAPES = [(4, 4, 64), (8, 2, 32), (4, 1, 64), (3, 1, 80)]  # heads, kv_heads, width; the last two share one key head
+SHAPES = [(4, 4, 64), (8, 2, 32), (4, 2, 128), (4, 1, 64), (3, 1, 80)]  # heads, kv_heads, width; the last two share one key head
 
 
 def random_tree(rng: random.Random, size: int) -> tuple[list[int], list[int]]:
@@ -86,6 +86,18 @@ def test_it_is_the_attention_that_is_written_in_the_book(kernel, softcap, sinks,
     manner = Manner(0.2, reach, softcap, torch.randn(6) if sinks else None)
     wanted = plain(query, keys, values, sight, manner)
     torch.testing.assert_close(kernel(query, keys, values, sight, manner), wanted, rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_the_measurement_is_not_blinded_by_the_rounding_of_bf16(monkeypatch):
+    """What differs in fp32 alone differs in the model somewhere; a result in bf16 hides most of it."""
+    by_the_book = attention._add_up
+
+    def noisy(weights, values, sight):
+        return by_the_book(weights, values, sight) * (1 + 2**-20 * (sight.nodes > 1))
+
+    monkeypatch.setattr(attention, "_add_up", noisy)
+    assert not is_order_proof(4, 4, 64, 64, torch.bfloat16)
 
 
 @torch.inference_mode()
