@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from headstart import attention
 from headstart.attention import Gaze, Kernel, Probe, Reach, Sight
 from headstart.cache import KVCache, LayerShape, Seating
 from headstart.ends import Ends
+from headstart.kernels.attention import wide
 from headstart.kernels.choice import Equipment, equip, inexact, ungroup
 from headstart.kernels.fuse import fuse
 from headstart.kernels.linear import prepack
@@ -99,11 +100,15 @@ class Target:
         if exact not in (True, False, "auto"):
             raise ValueError(f"exact is {exact!r}; it must be True, False or 'auto'")
         self._ungroup()
-        self._use(equip(self.model, self.heads, self.shapes, exact, pack))
-        if self.is_exact and not self._holds(is_cached=not pack):
+        found = equip(self.model, self.heads, self.shapes, exact, pack)
+        self._use(found)
+        if not found.is_exact or self._holds(is_cached=not pack):
+            return
+        self._use(replace(found, kernel=wide))
+        if found.kernel is wide or not self._holds(is_cached=not pack):
             self._ungroup()
             self._use(
-                inexact(exact, "a node of a tree comes out with other bits than the same node alone, somewhere in its layers")
+                inexact(exact, "a node of a tree comes out with other bits than the same node alone, somewhere in the layers")
             )
 
     def _holds(self, is_cached: bool) -> bool:

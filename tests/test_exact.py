@@ -9,6 +9,7 @@ import transformers as hf
 from tiny import ARCHITECTURES, random_model
 
 import headstart
+from headstart import target as target_module
 from headstart.drafters import heads_in, make
 from headstart.engine import Engine
 from headstart.kernels import choice
@@ -138,6 +139,16 @@ def test_attention_is_in_order_where_the_order_is_proven_else_in_fp64(monkeypatc
         assert target.kernel is kernel
         assert target.is_exact
     choice._is_order_proof.cache_clear()
+
+
+def test_a_model_that_ordered_attention_does_not_serve_is_served_in_fp64(monkeypatch):
+    """The order of addition was proven for shapes, and the whole model does not hold: then the other kernel is tried."""
+    monkeypatch.setattr(target_module, "holds_to_the_bit", lambda target: target.kernel is wide)
+    target = Target(random_model(ARCHITECTURES["llama"](), torch.float32), check=False)
+    target.equip()
+    assert target.kernel is wide
+    assert target.equipment.kernel is wide
+    assert target.is_exact
 
 
 @pytest.mark.parametrize(
