@@ -75,14 +75,14 @@ class Cell:
         return f"{self.drafter:22} {self.law:24} {self.rows:2} rows {self.tokens:6} tokens  tau {self.tau:5.2f}  {flips}"
 
 
-def voices() -> dict[str, Callable[[], Voice]]:
-    """The models that are there: the tiny one always, the others beside the checkout, the embedded one once it is trained."""
+def voices(dtype: torch.dtype = torch.float32) -> dict[str, Callable[[], Voice]]:
+    """The models that are there: the tiny one always (fp64), others beside the checkout, the embedded one once it is trained."""
     found: dict[str, Callable[[], Voice]] = {"tiny": tiny_voice}
     for name in ("stories260K", "babyllama105", "talk13M"):
         if (MODELS / name / "config.json").is_file():
-            found[name] = lambda name=name: folder_voice(name, MODELS / name)
+            found[name] = lambda name=name: folder_voice(name, MODELS / name, dtype)
     if (EMBEDDED / "config.json").is_file():
-        found["embedded"] = lambda: folder_voice("embedded", EMBEDDED)
+        found["embedded"] = lambda: folder_voice("embedded", EMBEDDED, dtype)
     return found
 
 
@@ -93,14 +93,13 @@ def tiny_voice() -> Voice:
     return Voice("tiny", target, prompts, cut(target.model, 2))
 
 
-def folder_voice(name: str, folder: Path) -> Voice:
-    target = Target.load(folder, dtype=torch.float32, device="cpu")
+def folder_voice(name: str, folder: Path, dtype: torch.dtype) -> Voice:
+    """With the kernels that a target has by default."""
+    target = Target.load(folder, dtype=dtype, device="cpu")
     tokenizer = load_tokenizer(folder)
     sibling = folder.with_name(folder.name + "-draft") if name != "embedded" else folder.with_name("draft")
     has_sibling = (sibling / "config.json").is_file()
-    draft = (
-        Target.load(sibling, dtype=torch.float32, device="cpu") if has_sibling else cut(load_model(folder, torch.float32, "cpu"), 2)
-    )
+    draft = Target.load(sibling, dtype=dtype, device="cpu") if has_sibling else cut(load_model(folder, dtype, "cpu"), 2)
     return Voice(name, target, [tuple(encode_prompt(tokenizer, prompt)) for prompt in STORIES], draft)
 
 
