@@ -164,8 +164,8 @@ def load(
         `owner/name` on the hub, a method's name for heads that come with the model, a drafter you hold, or None for plain decoding.
     planner: how much to speculate: a planner, a string such as "chain:5" or "tree:8" (the tree measured for temperature 0), or None
         for what suits the drafter.
-    exact: "auto" for equality to the bit wherever a CPU has it (`llm.engine.target.equipment.why_not` says what prevents it), True to
-        demand it, False for the fastest kernels.
+    exact: "auto" for equality to the bit wherever a CPU has it (`llm.engine.target.equipment.why_not` says what prevents it), True
+        to demand it, False for the fastest kernels.
     max_rows: requests at once.
     memory: bytes for keys and values.
     accept: "coupled" (same text as plain decoding), "rejection" (same distribution) or "typical" (lossy: another distribution,
