@@ -79,7 +79,6 @@ class Ends:
         """Hear from the head itself that nothing else happens between the final states and the logits."""
         model, seen = self._model, []
         hook = self.head.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
-        extra = {"headstart": _probe()} if model.config._attn_implementation == "headstart" else {}
         try:
             ids = torch.tensor([[0, 1]], device=model.device)
             out = model(
@@ -87,7 +86,6 @@ class Ends:
                 position_ids=torch.tensor([[0, 1]], device=model.device),
                 use_cache=False,
                 output_hidden_states=True,
-                **extra,
             )
         finally:
             hook.remove()
@@ -96,9 +94,3 @@ class Ends:
         same = len(seen) == 1 and seen[0][0].shape == final.shape and torch.equal(seen[0][0], final)
         if not same or not torch.allclose(self.finish(seen[0][1]).float(), out.logits.float(), rtol=1e-3, atol=1e-3):
             raise ValueError(f"{name} ({type(model).__name__}) turns its states into logits in a way that heads cannot follow")
-
-
-def _probe() -> Any:
-    from headstart.attention import Probe
-
-    return Probe()

@@ -22,6 +22,7 @@ from headstart import attention
 from headstart.attention import Gaze, Kernel, Probe, Reach, Sight
 from headstart.cache import KVCache, LayerShape, Seating
 from headstart.ends import Ends
+from headstart.held_model import HeldModel
 from headstart.kernels.attention import wide
 from headstart.kernels.choice import Equipment, equip, inexact, ungroup
 from headstart.kernels.fuse import fuse
@@ -48,12 +49,13 @@ class Scored:
 class Target:
     """A causal LM that scores forests. Wrap a model you already hold, or `load` a folder or hub id.
 
-    The model is put in evaluation mode and its attention is replaced by this package's; `release` gives it back. Raises
-    ValueError, naming the model and the reason, if it cannot be served exactly.
+    The model is put in evaluation mode, and attends with this package's function whenever this target runs it; its own
+    `generate` works all the while. `release` gives it back as it was. Raises ValueError, naming the model and the reason, if it
+    cannot be served exactly; then the model is as it was, too.
     """
 
     def __init__(self, model: PreTrainedModel, *, kernel: Kernel = attention.fused, check: bool = True) -> None:
-        self.model: PreTrainedModel = model.eval()
+        self.model: PreTrainedModel = model
         self.kernel = kernel
         self.together = model.device.type != "cpu"  # one attention call for all rows, where a call costs more than padding
         self.min_nodes = 1  # the smallest forest whose rows do not depend on its size; dead nodes fill up to it
@@ -64,12 +66,19 @@ class Target:
         self.name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         self.num_layers = int(text.num_hidden_layers)
         self.hidden = int(text.hidden_size)
-        self._found_attention = str(model.config._attn_implementation)
-        is_held = self._found_attention == attention.NAME  # by another target
-        self._original_attention = "eager" if is_held else self._found_attention
         self.context = _context(text, self.name)
-        attention.register()
-        self._switch(attention.NAME)
+        try:
+            self._held = HeldModel.hold(model, self)
+        except ValueError as error:
+            raise ValueError(f"{self.name} ({type(model).__name__}) does not let its attention be chosen: {error}") from None
+        try:
+            self._examine(check)
+        except BaseException:
+            self.release()
+            raise
+
+    def _examine(self, check: bool) -> None:
+        text = self.model.config.get_text_config()
         probe = self._probe()
         self.shapes = tuple(LayerShape(*probe.shapes[layer]) for layer in range(self.num_layers))
         self.heads = max(probe.heads.values())
@@ -91,7 +100,8 @@ class Target:
         return target
 
     def equip(self, exact: bool | str = "auto", *, pack: bool = True) -> None:
-        """Choose this machine's kernels: the model's linears are packed in place, and stay so, unless `pack` is False.
+        """Choose this machine's kernels: the model's linears are packed in place until `release` puts them back, unless `pack` is
+        False.
 
         exact: True for equality to the bit (ValueError where it cannot be had), "auto" for wherever it can be had on a CPU, or
         False. The choice depends on the model, the machine and the number of threads, never on time; `equipment.why_not` says
@@ -177,14 +187,15 @@ class Target:
         self, tokens: Tensor, positions: Tensor, seen: Sequence[Sight], cache: KVCache, asked: Tensor, taps: Sequence[int] = ()
     ) -> Scored:
         """The forward underneath `score`, for drafters that grow a tree level by level in their own cache."""
-        if self.model.config._attn_implementation != attention.NAME:
+        if self not in self._held:
             raise ValueError(f"{self.name} was released and no longer attends as a target; make a new Target of it")
         gaze = Gaze(seen, cache, self.kernel, self.reaches, self.together)
         states = [tap % self.num_layers + 1 for tap in taps]  # transformers counts the embedding as state 0
         extra: dict[str, Any] = {"output_hidden_states": states} if taps else {}
-        out = self.model(
-            input_ids=tokens[None], position_ids=positions[None], use_cache=False, logits_to_keep=asked, headstart=gaze, **extra
-        )
+        with self._held.attending():
+            out = self.model(
+                input_ids=tokens[None], position_ids=positions[None], use_cache=False, logits_to_keep=asked, headstart=gaze, **extra
+            )
         features = torch.cat([out.hidden_states[state][0] for state in states], -1) if taps else None
         return Scored(out.logits[0], features)
 
@@ -193,22 +204,15 @@ class Target:
     @contextmanager
     def original(self) -> Iterator[PreTrainedModel]:
         """The model with the attention it came with, as an oracle."""
-        self._switch(self._original_attention)
-        try:
-            yield self.model
-        finally:
-            self._switch(attention.NAME)
+        yield self.model
 
     def release(self) -> PreTrainedModel:
+        """Give the model back: this target scores no more. When no other target holds it either, linears, norms and MLPs that
+        `equip` replaced are put back with the same bits, and modules that were training train again. A second call does nothing.
+        """
         self._ungroup()
-        self._switch(self._found_attention)
+        self._held.release(self.model, self)
         return self.model
-
-    def _switch(self, name: str) -> None:
-        try:
-            self.model.set_attn_implementation(name)
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{self.name} ({type(self.model).__name__}) does not let its attention be chosen: {error}") from None
 
     @torch.inference_mode()
     def _probe(self) -> Probe:
@@ -217,19 +221,18 @@ class Target:
         ids = torch.tensor([[0, 1]], device=self.device)
         kind = type(self.model).__name__
         try:
-            logits = self.model(
-                input_ids=ids,
-                position_ids=torch.tensor([[0, 1]], device=self.device),
-                use_cache=False,
-                logits_to_keep=torch.tensor([0, 1], device=self.device),
-                headstart=probe,
-            ).logits
+            with self._held.attending():
+                logits = self.model(
+                    input_ids=ids,
+                    position_ids=torch.tensor([[0, 1]], device=self.device),
+                    use_cache=False,
+                    logits_to_keep=torch.tensor([0, 1], device=self.device),
+                    headstart=probe,
+                ).logits
         except (TypeError, ValueError, RuntimeError) as error:
-            self.release()
             raise ValueError(f"{self.name} ({kind}) cannot be a target: {error}") from None
         missing = self.num_layers - len(probe.shapes)
         if missing:
-            self.release()
             what = "bypasses the attention interface of transformers (alibi, or modelling code older than it)"
             if probe.shapes:
                 what = f"keeps a state of its own in {missing} of {self.num_layers} layers (recurrent or linear attention)"

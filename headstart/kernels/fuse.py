@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from headstart.kernels.linear import TOLERANCE, Pack, PackedLinear, can_pack, is_plain, weight_and_bias
+from headstart.kernels.restore import StandIn
 
 ACTIVATIONS = (("swish", ""), ("gelu", "tanh"), ("gelu", "none"))  # as oneDNN names them: operation, variant
 RMS_NORM_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2}  # of a value of size one: a rounding or two
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(StandIn):
     """down(activation(gate(x)) * up(x)) in three calls."""
 
     def __init__(self, mlp: nn.Module, activation: tuple[str, str]) -> None:
@@ -27,6 +28,19 @@ class GatedMLP(nn.Module):
             for weight, bias in (weight_and_bias(getattr(mlp, name)) for name in ("gate_proj", "up_proj", "down_proj"))
         )
         self.activation = activation
+        self._replaced = [mlp]  # a list, for a module that is an attribute would be a child
+
+    def take_its_linears(self) -> None:
+        """Pack the linears of the MLP that this one replaces, so that their plain weights can be freed."""
+        (mlp,) = self._replaced
+        for name, packed in self.named_children():
+            assert isinstance(packed, PackedLinear)
+            packed.stands_for(getattr(mlp, name))
+            setattr(mlp, name, packed)
+
+    def original(self) -> nn.Module:
+        """The MLP that was replaced; its linears are packed ones, which have originals of their own."""
+        return self._replaced[0]
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] -> [..., hidden]"""
@@ -34,15 +48,20 @@ class GatedMLP(nn.Module):
         return self.down_proj.pack(self.up_proj.pack.times(x, gate))
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(StandIn):
     """x / rms(x) * weight in one operation."""
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
-        """weight: [hidden], the factor itself."""
+    def __init__(self, weight: Tensor, eps: float, norm: nn.Module) -> None:
+        """weight: [hidden], the factor itself. norm: what is replaced."""
         super().__init__()
         self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
         self.shape = list(weight.shape)
         self.eps = eps
+        self._replaced = [norm]  # a list, for a module that is an attribute would be a child
+
+    def original(self) -> nn.Module:
+        """The norm that was replaced."""
+        return self._replaced[0]
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] -> [..., hidden]"""
@@ -51,7 +70,7 @@ class RMSNorm(nn.Module):
 
 
 def fuse(model: nn.Module) -> int:
-    """Replace gated MLPs and RMS norms where a fused module agrees, in place; returns how many were replaced."""
+    """Replace gated MLPs and RMS norms where a fused module agrees, in place; returns how many were replaced. `restore` puts them back."""
     count = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -74,6 +93,7 @@ def _fused_mlp(module: nn.Module) -> GatedMLP | None:
     fused = GatedMLP(module, ACTIVATIONS[0])
     for fused.activation in ACTIVATIONS:
         if _agree(module, fused, weight.shape[1], weight.dtype, TOLERANCE[weight.dtype]):
+            fused.take_its_linears()
             return fused
     return None
 
@@ -87,7 +107,7 @@ def _fused_norm(module: nn.Module) -> RMSNorm | None:
     if weight.ndim != 1 or weight.device.type != "cpu" or weight.dtype not in RMS_NORM_TOLERANCE or list(module.buffers()):
         return None
     for factor in (weight, 1 + weight):  # Llama and Gemma
-        fused = RMSNorm(factor, eps)
+        fused = RMSNorm(factor, eps, module)
         tolerance = RMS_NORM_TOLERANCE[weight.dtype] * float(factor.detach().abs().max())
         if _agree(module, fused, weight.shape[0], weight.dtype, tolerance, absolute=True):
             return fused

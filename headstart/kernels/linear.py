@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from headstart.kernels.restore import ReplacedLinear, StandIn, remember
+
 # Siblings under one parent that models feed the same tensor. One call multiplies them all: oneDNN spends 15 to 20
 # microseconds on every call, whatever its size. A family that is in fact fed different tensors stays correct.
 FAMILIES = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -83,13 +85,18 @@ def joined(products: Sequence[Tensor], x: Tensor) -> Tensor:
     return y[: x.numel() // x.shape[-1]].reshape(*x.shape[:-1], -1)
 
 
-class PackedLinear(nn.Module):
-    """Stands in for one `nn.Linear`; its plain weight is gone and is unpacked when someone asks for `weight`."""
+class PackedLinear(StandIn):
+    """Stands in for one `nn.Linear`; its plain weight is gone and is unpacked when someone asks for `weight`.
+
+    replaced: the linear, as `remember` has it; None where there is nothing to put back.
+    """
 
     def __init__(self, pack: Pack, member: int = 0) -> None:
         super().__init__()
         self.pack = pack
         self.member = member
+        self.replaced: ReplacedLinear | None = None
+        self.is_transposed = False  # whether the replaced linear keeps its weight as [in, out], as GPT-2's does
         self.out_features = pack.sizes[member]
         self.in_features = int(pack.packed.shape[1])
 
@@ -102,6 +109,16 @@ class PackedLinear(nn.Module):
     def bias(self) -> Tensor | None:
         """[out] or None."""
         return None if self.pack.bias is None else self.pack.bias.split(self.pack.sizes)[self.member]
+
+    def stands_for(self, linear: nn.Module) -> None:
+        """Remember the linear that this one replaces."""
+        self.replaced, self.is_transposed = remember(linear), isinstance(linear, Conv1D)
+
+    def original(self) -> nn.Module:
+        """The linear that was replaced, with the same bits; itself where nothing is remembered."""
+        if self.replaced is None:
+            return self
+        return self.replaced.original(lambda: self.weight.T if self.is_transposed else self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
@@ -153,13 +170,14 @@ def can_pack(dtype: torch.dtype) -> bool:
         return False
     try:
         linear = nn.Linear(64, 32, dtype=dtype)
-        return _agree(linear, PackedLinear(Pack([linear.weight], [linear.bias])))
+        packed = PackedLinear(Pack([linear.weight], [linear.bias]))
+        return torch.equal(packed.weight, linear.weight) and _agree(linear, packed)
     except (AttributeError, NotImplementedError, RuntimeError):
         return False
 
 
 def prepack(model: nn.Module) -> int:
-    """Replace every plain linear of the model, in place, and return how many were replaced.
+    """Replace every plain linear of the model, in place, and return how many were replaced; `restore` puts them back.
 
     The plain weight is freed unless something else holds it, as an embedding holds a tied head: lookup needs it plain.
     A linear that is subclassed, hooked, not on the CPU, or whose packed twin disagrees with it stays as it is.
@@ -223,7 +241,11 @@ def _pack_alike(linears: Sequence[nn.Module]) -> list[PackedLinear]:
     packed: list[PackedLinear] = [PackedLinear(pack)]
     if len(linears) > 1:
         packed = [SharedLinear(shared, member) for member in range(len(linears))]
-    return packed if all(map(_agree, linears, packed)) else []
+    if not all(map(_agree, linears, packed)):
+        return []
+    for replacement, linear in zip(packed, linears, strict=True):
+        replacement.stands_for(linear)
+    return packed
 
 
 def _agree(plain: nn.Module, packed: PackedLinear) -> bool:
