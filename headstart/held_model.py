@@ -1,7 +1,7 @@
 """What targets do to a model that they hold, and how it is undone.
 
-A held model attends as it came, so that its own `generate` works, except while a target runs it. When the last target lets it go, the modules
-that were packed or fused for it are put back. This file knows models. It refuses to know forests and caches.
+A held model attends as it came, so that its own `generate` works, except while a target runs it. When the last target lets it
+go, the modules that were packed or fused for it are put back. This file knows models. It refuses to know forests and caches.
 """
 
 from __future__ import annotations

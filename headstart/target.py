@@ -23,6 +23,7 @@ from headstart.attention import Gaze, Kernel, Probe, Reach, Sight
 from headstart.cache import KVCache, LayerShape, Seating
 from headstart.ends import Ends
 from headstart.held_model import HeldModel
+from headstart.hidden_states import asking_for
 from headstart.kernels.attention import wide
 from headstart.kernels.choice import Equipment, equip, inexact, ungroup
 from headstart.kernels.fuse import fuse
@@ -190,13 +191,13 @@ class Target:
         if self not in self._held:
             raise ValueError(f"{self.name} was released and no longer attends as a target; make a new Target of it")
         gaze = Gaze(seen, cache, self.kernel, self.reaches, self.together)
-        states = [tap % self.num_layers + 1 for tap in taps]  # transformers counts the embedding as state 0
-        extra: dict[str, Any] = {"output_hidden_states": states} if taps else {}
+        layers = [tap % self.num_layers for tap in taps]
+        extra: dict[str, Any] = {"output_hidden_states": asking_for(layers)} if taps else {}
         with self._held.attending():
             out = self.model(
                 input_ids=tokens[None], position_ids=positions[None], use_cache=False, logits_to_keep=asked, headstart=gaze, **extra
             )
-        features = torch.cat([out.hidden_states[state][0] for state in states], -1) if taps else None
+        features = torch.cat([out.hidden_states[layer + 1][0] for layer in layers], -1) if taps else None
         return Scored(out.logits[0], features)
 
     # -- how it is examined --

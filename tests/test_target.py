@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import ARCHITECTURES, VOCAB, WINDOW, random_model, tiny
 
-from headstart import attention
+from headstart import attention, hidden_states
 from headstart import target as target_module
 from headstart.attention import Manner, Reach, Sight, fused, plain
 from headstart.cache import KVCache, Seating
@@ -292,3 +292,15 @@ def test_a_layer_that_mixes_its_rows_ends_the_promise_of_equal_bits():
     target = mixing()
     target.equip("auto")
     assert not target.is_exact
+
+
+@pytest.mark.parametrize(("release", "takes"), [("5.17.0", False), ("5.22.1", False), ("5.23.0.dev0", True), ("6.0rc1", True)])
+def test_a_list_of_states_is_asked_for_where_transformers_takes_one(release, takes):
+    assert hidden_states._takes_a_list(release) is takes
+
+
+def test_features_are_the_same_where_transformers_returns_all_states(monkeypatch):
+    expected = score(tiny(), STEMS, (1, -1)).features
+    monkeypatch.setattr(hidden_states, "TAKES_A_LIST", False)
+    assert hidden_states.asking_for([1, 2]) is True
+    assert torch.equal(score(tiny(), STEMS, (1, -1)).features, expected)

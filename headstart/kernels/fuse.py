@@ -70,7 +70,10 @@ class RMSNorm(StandIn):
 
 
 def fuse(model: nn.Module) -> int:
-    """Replace gated MLPs and RMS norms where a fused module agrees, in place; returns how many were replaced. `restore` puts them back."""
+    """Replace gated MLPs and RMS norms where a fused module agrees, in place; returns how many were replaced.
+
+    `restore` puts them back.
+    """
     count = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from headstart.hidden_states import asking_for
 from headstart.lessons import Batch
 from headstart.records import read_object
 from headstart.training.texts import Library, Padded
@@ -47,7 +48,7 @@ class Online:
     @torch.no_grad()
     def states(self, tokens: Tensor) -> dict[int, Tensor]:
         """[rows, length] -> the output of each tapped layer and of the last, which is normed, each [rows, length, hidden]."""
-        wanted = [layer + 1 for layer in self.layers]  # transformers counts the embedding as state 0
+        wanted = asking_for(self.layers)
         with torch.autocast(tokens.device.type, enabled=False):
             out = self.model(input_ids=tokens, use_cache=False, logits_to_keep=1, output_hidden_states=wanted)
         return {layer: out.hidden_states[layer + 1] for layer in self.layers}

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from headstart.ends import Ends
+from headstart.hidden_states import asking_for
 from headstart.lessons import Batch, Metrics, Objective, Voice, chunked_loss
 from headstart.training.features import as_batch, layers
 from headstart.training.lesson import decaying
@@ -162,9 +163,7 @@ class Joint(nn.Module):
 
 
 def _states(model: Any, tokens: Tensor, wanted: Sequence[int]) -> dict[int, Tensor]:
-    out = model(
-        input_ids=tokens, use_cache=False, logits_to_keep=1, output_hidden_states=[layer + 1 for layer in wanted]
-    )  # transformers counts the embedding as state 0
+    out = model(input_ids=tokens, use_cache=False, logits_to_keep=1, output_hidden_states=asking_for(wanted))
     return {layer: out.hidden_states[layer + 1] for layer in wanted}
 
 

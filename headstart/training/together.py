@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from headstart.drafters.heads import Heads
 from headstart.ends import Ends
+from headstart.hidden_states import asking_for
 from headstart.lessons import Metrics, Objective, Voice, chunked_loss, lean
 from headstart.training.features import as_batch, layers
 from headstart.training.lesson import decaying
@@ -63,7 +64,7 @@ class Together(nn.Module):
 
     def _states(self, tokens: Tensor) -> dict[int, Tensor]:
         """The output of each layer that someone reads, [rows, length, hidden]."""
-        wanted = [layer + 1 for layer in self._layers]  # transformers counts the embedding as state 0
+        wanted = asking_for(self._layers)
         out = self.trunk(input_ids=tokens, use_cache=False, logits_to_keep=1, output_hidden_states=wanted)
         return {layer: out.hidden_states[layer + 1] for layer in self._layers}
 
