@@ -159,8 +159,14 @@ class Gaze:
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """Stands in for a `Gaze` while a model is examined: records what each layer brings, and attends causally."""
+    """Stands in for a `Gaze` while a model is examined: records what each layer brings, and attends causally.
 
+    alone: every node sees itself only, so that nothing passes between nodes but by ways around the attention. looking_ahead:
+    the kinds of layers that say of themselves that they are not causal.
+    """
+
+    alone: bool = False
+    looking_ahead: set[str] = field(default_factory=set)
     shapes: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # layer -> kv_heads, key_dim, value_dim
     windows: dict[int, int | None] = field(default_factory=dict)
     heads: dict[int, int] = field(default_factory=dict)
@@ -192,17 +198,18 @@ def attend(
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(headstart, Probe):
+        if _looks_ahead(module, unknown.get("is_causal")):
+            headstart.looking_ahead.add(type(module).__name__)
         return _probe(headstart, layer, query, key, value, Manner(scaling, Reach(), softcap, s_aux), sliding_window), None
     manner = Manner(scaling, headstart.reaches[layer], softcap, s_aux)
     if headstart.together and manner.softcap is None and manner.sinks is None and len(headstart.sights) > 1:
-        return _together(headstart, layer, query[0], key[0], value[0], manner).transpose(0, 1)[None], None
+        return _as_transformers(_together(headstart, layer, query[0], key[0], value[0], manner)), None
     keys, values = headstart.cache.layer(layer)
     outputs = [_row(sight, query[0], key[0], value[0], keys, values, headstart.kernel, manner) for sight in headstart.sights]
     missing = query.shape[2] - sum(sight.nodes for sight in headstart.sights)
     if missing:  # dead nodes see nothing and say nothing
         outputs.append(query.new_zeros(query.shape[1], missing, value.shape[-1]))
-    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
-    return out.transpose(0, 1)[None], None
+    return _as_transformers(outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)), None
 
 
 def _row(
@@ -221,8 +228,19 @@ def _probe(probe: Probe, layer: int, query: Tensor, key: Tensor, value: Tensor, 
     probe.windows[layer] = window
     probe.heads[layer] = query.shape[1]
     nodes = query.shape[2]
-    sight = Sight(0, nodes, 0, 0, None, torch.arange(nodes, device=query.device))
-    return plain(query[0], key[0], value[0], sight, manner).transpose(0, 1)[None]
+    seen = torch.eye(nodes, dtype=torch.bool, device=query.device) if probe.alone else None
+    sight = Sight(0, nodes, 0, 0, seen, torch.arange(nodes, device=query.device))
+    return _as_transformers(plain(query[0], key[0], value[0], sight, manner))
+
+
+def _looks_ahead(module: nn.Module, given: object) -> bool:
+    """Whether a layer says that it is not causal, of itself or in its call."""
+    return getattr(module, "is_causal", True) is False or given is False
+
+
+def _as_transformers(out: Tensor) -> Tensor:
+    """[heads, nodes, value_dim] -> [1, nodes, heads, value_dim], in one piece: some models take a `view` of it."""
+    return out.transpose(0, 1)[None].contiguous()
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ go, the modules that were packed or fused for it are put back. This file knows m
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -15,7 +15,6 @@ from weakref import WeakKeyDictionary, WeakSet
 from torch import nn
 
 from headstart import attention
-from headstart.kernels.restore import restore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,8 +44,8 @@ class HeldModel:
         model.eval()
         return held
 
-    def release(self, model: PreTrainedModel, holder: object) -> None:
-        """Let go. The last holder puts back what was packed or fused, and the modes of training."""
+    def release(self, model: PreTrainedModel, holder: object, restore: Callable[[nn.Module], object]) -> None:
+        """Let go. For the last holder, `restore` puts back what was packed or fused, and modules that were training train again."""
         self._holders.discard(holder)
         if self._holders:
             return

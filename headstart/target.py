@@ -28,6 +28,7 @@ from headstart.kernels.attention import wide
 from headstart.kernels.choice import Equipment, equip, inexact, ungroup
 from headstart.kernels.fuse import fuse
 from headstart.kernels.linear import prepack
+from headstart.kernels.restore import restore
 from headstart.pretrained import load_model
 from headstart.selfcheck import holds_to_the_bit, self_check
 from headstart.tree import Forest
@@ -67,7 +68,6 @@ class Target:
         self.name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         self.num_layers = int(text.num_hidden_layers)
         self.hidden = int(text.hidden_size)
-        self.context = _context(text, self.name)
         try:
             self._held = HeldModel.hold(model, self)
         except ValueError as error:
@@ -81,6 +81,7 @@ class Target:
     def _examine(self, check: bool) -> None:
         text = self.model.config.get_text_config()
         probe = self._probe()
+        self.context = _context(text, self.name)
         self.shapes = tuple(LayerShape(*probe.shapes[layer]) for layer in range(self.num_layers))
         self.heads = max(probe.heads.values())
         self.reaches = tuple(_reach(text, layer, probe.windows[layer]) for layer in range(self.num_layers))
@@ -212,24 +213,25 @@ class Target:
         `equip` replaced are put back with the same bits, and modules that were training train again. A second call does nothing.
         """
         self._ungroup()
-        self._held.release(self.model, self)
+        self._held.release(self.model, self, restore)
         return self.model
 
     @torch.inference_mode()
+    def examined(self, tokens: Sequence[int], probe: Probe) -> Tensor:
+        """[tokens, vocab] of a few tokens, without a cache; the probe records what reaches the attention function."""
+        places = torch.arange(len(tokens), device=self.device)
+        ids = torch.tensor([list(tokens)], device=self.device)
+        with self._held.attending():
+            out = self.model(input_ids=ids, position_ids=places[None], use_cache=False, logits_to_keep=places, headstart=probe)
+        logits: Tensor = out.logits[0]
+        return logits
+
     def _probe(self) -> Probe:
         """Two tokens through the model: what reaches the attention function, layer by layer."""
         probe = Probe()
-        ids = torch.tensor([[0, 1]], device=self.device)
         kind = type(self.model).__name__
         try:
-            with self._held.attending():
-                logits = self.model(
-                    input_ids=ids,
-                    position_ids=torch.tensor([[0, 1]], device=self.device),
-                    use_cache=False,
-                    logits_to_keep=torch.tensor([0, 1], device=self.device),
-                    headstart=probe,
-                ).logits
+            logits = self.examined([0, 1], probe)
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{self.name} ({kind}) cannot be a target: {error}") from None
         missing = self.num_layers - len(probe.shapes)
@@ -239,10 +241,12 @@ class Target:
                 what = f"keeps a state of its own in {missing} of {self.num_layers} layers (recurrent or linear attention)"
             raise ValueError(f"{self.name} ({kind}) cannot be a target: it {what}")
         if bool(logits.isnan().any()):
-            self.release()
             raise ValueError(
                 f"{self.name} ({kind}) cannot be a target: it answers with nan, so its weights are damaged; copy them again"
             )
+        if probe.looking_ahead or not getattr(self.model.config.get_text_config(), "is_causal", True):
+            layers = ", ".join(sorted(probe.looking_ahead)) or "config.is_causal"
+            raise ValueError(f"{self.name} ({kind}) cannot be a target: its attention sees later tokens too ({layers})")
         self.vocab = int(logits.shape[-1])
         return probe
 

@@ -6,6 +6,8 @@ import transformers as hf
 from scripted import AsDrafted, Scripted, asks, decode, random_trees, texts
 from tiny import ARCHITECTURES, REFUSED, VOCAB, WINDOW, random_model, tiny
 
+from headstart import attention, selfcheck
+from headstart import target as target_module
 from headstart.sampling import SamplingParams
 from headstart.target import Target
 
@@ -128,3 +130,33 @@ def test_windows_are_really_in_play():
     assert windowed == {"mistral", "gemma2", "gemma3", "gpt_oss", "cohere2"}
     assert reaches["llama4"] == {(None, WINDOW), (None, None)}
     assert tiny("gpt2").context == 128 == hf.GPT2Config(n_positions=128).n_positions
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.bfloat16, 0.1), (torch.float16, 1.0)], ids=["quiet bf16", "loud fp16"])
+@pytest.mark.parametrize("name", ["FalconH1ForCausalLM", "BertLMHeadModel", "ElectraForCausalLM"])
+def test_what_passes_beside_or_against_causal_attention_is_found_in_every_precision(name, dtype, scale, monkeypatch):
+    """Not by what modules say of themselves, nor by their kind, which an unknown model may not tell."""
+    config, reason = REFUSED[name]
+    model = random_model(config(), dtype)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(scale if weight.dim() > 1 else 1)
+    monkeypatch.setattr(attention, "_looks_ahead", lambda module, given: False)
+    monkeypatch.setattr(selfcheck, "_convolutions", lambda target: [])
+    with pytest.raises(ValueError, match=reason):
+        Target(model)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_honest_model_passes_in_half_precision(name):
+    Target(random_model(ARCHITECTURES[name](), torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_tree_whose_siblings_see_each_other_is_found_in_half_precision(dtype, monkeypatch):
+    model = random_model(ARCHITECTURES["llama"](), dtype)
+    monkeypatch.setattr(
+        target_module, "_seen", lambda lineage, stem: torch.ones(stem + len(lineage), stem + len(lineage)).tril() > 0
+    )
+    with pytest.raises(ValueError, match="scored at once differs from the sequential text"):
+        Target(model)

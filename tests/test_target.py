@@ -184,7 +184,12 @@ def test_the_self_check_notices_siblings_that_see_each_other(sound, monkeypatch)
 
 def test_the_self_check_notices_nodes_that_see_too_little(sound, monkeypatch):
     by_the_book = Sight.visible
-    monkeypatch.setattr(Sight, "visible", lambda sight, reach: by_the_book(sight, reach).index_fill(1, torch.tensor([2]), False))
+
+    def forgetful(sight, reach):
+        visible = by_the_book(sight, reach)
+        return visible.index_fill(1, torch.tensor([2]), False) if sight.committed else visible
+
+    monkeypatch.setattr(Sight, "visible", forgetful)
     with refused():
         sound.check()
 

@@ -56,6 +56,14 @@ ARCHITECTURES: dict[str, Config] = {
         layer_types=["chunked_attention", "full_attention", "chunked_attention"],
     ),
     "cohere2": lambda: hf.Cohere2Config(**_COMMON, sliding_window=WINDOW, layer_types=_MIXED),
+    "jetmoe": lambda: hf.JetMoeConfig(
+        vocab_size=VOCAB, hidden_size=64, num_hidden_layers=3, num_key_value_heads=2, kv_channels=16, intermediate_size=96,
+        max_position_embeddings=128, num_local_experts=4,
+    ),
+    "afmoe": lambda: hf.AfmoeConfig(
+        **_COMMON, head_dim=16, moe_intermediate_size=32, num_dense_layers=1, num_experts=4, num_experts_per_tok=2,
+        sliding_window=WINDOW, layer_types=_MIXED,
+    ),
 }  # fmt: skip
 
 # Models that cannot be scored exactly in one forward, and a word of the sentence that says why.
@@ -67,6 +75,27 @@ REFUSED: dict[str, tuple[Config, str]] = {
             linear_value_head_dim=16, layer_types=["linear_attention", "full_attention", "linear_attention"],
         ),
         "keeps a state of its own in 2 of 3 layers",
+    ),
+    "FalconH1ForCausalLM": (  # attention and Mamba side by side in every layer
+        lambda: hf.FalconH1Config(
+            **_COMMON, head_dim=16, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_chunk_size=8
+        ),
+        "beside its attention, FalconH1Mixer carries a state",
+    ),
+    "JambaForCausalLM": (
+        lambda: hf.JambaConfig(
+            **_COMMON, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8, mamba_dt_rank=4, use_mamba_kernels=False,
+            num_experts=2, num_experts_per_tok=1,
+        ),
+        "keeps a state of its own in 2 of 3 layers",
+    ),
+    "Lfm2ForCausalLM": (
+        lambda: hf.Lfm2Config(**_COMMON, layer_types=["conv", "full_attention", "conv"]),
+        "keeps a state of its own in 2 of 3 layers",
+    ),
+    "BertLMHeadModel": (lambda: hf.BertConfig(**_SHAPE, intermediate_size=96), "sees later tokens too"),
+    "ElectraForCausalLM": (
+        lambda: hf.ElectraConfig(**_SHAPE, embedding_size=64, intermediate_size=96), "sees later tokens too"
     ),
     "Mamba2ForCausalLM": (
         lambda: hf.Mamba2Config(
@@ -90,6 +119,8 @@ REFUSED: dict[str, tuple[Config, str]] = {
 def random_model(config: Any, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
     """A model with weights large enough that attention and position decide what it says, and no stop token."""
     model = hf.AutoModelForCausalLM.from_config(config, experts_implementation="eager").to(dtype)  # no grouped fp64 product
+    if getattr(config, "attn_logit_softcapping", None):  # which torch's own attention leaves out, unsaid, before transformers 5.23
+        model.set_attn_implementation("eager")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():
