@@ -2,9 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+LOWER := .venv-lower
+LOWER_READY := $(LOWER)/.ready
+LOWER_TESTS := tests/test_target.py tests/test_held_model.py tests/test_features.py tests/test_custom_generate.py tests/test_import_eagle.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types pytest docs bench clean
+.PHONY: help demo test lint types pytest lower docs bench clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -24,6 +27,15 @@ types: $(READY)  ## mypy, strict, on the package
 pytest: $(READY)  ## all tests, the slow ones too
 	$(BIN)/python -m pytest -q
 
+# The package is installed from its wheel and runs elsewhere, so that nothing of this folder is found by chance.
+lower: $(LOWER_READY)  ## a few tests and the demo from a wheel, with the oldest versions that are allowed
+	$(LOWER)/bin/python -m pytest -q -m "not slow" -p no:cacheprovider $(LOWER_TESTS)
+	rm -rf $(LOWER)/wheel $(LOWER)/elsewhere
+	mkdir $(LOWER)/elsewhere
+	$(LOWER)/bin/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(LOWER)/wheel .
+	$(LOWER)/bin/python -m pip install --quiet --no-deps --force-reinstall $(LOWER)/wheel/*.whl
+	cd $(LOWER)/elsewhere && ../bin/headstart demo
+
 docs: $(READY)  ## write docs/cli.md from the commands themselves
 	$(BIN)/python docs/generate_cli.py
 
@@ -31,7 +43,7 @@ bench: $(READY)  ## every drafter against plain decoding, on the embedded model
 	$(BIN)/headstart bench
 
 clean:  ## remove the environment and every cache
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf .venv .venv-lower .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first: with the pinned build in place, no other package can pull a larger one in.
@@ -41,4 +53,12 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(LOWER_READY): pyproject.toml constraints-lower.txt
+	test -x $(LOWER)/bin/python || $(PYTHON) -m venv $(LOWER)
+	$(LOWER)/bin/python -m pip install --quiet -c constraints-lower.txt torch
+	$(LOWER)/bin/python -m pip install --quiet -c constraints-lower.txt hatchling hypothesis pytest
+	$(LOWER)/bin/python -m pip install --quiet -c constraints-lower.txt '.[train]'
+	$(LOWER)/bin/python -m pip uninstall --quiet --yes headstart
 	@touch $@
