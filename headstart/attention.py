@@ -162,11 +162,12 @@ class Probe:
     """Stands in for a `Gaze` while a model is examined: records what each layer brings, and attends causally.
 
     alone: every node sees itself only, so that nothing passes between nodes but by ways around the attention. looking_ahead:
-    the kinds of layers that say of themselves that they are not causal.
+    the kinds of layers that say of themselves that they are not causal. masking: those that bring a mask, which is not looked at.
     """
 
     alone: bool = False
     looking_ahead: set[str] = field(default_factory=set)
+    masking: set[str] = field(default_factory=set)
     shapes: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # layer -> kv_heads, key_dim, value_dim
     windows: dict[int, int | None] = field(default_factory=dict)
     heads: dict[int, int] = field(default_factory=dict)
@@ -198,6 +199,8 @@ def attend(
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(headstart, Probe):
+        if attention_mask is not None:
+            headstart.masking.add(type(module).__name__)
         if _looks_ahead(module, unknown.get("is_causal")):
             headstart.looking_ahead.add(type(module).__name__)
         return _probe(headstart, layer, query, key, value, Manner(scaling, Reach(), softcap, s_aux), sliding_window), None

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 MAX_CHECK = 600  # tokens; a longer window is not run into at load
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-3}  # of the largest difference, in standard deviations of the logits
-NOISES = 6.0  # in half precision: a tree differs by less than 2 times the noise, and by more than 15 where something is wrong
+NOISES = 3.0  # in half precision: a tree differs by less than 2 times the noise, and mostly by more than 15 if something is wrong
 FEW_NOISES = 0.3  # where the same numbers are added in the same order, and only experts' batches differ
 MOST = 0.25  # standard deviations; no noise allows more
 ATTEMPTS = 3  # in half precision, where a near-tie of experts can turn into another answer by itself
@@ -58,6 +58,8 @@ def _complaint(target: Target, length: int, seed: int) -> str | None:
     many = TOLERANCE[target.dtype] if noise is None else min(NOISES * noise, MOST)
     if not _gap(*_neighbours_changed(target, seed)) <= few:
         return _beside_attention(_mixers(target, seed))
+    if not _gap(*_turned(target, seed)) <= few:
+        return "it counts the places of tokens by itself and not by position_ids, and in a tree these differ"
     before = [[logits[:-3] for logits in both] for both in own]
     if not max(float(_gaps(*both).median()) for both in before) <= few:
         return "its attention sees later tokens too: what it says of a text changes with the tokens that follow"
@@ -192,6 +194,14 @@ def _neighbours_changed(target: Target, seed: int) -> tuple[Tensor, Tensor]:
     """[2, vocab] each: first and last token of two such texts, of which every token attends to itself only."""
     one, other = (target.examined(text, Probe(alone=True))[[0, -1]] for text in _neighbours(target, seed))
     return one, other
+
+
+def _turned(target: Target, seed: int) -> tuple[Tensor, Tensor]:
+    """[tokens, vocab] each: a text whose tokens attend to themselves only, and the same with its last token and position first."""
+    text, _ = _neighbours(target, seed)
+    forwards = target.examined(text, Probe(alone=True))
+    backwards = target.examined(text[::-1], Probe(alone=True), list(range(len(text)))[::-1])
+    return forwards, backwards.flip(0)
 
 
 def _mixers(target: Target, seed: int) -> list[str]:

@@ -217,12 +217,16 @@ class Target:
         return self.model
 
     @torch.inference_mode()
-    def examined(self, tokens: Sequence[int], probe: Probe) -> Tensor:
-        """[tokens, vocab] of a few tokens, without a cache; the probe records what reaches the attention function."""
+    def examined(self, tokens: Sequence[int], probe: Probe, positions: Sequence[int] | None = None) -> Tensor:
+        """[tokens, vocab] of a few tokens, without a cache, at these positions or 0, 1, 2, and so on.
+
+        The probe records what reaches the attention function.
+        """
         places = torch.arange(len(tokens), device=self.device)
         ids = torch.tensor([list(tokens)], device=self.device)
+        where = places if positions is None else torch.tensor(positions, device=self.device)
         with self._held.attending():
-            out = self.model(input_ids=ids, position_ids=places[None], use_cache=False, logits_to_keep=places, headstart=probe)
+            out = self.model(input_ids=ids, position_ids=where[None], use_cache=False, logits_to_keep=places, headstart=probe)
         logits: Tensor = out.logits[0]
         return logits
 
@@ -244,6 +248,9 @@ class Target:
             raise ValueError(
                 f"{self.name} ({kind}) cannot be a target: it answers with nan, so its weights are damaged; copy them again"
             )
+        if probe.masking:
+            layers = ", ".join(sorted(probe.masking))
+            raise ValueError(f"{self.name} ({kind}) cannot be a target: {layers} hands its attention a mask of its own making")
         if probe.looking_ahead or not getattr(self.model.config.get_text_config(), "is_causal", True):
             layers = ", ".join(sorted(probe.looking_ahead)) or "config.is_causal"
             raise ValueError(f"{self.name} ({kind}) cannot be a target: its attention sees later tokens too ({layers})")
