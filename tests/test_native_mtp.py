@@ -21,6 +21,7 @@ from headstart.drafters.lookup import Lookup
 from headstart.drafters.mtp import Mtp
 from headstart.ends import Ends
 from headstart.engine import Engine
+from headstart.hidden_states import TAKES_A_LIST
 from headstart.lessons import Batch
 from headstart.planner import Chain
 from headstart.sampling import SamplingParams
@@ -28,6 +29,11 @@ from headstart.target import Target
 
 PROMPT = [5, 9, 3, 77, 12, 40, 8, 21, 33, 60]
 KINDS = [("deepseek_v3", 1), ("deepseek_v3", 2), ("glm4_moe", 2), ("mellum", 1), ("qwen3", 1), ("mimo", 1), ("mimo", 4)]
+
+
+needs_modules = pytest.mark.skipif(
+    not TAKES_A_LIST, reason="transformers before 5.23 makes its own MTP modules of fewer configurations; ours do not need them"
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +73,7 @@ def guesses(published, drafter_from):
     return wanted[0], torch.stack(found[: published.count]), len(found)
 
 
+@needs_modules
 @pytest.mark.parametrize(("family", "modules"), KINDS)
 def test_modules_guess_what_those_of_transformers_guess(publish, family, modules):
     wanted, found, depth = guesses(publish(family, modules), drafter_of)
@@ -74,6 +81,7 @@ def test_modules_guess_what_those_of_transformers_guess(publish, family, modules
     assert depth == max(3, modules)  # behind the last module of its own weights, it is used again
 
 
+@needs_modules
 def test_norms_that_were_swapped_are_not_seen_but_heard(publish):
     """Both are vectors of one width, so nothing is refused; the guesses tell."""
     published = publish("deepseek_v3")
@@ -88,6 +96,7 @@ def test_norms_that_were_swapped_are_not_seen_but_heard(publish):
     assert (wanted - found).abs().max() > 0.01
 
 
+@needs_modules
 @pytest.mark.parametrize(("family", "modules"), [("deepseek_v3", 1), ("deepseek_v3", 2), ("glm4_moe", 2), ("mellum", 1)])
 def test_as_many_guesses_are_kept_as_by_transformers_in_every_round(publish, family, modules, monkeypatch):
     """`generate(use_mtp=True)` reads the same folder, keeps the same number of guesses per round, and says the same text."""
@@ -376,6 +385,8 @@ NO_TARGETS = {
 
 @pytest.mark.parametrize("name", NO_TARGETS)
 def test_a_model_with_modules_that_cannot_be_a_target_is_refused_by_name(name):
+    if name == "BailingHybridForCausalLM" and not TAKES_A_LIST:
+        pytest.skip("transformers before 5.23 does not know this model")
     config, words = NO_TARGETS[name]
     with pytest.raises(ValueError, match=f"{name}.*cannot be a target: .*{words}"):
         Target(random_model(config()))
