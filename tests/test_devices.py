@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from headstart.drafters.lookup import Lookup
 from headstart.drafters.model import ModelDrafter
 from headstart.engine import Engine
-from headstart.llm import custom_generate
+from headstart.generate_hook import custom_generate
 from headstart.planner import Best, Chain, Shape
 from headstart.sampling import SamplingParams
 from headstart.target import Target
