@@ -27,7 +27,7 @@ class HeldModel:
 
     def __init__(self) -> None:
         self._holders: WeakSet[Any] = WeakSet()
-        self._configs: list[Any] = []
+        self._attentions: list[tuple[Any, str]] = []
         self._training: set[str] = set()
         self._lock = threading.RLock()
 
@@ -38,7 +38,9 @@ class HeldModel:
         Raises ValueError where the model does not let its attention be chosen.
         """
         held = _HELD.setdefault(model, cls())
-        held._configs = _switching(model)
+        with held._lock:
+            held._switch_back()
+            held._attentions = _attentions(model)
         held._training |= {name for name, module in model.named_modules() if module.training}
         held._holders.add(holder)
         model.eval()
@@ -59,30 +61,44 @@ class HeldModel:
 
     @contextmanager
     def attending(self) -> Iterator[None]:
-        """The model attends with this package's function; nobody else's forward of a target gets in between."""
+        """The model attends with this package's function; nobody else's forward of a target gets in between.
+
+        The way back is written twice: an interruption may come at its first statement.
+        """
         with self._lock:
-            before = [config._attn_implementation_internal for config in self._configs]
-            for config in self._configs:
-                config._attn_implementation_internal = attention.NAME
+            self._attentions = [(config, _chosen(config, name)) for config, name in self._attentions]
             try:
-                yield
+                try:
+                    for config, _ in self._attentions:
+                        config._attn_implementation_internal = attention.NAME
+                    yield
+                finally:
+                    self._switch_back()
             finally:
-                for config, name in zip(self._configs, before, strict=True):
-                    config._attn_implementation_internal = name
+                self._switch_back()
+
+    def _switch_back(self) -> None:
+        for config, name in self._attentions:
+            config._attn_implementation_internal = name
 
 
-def _switching(model: PreTrainedModel) -> list[Any]:
-    """The configurations, the model's own and those of its parts, that say which attention it calls."""
+def _chosen(config: Any, before: str) -> str:
+    """The attention that the model's owner chose; `before` where an interruption left this package's."""
+    chosen: str = config._attn_implementation_internal
+    return before if chosen == attention.NAME else chosen
+
+
+def _attentions(model: PreTrainedModel) -> list[tuple[Any, str]]:
+    """The attention that each configuration names, the model's own and those of its parts, where it can be chosen."""
     attention.register()
-    configs = _configs(model)
-    before = [config._attn_implementation_internal for config in configs]
+    before = [(config, config._attn_implementation_internal) for config in _configs(model)]
     try:
         model.set_attn_implementation(attention.NAME)
-        return [config for config in configs if config._attn_implementation_internal == attention.NAME]
+        return [(config, name) for config, name in before if config._attn_implementation_internal == attention.NAME]
     except AttributeError as error:
         raise ValueError(str(error)) from None
     finally:
-        for config, name in zip(configs, before, strict=True):
+        for config, name in before:
             config._attn_implementation_internal = name
 
 

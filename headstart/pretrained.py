@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SAMPLES = 4096  # of each weight
-DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
+DEVICE = re.compile(r"cpu(:0)?|cuda(:\d{1,3})?")
 LAYER = re.compile(r"\.(\d+)\.")
 GENERATION = "generation_config.json"
 MOST_LAYERS = 100_000

@@ -192,7 +192,7 @@ def _neighbours(target: Target, seed: int) -> tuple[list[int], list[int]]:
 
 def _neighbours_changed(target: Target, seed: int) -> tuple[Tensor, Tensor]:
     """[2, vocab] each: first and last token of two such texts, of which every token attends to itself only."""
-    one, other = (target.examined(text, Probe(alone=True))[[0, -1]] for text in _neighbours(target, seed))
+    one, other = (target.examined(text, Probe(alone=True))[:: BEFORE - 1] for text in _neighbours(target, seed))
     return one, other
 
 
@@ -219,7 +219,7 @@ def _records(target: Target, text: list[int]) -> list[tuple[str, list[Tensor], l
 
     def ends(values: Any) -> list[Tensor]:
         tensors = [value for value in values if isinstance(value, Tensor) and value.ndim > 2 and value.shape[1] == len(text)]
-        return [value[0, [0, -1]] for value in tensors]
+        return [value[0, :: len(text) - 1] for value in tensors]
 
     def record(module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         made = out if isinstance(out, tuple | list) else (out,)

@@ -68,6 +68,7 @@ class Target:
         self.name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         self.num_layers = int(text.num_hidden_layers)
         self.hidden = int(text.hidden_size)
+        _require_two_tokens(getattr(text, "max_position_embeddings", None), self.name)
         try:
             self._held = HeldModel.hold(model, self)
         except ValueError as error:
@@ -314,9 +315,14 @@ def _context(config: Any, name: str) -> int:
             longest = min(longest, original or longest)
     if getattr(config, "attn_temperature_tuning", False) and hasattr(config, "floor_scale"):
         longest = min(longest, int(config.floor_scale) - 1)  # from here on Llama 4 counts nodes, not positions
-    if longest < 2:
-        raise ValueError(f"{name} takes texts of {longest} tokens (max_position_embeddings in its config), and an answer needs 2")
+    _require_two_tokens(longest, name)
     return int(longest)
+
+
+def _require_two_tokens(longest: int | None, name: str) -> None:
+    """Raise ValueError where a text has no room for a prompt and an answer. longest: tokens, None where the model does not say."""
+    if longest is not None and longest < 2:
+        raise ValueError(f"{name} takes texts of {longest} tokens (max_position_embeddings in its config), and an answer needs 2")
 
 
 def _ropes(parameters: dict[str, Any]) -> list[dict[str, Any]]:

@@ -127,7 +127,7 @@ def test_a_model_that_hands_its_attention_something_unknown_is_refused(monkeypat
 def test_windows_are_really_in_play():
     reaches = {name: {(reach.window, reach.chunk) for reach in tiny(name).reaches} for name in ARCHITECTURES}
     windowed = {name for name, kinds in reaches.items() if (WINDOW, None) in kinds}
-    assert windowed == {"mistral", "gemma2", "gemma3", "gpt_oss", "cohere2"}
+    assert windowed == {"mistral", "gemma2", "gemma3", "gpt_oss", "cohere2", "afmoe"}
     assert reaches["llama4"] == {(None, WINDOW), (None, None)}
     assert tiny("gpt2").context == 128 == hf.GPT2Config(n_positions=128).n_positions
 

@@ -125,7 +125,7 @@ def test_damage_is_named(online, store):
     with pytest.raises(ValueError, match=r"shard-00000.safetensors is damaged .* delete it, and it is written again"):
         filled(store.folder, online)(LIBRARY.pad([0]))
     (store.folder / "store.json").write_text("{")
-    with pytest.raises(ValueError, match=r"store.json is damaged; delete the folder"):
+    with pytest.raises(ValueError, match=r"store.json is not JSON: .*; delete the folder"):
         filled(store.folder, online)
 
 

@@ -59,7 +59,8 @@ def heads_of(folder):
     return torch.load(folder / "medusa_lm_head.pt", weights_only=True)
 
 
-def test_import_prints_a_table(target, theirs, tmp_path):
+def test_import_prints_a_table(target, theirs, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")  # no path is broken into lines
     printed = " ".join(run("import", theirs, "--target", target, "--out", tmp_path / "ours").stdout.split())
     assert "Medusa heads" in printed
     assert f"headstart generate --model {target} --drafter {tmp_path / 'ours'}" in printed
