@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 LOWER := .venv-lower
 LOWER_READY := $(LOWER)/.ready
-LOWER_TESTS := tests/test_target.py tests/test_held_model.py tests/test_features.py tests/test_custom_generate.py tests/test_import_eagle.py
+LOWER_TESTS := tests/target/test_target.py tests/target/test_held_model.py tests/training/test_features.py tests/engine/test_custom_generate.py tests/formats/test_import_eagle.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types pytest lower docs bench clean

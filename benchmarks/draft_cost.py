@@ -6,7 +6,8 @@ Real answers are decoded while the functions of a round are wrapped from outside
 borders to what is running then, so the parts of a round add up to it; what the clock itself costs is seen beside the same rounds
 without it. Inside `propose`, `layers` are the drafter's own modules, `project` the way from its states to the vocabulary, `noise`
 the target's noise (which verifying needs as well), `choose` what else `Rows.choose` does, `tree` the bookkeeping of
-`headstart.drafters.grow`, and `walk` all the rest: embeddings, positions, what a method does between its modules. For a drafter
+`headstart.drafters.parts.grow`, and `walk` all the rest: embeddings, positions, what a method does between its modules. For a
+drafter
 that is no torch module, layers and projection are part of `walk`. Numbers are medians over the rounds that drafted in the most
 common way; `x` counts target forwards of one node, as plain decoding runs them. With one thread they are its processor time, which
 what else runs on the machine hardly touches; with more, time on the wall, which wants a quiet machine. One JSON line at the end.
@@ -28,13 +29,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from headstart import engine as rounds
 from headstart.bench import report, runner, suites
-from headstart.cli.measure import as_tasks
-from headstart.cli.settings import Model
-from headstart.drafters import grow
-from headstart.engine import Engine
-from headstart.sampling import Rows, SamplingParams
+from headstart.cli.bench import as_tasks
+from headstart.cli.options import Model
+from headstart.drafters.parts import grow
+from headstart.engine import engine as rounds
+from headstart.engine.engine import Engine
+from headstart.speculation.sampling import Rows, SamplingParams
 
 PARTS = ("propose", "prune", "merge", "score", "verify", "commit", "extend", "host")
 INSIDE = ("layers", "walk", "project", "noise", "choose", "tree")

@@ -29,16 +29,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from headstart.bench.identity import find_split
 from headstart.bench.report import machine
-from headstart.cache import Seating
-from headstart.drafters import METHODS, Drafter, folder_of, make, method
+from headstart.drafters import Drafter
+from headstart.drafters.draft_model import ModelDrafter
 from headstart.drafters.lookup import Lookup
-from headstart.drafters.model import ModelDrafter
-from headstart.engine import Engine
-from headstart.planner import Best
-from headstart.pretrained import embedded
-from headstart.sampling import SamplingParams
-from headstart.target import Target, load_model
-from headstart.tree import ROOT, Drafts, merge
+from headstart.drafters.registry import METHODS, method
+from headstart.engine.drafter_loading import folder_of, make
+from headstart.engine.engine import Engine
+from headstart.speculation.planner import Best
+from headstart.speculation.sampling import SamplingParams
+from headstart.speculation.tree import ROOT, Drafts, merge
+from headstart.target.cache import Seating
+from headstart.target.loading import embedded
+from headstart.target.target import Target, load_model
 
 LAWS = {
     "greedy": SamplingParams(),

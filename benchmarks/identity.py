@@ -1,4 +1,4 @@
-"""Compare every drafter with plain decoding, long: the cells of tests/test_engine_identity.py from the command line.
+"""Compare every drafter with plain decoding, long: the cells of tests/engine/test_engine_identity.py from the command line.
 
     python benchmarks/identity.py --tokens 5000 --model talk13M --model tiny --dtype bfloat16
 

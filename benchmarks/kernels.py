@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from headstart import attention
-from headstart.attention import Kernel, Manner, Reach, Sight
-from headstart.cache import Seating
-from headstart.kernels.attention import ordered, wide
-from headstart.kernels.fuse import fuse
-from headstart.kernels.linear import packed_bytes, prepack
-from headstart.pretrained import load_model
-from headstart.target import Target
+from headstart.target import attention
+from headstart.target.attention import Kernel, Manner, Reach, Sight
+from headstart.target.cache import Seating
+from headstart.target.kernels.attention import ordered, wide
+from headstart.target.kernels.fuse import fuse
+from headstart.target.kernels.linear import packed_bytes, prepack
+from headstart.target.loading import load_model
+from headstart.target.target import Target
 
 NODES = (1, 2, 8, 16)
 

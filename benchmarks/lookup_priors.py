@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from headstart.drafters.lookup import Record, SuffixAutomaton
-from headstart.text import load_tokenizer
+from headstart.target.tokenizer_loading import load_tokenizer
 
 TEXTS, LENGTH = 60, 1000  # per file; tokens per text at most
 

@@ -14,11 +14,11 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from headstart.drafters.layers import block_of
-from headstart.drafters.parallel import ParallelConfig, ParallelMtp
-from headstart.ends import Ends
-from headstart.training.texts import Padded
-from headstart.training.together import Together
+from headstart.drafters.mtp_parallel import ParallelConfig, ParallelMtp
+from headstart.drafters.parts.decoder import block_of
+from headstart.target.embed_head import Ends
+from headstart.training.dataset import Padded
+from headstart.training.pretrain_loss import Together
 
 ROWS, LENGTH = 4, 512
 

@@ -19,13 +19,13 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 from transformers import AutoConfig
 
-from headstart.chances import load_plan, save_plan
-from headstart.checkpoint import TargetFacts, describe, facts_of, load, save
-from headstart.drafters.heads import Heads
-from headstart.ends import Ends
-from headstart.lessons import Batch
-from headstart.pretrained import load_model
-from headstart.text import load_tokenizer
+from headstart.drafters.parts.heads import Heads
+from headstart.drafters.parts.losses import Batch
+from headstart.formats import TargetFacts, describe, facts_of, load, save
+from headstart.speculation.calibration import load_plan, save_plan
+from headstart.target.embed_head import Ends
+from headstart.target.loading import load_model
+from headstart.target.tokenizer_loading import load_tokenizer
 
 TOLERANCE = 1e-3  # of logits, relative to the largest
 

@@ -15,10 +15,10 @@ import torch
 
 import headstart
 from headstart.bench.suites import load_cases
-from headstart.drafters import folder_of, heads_in
-from headstart.pretrained import embedded, load_model
-from headstart.target import Target
-from headstart.text import load_tokenizer
+from headstart.engine.drafter_loading import folder_of, heads_in
+from headstart.target.loading import embedded, load_model
+from headstart.target.target import Target
+from headstart.target.tokenizer_loading import load_tokenizer
 
 BITS = (16, 8, 4)
 

@@ -22,13 +22,13 @@ from rich.table import Table
 
 from headstart.bench import report, runner, suites
 from headstart.bench.identity import find_split
-from headstart.chances import UNFITTED, Calibration
-from headstart.cli.measure import as_tasks
-from headstart.cli.settings import Model
-from headstart.planner import Chain, Shape
-from headstart.sampling import SamplingParams
-from headstart.stats import Stats
-from headstart.verify import RULES
+from headstart.cli.bench import as_tasks
+from headstart.cli.options import Model
+from headstart.engine.stats import Stats
+from headstart.speculation.calibration import UNFITTED, Calibration
+from headstart.speculation.planner import Chain, Shape
+from headstart.speculation.sampling import SamplingParams
+from headstart.speculation.verify import RULES
 
 RULE_OF = {"coupled": RULES["coupled"], "rejection": RULES["rejection"], "picked": replace(RULES["coupled"], noise="none")}
 DEFAULT_SHAPES = ("chain:4", "tree:8", "best")

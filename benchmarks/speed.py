@@ -23,14 +23,15 @@ from transformers.utils import logging
 
 from headstart.bench import report, runner, suites
 from headstart.bench.replay import Replay
-from headstart.cache import Seating
-from headstart.engine import Engine
-from headstart.planner import Best
-from headstart.sampling import Rows, SamplingParams
-from headstart.target import Target, load_model
-from headstart.text import encode_prompt, load_tokenizer
-from headstart.tree import ROOT, Drafts, Kept
-from headstart.verify import RULES
+from headstart.engine.engine import Engine
+from headstart.speculation.planner import Best
+from headstart.speculation.sampling import Rows, SamplingParams
+from headstart.speculation.tree import ROOT, Drafts, Kept
+from headstart.speculation.verify import RULES
+from headstart.target.cache import Seating
+from headstart.target.target import Target, load_model
+from headstart.target.tokenizer_loading import load_tokenizer
+from headstart.text.tokenizer import encode_prompt
 
 SETTINGS = {"T=0": {}, "T=1, top-p 0.9": {"temperature": 1.0, "top_p": 0.9}}
 Answer = Callable[[int], tuple[float, int]]  # the number of a task to its seconds and tokens

@@ -6,8 +6,8 @@ from rich.console import Console
 
 import headstart
 from headstart.bench import report, runner, suites
-from headstart.pretrained import embedded
-from headstart.text import encode_prompt
+from headstart.target.loading import embedded
+from headstart.text.tokenizer import encode_prompt
 
 model, draft = [*sys.argv[1:], None, None][:2] if len(sys.argv) > 1 else (None, embedded("draft"))
 llm = headstart.load(model, drafter=None, max_rows=1, dtype="float32")

@@ -4,8 +4,8 @@ import sys
 from itertools import pairwise
 
 import headstart
-from headstart.planner import Chain
-from headstart.tree import Drafts
+from headstart.speculation.planner import Chain
+from headstart.speculation.tree import Drafts
 
 
 class Bigrams:

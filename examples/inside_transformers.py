@@ -5,7 +5,7 @@ import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import headstart
-from headstart.pretrained import embedded
+from headstart.target.loading import embedded
 
 path = sys.argv[1] if len(sys.argv) > 1 else embedded("target")
 model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import headstart
 from headstart.bench.suites import load_cases
-from headstart.pretrained import embedded
-from headstart.train import TrainConfig, train
+from headstart.target.loading import embedded
+from headstart.training.train import TrainConfig, train
 
 model = sys.argv[1] if len(sys.argv) > 1 else str(embedded("target"))
 folder = Path(tempfile.mkdtemp(prefix="heads-"))

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from headstart.drafters import Drafter
-    from headstart.engine import Engine
-    from headstart.generate_hook import custom_generate
-    from headstart.llm import LLM, load
-    from headstart.sampling import SamplingParams
-    from headstart.scheduler import Request
+    from headstart.engine.engine import Engine
+    from headstart.engine.generate_hook import custom_generate
+    from headstart.engine.llm import LLM, load
+    from headstart.engine.scheduler import Request
+    from headstart.speculation.sampling import SamplingParams
 
 __version__ = "0.1.0"
 
@@ -29,13 +29,13 @@ __all__ = [
 ]
 
 _ROOMS = {
-    "LLM": "headstart.llm",
+    "LLM": "headstart.engine.llm",
     "Drafter": "headstart.drafters",
-    "Engine": "headstart.engine",
-    "Request": "headstart.scheduler",
-    "SamplingParams": "headstart.sampling",
-    "custom_generate": "headstart.generate_hook",
-    "load": "headstart.llm",
+    "Engine": "headstart.engine.engine",
+    "Request": "headstart.engine.scheduler",
+    "SamplingParams": "headstart.speculation.sampling",
+    "custom_generate": "headstart.engine.generate_hook",
+    "load": "headstart.engine.llm",
 }
 
 

@@ -23,10 +23,10 @@ from heads import heads_for
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from headstart.checkpoint import facts_of, save
-from headstart.pretrained import load_model
-from headstart.target import Target
-from headstart.text import load_tokenizer
+from headstart.formats import facts_of, save
+from headstart.target.loading import load_model
+from headstart.target.target import Target
+from headstart.target.tokenizer_loading import load_tokenizer
 
 MARKER = "code-was-run"
 DEEP = 100_000  # lists inside one another

@@ -1,6 +1,6 @@
 """The cells of the identity tests: every drafter, law and number of rows, on models large enough to say something.
 
-`tests/test_engine_identity.py` runs a few hundred tokens per cell, `benchmarks/identity.py` as many as one likes.
+`tests/engine/test_engine_identity.py` runs a few hundred tokens per cell, `benchmarks/identity.py` as many as one likes.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from scripted import AsDrafted, Ask, Scripted, decode, random_trees, right, righ
 from tiny import cut, tiny
 
 from headstart.bench.identity import Split, find_split
-from headstart.drafters import Drafter, heads_in
+from headstart.drafters import Drafter
+from headstart.drafters.draft_model import ModelDrafter
 from headstart.drafters.lookup import Lookup
-from headstart.drafters.model import ModelDrafter
-from headstart.planner import Best, Chain, Planner, Shape
-from headstart.pretrained import load_model
-from headstart.sampling import SamplingParams
-from headstart.target import Target
-from headstart.text import encode_prompt, load_tokenizer
+from headstart.engine.drafter_loading import heads_in
+from headstart.speculation.planner import Best, Chain, Planner, Shape
+from headstart.speculation.sampling import SamplingParams
+from headstart.target.loading import load_model
+from headstart.target.target import Target
+from headstart.target.tokenizer_loading import load_tokenizer
+from headstart.text.tokenizer import encode_prompt
 
 ROOT = Path(__file__).parent.parent
 MODELS = ROOT.parent / "shared" / "models"  # beside the checkout of those who have it

@@ -1,9 +1,12 @@
 """Fixtures that several test files share."""
 
+import json
+import random
 from pathlib import Path
 
 import pytest
-from folders import write_model
+from accelerate.state import AcceleratorState
+from folders import TEXT, write_model
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +19,35 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def draft_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A smaller model with the same tokenizer."""
     return write_model(tmp_path_factory.mktemp("models") / "draft", layers=1)
+
+
+@pytest.fixture
+def one_accelerator_at_a_time():
+    """accelerate keeps one state per process; every run begins with a new one."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixteen conversations of different lengths."""
+    path = tmp_path_factory.mktemp("data") / "chats.jsonl"
+    words, dice = " ".join(TEXT).split(), random.Random(0)
+    chats = [(dice.choices(words, k=3), dice.choices(words, k=4 + number)) for number in range(16)]
+    roles = [[("user", ask), ("assistant", say)] for ask, say in chats]
+    lines = [{"messages": [{"role": role, "content": " ".join(said)} for role, said in turns]} for turns in roles]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def asked(model_folder, data, tmp_path):
+    """Keys of a short run; a test changes some."""
+
+    def ask(**keys: object) -> dict:
+        base = {"method": "medusa", "target": str(model_folder), "data": [data], "out": tmp_path / "heads", "steps": 9, "rows": 4}
+        base |= {"settings": {"num_heads": 2}, "device": "cpu", "threads": 1, "held_out": 0.0, "save_every": 3, "log_every": 1}
+        whole = base | keys
+        return {name: value for name, value in whole.items() if value is not None}
+
+    return ask

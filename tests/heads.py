@@ -9,13 +9,13 @@ import torch
 
 from headstart.drafters.eagle import Eagle, EagleConfig
 from headstart.drafters.eagle3 import Eagle3, Eagle3Config
-from headstart.drafters.heads import Heads
 from headstart.drafters.hydra import Hydra, HydraConfig, HydraPlus, HydraPlusConfig
 from headstart.drafters.medusa import Medusa, MedusaConfig
 from headstart.drafters.mtp import Mtp, MtpConfig
-from headstart.drafters.parallel import ParallelConfig, ParallelMtp
-from headstart.sampling import Choice
-from headstart.target import Target
+from headstart.drafters.mtp_parallel import ParallelConfig, ParallelMtp
+from headstart.drafters.parts.heads import Heads
+from headstart.speculation.sampling import Choice
+from headstart.target.target import Target
 
 KINDS = ("medusa", "medusa, shared", "hydra", "hydra++", "mtp", "mtp, 3 modules", "mtp, hidden first", "mtp-parallel", "eagle",
          "eagle3", "eagle3.1, 40 tokens")  # fmt: skip

@@ -10,13 +10,13 @@ from heads import Forced
 from safetensors.torch import save_file
 from torch import Tensor
 
-from headstart import checkpoint
-from headstart.cache import Seating
-from headstart.ends import Ends
-from headstart.lessons import Batch
-from headstart.pretrained import load_model
-from headstart.target import Target
-from headstart.tree import Kept
+from headstart import formats as checkpoint
+from headstart.drafters.parts.losses import Batch
+from headstart.speculation.tree import Kept
+from headstart.target.cache import Seating
+from headstart.target.embed_head import Ends
+from headstart.target.loading import load_model
+from headstart.target.target import Target
 
 HIDDEN, VOCAB = 32, 320  # of folders.write_model
 Tensors = dict[str, Tensor]

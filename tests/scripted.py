@@ -4,14 +4,14 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from headstart.cache import Seating
 from headstart.drafters import Drafter
-from headstart.engine import Engine
-from headstart.planner import Plan, Planner
-from headstart.sampling import Rows, SamplingParams
-from headstart.scheduler import Request
-from headstart.target import Target
-from headstart.tree import ROOT, Drafts, Kept
+from headstart.engine.engine import Engine
+from headstart.engine.scheduler import Request
+from headstart.speculation.planner import Plan, Planner
+from headstart.speculation.sampling import Rows, SamplingParams
+from headstart.speculation.tree import ROOT, Drafts, Kept
+from headstart.target.cache import Seating
+from headstart.target.target import Target
 
 Node = tuple[int, int]  # a token, and its parent among the nodes of its row
 Script = Callable[[Sequence[int], int], list[Node]]  # what will come, and how deep one may draft -> a tree

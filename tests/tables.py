@@ -6,11 +6,11 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from headstart.drafters.grow import Level, compose, grow
-from headstart.planner import Planner
-from headstart.sampling import History, Laws, Paths, Rows, SamplingParams, warp
-from headstart.tree import ROOT, Drafts, Forest, merge
-from headstart.verify import Rule, verify
+from headstart.drafters.parts.grow import Level, compose, grow
+from headstart.speculation.planner import Planner
+from headstart.speculation.sampling import History, Laws, Paths, Rows, SamplingParams, warp
+from headstart.speculation.tree import ROOT, Drafts, Forest, merge
+from headstart.speculation.verify import Rule, verify
 
 Draft = Callable[[Rows, Sequence[Sequence[int]]], Drafts]
 

@@ -1,4 +1,4 @@
-"""Who may import whom (docs/concepts.md, "The rooms"): reads every import of the package and fails on a breach."""
+"""Who may import whom (docs/concepts.md, "The folders"): reads every import of the package and fails on a breach."""
 
 import ast
 import re
@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "headstart"
-MATHEMATICS = {f"headstart.{room}" for room in ("tree", "chances", "sampling", "verify", "planner", "scheduler")}
-SHARED = ("", ".grow", ".heads", ".layered", ".layers", ".plain", ".recurrent")
-SHARED_DRAFTER_PARTS = {f"headstart.drafters{part}" for part in SHARED}
-JUDGES = {"headstart.engine", "headstart.verify"}
-ENGINE, TRAINERS = "headstart.engine", ("headstart.train", "headstart.training")
-SURFACES = ("headstart.cli", "headstart.serve", "headstart.bench")
+# A folder imports folders that stand before it, never one behind it.
+FOLDERS = ("text", "speculation", "target", "drafters", "formats", "engine", "distill", "training", "bench", "serve", "cli")
+PARTS = "headstart.drafters.parts"
+NO_METHOD = {"headstart.drafters", "headstart.drafters.registry"}
+JUDGES = {"headstart.engine.engine", "headstart.engine.scheduler", "headstart.speculation.verify"}
+SURFACES = ("cli", "serve", "bench")
 
 
 def module_name(path: Path) -> str:
@@ -22,7 +22,11 @@ def module_name(path: Path) -> str:
 
 
 MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
-METHODS = [name.split(".")[2] for name in MODULES if name.startswith("headstart.drafters.") and name not in SHARED_DRAFTER_PARTS]
+METHODS = {
+    name.rpartition(".")[2]
+    for name in MODULES
+    if name.startswith("headstart.drafters.") and not name.startswith(PARTS) and name not in NO_METHOD
+}
 
 
 def imports(source: str, module: str, is_package: bool = False) -> Iterator[str]:
@@ -44,73 +48,82 @@ def absolute(node: ast.ImportFrom, module: str, is_package: bool) -> str:
     return ".".join([*package, *(node.module.split(".") if node.module else [])])
 
 
-def is_in(module: str, room: str) -> bool:
-    return module == room or module.startswith(f"{room}.")
+def folder(module: str) -> str | None:
+    """The folder of the package that a module is in, None for the package itself and for other packages."""
+    first, _, rest = module.partition(".")
+    name = rest.partition(".")[0]
+    return name if first == "headstart" and name in FOLDERS else None
+
+
+def is_in(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
 
 
 def breach(importer: str, imported: str) -> str | None:
     """The rule that this import breaks, or None."""
-    if importer in MATHEMATICS and any(
-        is_in(imported, room) for room in ("transformers", "headstart.drafters", "headstart.target")
-    ):
-        return "1: the mathematics of a round knows no transformers, no drafter, no target"
-    if is_in(importer, "headstart.drafters") and any(
-        is_in(imported, f"headstart.{room}") for room in ("engine", "scheduler", "verify", "train", "training")
-    ):
-        return "2: a drafter proposes; it knows no engine, scheduler, verifier or trainer"
-    if importer.startswith("headstart.drafters.") and is_sibling(importer, imported):
-        return "2: drafters share grow, heads, layered, layers, plain and recurrent, nothing else"
-    if importer in JUDGES and imported.startswith("headstart.drafters.") and imported in MODULES:
-        return "3: a new drafter is one file; engine and verify know none by name"
-    if ENGINE in (importer, imported) and any(is_in(importer, room) or is_in(imported, room) for room in TRAINERS):
-        return "4: engine and train do not import each other"
-    if any(is_in(imported, room) and not may_enter(importer, room) for room in SURFACES):
+    own, other = folder(importer), folder(imported)
+    if importer == "headstart.__main__" or own is None:
+        return None
+    if own == "speculation" and is_in(imported, "transformers"):
+        return "1: the mathematics of a round knows no transformers"
+    if other in SURFACES and other != own and own != "cli":
         return "4: nobody imports cli, serve, bench"
-    if is_in(imported, "headstart.kernels") and not is_in(importer, "headstart.kernels"):
-        return None if importer == "headstart.target" else "5: kernels are chosen in one place, the target"
+    if other is not None and FOLDERS.index(other) > FOLDERS.index(own):
+        return f"{own} stands before {other} and does not import it"
+    if "training" in (own, other) and {"engine", "distill"} & {own, other}:
+        return "4: engine and training do not import each other"
+    if own == "drafters" and is_sibling(importer, imported):
+        return "2: drafters share what is in parts, nothing else"
+    if importer in JUDGES and imported in MODULES and other == "drafters" and imported != "headstart.drafters":
+        return "3: a new drafter is one file; engine and verify know none by name"
+    if is_in(imported, "headstart.target.kernels") and own != "target":
+        return "5: kernels are chosen in one place, the target"
     return None
 
 
 def is_sibling(importer: str, imported: str) -> bool:
-    """Another drafter's module; a name inside the package, as `from headstart.drafters import Drafter`, is none."""
-    if not imported.startswith("headstart.drafters.") or is_in(imported, importer):
+    """Another method's module; `headstart.drafters` itself, the protocol, is none."""
+    if not imported.startswith("headstart.drafters.") or imported not in MODULES or is_in(imported, PARTS) or imported in NO_METHOD:
         return False
-    method = ".".join(imported.split(".")[:3])
-    return method in MODULES and method not in SHARED_DRAFTER_PARTS and not is_in(importer, method)
-
-
-def may_enter(importer: str, room: str) -> bool:
-    return is_in(importer, room) or is_in(importer, "headstart.cli") or importer == "headstart.__main__"
+    return not is_in(importer, imported) and importer not in NO_METHOD
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_only_what_its_room_may(module):
+def test_a_module_imports_only_what_its_folder_may(module):
     path = MODULES[module]
-    found = imports(path.read_text(), module, path.name == "__init__.py")
-    assert [(imported, rule) for imported in found if (rule := breach(module, imported))] == []
+    actual = imports(path.read_text(), module, path.name == "__init__.py")
+    assert [(imported, rule) for imported in actual if (rule := breach(module, imported))] == []
+
+
+def test_every_folder_has_its_place():
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and (path / "__init__.py").exists()}
+    assert folders <= set(FOLDERS)
 
 
 def test_engine_and_verify_contain_no_methods_name():
-    # "model" is also an everyday word; the import rule above still covers drafters/model.py
-    methods = {method for method in METHODS if method != "model"}
-    for room in JUDGES & MODULES.keys():
-        assert methods & set(re.findall(r"\w+", MODULES[room].read_text().lower())) == set()
+    for module in JUDGES & MODULES.keys():
+        assert METHODS & set(re.findall(r"\w+", MODULES[module].read_text().lower())) == set()
 
 
 @pytest.mark.parametrize(
     ("importer", "imported"),
     [
-        ("headstart.verify", "transformers.cache_utils"),
-        ("headstart.planner", "headstart.drafters"),
-        ("headstart.scheduler", "headstart.target"),
-        ("headstart.drafters.medusa", "headstart.verify"),
-        ("headstart.drafters", "headstart.train"),
-        ("headstart.engine", "headstart.train"),
-        ("headstart.train", "headstart.engine"),
-        ("headstart.training.loop", "headstart.engine"),
-        ("headstart.engine", "headstart.serve.app"),
+        ("headstart.speculation.verify", "transformers.cache_utils"),
+        ("headstart.speculation.planner", "headstart.drafters"),
+        ("headstart.speculation.tree", "headstart.target.target"),
+        ("headstart.text.tokenizer", "headstart.target.loading"),
+        ("headstart.target.target", "headstart.drafters"),
+        ("headstart.drafters.medusa", "headstart.engine.engine"),
+        ("headstart.drafters.medusa", "headstart.drafters.hydra"),
+        ("headstart.drafters", "headstart.training.train"),
+        ("headstart.engine.engine", "headstart.drafters.lookup"),
+        ("headstart.engine.engine", "headstart.training.train"),
+        ("headstart.training.train", "headstart.engine.engine"),
+        ("headstart.training.loop", "headstart.engine.llm"),
+        ("headstart.engine.engine", "headstart.serve.app"),
         ("headstart.serve", "headstart.cli"),
-        ("headstart.attention", "headstart.kernels.graphs"),
+        ("headstart.distill.distill", "headstart.bench.runner"),
+        ("headstart.drafters.parts.heads", "headstart.target.kernels.linear"),
     ],
 )
 def test_each_rule_notices_its_breach(importer, imported):
@@ -121,11 +134,12 @@ def test_each_rule_notices_its_breach(importer, imported):
     ("importer", "imported"),
     [
         ("headstart.drafters.medusa", "headstart.drafters.Drafter"),
-        ("headstart.drafters.medusa", "headstart.drafters.grow.grow"),
-        ("headstart.cli", "headstart.bench.runner"),
+        ("headstart.drafters.medusa", "headstart.drafters.parts.grow"),
+        ("headstart.cli.bench", "headstart.bench.runner"),
         ("headstart.serve.app", "headstart.serve.metrics"),
-        ("headstart.target", "headstart.kernels"),
-        ("headstart.engine", "headstart.drafters.Drafter"),
+        ("headstart.target.target", "headstart.target.kernels"),
+        ("headstart.engine.engine", "headstart.drafters.Drafter"),
+        ("headstart.bench.runner", "headstart.engine.engine"),
     ],
 )
 def test_what_is_allowed_passes(importer, imported):
@@ -133,8 +147,9 @@ def test_what_is_allowed_passes(importer, imported):
 
 
 def test_imports_are_found_in_every_form():
-    source = "import a.b\nfrom . import layers\nfrom ..tree import Forest\ndef late():\n    from c import d\n"
+    source = "import a.b\nfrom . import parts\nfrom ..speculation.tree import Forest\ndef late():\n    from c import d\n"
     assert set(imports(source, "headstart.drafters.medusa")) == {
-        "a.b", "c", "c.d", "headstart.drafters", "headstart.drafters.layers", "headstart.tree", "headstart.tree.Forest",
+        "a.b", "c", "c.d", "headstart.drafters", "headstart.drafters.parts", "headstart.speculation.tree",
+        "headstart.speculation.tree.Forest",
     }  # fmt: skip
     assert "headstart.tree" in set(imports("from .tree import Forest", "headstart", is_package=True))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers as hf
 
-from headstart.target import Target
+from headstart.target.target import Target
 
 VOCAB = 97
 WINDOW = 8

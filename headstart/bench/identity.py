@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headstart.cache import Seating
-from headstart.sampling import History, Laws, Paths, Rows, SamplingParams
-from headstart.target import Target
-from headstart.tree import Drafts, merge
+from headstart.speculation.sampling import History, Laws, Paths, Rows, SamplingParams
+from headstart.speculation.tree import Drafts, merge
+from headstart.target.cache import Seating
+from headstart.target.target import Target
 
 NEAR_TIE = 1e-4  # in fp32
 # Coarser types: logits of 8 to 16 lie 1/16 (bf16) or 1/128 (fp16) apart, and either of two may move by that much.

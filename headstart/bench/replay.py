@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from headstart.sampling import Rows
-from headstart.tree import Forest
-from headstart.verify import Asked, Rule, Ruling
+from headstart.speculation.sampling import Rows
+from headstart.speculation.tree import Forest
+from headstart.speculation.verify import Asked, Rule, Ruling
 
 
 class Replay:

@@ -23,9 +23,9 @@ from rich.table import Table
 import headstart
 from headstart.bench.identity import Split, find_split
 from headstart.bench.runner import PLAIN, Sample, Setup
-from headstart.stats import Stats
-from headstart.target import Target
-from headstart.verify import parse_rule
+from headstart.engine.stats import Stats
+from headstart.speculation.verify import parse_rule
+from headstart.target.target import Target
 
 NGRAM = 8
 

@@ -12,15 +12,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from headstart.bench.replay import Replay
-from headstart.drafters import make, settle
-from headstart.engine import Engine
-from headstart.noise import mix
-from headstart.planner import Measured, Planner, parse
-from headstart.sampling import SamplingParams
-from headstart.scheduler import Request
-from headstart.stats import Stats
-from headstart.target import Target
-from headstart.verify import parse_rule
+from headstart.engine.drafter_loading import make, settle
+from headstart.engine.engine import Engine
+from headstart.engine.scheduler import Request
+from headstart.engine.stats import Stats
+from headstart.speculation.noise import mix
+from headstart.speculation.planner import Measured, Planner, parse
+from headstart.speculation.sampling import SamplingParams
+from headstart.speculation.verify import parse_rule
+from headstart.target.target import Target
 
 PLAIN = "plain"
 CLEAN = 0.02  # of its time a clean sample may have waited for a processor

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headstart.records import PROMPTS, applied_to, first_text, read_records
+from headstart.text.jsonl import PROMPTS, applied_to, first_text, read_records
 
 REFERENCES = ("reference", "answer", "canonical_solution", "output")
 

@@ -10,8 +10,15 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from headstart.cli import answer, begin, bring, calibrate, learn, look, measure, teach
-from headstart.cli.settings import expanded
+from headstart.cli import bench as measure
+from headstart.cli import calibrate
+from headstart.cli import distill as teach
+from headstart.cli import generate as answer
+from headstart.cli import import_heads as bring
+from headstart.cli import inspect as look
+from headstart.cli import pretrain as begin
+from headstart.cli import train as learn
+from headstart.cli.options import expanded
 
 INTERRUPTED = 130
 SHOWN = 200  # letters of a name, or of what a library says

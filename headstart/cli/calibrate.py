@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headstart.cli.measure import Raw, as_tasks, console, progress
-from headstart.cli.settings import Json, Model
+from headstart.cli.bench import Raw, as_tasks, console, progress
+from headstart.cli.options import Json, Model
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from headstart.calibrate import Finding, Taught, Trial
-    from headstart.llm import LLM
+    from headstart.bench.calibrate import Finding, Taught, Trial
+    from headstart.engine.llm import LLM
 
 DEFAULT = (0.0, 0.7, 1.0)  # temperatures
 PROBED = 4  # prompts of a probe
@@ -42,9 +42,9 @@ def calibrate(
     Example: headstart calibrate ./my-heads --model ./talk13M --limit 4
     """
     from headstart.bench import suites
-    from headstart.calibrate import SIZES, Trial
-    from headstart.calibrate import calibrate as measure
-    from headstart.chances import save_plan
+    from headstart.bench.calibrate import SIZES, Trial
+    from headstart.bench.calibrate import calibrate as measure
+    from headstart.speculation.calibration import save_plan
 
     if model.accept != "coupled":
         raise ValueError(f"--accept is {model.accept}; calibration measures the coupled rule, so leave it out")
@@ -76,7 +76,7 @@ def calibrate(
 
 def _tau(trial: "Trial", drafter: "Taught", paths: Any, temperature: float, tell: "Callable[[], None]") -> float:
     """Of decoding with the tree of these paths. tell: called after each answer."""
-    from headstart.planner import Shape
+    from headstart.speculation.planner import Shape
 
     return float(trial.decode(drafter, Shape(paths), temperature, lambda place, done: tell()).tau)
 
@@ -84,7 +84,7 @@ def _tau(trial: "Trial", drafter: "Taught", paths: Any, temperature: float, tell
 def probe(heads: str, model: str | None, device: str, trust_remote_code: bool = False) -> dict[str, Any]:
     """A few prompts decoded with heads: tau and acceptance by depth, and what they depend on."""
     from headstart.bench import suites
-    from headstart.calibrate import Trial
+    from headstart.bench.calibrate import Trial
 
     llm = Model(model=model, device=device, trust_remote_code=trust_remote_code).load(drafter=None, max_rows=1)
     drafter = _taught(Path(heads), llm)
@@ -96,7 +96,7 @@ def probe(heads: str, model: str | None, device: str, trust_remote_code: bool = 
 
 
 def _taught(heads: Path, llm: "LLM") -> "Taught":
-    from headstart.drafters import heads_in
+    from headstart.engine.drafter_loading import heads_in
 
     drafter: Taught = heads_in(heads, llm.engine.target)
     return drafter
@@ -104,7 +104,7 @@ def _taught(heads: Path, llm: "LLM") -> "Taught":
 
 def _tell(heads: Path, trial: "Trial", prompts: str, findings: "list[Finding]", decoded: list[dict[int, float]]) -> None:
     """Write what was measured into the model card of the heads."""
-    from headstart.checkpoint import facts_of, tell
+    from headstart.formats import facts_of, tell
 
     sizes = sorted({size for taus in decoded for size in taus})
     names = ("temperature", "first guess accepted, by depth", "chain", *(f"tree of {size}" for size in sizes))

@@ -14,10 +14,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from headstart.drafters.layers import decoder
-from headstart.drafters.plain import bare
-from headstart.drafters.recurrent import Recurrent, RecurrentConfig
-from headstart.lessons import Batch, Guess, Metrics, Objective, learn
+from headstart.drafters.parts.decoder import decoder
+from headstart.drafters.parts.llama_layer import bare
+from headstart.drafters.parts.losses import Batch, Guess, Metrics, Objective, learn
+from headstart.drafters.parts.recurrent import Recurrent, RecurrentConfig
 
 
 class EagleConfig(RecurrentConfig):

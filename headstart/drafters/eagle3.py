@@ -2,7 +2,7 @@
 target, with a head of its own over the words that matter.
 
 It need not resemble any state of the target: it learns by being unrolled on its own output as it will be when it drafts. Settings
-are those of published checkpoints; see `headstart.checkpoint.eagle3`.
+are those of published checkpoints; see `headstart.formats.published.eagle3`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from headstart.drafters.layers import decoder, norm_like
-from headstart.drafters.plain import widened
-from headstart.drafters.recurrent import Recurrent, RecurrentConfig
-from headstart.lessons import Voice
+from headstart.drafters.parts.decoder import decoder, norm_like
+from headstart.drafters.parts.llama_layer import widened
+from headstart.drafters.parts.losses import Voice
+from headstart.drafters.parts.recurrent import Recurrent, RecurrentConfig
 
 
 class Eagle3Config(RecurrentConfig):

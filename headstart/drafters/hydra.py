@@ -13,17 +13,17 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from headstart.drafters.grow import Level, drafting_rows, grow, of_parents
-from headstart.drafters.heads import Block, Heads, HeadsConfig
-from headstart.drafters.layers import Memory, decoder, slot_bytes
-from headstart.drafters.plain import llama_block
-from headstart.lessons import Batch, Guess
-from headstart.sampling import Rows
-from headstart.tree import Drafts, Kept
+from headstart.drafters.parts.decoder import Memory, decoder, slot_bytes
+from headstart.drafters.parts.grow import Level, drafting_rows, grow, of_parents
+from headstart.drafters.parts.heads import Block, Heads, HeadsConfig
+from headstart.drafters.parts.llama_layer import llama_block
+from headstart.drafters.parts.losses import Batch, Guess
+from headstart.speculation.sampling import Rows
+from headstart.speculation.tree import Drafts, Kept
 
 if TYPE_CHECKING:
-    from headstart.cache import Seating
-    from headstart.target import Target
+    from headstart.target.cache import Seating
+    from headstart.target.target import Target
 
 
 class PrefixConfig(BaseModel):

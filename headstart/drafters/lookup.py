@@ -12,13 +12,13 @@ from heapq import heappop, heappush
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
-from headstart.planner import Best, Planner
-from headstart.sampling import Rows
-from headstart.tree import ROOT, Drafts, Kept
+from headstart.speculation.planner import Best, Planner
+from headstart.speculation.sampling import Rows
+from headstart.speculation.tree import ROOT, Drafts, Kept
 
 if TYPE_CHECKING:
-    from headstart.cache import Seating
-    from headstart.target import Target
+    from headstart.target.cache import Seating
+    from headstart.target.target import Target
 
 Place = tuple[int, int]  # where reading has come to: a state of the automaton, and how many of the last tokens it matches
 

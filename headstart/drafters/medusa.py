@@ -11,11 +11,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from headstart.drafters.grow import compose
-from headstart.drafters.heads import Block, Heads, HeadsConfig
-from headstart.lessons import Batch, Guess
-from headstart.sampling import Rows
-from headstart.tree import Drafts
+from headstart.drafters.parts.grow import compose
+from headstart.drafters.parts.heads import Block, Heads, HeadsConfig
+from headstart.drafters.parts.losses import Batch, Guess
+from headstart.speculation.sampling import Rows
+from headstart.speculation.tree import Drafts
 
 
 class MedusaConfig(HeadsConfig):

@@ -16,13 +16,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from headstart.drafters.grow import Level, drafting_rows, grow, of_parents
-from headstart.drafters.layered import Layered
-from headstart.drafters.layers import Memory, decoder, norm_like, unrolled
-from headstart.drafters.plain import llama_block
-from headstart.lessons import Batch, Guess
-from headstart.sampling import Rows
-from headstart.tree import Drafts, Kept
+from headstart.drafters.parts.decoder import Memory, decoder, norm_like, unrolled
+from headstart.drafters.parts.decoder_heads import Layered
+from headstart.drafters.parts.grow import Level, drafting_rows, grow, of_parents
+from headstart.drafters.parts.llama_layer import llama_block
+from headstart.drafters.parts.losses import Batch, Guess
+from headstart.speculation.sampling import Rows
+from headstart.speculation.tree import Drafts, Kept
 
 
 class MtpConfig(BaseModel):

@@ -19,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from headstart.hidden_states import asking_for
-from headstart.lessons import Batch
-from headstart.records import read_object
-from headstart.training.texts import Library, Padded
+from headstart.drafters.parts.losses import Batch
+from headstart.target.hidden_states import asking_for
+from headstart.text.jsonl import read_object
+from headstart.training.dataset import Library, Padded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from headstart.lessons import Metrics
-from headstart.training.brake import Brake
-from headstart.training.config import RunConfig
-from headstart.training.order import Order, evenly
-from headstart.training.pace import pace
-from headstart.training.packed import Packed
-from headstart.training.report import Measure, Report, described, flat, measures
-from headstart.training.resume import Checkpoints, Identity, State
-from headstart.training.texts import Library, Padded
+from headstart.drafters.parts.losses import Metrics
+from headstart.training.batching import Order, evenly
+from headstart.training.dataset import Library, Padded
+from headstart.training.interrupt import Brake
+from headstart.training.lr_schedule import pace
+from headstart.training.packing import Packed
+from headstart.training.run_config import RunConfig
+from headstart.training.run_log import Measure, Report, described, flat, measures
+from headstart.training.run_state import Checkpoints, Identity, State
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -12,22 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from headstart.conversations import read_examples
-from headstart.training.config import BUDGETS, RunConfig, TrainConfig
+from headstart.text.conversations import read_examples
+from headstart.training.batching import Order, num_batches
+from headstart.training.dataset import Library, shelve
 from headstart.training.features import Online, Store
-from headstart.training.lesson import Source
+from headstart.training.frozen_target import Source
 from headstart.training.loop import Course
-from headstart.training.order import Order, num_batches
-from headstart.training.packed import Packed
-from headstart.training.report import Report
-from headstart.training.resume import HOME
-from headstart.training.texts import Library, shelve
+from headstart.training.packing import Packed
+from headstart.training.run_config import BUDGETS, RunConfig, TrainConfig
+from headstart.training.run_log import Report
+from headstart.training.run_state import HOME
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from headstart.checkpoint import TargetFacts
+    from headstart.formats import TargetFacts
 
 LENGTH = 512  # of a text, where the target takes as much
 

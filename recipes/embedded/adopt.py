@@ -6,9 +6,9 @@ python -m recipes.embedded.adopt WORK/second/mtp-parallel headstart/embedded/mtp
 import argparse
 from pathlib import Path
 
-from headstart.checkpoint import describe, facts_of, load, save
-from headstart.pretrained import embedded, load_model
-from headstart.text import load_tokenizer
+from headstart.formats import describe, facts_of, load, save
+from headstart.target.loading import embedded, load_model
+from headstart.target.tokenizer_loading import load_tokenizer
 
 
 def main() -> None:

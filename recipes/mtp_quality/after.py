@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from headstart.bench.report import Row
-from headstart.text import load_tokenizer
-from headstart.train import train
-from headstart.training.config import TrainConfig
-from headstart.training.packed import read_packed
+from headstart.target.tokenizer_loading import load_tokenizer
+from headstart.training.packing import read_packed
+from headstart.training.run_config import TrainConfig
+from headstart.training.train import train
 from recipes.mtp_quality.arms import ARMS, PLAIN, Experiment, run
 from recipes.mtp_quality.measure import by_depth, decoded
 from recipes.mtp_quality.quality import HELD_OUT

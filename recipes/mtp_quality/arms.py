@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from headstart.pretrain import TRUNK, pretrain
-from headstart.training.config import PretrainConfig
+from headstart.training.pretrain import TRUNK, pretrain
+from headstart.training.run_config import PretrainConfig
 from recipes.mtp_quality.texts import taught
 
 PLAIN = "none"

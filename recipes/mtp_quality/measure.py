@@ -12,16 +12,17 @@ import torch
 import torch.nn.functional as F
 
 from headstart.bench import report, runner, suites
-from headstart.checkpoint import load
-from headstart.ends import Ends
-from headstart.lessons import Metrics, Objective
-from headstart.pretrained import load_model
-from headstart.sampling import SamplingParams
-from headstart.target import Target
-from headstart.text import encode_prompt, load_tokenizer
+from headstart.drafters.parts.losses import Metrics, Objective
+from headstart.formats import load
+from headstart.speculation.sampling import SamplingParams
+from headstart.target.embed_head import Ends
+from headstart.target.loading import load_model
+from headstart.target.target import Target
+from headstart.target.tokenizer_loading import load_tokenizer
+from headstart.text.tokenizer import encode_prompt
+from headstart.training.dataset import Padded
 from headstart.training.features import Online
-from headstart.training.packed import Blocks, Packed
-from headstart.training.texts import Padded
+from headstart.training.packing import Blocks, Packed
 
 ROWS = 16
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from headstart.text import load_tokenizer
+from headstart.target.tokenizer_loading import load_tokenizer
 from recipes.mtp_quality.arms import ARMS, PLAIN, Experiment, run
 from recipes.mtp_quality.measure import by_document
 from recipes.mtp_quality.paired import over_documents, over_seeds

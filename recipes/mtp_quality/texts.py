@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from headstart.training.packed import Packed
+from headstart.training.packing import Packed
 from recipes.embedded.mix import mix
 
 # No code, no sums and no old books: a million parameters cannot learn everything from so little.

@@ -1,0 +1,83 @@
+"""What stands in the folders of the heads that were measured: size, training and held-out measures, beside the speeds.
+
+This file knows folders of heads. It believes what their training wrote down, and leaves blank what is not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from headstart.bench.runner import split_spec
+from headstart.engine.drafter_loading import folder_of
+from headstart.formats import describe, recognise
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Heads in a folder. megabytes: in the target's precision; tokens, minutes: of their training; top1: by depth, how often the
+    best guess was right on held-out texts; tau: of a chain of best guesses there. None or empty where it was not written down."""
+
+    folder: str
+    method: str
+    parameters: int
+    megabytes: float
+    tokens: int | None
+    minutes: float | None
+    top1: list[float]
+    tau: float | None
+
+
+def trained(runs: Sequence[str], dtype: torch.dtype) -> list[Trained]:
+    """One entry per folder of heads among the drafters of `runs`. Raises ValueError for a folder that holds something else."""
+    folders = dict.fromkeys(folder_of(split_spec(run)[0]) for run in runs)
+    return [_read(folder, dtype) for folder in folders if folder]
+
+
+def _read(folder: Path, dtype: torch.dtype) -> Trained:
+    described = describe(folder)
+    told, parameters = described.training, recognise(folder).parameters or 0
+    seconds, top1 = _number(told.get("seconds")), told.get("held_out_top1")
+    return Trained(
+        folder=str(folder),
+        method=described.method,
+        parameters=parameters,
+        megabytes=parameters * dtype.itemsize / 1e6,
+        tokens=None if (tokens := _number(told.get("tokens"))) is None else int(tokens),
+        minutes=None if seconds is None else seconds / 60,
+        top1=[share for share in map(_number, top1) if share is not None] if isinstance(top1, list) else [],
+        tau=_number(told.get("held_out_tau")),
+    )
+
+
+def _number(value: Any) -> float | None:
+    """Whoever trained them may have written anything."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+Column = tuple[str, Callable[[Trained], str]]
+_COLUMNS: tuple[Column, ...] = (
+    ("heads", lambda one: Path(one.folder).resolve().name),
+    ("method", lambda one: one.method),
+    ("parameters", lambda one: f"{one.parameters:,}"),
+    ("MB", lambda one: f"{one.megabytes:.1f}"),
+    ("training tokens", lambda one: "" if one.tokens is None else f"{one.tokens:,}"),
+    ("minutes", lambda one: "" if one.minutes is None else f"{one.minutes:.1f}"),
+    ("held-out top-1 by depth", lambda one: " ".join(f"{share:.3f}" for share in one.top1)),
+    ("held-out tau", lambda one: "" if one.tau is None else f"{one.tau:.2f}"),
+)
+
+
+def table(found: Sequence[Trained]) -> Table:
+    """One line per folder."""
+    result = Table(title="heads", title_justify="left")
+    for place, (name, _) in enumerate(_COLUMNS):
+        result.add_column(name, justify="right" if place > 1 else "left", overflow="fold")
+    for one in found:
+        result.add_row(*(write(one) for _, write in _COLUMNS))
+    return result

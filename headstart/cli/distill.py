@@ -1,0 +1,155 @@
+"""`distill`: the target's own answers, as training data for heads."""
+
+import json as json_format
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from headstart.cli.options import Drafting, Json, Model, quieten
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedTokenizerBase
+
+    from headstart.distill.distill import Settings, Tally, Teacher
+
+_SAMPLING, _ENDPOINT = "Sampling", "Another engine answers"
+
+
+def distill(
+    model: Model,
+    drafting: Drafting,
+    prompts: Annotated[
+        Path,
+        typer.Argument(
+            help="JSONL with messages, turns, prompt, instruction or text; or a text file, a prompt a line.", show_default=False
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The file of answers; one that is there is continued.", show_default=False)],
+    mode: Annotated[
+        Literal["continue", "chat"],
+        typer.Option(help="continue: the first reply; chat: every reply of a conversation, given anew."),
+    ] = "continue",
+    beginning: Annotated[
+        int | None, typer.Option(help="Of a text to be continued, only so many tokens are the prompt.", show_default="all")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many prompts.", show_default="all")] = None,
+    rows: Annotated[int, typer.Option(help="Conversations at once.")] = 16,
+    drop_cut: Annotated[bool, typer.Option("--drop-cut", help="Keep no conversation that ends for length.")] = False,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.", rich_help_panel=_SAMPLING)] = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING)] = 0.7,
+    top_k: Annotated[int | None, typer.Option(help="Only the k likeliest tokens.", rich_help_panel=_SAMPLING)] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Only the likeliest tokens that make up this share.", rich_help_panel=_SAMPLING)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Repeats the answers.", rich_help_panel=_SAMPLING)] = 0,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="URL of an OpenAI-compatible server of the same model, with its /v1; --model gives the tokenizer.",
+            show_default=False,
+            rich_help_panel=_ENDPOINT,
+        ),
+    ] = None,
+    endpoint_model: Annotated[
+        str | None, typer.Option(help="What the server calls the model.", show_default=False, rich_help_panel=_ENDPOINT)
+    ] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Variable that holds the key.", show_default=False, rich_help_panel=_ENDPOINT)
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Let a model answer prompts, to train heads on.
+
+    Answers depend on prompt and seed alone, so an interrupted run goes on where it stopped: give the same command again.
+
+    Example: headstart distill prompts.jsonl --model ./talk13M --out answers.jsonl --mode chat --max-tokens 256
+    """
+    from headstart.distill.distill import Settings
+    from headstart.distill.distill import distill as write
+    from headstart.text.prompts import read_openings
+
+    settings = Settings(temperature, top_p, top_k, max_tokens, seed, mode, beginning, drop_cut)
+    if not prompts.is_file():
+        raise ValueError(f"there is no file {str(prompts)!r} of prompts")
+    tokenizer, teacher = _teacher(model, drafting, temperature, endpoint, endpoint_model, api_key_env, rows)
+    openings = read_openings(prompts, limit, is_chat=tokenizer.chat_template is not None)
+    began = time.perf_counter()
+    try:
+        with _progress(len(openings)) as tell:
+            tally = write(teacher, openings, settings, out, tell)
+    except KeyboardInterrupt:
+        print(f"headstart: interrupted; {out} keeps what is done, and the same command goes on from there", file=sys.stderr)
+        raise typer.Exit(130) from None
+    _print(tally, out, time.perf_counter() - began, settings, teacher, json)
+
+
+def _teacher(
+    model: Model,
+    drafting: Drafting,
+    temperature: float,
+    endpoint: str | None,
+    endpoint_model: str | None,
+    api_key_env: str | None,
+    rows: int,
+) -> "tuple[PreTrainedTokenizerBase, Teacher]":
+    if endpoint is None:
+        if endpoint_model is not None or api_key_env is not None:
+            raise ValueError("--endpoint-model and --api-key-env are for an --endpoint; give its URL, or leave them out")
+        from headstart.distill.distill import EngineTeacher
+
+        llm = model.load(**drafting.settings(temperature), max_rows=rows)
+        return llm.tokenizer, EngineTeacher(llm)
+    if endpoint_model is None:
+        raise ValueError("--endpoint needs --endpoint-model, the name by which the server calls its model")
+    if api_key_env is not None and api_key_env not in os.environ:
+        raise ValueError(f"--api-key-env names {api_key_env}, which is not set")
+    from headstart.distill.endpoint import EndpointTeacher
+    from headstart.target.loading import embedded
+    from headstart.target.tokenizer_loading import load_tokenizer
+
+    quieten()
+    tokenizer = load_tokenizer(model.model or embedded("target"), model.trust_remote_code)
+    return tokenizer, EndpointTeacher(endpoint, endpoint_model, tokenizer, os.environ.get(api_key_env or ""), rows)
+
+
+@contextmanager
+def _progress(total: int) -> "Iterator[Callable[[Tally], None]]":
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        bar, began = progress.add_task("answering", total=total), time.perf_counter()
+
+        def tell(tally: "Tally") -> None:
+            rate = tally.num_tokens / max(1e-9, time.perf_counter() - began)
+            progress.update(bar, completed=tally.num_done, description=f"answering, {rate:.0f} tokens/s")
+
+        yield tell
+
+
+def _print(tally: "Tally", out: Path, seconds: float, settings: "Settings", teacher: "Teacher", as_json: bool) -> None:
+    for words, reasons in (("skipped", tally.skipped), ("ended early", tally.shortened)):
+        for why, count in reasons.items():
+            print(f"headstart: {count} conversations {words}: {why}", file=sys.stderr)
+    if as_json:
+        counts = vars(tally) | {"num_skipped": tally.skipped.total()}
+        result = {"out": str(out), "seconds": seconds, "target": teacher.facts, "settings": vars(settings), **counts}
+        print(json_format.dumps(result))
+        return
+    parts = [
+        f"{tally.num_answered} conversations",
+        f"{tally.num_tokens} tokens in {seconds:.1f} s",
+        f"{tally.num_cut} cut for length",
+    ]
+    parts += [f"{tally.num_dropped} dropped"] if settings.drop_cut else []
+    parts += [f"{tally.num_found} were there already"] if tally.num_found else []
+    print(f"{out}: {', '.join(parts)}")

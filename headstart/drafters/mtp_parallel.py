@@ -1,0 +1,74 @@
+"""Multi-token prediction in parallel (Gloeckle et al. 2024, arXiv 2404.19737): one decoder layer per guess, all on one trunk.
+
+The target's last layer is the head of the next token; head d beside it is one more such layer, which reads what the last layer
+reads and says, through a norm of its own and the target's head, the token d places later. Guesses know nothing of each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from headstart.drafters.parts.decoder import decoder
+from headstart.drafters.parts.decoder_heads import Layered
+from headstart.drafters.parts.grow import compose
+from headstart.drafters.parts.llama_layer import llama_block
+from headstart.drafters.parts.losses import Batch, Guess, Objective, depths
+from headstart.speculation.sampling import Rows
+from headstart.speculation.tree import Drafts, Kept
+
+
+class ParallelConfig(BaseModel):
+    """num_heads: beside the target's own; the paper's n is one more. block: configuration of a head's decoder layer, as
+    transformers has it; None for the target's own kind."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    num_heads: int = Field(default=3, ge=1, le=64)
+    block: dict[str, Any] | None = None
+
+
+class ParallelMtp(Layered):
+    """Drafts with parallel layers."""
+
+    name = "mtp-parallel"
+    config_type = ParallelConfig
+    taps = (-2,)
+
+    def __init__(self, config: ParallelConfig, hidden: int, vocab: int) -> None:
+        block = config.block or llama_block(hidden)
+        super().__init__(config.model_copy(update={"block": block}), hidden, vocab)
+        self.heads = nn.ModuleList(decoder(block, hidden) for _ in range(config.num_heads))
+
+    @property
+    def decoders(self) -> Sequence[Any]:
+        return [self.head(depth) for depth in range(self.depth)]
+
+    def states(self, batch: Batch) -> Iterator[Guess]:
+        for depth in range(self.depth):
+            out = self.head(depth)(inputs_embeds=batch.features, use_cache=False)
+            yield Guess(out.last_hidden_state, self.speech(depth))
+
+    def parts(self, batch: Batch, objective: Objective) -> Iterator[tuple[Tensor, Tensor]]:
+        """Head after head."""
+        for loss, column in depths(self.states(batch), batch, objective, self.ends.project):
+            yield loss, column[:, None]
+
+    def digest(self, kept: Kept) -> Tensor:
+        """[kept, heads * hidden]: what each head makes of each kept token."""
+        features = super().digest(kept)
+        return torch.cat([memory.extend(features, kept.positions, kept.seats, kept.lengths) for memory in self.memories], -1)
+
+    @torch.inference_mode()
+    def propose(self, rows: Rows) -> Drafts:
+        states = self.drafting(rows).unflatten(-1, (self.depth, self.hidden))
+        logits = [self.ends.project(states[:, depth]) for depth in range(min(self.depth, rows.max_depth))]
+        return compose(rows, logits, self.calibration)
+
+    def fork(self, source: int, seat: int, length: int) -> None:
+        for memory in self.memories:
+            memory.fork(source, seat, length)

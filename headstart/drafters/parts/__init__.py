@@ -1,0 +1,1 @@
+"""What several drafting methods share: heads, tree growth, decoder layers and losses."""

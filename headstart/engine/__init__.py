@@ -1,0 +1,1 @@
+"""The round over and over: requests, the scheduler, the engine, and the front door `LLM`."""

@@ -1,0 +1,183 @@
+"""Drafters and planners from what a user writes: a name, a folder of heads, a hub id.
+
+Third parties register drafters under the entry-point group `headstart.drafters`: a callable that takes the text after the colon of
+`--drafter NAME:ARGUMENT` (or an empty string) and the target, and returns a `Drafter`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from headstart.formats import hub
+from headstart.speculation.planner import Measured, Planner, parse
+from headstart.target.loading import embedded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from headstart.drafters.parts.heads import Heads
+    from headstart.target.target import Target
+from headstart.drafters import Drafter
+from headstart.drafters.registry import METHODS
+
+Maker = Callable[[str, "Target"], Drafter]
+
+
+def _lookup(argument: str, target: Target) -> Drafter:
+    from headstart.drafters.lookup import Lookup
+
+    if argument:
+        raise ValueError(f"drafter lookup takes no argument, but got {argument!r}")
+    return Lookup()
+
+
+def _model(argument: str, target: Target) -> Drafter:
+    from headstart.drafters.draft_model import ModelDrafter
+
+    if not argument:
+        raise ValueError("drafter model needs the folder or hub id of a smaller model: model:PATH")
+    return ModelDrafter.load(argument, target)
+
+
+_MAKERS: dict[str, Maker] = {"lookup": _lookup, "model": _model}
+
+
+def heads_in(folder: str | Path, target: Target) -> Heads:
+    """The heads in a folder, with what was measured of them. Raises ValueError where they are damaged or another target's."""
+    from headstart.formats import facts_of, load
+    from headstart.speculation.calibration import load_plan
+
+    heads = load(Path(folder), facts_of(target.model, _tokenizer_of(target)))
+    plan = load_plan(Path(folder))
+    if plan is not None:
+        heads.calibration = plan.calibration
+    return heads.to(target.device, target.dtype)
+
+
+def _tokenizer_of(target: Target) -> PreTrainedTokenizerBase | None:
+    """The one beside the target's weights; None for a model that came as an object, or without one."""
+    from headstart.target.tokenizer_loading import load_tokenizer
+
+    if not Path(target.name).is_dir():
+        return None
+    try:
+        return load_tokenizer(target.name, target.trust_remote_code)
+    except ValueError:
+        return None
+
+
+def folder_of(spec: str) -> Path | None:
+    """Where the heads lie that `spec` names: a folder, a method whose heads come with the embedded model, or an id on the hub,
+    from where they are fetched. None for others."""
+    if Path(spec).is_dir():
+        return Path(spec)
+    if spec in METHODS:
+        return _shipped(spec)
+    return hub.fetched(spec) if hub.is_id(spec) else None
+
+
+def _shipped(name: str) -> Path | None:
+    """The embedded model's heads of a method; not all methods have some."""
+    folder = embedded("target").with_name(name)
+    return folder if folder.is_dir() else None
+
+
+def inborn(target: Target, name: str | None = None) -> Heads | None:
+    """The heads in the same files as a target's weights, of a method if one is named; None where there are none.
+
+    Raises ValueError where they are not whole, quantized, or of a kind that is not known here.
+    """
+    from headstart.formats import facts_of, inside
+
+    found = inside(target.name)
+    if found is None or name not in (None, found.method):
+        return None
+    return found.read(facts_of(target.model), target.model.config).to(target.device, target.dtype)
+
+
+def _own_heads(name: str, target: Target) -> Heads:
+    """The heads of a method that a target comes with. Raises ValueError where it comes with none."""
+    from headstart.formats import modules_lost
+
+    is_embedded = Path(target.name) == embedded("target")
+    if is_embedded and (folder := _shipped(name)):
+        return heads_in(folder, target)
+    if heads := inborn(target, name):
+        return heads
+    lost = modules_lost(target.name) if name == "mtp" else None
+    who, option = ("the embedded model", "") if is_embedded else (target.name, f" --target {target.name}")
+    raise ValueError(
+        f"{who} comes with no {name} heads, and heads fit one model only; make some for it with `headstart train {name}{option}`, "
+        "and name their folder" + (f" ({lost})" if lost else "")
+    )
+
+
+def settle(planner: Planner | Measured | None, drafter: str | None, temperature: float) -> Planner | None:
+    """The planner to draft by: a measured tree becomes the shape that was measured nearest to `temperature`, any other stays.
+
+    drafter: as `make` reads it. Raises ValueError for a drafter of which no trees were measured.
+    """
+    from headstart.speculation.calibration import load_plan
+
+    if not isinstance(planner, Measured):
+        return planner
+    place = folder_of(drafter) if drafter else None
+    plan = load_plan(place) if place else None
+    if plan is None:
+        raise ValueError(
+            f"planner tree:{planner.nodes} needs trees that were measured, and drafter {drafter or 'none'!r} has none; measure a "
+            "folder of heads with `headstart calibrate FOLDER --model MODEL`, or name another planner"
+        )
+    return plan.shape(planner.nodes, temperature)
+
+
+def read_planner(planner: object, drafter: str | Drafter | None, temperature: float = 0.0) -> Planner | None:
+    """The planner to draft by: one that was given, one that a string names (as `parse` reads it), or None for the drafter's own.
+
+    drafter: as the caller named it, or the object. temperature: which measured trees go by. Raises ValueError for anything that is
+    no planner, and for a planner without a drafter.
+    """
+    if planner is None:
+        return None
+    if drafter is None:
+        raise ValueError(f"planner is {planner}, but drafter None drafts nothing; leave one of them out")
+    if isinstance(planner, str):
+        planner = parse(planner)
+    if isinstance(planner, Measured) and not isinstance(drafter, str):
+        raise ValueError(
+            f"planner tree:{planner.nodes} needs trees that were measured, and a drafter object does not say where its own are; "
+            "name the folder of the heads as the drafter, or another planner"
+        )
+    if not isinstance(planner, Measured) and not all(hasattr(planner, name) for name in ("headroom", "plan", "prune")):
+        raise ValueError(f"planner is {planner!r}; it must be a planner, a string such as 'chain:5', or None")
+    return settle(cast("Planner | Measured", planner), cast("str", drafter), temperature)
+
+
+def names() -> Sequence[str]:
+    """Every drafter that can be named, third parties' included."""
+    return sorted({*_MAKERS, *METHODS, *(entry.name for entry in entry_points(group="headstart.drafters"))})
+
+
+def make(spec: str, target: Target) -> Drafter:
+    """The drafter named by `spec`: a folder of heads, a method, `NAME` or `NAME:ARGUMENT` of a drafter that is installed, or the
+    `owner/name` of heads on the hub. The first of these that there is counts: a folder that exists hides everything else, and a
+    name without a slash is never looked for on the hub. Raises ValueError for what nobody knows."""
+    if Path(spec).is_dir():
+        return heads_in(spec, target)
+    if spec in METHODS:
+        return _own_heads(spec, target)
+    name, _, argument = spec.partition(":")
+    if name in _MAKERS:
+        return _MAKERS[name](argument, target)
+    for entry in entry_points(group="headstart.drafters", name=name):
+        maker: Maker = entry.load()
+        return maker(argument, target)
+    if hub.is_id(spec):
+        return heads_in(hub.fetched(spec), target)
+    raise ValueError(
+        f"drafter {spec!r} is unknown; there are {', '.join(names())}, a folder of heads, heads on the hub as owner/name, and none "
+        "for plain decoding"
+    )

@@ -1,0 +1,216 @@
+"""The front door: a model, its tokenizer, a drafter and an engine as one object.
+
+This file knows how the rooms fit together. It refuses to do anything that one of them can do.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, Unpack
+
+import torch
+
+from headstart.drafters import Drafter
+from headstart.engine.answers import Answer, Answering
+from headstart.engine.drafter_loading import inborn, make, read_planner
+from headstart.engine.engine import Engine
+from headstart.engine.scheduler import Request
+from headstart.engine.stats import Stats
+from headstart.speculation.noise import draw_seed, mix
+from headstart.speculation.planner import Planner
+from headstart.speculation.sampling import SamplingParams, SamplingSettings, read_settings
+from headstart.target.loading import check_folder, embedded
+from headstart.target.target import Target
+from headstart.target.tokenizer_loading import load_tokenizer
+from headstart.text.tokenizer import Prompt, TextStream, encode_chat, encode_prompt, stop_token_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class LLM:
+    """A loaded model that answers prompts. Made by `headstart.load`.
+
+    As a context manager it releases the model at the end.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.is_released = False
+        model = engine.target.model
+        self.stop_ids = stop_token_ids(tokenizer, model.generation_config, model.config)
+
+    def __repr__(self) -> str:
+        target, drafter = self.engine.target, self.engine.drafter
+        exact = "exact" if target.is_exact else "not exact"
+        facts = [Path(target.name).name, f"drafter {drafter.name if drafter else None}"]
+        if drafter:
+            planner = str(self.engine.planner)
+            facts.append(f"planner {planner if len(planner) < 80 else type(self.engine.planner).__name__}")
+        facts += [exact, str(target.dtype).removeprefix("torch."), str(target.device)]
+        return f"<LLM {', '.join(facts)}{', released' if self.is_released else ''}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.release()
+
+    def release(self) -> PreTrainedModel:
+        """Give the model back as it was before `load`, and return it. This object answers nothing afterwards."""
+        self.is_released = True
+        return self.engine.target.release()
+
+    @property
+    def stats(self) -> Stats:
+        """Of all rounds so far."""
+        return self.engine.stats
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, **settings: Unpack[SamplingSettings]
+    ) -> list[Answer]:
+        """Complete one prompt or several at once; `n` answers each, in order.
+
+        A string is continued as it stands: `chat` is for questions to a chat model. A prompt may also be a list of chat messages or
+        of token ids. settings: fields of `SamplingParams`. Raises ValueError for anything that cannot be honoured, before any work
+        is done.
+        """
+        answering = self.start(_as_prompts(prompts), read_settings(params, settings))
+        for _ in answering:
+            pass
+        return answering.answers
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, **settings: Unpack[SamplingSettings]) -> Answering:
+        """The answer to one prompt, to be iterated piece by piece.
+
+        Leaving the loop early ends the request, as does dropping the stream or `close`. Several streams may be read by turns, in
+        several threads, and `generate` be called in the middle of one. A stream that is kept and not read has a row in the rounds
+        of the others as soon as there is a seat, and its pieces wait for its reader.
+        """
+        params = read_settings(params, settings)
+        if params.n != 1:
+            raise ValueError(f"n is {params.n}; a stream has one answer, use generate for several")
+        return self.start([prompt], params)
+
+    def chat(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **settings: Unpack[SamplingSettings],
+    ) -> list[Answer]:
+        """Answer a conversation by the model's chat template: `n` answers.
+
+        messages: what the user says, as a string, or a list of messages with 'role' and 'content'. chat_template_kwargs: variables
+        of the template, such as {"enable_thinking": False}. settings: fields of `SamplingParams`. Raises ValueError for a model
+        without a chat template and for a variable that its template does not read.
+        """
+        ids = encode_chat(self.tokenizer, messages, chat_template_kwargs)
+        return self.generate(ids, params, **settings)
+
+    def chat_stream(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **settings: Unpack[SamplingSettings],
+    ) -> Answering:
+        """The answer of `chat`, to be iterated piece by piece."""
+        return self.stream(encode_chat(self.tokenizer, messages, chat_template_kwargs), params, **settings)
+
+    def start(self, prompts: Sequence[Prompt], params: SamplingParams) -> Answering:
+        """Queue `n` answers to each prompt. Nothing runs until this result is iterated, or another one of the same engine."""
+        if self.is_released:
+            raise ValueError(f"the model {self.engine.target.name} was released from this LLM; load it again to use it")
+        base = draw_seed() if params.seed is None else params.seed
+        answering = Answering(self.engine)
+        with answering.closed_on_error():
+            for place, prompt in enumerate(prompts):
+                self._submit(answering, prompt, params, base if len(prompts) == 1 else mix(base, place))
+        return answering
+
+    def _submit(self, answering: Answering, prompt: Prompt, params: SamplingParams, seed: int) -> None:
+        ids = encode_prompt(self.tokenizer, prompt)
+        leader: Request | None = None
+        for sample in range(params.n):
+            own = seed if params.n == 1 else mix(seed, sample)
+            stream = TextStream(self.tokenizer, params.stop)
+            request = answering.add(ids, params, seed=own, stop_ids=self.stop_ids, stream=stream, leader=leader)
+            leader = leader or request
+
+
+def load(
+    model: str | Path | PreTrainedModel | None = None,
+    *,
+    drafter: str | Drafter | None = "auto",
+    planner: Planner | str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    exact: bool | str = "auto",
+    max_rows: int = 8,
+    memory: int | None = None,
+    accept: str = "coupled",
+    trust_remote_code: bool = False,
+) -> LLM:
+    """Load a model and make it answer sooner.
+
+    model: a folder, a hub id, a transformers model you hold (then give its `tokenizer` too), or None for the embedded one.
+    drafter: "auto" (MTP modules or heads in the model's own files, else lookup), "lookup", "model:PATH", a folder of heads or their
+        `owner/name` on the hub, a method's name for heads that come with the model, a drafter you hold, or None for plain decoding.
+    planner: how much to speculate: a planner, a string such as "chain:5" or "tree:8" (the tree measured for temperature 0), or None
+        for what suits the drafter.
+    exact: "auto" for equality to the bit wherever a CPU has it (`llm.engine.target.equipment.why_not` says what prevents it), True
+        to demand it, False for the fastest kernels.
+    max_rows: requests at once.
+    memory: bytes for keys and values.
+    accept: "coupled" (same text as plain decoding), "rejection" (same distribution) or "typical" (lossy: another distribution,
+        which `Answer.is_lossy` recalls).
+    trust_remote_code: whether Python files in the folders of the model, its tokenizer and a draft model may run; nothing is asked.
+
+    Raises ValueError, in one sentence, for whatever is wrong with a path or a setting. The model's attention is replaced and its
+    linears are packed in place; `LLM.release` gives both back, and so does leaving a `with headstart.load(...) as llm:`.
+    """
+    planner = read_planner(planner, "mtp" if drafter == "auto" and model is None else drafter)
+    place: Any = embedded("target") if model is None else model
+    if isinstance(place, str | Path):
+        check_folder(place)
+        tokenizer = tokenizer or load_tokenizer(place, trust_remote_code)
+        target = Target.load(place, dtype=dtype, device=device, exact=exact, trust_remote_code=trust_remote_code)
+    else:
+        if tokenizer is None:
+            raise ValueError("load was given a model object without its tokenizer; pass tokenizer=...")
+        target = Target(place)
+        target.trust_remote_code = trust_remote_code
+        target.equip(exact)
+    try:
+        if isinstance(drafter, str):
+            drafter = _automatic(model, target) if drafter == "auto" else make(drafter, target)
+        return LLM(Engine(target, drafter, planner, max_rows=max_rows, memory=memory, accept=accept), tokenizer)
+    except BaseException:
+        target.release()  # a model that the caller holds stays theirs
+        raise
+
+
+def _automatic(model: object, target: Target) -> Drafter:
+    """The best that a target comes with, else lookup."""
+    if model is None:
+        return make("mtp", target)
+    try:
+        return inborn(target) or make("lookup", target)
+    except ValueError as error:
+        warnings.warn(f"{error}; drafting by lookup instead", stacklevel=3)
+        return make("lookup", target)
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A list holds several prompts if its items are strings or lists; messages and token ids are one prompt."""
+    if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence) or (prompts and isinstance(prompts[0], int | dict)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]

@@ -1,0 +1,270 @@
+"""Heads in a folder: `config.json` says what they are, `model.safetensors` holds them, `README.md` tells people.
+
+Saving never harms the heads that were there. Everything is written into a hidden folder inside first; the heads change in the one
+moment in which the new `model.safetensors` takes the name of the old one. It carries its own copy of the configuration, so that a
+kill before `config.json` follows leaves whole heads, too: `load` then believes the copy. This file knows no method by name.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from headstart.drafters.registry import method
+from headstart.formats.disk import sync
+from headstart.formats.draft_vocab import fault
+from headstart.formats.model_card import card, with_section
+from headstart.formats.target_info import TargetFacts, check
+from headstart.speculation.calibration import PLAN
+from headstart.text.jsonl import parsed, read_object
+
+if TYPE_CHECKING:
+    from headstart.drafters.parts.heads import Heads
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+STAGING = ".saving-"
+
+
+class Description(BaseModel):
+    """The `config.json` of native heads.
+
+    settings: of the method's `config_type`. training: whatever the trainer thinks worth telling.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["headstart"] = "headstart"
+    version: Literal[1] = 1
+    method: str
+    settings: dict[str, Any]
+    target: TargetFacts
+    training: dict[str, Any] = {}
+
+
+def save(folder: str | Path, drafter: Heads, facts: TargetFacts, training: Mapping[str, Any]) -> None:
+    """Write heads whole, or leave those that were there as they are. A `plan.json` of the old heads goes with them.
+
+    Raises ValueError where the folder cannot be written, as on a full disk, and where it holds something else, as a model.
+    """
+    folder = Path(folder)
+    _refuse_others(folder)
+    described = Description(
+        method=type(drafter).name,
+        settings=drafter.config.model_dump(mode="json"),
+        target=facts,
+        training=dict(training),
+    )
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in drafter.state_dict().items()}
+    with torch.device("meta"):
+        wanted = _build(described, folder).state_dict()
+    assert tensors.keys() == wanted.keys(), "these heads are packed for drafting; save their twin"
+    assert not any(_wrong_ids(ids, facts.vocab) for ids in tensors.values() if not ids.is_floating_point()), "ids are no tokens"
+    with _in_one_sentence(folder, "heads that were there are untouched"), _staging(folder) as staged:
+        _write(staged, described, tensors)
+        os.replace(staged / WEIGHTS, folder / WEIGHTS)  # the moment: old heads before it, new heads after it
+        with _in_one_sentence(folder, f"the new heads are whole, but {CARD} and {PLAN} may still be of the old ones"):
+            os.replace(staged / CONFIG, folder / CONFIG)
+            (folder / PLAN).unlink(missing_ok=True)
+            os.replace(staged / CARD, folder / CARD)
+
+
+def load(folder: str | Path, facts: TargetFacts | None = None) -> Heads:
+    """The drafter saved in `folder`, in evaluation mode, in the dtype it was saved in; not yet bound to a target.
+
+    facts: of the target it shall work for, None to look at it without one. Raises ValueError, in one sentence, for a folder
+    that holds no native heads, an unknown key or method, a version of another time, a tensor that is missing, extra or
+    misshaped, and heads of another hidden size, vocabulary or tokenizer. Warns about heads of another digest, as of a fine-tune.
+    """
+    folder = Path(folder)
+    described = describe(folder)
+    if facts is not None:
+        check(described.target, facts, folder)
+    with torch.random.fork_rng(devices=[]):  # what it starts from is thrown away; nobody's random numbers shall depend on it
+        drafter = _build(described, folder)
+    tensors = _tensors(folder)
+    _match(drafter.state_dict(), tensors, folder)
+    _match_ids(tensors, described.target.vocab, folder)
+    drafter.load_state_dict(tensors, assign=True)
+    return drafter.eval()
+
+
+def tell(folder: str | Path, title: str, body: str) -> None:
+    """Add a section to the card of native heads, in place of one of that title; a card that was deleted is written anew.
+
+    Raises ValueError where the folder holds no native heads, or cannot be written.
+    """
+    folder = Path(folder)
+    described = describe(folder)
+    with _in_one_sentence(folder, f"{CARD} is as it was"), _staging(folder) as staged:
+        try:
+            text = (folder / CARD).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            with _reading(folder) as file:
+                sizes = [torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys()]  # noqa: SIM118
+            text = card(described, sum(sizes))
+        (staged / CARD).write_text(with_section(text, title, body), encoding="utf-8")
+        os.replace(staged / CARD, folder / CARD)
+
+
+def describe(folder: str | Path) -> Description:
+    """What the native heads in `folder` are, without reading them. Raises ValueError where there are none."""
+    folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} holds no heads: it has no {CONFIG}; heads are a folder made by `headstart train` or `import`")
+    described = _parse((folder / CONFIG).read_bytes(), folder)
+    with _reading(folder) as file:
+        copy = (file.metadata() or {}).get("headstart")
+    if copy is None or (saved := _parse(copy, folder)) == described:
+        return described
+    warnings.warn(
+        f"{folder / CONFIG} is not what was saved with the weights: saving was interrupted, or it was edited; the one saved inside "
+        f"{WEIGHTS} counts",
+        stacklevel=2,
+    )
+    return saved
+
+
+def is_native(config: object) -> bool:
+    """Whether the content of a `config.json` is ours, of whatever version."""
+    return isinstance(config, Mapping) and config.get("format") == "headstart"
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------------
+
+
+def _parse(text: str | bytes, folder: Path) -> Description:
+    where = folder / CONFIG
+    found = parsed(text, where)
+    if not is_native(found):
+        raise ValueError(f"{folder} holds no native heads; `headstart inspect {folder}` says what it is")
+    if found.get("version") != 1:
+        raise ValueError(f"{where} is of format version {found.get('version')!r}, and this headstart reads version 1; update it")
+    try:
+        return Description.model_validate(found)
+    except ValidationError as error:
+        raise ValueError(_first(error, where)) from None
+
+
+def _build(described: Description, folder: Path) -> Heads:
+    """The module, with weights that mean nothing yet."""
+    try:
+        kind = method(described.method)
+        settings = kind.config_type.model_validate(described.settings)
+    except ValidationError as error:
+        raise ValueError(_first(error, folder / CONFIG)) from None
+    except ValueError as error:
+        raise ValueError(f"{folder} holds heads that this headstart does not know: {error}") from None
+    return kind(settings, described.target.hidden, described.target.vocab)
+
+
+def _first(error: ValidationError, where: Path) -> str:
+    """The first complaint, with the key's name."""
+    found = error.errors()[0]
+    key = ".".join(map(str, found["loc"])) or "its content"
+    if found["type"] == "extra_forbidden":
+        return f"{where} has an unknown key {key}; remove it, or update headstart"
+    if found["type"] == "missing":
+        return f"{where} lacks the key {key}"
+    return f"{where}: {key} is {found['input']!r}: {found['msg']}"
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[Any]:
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            yield file
+    except FileNotFoundError:
+        raise ValueError(f"the heads in {folder} have no {WEIGHTS}; copy the folder again") from None
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is damaged or cut short: {error}; copy it again") from None
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    with _reading(folder) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (a file is no mapping)
+
+
+def _match(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], folder: Path) -> None:
+    where = folder / WEIGHTS
+    for name, tensor in wanted.items():
+        if name not in found:
+            raise ValueError(f"{where} lacks {name} {list(tensor.shape)}")
+        if found[name].shape != tensor.shape:
+            raise ValueError(f"{where} has {name} as {list(found[name].shape)}, but these heads need {list(tensor.shape)}")
+        if tensor.is_floating_point() != found[name].is_floating_point():
+            needed = "floating-point numbers" if tensor.is_floating_point() else str(tensor.dtype)
+            raise ValueError(f"{where} has {name} of type {found[name].dtype}, but these heads need {needed}")
+    if broken := next((name for name, tensor in found.items() if not bool(torch.isfinite(tensor).all())), None):
+        raise ValueError(f"{where} has numbers in {broken} that are none (nan or inf); train or import the heads again")
+    if extra := sorted(found.keys() - wanted.keys()):
+        raise ValueError(f"{where} has {len(extra)} tensors that these heads have no place for, first {extra[0]}")
+
+
+def _match_ids(found: Mapping[str, Tensor], vocab: int, folder: Path) -> None:
+    for name, ids in found.items():
+        if not ids.is_floating_point() and (wrong := _wrong_ids(ids, vocab)):
+            raise ValueError(f"{folder / WEIGHTS} has {name} that cannot be right: {wrong}; copy or import the heads again")
+
+
+def _wrong_ids(ids: Tensor, vocab: int) -> str | None:
+    """Whole numbers among the tensors of heads are the tokens that they can say, ascending: why these are not."""
+    if ids.dtype is not torch.int64:
+        return f"it is of type {ids.dtype} and should be torch.int64"
+    falls = (ids.diff() < 0).nonzero()
+    if len(falls):
+        place = int(falls[0])
+        return f"tokens {int(ids[place])} and {int(ids[place + 1])} stand in this order, and should ascend"
+    return fault(ids, vocab)
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------------
+
+
+def _refuse_others(folder: Path) -> None:
+    """A model's folder has files of the same names; they are not ours to replace."""
+    try:
+        is_other = (folder / CONFIG).exists() and not is_native(read_object(folder / CONFIG))
+    except (ValueError, OSError):
+        is_other = True
+    if is_other:
+        raise ValueError(f"{folder} holds something else than heads of this format; name another folder for the heads")
+
+
+def _write(staged: Path, described: Description, tensors: Mapping[str, Tensor]) -> None:
+    text = described.model_dump_json(indent=2) + "\n"
+    save_file(dict(tensors), staged / WEIGHTS, metadata={"format": "pt", "headstart": text})
+    (staged / CONFIG).write_text(text, encoding="utf-8")
+    shutil.copymode(staged / CONFIG, staged / WEIGHTS)  # safetensors makes files that only their owner can read
+    (staged / CARD).write_text(card(described, sum(map(Tensor.numel, tensors.values()))), encoding="utf-8")
+    for path in staged.iterdir():
+        sync(path)
+
+
+@contextmanager
+def _staging(folder: Path) -> Iterator[Path]:
+    """A hidden folder on the same disk. One that a killed run left behind is removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(f"{STAGING}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=STAGING, dir=folder, ignore_cleanup_errors=True) as staged:
+        yield Path(staged)
+
+
+@contextmanager
+def _in_one_sentence(folder: Path, remains: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"heads cannot be written to {folder}: {error}; {remains}; free space or name another folder") from error

@@ -1,0 +1,112 @@
+"""Published Medusa heads: as their authors, TGI and vLLM write them, in a file of their own or inside a whole model.
+
+The number of heads and layers is counted in the tensors' names: a published configuration says 2 where there are 5. With several
+layers, the authors' code stores one block under several names; equal or not, every name becomes a block of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from headstart.formats.published.base import Published, base_of, check_counts, disagreements, height
+from headstart.formats.weights import Weights
+
+
+@dataclass(frozen=True)
+class Form:
+    """Names of a format: of a block's weight and bias, and of a projection. `prefix` tells heads from other tensors.
+
+    has_bias: blocks must have one. count_heads, count_layers: what its configuration calls their numbers.
+    """
+
+    words: str
+    prefix: str
+    block: str
+    projection: str
+    count_heads: str = "medusa_num_heads"
+    count_layers: str = "medusa_num_layers"
+    has_bias: bool = True
+
+    def block_name(self, head: int | str, layer: int | str, part: str) -> str:
+        return self.prefix + self.block.format(head=head, layer=layer, part=part)
+
+    def blocks(self, weights: Weights) -> list[tuple[int, int]]:
+        """(head, layer) of every block's weight."""
+        number = r"(\d{1,4})"
+        name = re.escape(self.block_name("HEAD", "LAYER", "weight"))
+        pattern = re.compile(name.replace("HEAD", number).replace("LAYER", number))
+        found = (pattern.fullmatch(name) for name in weights.shapes)
+        return [(int(one[1]), int(one[2])) for one in found if one]
+
+
+_NUMBERED = ("{head}.{layer}.linear.{part}", "{head}.{layers}.weight")
+_VLLM = ("lm_heads.{head}.weight", "num_heads", "num_hidden_layers", False)
+FORMS = (
+    Form("Medusa heads", "", *_NUMBERED),
+    Form("Medusa heads inside a whole model", "medusa_head.", *_NUMBERED),
+    Form("Medusa heads", "medusa_heads.", *_NUMBERED),
+    *(
+        Form("Medusa heads as vLLM stores them", prefix, f"blocks.{{head}}.layers.{{layer}}.{linear}{{part}}", *_VLLM)
+        for prefix in ("", "medusa_heads.")
+        for linear in ("", "linear.")
+    ),
+)
+
+
+def understand(weights: Weights, config: Mapping[str, Any]) -> Published | None:
+    """What these Medusa heads are; None where there are none."""
+    for form in FORMS:
+        if blocks := form.blocks(weights):
+            return _published(form, weights, config, blocks)
+    return None
+
+
+def _published(form: Form, weights: Weights, config: Mapping[str, Any], blocks: list[tuple[int, int]]) -> Published:
+    num_heads, num_layers = 1 + max(head for head, _ in blocks), 1 + max(layer for _, layer in blocks)
+    check_counts(weights, num_heads, num_layers)
+    ours = tuple(name for name in weights.shapes if name.startswith(form.prefix))
+    projections = _projections(form, weights, num_heads, num_layers)
+    has_bias = form.has_bias or any(name.endswith(".bias") for name in ours) or bool(config.get("medusa_fc_bias"))
+    return Published(
+        weights=weights,
+        method="medusa",
+        layout=form.words + ("" if projections else ", version 2: they speak through the target's head"),
+        settings={"num_heads": num_heads, "num_layers": num_layers, "projection": "own" if projections else "shared"},
+        hidden=height(weights, [form.block_name(*blocks[0], "weight")]),
+        vocab=height(weights, projections) if projections else None,
+        names=dict(_names(form, num_heads, num_layers, projections, has_bias)),
+        ours=ours,
+        has_trunk=bool(form.prefix) and len(ours) < len(weights.shapes),
+        base=base_of(config),
+        notes=disagreements(config, {form.count_heads: num_heads, form.count_layers: num_layers}),
+        refused=_refused(config, ours),
+    )
+
+
+def _projections(form: Form, weights: Weights, num_heads: int, num_layers: int) -> list[str]:
+    """One name per head; empty where no head has one."""
+    single = f"{form.prefix}lm_head.weight"  # vLLM's `original_lm_head`: one for all heads
+    if single in weights.shapes and not form.has_bias:
+        return [single] * num_heads
+    names = [form.prefix + form.projection.format(head=head, layers=num_layers) for head in range(num_heads)]
+    return names if any(name in weights.shapes for name in names) else []
+
+
+def _names(form: Form, num_heads: int, num_layers: int, projections: list[str], has_bias: bool) -> Iterator[tuple[str, str | None]]:
+    for head, layer in product(range(num_heads), range(num_layers)):
+        mine = f"heads.{head}.blocks.{layer}.linear."
+        yield f"{mine}weight", form.block_name(head, layer, "weight")
+        yield f"{mine}bias", form.block_name(head, layer, "bias") if has_bias else None
+    yield from ((f"heads.{head}.projection.weight", name) for head, name in enumerate(projections))
+
+
+def _refused(config: Mapping[str, Any], ours: tuple[str, ...]) -> str | None:
+    if any(name.endswith("token_map") for name in ours):
+        return "their token_map says that they know a part of the vocabulary only, which this method cannot"
+    if config.get("logit_scale", 1) != 1:
+        return f"their config.json scales logits by {config['logit_scale']}, which this method does not"
+    return None

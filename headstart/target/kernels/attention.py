@@ -1,0 +1,191 @@
+"""Attention whose result does not depend on where the past is kept.
+
+Speculation stores a node's ancestors sometimes as committed slots, sometimes among this round's drafts with siblings in
+between. Ordinary attention then adds the same numbers in another order, and the last bit moves. Here every sum has one order:
+
+    scores       reduce over the width of a head only
+    maximum      has no order
+    denominator  in fp64, of weights rounded to multiples of 2^-30: a sum of whole numbers, exact in any order
+    output       positions in blocks of `BLOCK`, one block after the other; inside a block the matrix product adds one slot
+                 after the other, so that a slot whose weight is zero, being invisible, changes nothing
+
+    slots      [0 ..... 128) [128 ..... 256) [256 .. committed) [committed ........ context)
+    products   one           one             one: what is left of block 2, with all drafts; then one per later block of drafts
+
+That a product adds in slot order, and that a row's bits depend on nothing but that row, are facts about a matrix library and
+not laws: `is_order_proof` measures them, and `wide`, in fp64, serves where they do not hold.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from headstart.target.attention import Manner, Reach, Sight, plain
+
+BLOCK = 128  # positions added in one matrix product
+MAX_SLOTS = 192  # a longer sum is split by MKL; measured, as are the next two
+MIN_KEYS = 16  # fewer columns (12) take another kernel
+MIN_ROWS = 8  # fewer rows take another kernel, and in heads wider than 128 fewer than twice as many
+MIN_WORK = 400  # rows * width below which torch multiplies by itself
+
+
+def ordered(query: Tensor, keys: Tensor, values: Tensor, sight: Sight, manner: Manner) -> Tensor:
+    """Attention with one order of addition: the same bits whether an ancestor is committed or drafted.
+
+    query: [heads, nodes, dim]; keys: [kv_heads, context, dim]; values: [kv_heads, context, value_dim], in any float dtype.
+    Returns [heads, nodes, value_dim] in the query's dtype; all sums are fp32.
+    """
+    heads, nodes, width = query.shape
+    batch = keys.shape[0]
+    if batch == 1:  # a single product would be spread over threads by its size: pretend to two heads with equal keys
+        batch = 2 if heads % 2 == 0 else heads
+        keys, values = keys.expand(batch, -1, -1), values.expand(batch, -1, -1)
+    rows = query.reshape(batch, -1, width).float()  # groups of query heads become query rows: no key is repeated
+    num_rows, least = rows.shape[1], max(_least(width), _least(values.shape[-1]))
+    scores = _scores(_lengthen(rows, least), keys.float(), manner)
+    _hide(scores, sight, manner.reach, num_rows)
+    sinks = None if manner.sinks is None else manner.sinks.reshape(batch, -1, 1).repeat_interleave(nodes, 1)
+    weights, total = _weigh(scores, None if sinks is None else _lengthen(sinks.float(), least))
+    out = _add_up(weights, values.float(), sight).div_(total)
+    return out[:, :num_rows].reshape(heads, nodes, -1).to(query.dtype)
+
+
+def wide(query: Tensor, keys: Tensor, values: Tensor, sight: Sight, manner: Manner) -> Tensor:
+    """The same in fp64: any order of addition, equal after rounding but for a chance of about 1e-9 per value."""
+    return plain(query.double(), keys.double(), values.double(), sight, manner).to(query.dtype)
+
+
+def _lengthen(x: Tensor, least: int) -> Tensor:
+    """[batch, n, dim] -> [batch, max(n, least), dim], with zeros behind."""
+    missing = least - x.shape[1]
+    return F.pad(x, (0, 0, 0, missing)) if missing > 0 else x
+
+
+def _scores(rows: Tensor, keys: Tensor, manner: Manner) -> Tensor:
+    """[batch, rows, dim], [batch, context, dim] -> [batch, rows, context], nothing hidden yet."""
+    context = keys.shape[1]
+    rows, keys = rows * manner.scaling, _lengthen(keys, MIN_KEYS)  # before the product: `alpha` would round otherwise
+    scores = torch.bmm(rows, keys.mT)[..., :context]
+    return scores if manner.softcap is None else scores.div_(manner.softcap).tanh_().mul_(manner.softcap)
+
+
+def _hide(scores: Tensor, sight: Sight, reach: Reach, num_rows: int) -> None:
+    """Add the mask, where there is something to hide: without a window, among this forward's nodes only."""
+    key = ("mask", reach, scores.shape[1])
+    if key not in sight.notes:
+        mask = sight.mask(reach, torch.float32)
+        if mask is not None:
+            first = 0 if reach.hides(sight.context) else sight.committed
+            mask = _lengthen(mask[None, :, first:].repeat(1, num_rows // sight.nodes, 1), scores.shape[1])
+        sight.notes[key] = mask
+    mask = sight.notes[key]
+    if mask is not None:
+        scores[..., -mask.shape[-1] :].add_(mask)
+
+
+def _weigh(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weights before division, [batch, rows, context], and what to divide by, [batch, rows, 1]; overwrites the scores."""
+    top = scores.amax(-1, keepdim=True)
+    if sinks is not None:
+        top = torch.maximum(top, sinks)
+    weights = scores.sub_(top).exp_()
+    total = weights.double().add_(2.0**22).sub_(2.0**22).sum(-1, keepdim=True)  # fp64 next to 2^22 has 30 binary places
+    if sinks is not None:
+        total += (sinks - top).exp_()
+    return weights, total.float()
+
+
+def _add_up(weights: Tensor, values: Tensor, sight: Sight) -> Tensor:
+    """[batch, rows, context], [batch, context, dim] -> [batch, rows, dim]: block after block, in the order of positions."""
+    out: Tensor | None = None
+    for first, last, members in _blocks(sight):
+        part = weights[..., first:last]
+        product = _product(part if members is None else part * members, values[:, first:last])
+        out = product if out is None else out.add_(product)
+    assert out is not None, "a node sees at least itself"
+    return out
+
+
+def _blocks(sight: Sight) -> list[tuple[int, int, Tensor | None]]:
+    """`_runs`, once for all layers of a forward."""
+    if "runs" not in sight.notes:
+        sight.notes["runs"] = _runs(sight)
+    found: list[tuple[int, int, Tensor | None]] = sight.notes["runs"]
+    return found
+
+
+def _runs(sight: Sight) -> list[tuple[int, int, Tensor | None]]:
+    """Per block of positions, ascending: the run of slots [first, last) that holds it.
+
+    Around a border the run also holds slots of other blocks, as drafts of all depths are mixed: then [last - first] bool,
+    true for the slots of this block; else None.
+    """
+    straight = sight.context if sight.seen is None else sight.committed  # so many slots are their positions
+    runs = {first // BLOCK: (first, min(first + BLOCK, straight)) for first in range(0, straight, BLOCK)}
+    if sight.seen is None:
+        return [(first, last, None) for first, last in runs.values()]
+    drafts: list[int] = (sight.positions // BLOCK).tolist()
+    for slot, block in enumerate(drafts, straight):
+        runs[block] = (runs.get(block, (slot, slot))[0], slot + 1)
+    if len(set(drafts)) == 1:  # no border among the drafts
+        return [(first, last, None) for _, (first, last) in sorted(runs.items())]
+    homes = torch.tensor([slot // BLOCK for slot in range(straight)] + drafts)
+    return [(first, last, homes[first:last] == block) for block, (first, last) in sorted(runs.items())]
+
+
+def _product(weights: Tensor, values: Tensor) -> Tensor:
+    """[batch, rows, slots] @ [batch, slots, dim], added in slot order however many slots there are.
+
+    Slots too many for one product are drafts that no single node sees: fewer rows see fewer slots. A path has at most
+    `BLOCK` slots in a block, so that halving ends.
+    """
+    if weights.shape[-1] > MAX_SLOTS:
+        seen = weights.count_nonzero((0, 1)).nonzero()[:, 0]
+        if len(seen) > MAX_SLOTS:
+            return torch.cat([_product(half, values) for half in weights.chunk(2, 1)], 1)
+        weights, values = weights[..., seen], values[:, seen]
+    num_rows = weights.shape[1]
+    return torch.bmm(_lengthen(weights, _least(values.shape[-1])), values)[:, :num_rows]
+
+
+def _least(width: int) -> int:
+    """Rows below which a product of this width is made by another kernel, in another order."""
+    group = MIN_ROWS if width <= 128 else 2 * MIN_ROWS
+    return max(1, math.ceil(MIN_WORK / width / group)) * group  # whole groups: no slower than a part of one
+
+
+def is_order_proof(heads: int, kv_heads: int, width: int, value_width: int, dtype: torch.dtype) -> bool:
+    """Measure, in a fraction of a second, whether `ordered` keeps its promise on this machine for heads of this shape.
+
+    One text of 300 tokens: its last node alone, behind everything committed, against the same node at the end of a long
+    stem, and among the drafts of a tree with a stranger before every ancestor.
+    """
+    generator = torch.Generator().manual_seed(width)
+    length, manner = 300, Manner(0.1, Reach())  # no power of two: scaling rounds
+
+    def draw(count: int, size: int) -> Tensor:
+        return torch.randn(count, length, size, generator=generator)
+
+    # The query in fp32, and so the result: rounded to bf16 it would hide most differences.
+    query, keys, values = draw(heads, width), draw(kv_heads, width).to(dtype), draw(kv_heads, value_width).to(dtype)
+    for last in (20, 129, 299):
+        text = slice(0, last + 1)
+        alone = Sight(0, 1, 0, last, None, torch.tensor([last]))
+        wanted = ordered(query[:, last : last + 1], keys[:, text], values[:, text], alone, manner)[:, 0]
+        for num_drafted in (1, 3, 8, 17):
+            committed = last + 1 - num_drafted
+            order = [*range(committed), *(slot for own in range(committed, last + 1) for slot in (last - own, own))]
+            positions = torch.tensor([own for own in range(committed, last + 1) for _ in range(2)])
+            lineage = torch.eye(2 * num_drafted, dtype=torch.bool)
+            lineage[1::2, 1::2] |= torch.ones(num_drafted, num_drafted, dtype=torch.bool).tril()
+            tree = Sight(0, 2 * num_drafted, 0, committed, lineage, positions)
+            found = ordered(query[:, order[committed:]], keys[:, order], values[:, order], tree, manner)[:, -1]
+            stem = Sight(0, last + 1 - committed, 0, committed, None, positions[::2])
+            behind = ordered(query[:, committed : last + 1], keys[:, text], values[:, text], stem, manner)[:, -1]
+            if not (torch.equal(wanted, found) and torch.equal(wanted, behind)):
+                return False
+    return True

@@ -1,0 +1,127 @@
+"""Does a row of a linear come out with the same bits whatever the other rows are? Measured, for linears of given shapes.
+
+Random numbers hide the difference: two orders of addition differ in the eighth digit, and bf16 shows three. The sums tested
+here cancel to nothing but their rounding errors, so that any change of order shows in almost every value.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from headstart.target.kernels.linear import Pack, PackedLinear, is_plain, weight_and_bias
+
+USUAL = 16  # rows of the product that all others are held to: those of a usual tree
+SIZES = (*range(1, 34), 48, 64, 65, 96, 128, 256)
+MAX_WEIGHTS = 2**23  # of a tested matrix; a wider vocabulary repeats the same blocks
+
+
+@dataclass(frozen=True)
+class Kind:
+    """All that a linear's choice of kernel can depend on. is_transposed: whether it is GPT-2's, whose weight is [in, out]."""
+
+    num_out: int
+    num_in: int
+    dtype: torch.dtype
+    is_packed: bool
+    has_bias: bool = False
+    is_transposed: bool = False
+
+
+@dataclass(frozen=True)
+class RowRange:
+    """Numbers of rows, from `least` to `most`, among which a product gives each row the same bits."""
+
+    least: int
+    most: int
+
+
+def row_ranges(modules: Iterable[nn.Module]) -> dict[Kind, RowRange] | None:
+    """The range of each kind of linear among the modules, with weights of the test's own making; measured once per process.
+
+    None where a linear has no range, and where a module multiplies by a matrix that is no plain linear's, as experts and routers
+    do: how many rows meet there is not the forest's to say.
+    """
+    modules = list(modules)
+    if any(map(multiplies_by_itself, modules)):
+        return None
+    found: dict[Kind, RowRange] = {}
+    for kind in distinct(modules):
+        own = _measured(kind, torch.get_num_threads())
+        if own is None:
+            return None
+        found[kind] = own
+    return found
+
+
+@cache
+def _measured(kind: Kind, threads: int) -> RowRange | None:
+    """threads: what a range depends on besides the machine."""
+    return row_range(varying_sizes(kind))
+
+
+def row_range(varying: Sequence[int], sizes: Sequence[int] = SIZES) -> RowRange | None:
+    """The run of tested numbers of rows around `USUAL` in which none varies; None where `USUAL` itself does."""
+    if USUAL in varying:
+        return None
+    below = [size for size in varying if size < USUAL]
+    above = [size for size in varying if size > USUAL]
+    run = [size for size in sizes if (not below or size > max(below)) and (not above or size < min(above))]
+    return RowRange(min(run), max(run))
+
+
+def multiplies_by_itself(module: nn.Module) -> bool:
+    """Whether a module owns a matrix, or a stack of them, and is neither an embedding nor a linear that can be tested."""
+    if isinstance(module, nn.Embedding | PackedLinear) or is_plain(module):
+        return False
+    return any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
+
+
+def distinct(modules: Iterable[nn.Module]) -> list[Kind]:
+    """Each kind of linear among the modules, once."""
+    return list(dict.fromkeys(kind for kind in map(kind_of, modules) if kind is not None))
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """The kind of a linear; None for any other module."""
+    if isinstance(module, PackedLinear):
+        return Kind(sum(module.pack.sizes), module.in_features, module.pack.packed.dtype, True, module.pack.bias is not None)
+    if is_plain(module):
+        weight, bias = weight_and_bias(module)
+        return Kind(weight.shape[0], weight.shape[1], weight.dtype, False, bias is not None, isinstance(module, Conv1D))
+    return None
+
+
+def varying_sizes(kind: Kind, sizes: Sequence[int] = SIZES) -> list[int]:
+    """The numbers of rows at which a linear of this kind gives some row other bits than among `USUAL` rows.
+
+    `USUAL` itself is among them where a row's bits depend on its place.
+    """
+    num_out, num_in = min(kind.num_out, MAX_WEIGHTS // kind.num_in), kind.num_in
+    generator = torch.Generator().manual_seed(num_in)
+
+    def draw(count: int, sign: int) -> Tensor:
+        half = torch.randn(count, num_in // 2, generator=generator)
+        return torch.cat([half, sign * half, half.new_zeros(count, num_in % 2)], 1).to(kind.dtype)
+
+    weight, rows = draw(num_out, -1), draw(max(sizes), 1)
+    multiply = _product_of(kind, weight, weight.new_zeros(num_out) if kind.has_bias else None)
+    with torch.inference_mode():
+        wanted = torch.cat([multiply(rows[None, first : first + USUAL])[0] for first in range(0, max(sizes) - USUAL + 1, USUAL)])
+        varying = [size for size in sizes if not torch.equal(multiply(rows[None, :size])[0], wanted[:size])]
+        backwards = multiply(rows[None, :USUAL].flip(1))[0].flip(0)
+    return varying if torch.equal(backwards, wanted[:USUAL]) else sorted({*varying, USUAL})
+
+
+def _product_of(kind: Kind, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """[1, rows, in] -> [1, rows, out], as a linear of this kind multiplies."""
+    if kind.is_packed:
+        return Pack([weight], [bias])
+    if not kind.is_transposed:
+        return lambda x: F.linear(x, weight, bias)
+    stored, added = weight.T.contiguous(), weight.new_zeros(len(weight))
+    return lambda x: torch.addmm(added, x[0], stored)[None]  # not by a new module: making one would draw from the user's noise

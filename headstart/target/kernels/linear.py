@@ -1,0 +1,256 @@
+"""Linears of an unmodified Hugging Face model, packed once into the layout oneDNN multiplies fastest.
+
+Knows `nn.Linear`, GPT-2's `Conv1D` and which siblings read the same input; knows nothing of attention or caches.
+For inference: an input that wants gradients takes the plain path, slowly and correctly.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from headstart.target.kernels.restore import ReplacedLinear, StandIn, remember
+
+# Siblings under one parent that models feed the same tensor. One call multiplies them all: oneDNN spends 15 to 20
+# microseconds on every call, whatever its size. A family that is in fact fed different tensors stays correct.
+FAMILIES = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
+
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}  # of the largest output; a wrong kernel is off by its whole size
+
+
+class Pack:
+    """Linears that read the same input, stacked and packed as one. The layout is opaque; `dense` unpacks it.
+
+    least_rows, most_rows: one product multiplies so many rows; fewer are filled up, more are multiplied in several products.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+        """weights: each [out, in], one dtype; biases: each [out] or None."""
+        self.sizes = [weight.shape[0] for weight in weights]
+        self.bias: Tensor | None = None
+        if any(bias is not None for bias in biases):
+            self.bias = torch.cat(
+                [weight.new_zeros(weight.shape[0]) if bias is None else bias for weight, bias in zip(weights, biases, strict=True)]
+            ).detach()
+        stacked = weights[0] if len(weights) == 1 else torch.cat(list(weights))
+        self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(stacked.detach().contiguous())
+        self.least_rows, self.most_rows = 1, sys.maxsize
+        self._multiply = torch.ops.mkldnn._linear_pointwise.default
+        self._multiply_by = torch.ops.mkldnn._linear_pointwise.binary
+
+    def __call__(self, x: Tensor, activation: str = "none", variant: str = "") -> Tensor:
+        """[..., in] -> [..., sum of out], all members side by side; the activation is applied before rounding."""
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError("packed linears have no gradients; load the target without kernels to train through it")
+        if not self.least_rows <= x.numel() // x.shape[-1] <= self.most_rows:
+            parts = row_groups(x, self.least_rows, self.most_rows)
+            return joined([self._multiply(part, self.packed, self.bias, activation, [], variant) for part in parts], x)
+        y: Tensor = self._multiply(x, self.packed, self.bias, activation, [], variant)
+        return y
+
+    def times(self, x: Tensor, other: Tensor) -> Tensor:
+        """[..., in], [..., out] -> [..., out]: the product of the linear's output and `other`, rounded once."""
+        if not self.least_rows <= x.numel() // x.shape[-1] <= self.most_rows:
+            parts = zip(*(row_groups(each, self.least_rows, self.most_rows) for each in (x, other)), strict=True)
+            return joined([self._multiply_by(*both, self.packed, self.bias, "mul") for both in parts], x)
+        y: Tensor = self._multiply_by(x, other, self.packed, self.bias, "mul")
+        return y
+
+    def dense(self, member: int) -> Tensor:
+        """The plain weight of one member, [out, in], unpacked anew at every call."""
+        parts: tuple[Tensor, ...] = self.packed.to_dense().split(self.sizes)
+        return parts[member]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the packed weight and bias; the layout pads odd sizes."""
+        return int(torch.ops.mkldnn._nbytes(self.packed)) + (0 if self.bias is None else self.bias.nbytes)
+
+
+def row_groups(x: Tensor, least: int, most: int) -> list[Tensor]:
+    """[..., width] -> the rows in groups of almost equal size, each [least to most, width]; zeros fill up what is too few."""
+    rows = x.reshape(-1, x.shape[-1])
+    count = -(-rows.shape[0] // most)
+    missing = count * least - rows.shape[0]
+    return list((F.pad(rows, (0, 0, 0, missing)) if missing > 0 else rows).tensor_split(count))
+
+
+def joined(products: Sequence[Tensor], x: Tensor) -> Tensor:
+    """What was made of the groups of `x`, as [..., out]."""
+    y = torch.cat(list(products)) if len(products) > 1 else products[0]
+    return y[: x.numel() // x.shape[-1]].reshape(*x.shape[:-1], -1)
+
+
+class PackedLinear(StandIn):
+    """Stands in for one `nn.Linear`; its plain weight is gone and is unpacked when someone asks for `weight`.
+
+    replaced: the linear, as `remember` has it; None where there is nothing to put back.
+    """
+
+    def __init__(self, pack: Pack, member: int = 0) -> None:
+        super().__init__()
+        self.pack = pack
+        self.member = member
+        self.replaced: ReplacedLinear | None = None
+        self.is_transposed = False  # whether the replaced linear keeps its weight as [in, out], as GPT-2's does
+        self.out_features = pack.sizes[member]
+        self.in_features = int(pack.packed.shape[1])
+
+    @property
+    def weight(self) -> Tensor:
+        """[out, in], a fresh copy."""
+        return self.pack.dense(self.member)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[out] or None."""
+        return None if self.pack.bias is None else self.pack.bias.split(self.pack.sizes)[self.member]
+
+    def stands_for(self, linear: nn.Module) -> None:
+        """Remember the linear that this one replaces."""
+        self.replaced, self.is_transposed = remember(linear), isinstance(linear, Conv1D)
+
+    def original(self) -> nn.Module:
+        """The linear that was replaced, with the same bits; itself where nothing is remembered."""
+        if self.replaced is None:
+            return self
+        return self.replaced.original(lambda: self.weight.T if self.is_transposed else self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]"""
+        if x.requires_grad and torch.is_grad_enabled():
+            return F.linear(x, self.weight, self.bias)
+        return self.pack(x)
+
+
+class Shared:
+    """One multiplication for several linears that are called, one after the other, with the very same tensor.
+
+    The first member to be called multiplies for all; each other member then takes its part, once. A call with
+    another tensor, or a second call of the same member, multiplies again: sharing saves time and cannot change results.
+    """
+
+    def __init__(self, pack: Pack) -> None:
+        self.pack = pack
+        self._input: Tensor | None = None
+        self._parts: list[Tensor | None] = []
+
+    def part(self, x: Tensor, member: int) -> Tensor:
+        """[..., in] -> [..., out of that member]"""
+        if x is not self._input or self._parts[member] is None:
+            self._input, self._parts = x, list(self.pack(x).split(self.pack.sizes, dim=-1))
+        part, self._parts[member] = self._parts[member], None
+        if not any(waiting is not None for waiting in self._parts):
+            self._input = None  # all taken: keep nothing alive
+        assert part is not None, "a part that was taken is computed again"
+        return part
+
+
+class SharedLinear(PackedLinear):
+    """One member of a family that reads the same input."""
+
+    def __init__(self, shared: Shared, member: int) -> None:
+        super().__init__(shared.pack, member)
+        self.shared = shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]"""
+        if x.requires_grad and torch.is_grad_enabled():
+            return F.linear(x, self.weight, self.bias)
+        return self.shared.part(x, self.member)
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this torch and this processor have the private operations, and whether they multiply correctly."""
+    if dtype not in TOLERANCE:
+        return False
+    try:
+        linear = nn.Linear(64, 32, dtype=dtype)
+        packed = PackedLinear(Pack([linear.weight], [linear.bias]))
+        return torch.equal(packed.weight, linear.weight) and _agree(linear, packed)
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+
+
+def prepack(model: nn.Module) -> int:
+    """Replace every plain linear of the model, in place, and return how many were replaced; `restore` puts them back.
+
+    The plain weight is freed unless something else holds it, as an embedding holds a tied head: lookup needs it plain.
+    A linear that is subclassed, hooked, not on the CPU, or whose packed twin disagrees with it stays as it is.
+    """
+    count = 0
+    for parent in list(model.modules()):
+        for names in list(_families(parent)):
+            linears = [getattr(parent, name) for name in names]
+            packed = _pack_alike(linears)
+            for name, replacement in zip(names, packed, strict=False):
+                setattr(parent, name, replacement)
+            count += len(packed)
+    return count
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Memory of all packed weights, each counted once."""
+    packs = {id(module.pack): module.pack for module in model.modules() if isinstance(module, PackedLinear)}
+    return sum(pack.nbytes for pack in packs.values())
+
+
+def weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """[out, in] and [out] or None, of a plain linear or of GPT-2's transposed one."""
+    assert isinstance(linear, nn.Linear | Conv1D), f"{type(linear).__name__} is no linear"
+    return (linear.weight.T if isinstance(linear, Conv1D) else linear.weight), linear.bias
+
+
+def _families(parent: nn.Module) -> Iterator[tuple[str, ...]]:
+    plain = {name: child for name, child in parent.named_children() if is_plain(child)}
+    for family in FAMILIES:
+        if all(name in plain for name in family) and all(_same_input(plain[a], plain[b]) for a, b in pairwise(family)):
+            yield family
+            for name in family:
+                del plain[name]
+    yield from ((name,) for name in plain)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether this is an untouched linear of a kind that can be packed."""
+    if type(module) not in (nn.Linear, Conv1D):  # a subclass (LoRA, quantized) computes something else
+        return False
+    weight = weight_and_bias(module)[0]
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    if type(weight.data) is not Tensor:  # quantized, by a tensor of a type of its own
+        return False
+    return weight.device.type == "cpu" and weight.dtype in TOLERANCE and not hooked
+
+
+def _same_input(one: nn.Module, other: nn.Module) -> bool:
+    a, b = weight_and_bias(one)[0], weight_and_bias(other)[0]
+    return a.shape[1] == b.shape[1] and a.dtype == b.dtype
+
+
+def _pack_alike(linears: Sequence[nn.Module]) -> list[PackedLinear]:
+    """The replacements of linears that read the same input, or an empty list where they disagree."""
+    weights, biases = zip(*map(weight_and_bias, linears), strict=True)
+    if not can_pack(weights[0].dtype):
+        return []
+    pack = Pack(weights, biases)
+    shared = Shared(pack)
+    packed: list[PackedLinear] = [PackedLinear(pack)]
+    if len(linears) > 1:
+        packed = [SharedLinear(shared, member) for member in range(len(linears))]
+    if not all(map(_agree, linears, packed)):
+        return []
+    for replacement, linear in zip(packed, linears, strict=True):
+        replacement.stands_for(linear)
+    return packed
+
+
+def _agree(plain: nn.Module, packed: PackedLinear) -> bool:
+    generator = torch.Generator().manual_seed(packed.in_features)
+    with torch.inference_mode():
+        x = torch.randn(3, packed.in_features, generator=generator).to(packed.pack.packed.dtype)
+        wanted, found = plain(x).float(), packed(x).float()
+    return bool((wanted - found).abs().max() <= TOLERANCE[x.dtype] * wanted.abs().max())

@@ -1,0 +1,1 @@
+"""Everything with characters: tokenizers, chat templates, conversations, prompt files and JSONL."""

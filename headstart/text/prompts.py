@@ -1,0 +1,85 @@
+"""What a conversation begins with: prompts from files as the field publishes them.
+
+This file knows the fields of prompt files. It refuses to know tokens and who answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from headstart.text.jsonl import PROMPTS, applied_to, first_text, is_jsonl, read_lines, read_records
+from headstart.text.tokenizer import checked_messages
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Opening:
+    """A prompt and its place in its file: messages, in which every reply is to be given anew, or a text to be continued."""
+
+    id: str
+    index: int
+    messages: tuple[Message, ...] = ()
+    text: str | None = None
+
+    def cues(self) -> list[list[Message]]:
+        """What is said before each reply."""
+        cues: list[list[Message]] = [[]]
+        for message in self.messages:
+            if message["role"] != "assistant":
+                cues[-1].append(message)
+            elif cues[-1]:
+                cues.append([])
+        return cues if cues[-1] else cues[:-1]
+
+
+def read_openings(path: str | Path, limit: int | None = None, *, is_chat: bool = True) -> list[Opening]:
+    """The prompts of a JSONL file (`messages`, `turns`, `prompt`, `instruction`, `question`, or `text` to be continued), packed or
+    not, or of a text file with one prompt in each line.
+
+    is_chat: whether the target has a chat template; a single prompt is continued as a text where it has none. Raises ValueError,
+    naming the line, for what is no prompt.
+    """
+    path = Path(path)
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit is {limit}; it must be at least 1 prompt")
+    records: Iterable[tuple[int, dict[str, Any]]] = read_records(path) if is_jsonl(path) else _lines_as_prompts(path)
+    openings = [_opening(path, number, fields, is_chat) for number, fields in islice(records, limit)]
+    if not openings:
+        raise ValueError(f"{path} holds no prompt")
+    return openings
+
+
+def _lines_as_prompts(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    return ((number, {"prompt": line.rstrip("\n")}) for number, line in read_lines(path) if line.strip())
+
+
+def _opening(path: Path, number: int, fields: dict[str, Any], is_chat: bool) -> Opening:
+    id, index = f"{path.name}:{number}", number - 1
+    try:
+        messages = tuple(_messages(fields))
+    except ValueError as error:
+        raise ValueError(f"line {number} of {path}: {error}") from None
+    if not messages and isinstance(text := fields.get("text"), str) and text.strip():
+        return Opening(id, index, text=text)
+    if not any(message["role"] != "assistant" for message in messages):
+        raise ValueError(f"line {number} of {path} has no prompt; give one of the fields messages, {', '.join(PROMPTS)}, text")
+    if is_chat:
+        return Opening(id, index, messages)
+    if len(messages) > 1 or "messages" in fields:
+        raise ValueError(f"line {number} of {path} is a conversation, and this target has no chat template; give prompts or texts")
+    return Opening(id, index, text=messages[0]["content"])
+
+
+def _messages(fields: dict[str, Any]) -> list[Message]:
+    if isinstance(given := fields.get("messages"), list):
+        return [{"role": one["role"], "content": one["content"]} for one in checked_messages(given)]
+    turns = fields.get("turns")
+    if isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns):
+        return [{"role": "user", "content": turn} for turn in turns]
+    prompt = first_text(fields, PROMPTS)
+    return [{"role": "user", "content": prompt + applied_to(fields)}] if prompt else []

@@ -1,0 +1,111 @@
+"""A lesson in which a trunk learns to speak, and its heads with it from the first step.
+
+    loss = CE(next token) + weight(progress) * sum over heads of (sum_d decay^(d-1) CE(token d places later) / sum_d decay^(d-1))
+
+Gradients of the heads reach the trunk through the states they read, with the memory of one
+head (`headstart.drafters.parts.losses.lean`). This
+file knows trunks, heads and terms. It refuses to know files, steps and methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from headstart.drafters.parts.heads import Heads
+from headstart.drafters.parts.losses import Metrics, Objective, Voice, chunked_loss, lean
+from headstart.target.embed_head import Ends
+from headstart.target.hidden_states import asking_for
+from headstart.training.dataset import Padded
+from headstart.training.features import as_batch, layers
+from headstart.training.frozen_target import decaying
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NEXT = Objective(hard=1.0)
+
+
+class Together(nn.Module):
+    """trunk: a causal LM that learns. heads: by method, bound to it. weight: of the heads' losses when a share of the run, in
+    [0, 1], is done; `progress` is asked for it. decay: weight of each deeper guess over that of the one before.
+
+    Metrics have a column for the next token, then one for every depth of each head, in order.
+    """
+
+    def __init__(self, trunk: PreTrainedModel, heads: Mapping[str, Heads], weight: Callable[[float], float], decay: float) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.heads = nn.ModuleDict(heads)
+        self.weight = weight
+        self.objective = Objective(hard=1.0, decay=decay)
+        self.progress: Callable[[], float] = lambda: 0.0
+        self._ends = Ends(trunk)
+        self._num_layers = int(trunk.config.get_text_config().num_hidden_layers)
+        taps = {tap for member in heads.values() for tap in member.taps}
+        self._layers = layers(sorted(taps), self._num_layers)
+        ends = trunk.get_input_embeddings(), trunk.get_output_embeddings()
+        self._shared = [weight for end in ends for weight in end.parameters()]  # what heads speak through and learn, too
+
+    def forward(self, texts: Padded) -> tuple[Tensor, Metrics]:
+        """The summed loss, a scalar, and metrics."""
+        texts = texts.to(next(self.parameters()).device)
+        states = self._states(texts.tokens)
+        total, found = self._next(texts, states[self._num_layers - 1])
+        weight, stacked = self.weight(self.progress()), [found]
+        for drafter in self.heads.values():
+            loss, metrics = self._later(drafter, texts, states)
+            total = total + weight * loss
+            stacked.append(metrics.stacked())
+        return total, Metrics.of(torch.cat(stacked, 1))
+
+    def _states(self, tokens: Tensor) -> dict[int, Tensor]:
+        """The output of each layer that someone reads, [rows, length, hidden]."""
+        wanted = asking_for(self._layers)
+        out = self.trunk(input_ids=tokens, use_cache=False, logits_to_keep=1, output_hidden_states=wanted)
+        return {layer: out.hidden_states[layer + 1] for layer in self._layers}
+
+    def _next(self, texts: Padded, finals: Tensor) -> tuple[Tensor, Tensor]:
+        """The trunk's own loss, and its column, [4, 1]."""
+        where = texts.counts[:, 1:].nonzero(as_tuple=True)
+        tokens = texts.tokens[where[0], where[1] + 1]
+        voice = Voice(self._ends.project, self._ends.parameters)
+        loss, hits = chunked_loss(voice, finals[where], tokens, None, NEXT, self._ends.project)
+        right = hits.sum().float()
+        return loss, torch.stack([loss.detach(), torch.tensor(float(len(tokens))).to(right), right, right])[:, None]
+
+    def _later(self, drafter: Any, texts: Padded, states: dict[int, Tensor]) -> tuple[Tensor, Metrics]:
+        """The loss of one method's heads, on the scale of a single depth."""
+        batch = as_batch(texts, states, [tap % self._num_layers for tap in drafter.taps])
+        weights = [*drafter.parameters(), *self._shared]
+        loss, metrics = lean(lambda own: drafter.parts(replace(batch, features=own), self.objective), batch.features, weights)
+        return loss / sum(self.objective.decay**depth for depth in range(drafter.depth)), metrics
+
+    def measure(self, metrics: Metrics, loss: float, prefix: str) -> dict[str, Any]:
+        """loss and top-1 of the next token; top-1 by depth, and tau of a chain, of each method's heads."""
+        stacked = metrics.stacked()
+        told: dict[str, Any] = {f"{prefix}loss": float(stacked[0, 0] / stacked[1, 0].clamp(min=1))}
+        told[f"{prefix}next_top1"] = round(float(metrics.top1[0]), 5)
+        first = 1
+        for name, drafter in self.heads.items():
+            depth = int(drafter.depth)  # type: ignore[arg-type]
+            own = Metrics.of(stacked[:, first : first + depth])
+            told[f"{prefix}{name}_top1"] = [round(share, 5) for share in own.top1.tolist()]
+            told[f"{prefix}{name}_tau"] = round(float(own.tau), 4)
+            first += depth
+        return told
+
+    def groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Parameters for one optimiser of all."""
+        return decaying(self.parameters(), learning_rate, weight_decay)
+
+    def split(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Matrices inside layers, and everything else: what Muon is for, and what it is not for."""
+        shared = {id(weight) for weight in self._shared}
+        inside = [weight for weight in self.parameters() if weight.dim() == 2 and id(weight) not in shared]
+        ids = {id(weight) for weight in inside}
+        return inside, [weight for weight in self.parameters() if id(weight) not in ids]

@@ -1,0 +1,227 @@
+"""Calibration against what decoding really does, and against laws that are known."""
+
+import json
+
+import pytest
+import torch
+from tiny import VOCAB, tiny
+from typer.testing import CliRunner
+
+from headstart import formats as checkpoint
+from headstart.bench.calibrate import BEYOND, Recorder, Trial, calibrate, calibration_error, fit_warmth, observe
+from headstart.cli import app
+from headstart.drafters.eagle import Eagle, EagleConfig
+from headstart.drafters.eagle3 import Eagle3, Eagle3Config
+from headstart.drafters.hydra import Hydra, HydraConfig, HydraPlus, HydraPlusConfig, PrefixConfig
+from headstart.drafters.medusa import Medusa, MedusaConfig
+from headstart.engine.drafter_loading import heads_in
+from headstart.formats.model_card import with_section
+from headstart.speculation.calibration import load_plan, walk
+from headstart.speculation.planner import Chain, Shape
+from headstart.target.target import Target
+
+PROMPTS = ((3, 1, 4, 1, 5), (9, 2, 6), (5, 3, 5, 8, 9, 7, 9))
+METHODS = {
+    "medusa": (Medusa, MedusaConfig(num_heads=3, projection="shared")),
+    "hydra": (Hydra, HydraConfig(num_heads=3, projection="shared")),
+    "eagle": (Eagle, EagleConfig(depth=3)),
+    "eagle3": (Eagle3, Eagle3Config(depth=3, steps=1, taps=(0, 2), draft_vocab=50)),
+    "hydra++": (HydraPlus, HydraPlusConfig(num_heads=2, prefix=PrefixConfig.for_hidden(64))),
+}
+
+
+def heads(name):
+    """Heads with random weights: their first guesses are right now and then."""
+    kind, config = METHODS[name]
+    torch.manual_seed(0)
+    drafter = kind(config, 64, VOCAB).bind(tiny().ends)
+    drafter.survey(torch.arange(VOCAB) % 5, ())
+    drafter = drafter.start().double()
+    with torch.no_grad():
+        for weight in drafter.parameters():
+            weight.add_(0.02 * torch.randn_like(weight))
+    return drafter
+
+
+def trial(max_tokens=24):
+    return Trial(tiny(), PROMPTS, max_tokens=max_tokens, seed=7)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_replayed_and_decoded_tau_are_the_same_number(name):
+    """In double precision nothing is near a tie: what ranks predict is what rounds do, chain and trees, at any temperature."""
+    drafter = heads(name)
+    plan, found = calibrate(trial(), drafter, [0.0, 1.0], sizes=(4, 12))
+    for finding in found:
+        assert finding.chain == pytest.approx(finding.chain_measured)
+        for tree in plan.trees[finding.temperature].values():
+            assert trial().decode(drafter, Shape(tree.paths), finding.temperature).tau == pytest.approx(tree.tau)
+    assert max(tree.tau for finding in found for tree in finding.trees.values()) > 1
+
+
+def test_an_answer_that_stops_inside_a_kept_path_is_replayed_as_it_was():
+    """Stopped at one token of the answer after another, so that some rounds end in the middle of what they kept."""
+    drafter, said = heads("hydra"), []
+    trial().decode(drafter, Chain(3), 0.0, lambda place, done: said.append(done.output))
+    for stop in list(dict.fromkeys(said[0]))[:8]:
+        stopped = Trial(tiny(), PROMPTS[:2], max_tokens=24, seed=7, stop_ids=(stop,))
+        _, (found,) = calibrate(stopped, drafter, [0.0], sizes=(12,))
+        assert found.chain == pytest.approx(found.chain_measured)
+        assert stopped.decode(drafter, Shape(found.trees[12].paths), 0.0).tau == pytest.approx(found.trees[12].tau)
+
+
+def test_what_is_observed_is_what_the_drafter_proposes():
+    """The ranks of one text, against the drafts of every round of a wide tree."""
+    drafter, target = heads("medusa"), tiny()
+    student = drafter.twin().bind(target.ends).to(target.device, target.dtype)
+    proposed = []
+    drafter.propose, propose = lambda rows: note(propose(rows), rows), drafter.propose
+
+    def note(drafts, rows):
+        proposed.append((rows.places[0], drafts.tokens[drafts.depths == 1].tolist()))
+        return drafts
+
+    recorder, seen = Recorder(drafter), []
+
+    def hear(place, done):
+        seen.append(observe(student, recorder.batch((*done.prompt, *done.output), 5), 0.7, done.seed, 99).ranks)
+        texts.append((*done.prompt, *done.output))
+
+    texts = []
+    Trial(target, PROMPTS[:1], 16).decode(recorder, Shape.full(VOCAB - 1), 0.7, hear)
+    assert len(proposed) > 3
+    for root, children in proposed:
+        rank = seen[0][root - 5, 0]
+        assert rank == VOCAB - 1 or children[rank] == texts[0][root + 1]
+
+
+def test_behind_the_end_of_an_answer_nothing_is_right():
+    drafter, target = heads("hydra"), tiny()
+    recorder, seen = Recorder(drafter), []
+    student = drafter.twin().bind(target.ends).to(target.device, target.dtype)
+    Trial(target, PROMPTS[:1], 4).decode(
+        recorder,
+        Chain(2),
+        0.0,
+        lambda _, done: seen.append(observe(student, recorder.batch((*done.prompt, *done.output), 5), 0, 0, 9)),
+    )
+    assert seen[0].ranks.shape == (3, 3)  # roots 0, 1 and 2 of four tokens
+    assert (seen[0].ranks == BEYOND).tolist() == [[False, False, False], [False, False, True], [False, True, True]]
+    assert walk([seen[0].ranks], [(0,)]) >= 1
+
+
+# -- the fit ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tau", [0.3, 1.0, 2.5])
+def test_the_fit_finds_the_warmth_that_made_the_tokens(tau):
+    draw = torch.Generator().manual_seed(3)
+    scores = 2 * torch.randn(20_000, 12, generator=draw)
+    decided = torch.multinomial(torch.softmax(scores / tau, -1), 1, generator=draw).squeeze(-1)
+    assert fit_warmth(scores, decided) == pytest.approx(tau, rel=0.05)
+
+
+def test_the_fit_stays_within_bounds():
+    scores = torch.tensor([[1.0, 0.0]]).expand(10, -1)
+    assert fit_warmth(scores, torch.zeros(10, dtype=torch.int64)) == pytest.approx(0.05, rel=0.01)
+    assert fit_warmth(scores, torch.ones(10, dtype=torch.int64)) == pytest.approx(20, rel=0.01)
+
+
+def test_fitted_chances_are_truer_than_boastful_ones():
+    draw = torch.Generator().manual_seed(4)
+    scores = 2 * torch.randn(5_000, 12, generator=draw)
+    decided = torch.multinomial(torch.softmax(scores / 2, -1), 1, generator=draw).squeeze(-1)
+    assert calibration_error([scores], [decided], [fit_warmth(scores, decided)]) < 0.02
+    assert calibration_error([scores], [decided], [0.6]) > 0.05
+
+
+@pytest.mark.parametrize(("temperatures", "prompts", "max_tokens"), [([], PROMPTS, 9), ([1.0], (), 9), ([1.0], PROMPTS, 2)])
+def test_what_cannot_be_measured_is_refused(temperatures, prompts, max_tokens):
+    with pytest.raises(ValueError, match="give it more"):
+        calibrate(Trial(tiny(), prompts, max_tokens), heads("medusa"), temperatures)
+
+
+# -- from the command line --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def heads_folder(model_folder, tmp_path_factory):
+    """Heads that say what the target's own head says: sometimes right."""
+    target = Target.load(model_folder)
+    torch.manual_seed(0)
+    drafter = Medusa(MedusaConfig(num_heads=2), target.ends.hidden, target.ends.vocab).bind(target.ends).start()
+    folder = tmp_path_factory.mktemp("heads") / "medusa"
+    checkpoint.save(folder, drafter, checkpoint.facts_of(target.model), {})
+    return folder
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_calibrating_leaves_a_plan_that_drafting_goes_by(model_folder, heads_folder):
+    base = ("calibrate", heads_folder, "--model", model_folder, "--limit", 2, "--max-tokens", 24, "--no-exact")
+    done = run(*base, "--temperature", 0, "--temperature", 1, "--json")
+    found = json.loads(done.stdout)["findings"]
+    plan = load_plan(heads_folder)
+    assert plan.calibration.temperatures == (0.0, 1.0)
+    assert heads_in(heads_folder, Target.load(model_folder)).calibration == plan.calibration
+    for one in found:
+        assert one["chain"] == pytest.approx(one["chain_measured"], rel=0.05)
+        for tree in one["trees"].values():
+            assert tree["decoded"] == pytest.approx(tree["tau"], rel=0.05)
+    assert "tree of 64" in run(*base, "--temperature", 1).stdout
+
+
+def test_a_probe_says_how_heads_fare(model_folder, heads_folder):
+    found = json.loads(run("inspect", heads_folder, "--model", model_folder, "--probe", "--json").stdout)["probe"]
+    assert found["tau"] >= 1
+    assert len(found["acceptance"]) == 2
+    assert "accepted by depth" in run("inspect", heads_folder, "--model", model_folder, "--probe").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("calibrate", "{heads}", "--model", "{model}", "--accept", "typical"), "coupled"),
+        (("calibrate", "{model}", "--model", "{model}"), "heads"),
+        (("calibrate", "{heads}", "--model", "{model}", "--max-tokens", 2), "at least 3 tokens"),
+        (("inspect", "{heads}", "--model", "{model}"), "--probe"),
+        (("inspect", "{model}", "--probe"), "heads"),
+    ],
+)
+def test_what_a_user_did_wrong_is_one_sentence(arguments, word, model_folder, heads_folder):
+    done = run(*(str(part).format(heads=heads_folder, model=model_folder) for part in arguments))
+    assert done.exit_code == 2
+    assert word in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_card_says_what_was_measured_once(model_folder, heads_folder):
+    """Measured twice, it has the second table; a card that somebody deleted is written anew; the rest of it stays."""
+    card = heads_folder / "README.md"
+    before = card.read_text().split("## Measured")[0].rstrip()
+    ask = ["calibrate", str(heads_folder), "--model", str(model_folder), "--limit", "2", "--max-tokens", "16", "--raw"]
+    result = CliRunner().invoke(app, [*ask, "--temperature", "0.7"])
+    assert result.exit_code == 0, result.output
+    first = card.read_text()
+    result = CliRunner().invoke(app, [*ask, "--temperature", "0", "--json"])
+    (finding,) = json.loads(result.stdout)["findings"]
+    second = card.read_text()
+    assert second.startswith(before)
+    assert "| 0.7 |" in first
+    assert "| 0.7 |" not in second
+    assert second.count("## Measured") == 1
+    taus = [tree["decoded"] for tree in finding["trees"].values()]
+    accepted = ", ".join(f"{shares[0]:.0%}" for shares in finding["table"])
+    row = " | ".join(["0", accepted, *(f"{tau:.2f}" for tau in (finding["chain_measured"], *taus))])
+    assert f"| {row} |" in second
+    assert str(heads_folder) not in second
+    card.unlink()
+    checkpoint.tell(heads_folder, "Measured", "again")
+    assert card.read_text() == f"{before}\n\n## Measured\n\nagain\n"
+
+
+def test_a_section_of_a_card_is_replaced_and_those_around_it_stay():
+    card = "# heads\n\n## Settings\n\n- a: 1\n\n## Measured\n\nold\n\n## Mine\n\nkeep\n"
+    assert with_section(card, "Measured", "new") == "# heads\n\n## Settings\n\n- a: 1\n\n## Mine\n\nkeep\n\n## Measured\n\nnew\n"

@@ -1,0 +1,89 @@
+"""benchmarks/pad_heads.py: heads widened with zeros say what the small ones say, and cost what large ones cost."""
+
+import json
+import math
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from folders import write_model
+from heads import KINDS, heads_for
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from headstart.engine.drafter_loading import heads_in
+from headstart.engine.engine import Engine
+from headstart.formats import describe, facts_of, save
+from headstart.speculation.calibration import PLAN, Calibration, HeadsPlan, Tree, save_plan
+from headstart.speculation.sampling import SamplingParams
+from headstart.target.target import Target
+from headstart.target.tokenizer_loading import load_tokenizer
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "pad_heads.py"
+HIDDEN, WIDE = 32, 64
+
+
+@pytest.fixture(scope="module")
+def padded_folder(model_folder, tmp_path_factory):
+    """The tiny model, twice as wide: its final states, and as many zeros."""
+    folder = write_model(tmp_path_factory.mktemp("padded") / "target")  # for the tokenizer
+    small = AutoModelForCausalLM.from_pretrained(model_folder)
+    config = AutoConfig.from_pretrained(model_folder)
+    config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads = WIDE, 128, 4, 2
+    config.rms_norm_eps *= HIDDEN / WIDE
+    large = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, weight in large.named_parameters():
+            corner = small.get_parameter(name) * (math.sqrt(HIDDEN / WIDE) if "norm" in name else 1)
+            weight.zero_()[tuple(map(slice, corner.shape))] = corner
+    large.save_pretrained(folder)
+    return folder
+
+
+def saved(folder: Path, kind: str, model_folder: Path) -> Path:
+    target = Target.load(model_folder)
+    facts = facts_of(target.model, load_tokenizer(model_folder))
+    save(folder, heads_for(target, kind), facts, {"steps": 3})
+    ranks = ((0.5,), (0.5,), (0.5,), (0.5,))
+    save_plan(folder, HeadsPlan(Calibration((0.0,), ((0.7,),), (ranks,)), {0.0: {1: Tree(((0,),), 1.5)}}))
+    return folder
+
+
+def pad_heads(monkeypatch, *arguments: Path) -> None:
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def decoded(model: Path, heads: Path) -> tuple[list[int], float]:
+    """Tokens, and tau in float64, where no rounding changes a choice."""
+    target = Target.load(model, dtype="float64")
+    engine = Engine(target, heads_in(heads, target), max_rows=1)
+    request = engine.add(tuple(range(10, 20)), SamplingParams(max_tokens=24, temperature=0.7, seed=1))
+    list(engine.run())
+    return request.output, engine.stats.tau
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_padded_heads_draft_what_the_small_ones_draft(kind, model_folder, padded_folder, tmp_path, monkeypatch):
+    heads = saved(tmp_path / "heads", kind, model_folder)
+    pad_heads(monkeypatch, heads, padded_folder, tmp_path / "out")
+    tokens, tau = decoded(padded_folder, tmp_path / "out")
+    assert (tokens, tau) == decoded(model_folder, heads)
+    assert tau > 1
+    found = describe(tmp_path / "out")
+    assert (found.target.hidden, found.training) == (WIDE, {"steps": 3, "padded": True})
+    assert json.loads((tmp_path / "out" / PLAN).read_text()) == json.loads((heads / PLAN).read_text())
+
+
+def test_a_target_that_is_not_padded_is_refused(model_folder, padded_folder, tmp_path, monkeypatch, capsys):
+    heads = saved(tmp_path / "heads", "medusa", model_folder)
+    model = AutoModelForCausalLM.from_pretrained(padded_folder)
+    torch.nn.init.normal_(model.get_input_embeddings().weight)
+    model.save_pretrained(tmp_path / "wide")
+    load_tokenizer(padded_folder).save_pretrained(tmp_path / "wide")
+    for target, words in ((tmp_path / "wide", "not padded"), (model_folder, "nothing to widen")):
+        with pytest.raises(SystemExit):
+            pad_heads(monkeypatch, heads, target, tmp_path / "out")
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

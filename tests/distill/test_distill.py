@@ -1,0 +1,484 @@
+"""The target's own answers: what is asked, what is written, and that neither batching nor a kill changes a line."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import headstart
+from headstart.cli import app
+from headstart.distill.distill import EngineTeacher, Settings, distill
+from headstart.distill.endpoint import EndpointTeacher
+from headstart.speculation.noise import gumbel, mix, noise_key
+from headstart.target.loading import load_model
+from headstart.target.tokenizer_loading import load_tokenizer
+from headstart.text.conversations import read_examples
+from headstart.text.prompts import Opening, read_openings
+
+SETTINGS = Settings(temperature=0.8, max_tokens=40, seed=7)
+STOPS = tuple(range(0, 320, 8))  # a random model hardly ever ends by itself
+
+
+def chat(*contents: str) -> tuple[dict[str, str], ...]:
+    roles = ["user", "assistant"] * len(contents)
+    return tuple({"role": role, "content": content} for role, content in zip(roles, contents, strict=False))
+
+
+WORDS = ("the cat", "the sea was blue", "a fish", "give me a song and a fish", "Once upon a time", "take it", "so")
+OPENINGS = [Opening(f"p:{n}", n, chat(word, "so", "and then", "so", word)) for n, word in enumerate(WORDS)]
+
+
+def new_llm(folder, **settings) -> headstart.LLM:
+    llm = headstart.load(folder, **settings)
+    llm.stop_ids = STOPS
+    return llm
+
+
+@pytest.fixture(scope="module")
+def llm(model_folder) -> headstart.LLM:
+    return new_llm(model_folder, drafter="lookup", max_rows=3)
+
+
+@pytest.fixture(scope="module")
+def teacher(llm) -> EngineTeacher:
+    return EngineTeacher(llm)
+
+
+def read(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def by_id(path) -> dict[str, dict]:
+    lines = read(path)
+    found = {line["id"]: line for line in lines}
+    assert len(found) == len(lines), "a conversation was answered twice"
+    return found
+
+
+# -- the answers --
+
+
+def test_an_answer_is_what_the_model_says_with_that_seed(llm, teacher, tmp_path):
+    distill(teacher, OPENINGS, SETTINGS, tmp_path / "out.jsonl")
+    for opening in OPENINGS:
+        line, seed = by_id(tmp_path / "out.jsonl")[opening.id], mix(7, opening.index)
+        [alone] = llm.generate([opening.messages[:1]], temperature=0.8, max_tokens=40, seed=seed)
+        assert line["settings"]["seed"] == seed
+        assert [token for token, is_said in zip(line["tokens"], line["loss_mask"], strict=True) if is_said] == list(alone.token_ids)
+        assert line["messages"] == [opening.messages[0], {"role": "assistant", "content": alone.text}]
+        assert line["finish_reason"] == alone.finish_reason
+
+
+@pytest.mark.parametrize("mode", ["continue", "chat"])
+def test_every_token_that_counts_follows_from_the_text_before_it_and_the_noise_at_its_place(model_folder, teacher, tmp_path, mode):
+    distill(teacher, OPENINGS[:3], Settings(temperature=0.8, max_tokens=40, seed=7, mode=mode), tmp_path / "out.jsonl")
+    model = load_model(model_folder)
+    for line in read(tmp_path / "out.jsonl"):
+        with torch.no_grad():
+            logits = model(torch.tensor([line["tokens"]]), use_cache=False).logits[0]
+        for place in (place for place, is_said in enumerate(line["loss_mask"]) if is_said):
+            noise = gumbel(torch.tensor([noise_key(line["settings"]["seed"], place)]), torch.arange(320))
+            assert int((logits[place - 1] + 0.8 * noise).argmax()) == line["tokens"][place]
+
+
+def test_a_chat_is_replayed_with_every_reply_given_anew(llm, teacher, tmp_path):
+    distill(teacher, OPENINGS, Settings(temperature=0.8, max_tokens=60, seed=1, mode="chat"), tmp_path / "out.jsonl")
+    lines = read(tmp_path / "out.jsonl")
+    assert any(len(line["messages"]) == 6 for line in lines)
+    for line in lines:
+        opening = next(one for one in OPENINGS if one.id == line["id"])
+        assert line["messages"][::2] == list(opening.messages[::2])[: len(line["messages"]) // 2]
+        said: list[list[int]] = []
+        for token, now, before in zip(line["tokens"], line["loss_mask"], [0, *line["loss_mask"]], strict=False):
+            said += [[]] if now and not before else []
+            if now:
+                said[-1].append(token)
+        texts = [llm.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in said]
+        assert texts == [message["content"] for message in line["messages"][1::2]]
+        assert line["finish_reason"] == "stop" or len(line["messages"]) < 6 or len(said[-1]) == 60
+
+
+def test_neither_batching_nor_drafter_changes_a_line(model_folder, teacher, tmp_path):
+    settings = Settings(temperature=0.8, max_tokens=40, seed=7, mode="chat")
+    distill(teacher, OPENINGS, settings, tmp_path / "many.jsonl")
+    distill(EngineTeacher(new_llm(model_folder, drafter=None, max_rows=1)), OPENINGS[::-1], settings, tmp_path / "one.jsonl")
+    assert by_id(tmp_path / "many.jsonl") == by_id(tmp_path / "one.jsonl")
+
+
+def test_a_text_is_continued_as_it_stands(llm, teacher, tmp_path):
+    distill(teacher, [Opening("t:1", 0, text="the sea was")], SETTINGS, tmp_path / "out.jsonl")
+    [line] = read(tmp_path / "out.jsonl")
+    prompt = llm.tokenizer.encode("the sea was")
+    assert line["tokens"][: len(prompt)] == prompt
+    assert line["loss_mask"] == [0] * len(prompt) + [1] * (len(line["tokens"]) - len(prompt))
+    assert "messages" not in line
+
+
+def test_of_a_long_text_the_beginning_can_be_the_prompt(llm, teacher, tmp_path):
+    text = "the cat and the sea " * 90
+    distill(teacher, [Opening("t:1", 0, text=text)], Settings(beginning=6, max_tokens=9), tmp_path / "out.jsonl")
+    [line] = read(tmp_path / "out.jsonl")
+    assert line["tokens"][:6] == llm.tokenizer.encode(text)[:6]
+    assert line["loss_mask"] == [0] * 6 + [1] * (len(line["tokens"]) - 6)
+
+
+def test_a_conversation_that_ends_for_length_is_dropped_if_asked_and_not_tried_again(teacher, tmp_path):
+    settings = Settings(temperature=0.8, max_tokens=3, drop_cut=True)
+    tally = distill(teacher, OPENINGS, settings, tmp_path / "out.jsonl")
+    cut = [line for line in read(tmp_path / "out.jsonl") if line["finish_reason"] == "length"]
+    assert 0 < tally.num_dropped == len(cut)
+    assert all(line["tokens"] == line["loss_mask"] == [] for line in cut)
+    again = distill(teacher, OPENINGS, settings, tmp_path / "out.jsonl")
+    assert (again.num_found, again.num_answered, again.num_dropped) == (len(OPENINGS), 0, 0)
+    kept = distill(teacher, OPENINGS, Settings(temperature=0.8, max_tokens=3), tmp_path / "kept.jsonl")
+    assert (kept.num_cut, kept.num_dropped) == (len(cut), 0)
+
+
+def test_a_prompt_without_room_is_skipped_and_counted(teacher, tmp_path):
+    long = [Opening(f"p:{n}", n, chat("the cat and the sea " * 90)) for n in range(8)]  # more than run at once
+    tally = distill(teacher, [*long, Opening("p:8", 8, chat("so"))], SETTINGS, tmp_path / "out.jsonl")
+    assert tally.skipped == {"there is no room for an answer in the context of 256 tokens": 8}
+    assert [line["id"] for line in read(tmp_path / "out.jsonl")] == ["p:8"]
+
+
+def test_a_conversation_that_outgrows_the_context_keeps_what_was_said_and_is_counted(teacher, tmp_path):
+    long = [Opening(f"p:{n}", n, chat("so", "a", "the cat and the sea " * 90)) for n in range(4)]
+    tally = distill(teacher, long, Settings(temperature=0.8, max_tokens=60, mode="chat"), tmp_path / "out.jsonl")
+    ended = [line for line in read(tmp_path / "out.jsonl") if line["finish_reason"] == "stop"]
+    assert tally.shortened.total() == len(ended) > 0
+    assert all(len(line["messages"]) == 2 and line["loss_mask"][-1] for line in ended)
+
+
+def test_what_is_distilled_can_be_read_for_training(llm, teacher, tmp_path):
+    distill(teacher, OPENINGS, SETTINGS, tmp_path / "out.jsonl")
+    examples, report = read_examples([tmp_path / "out.jsonl"], llm.tokenizer, teacher.facts["digest"])
+    assert [list(example.tokens) for example in examples] == [line["tokens"] for line in read(tmp_path / "out.jsonl")]
+    assert {(example.temperature, example.seed) for example in examples} == {(0.8, mix(7, n)) for n in range(len(OPENINGS))}
+    assert report.num_foreign == 0
+
+
+def test_another_rule_than_coupled_is_refused(model_folder):
+    with pytest.raises(ValueError, match="by the rule 'coupled' only"):
+        EngineTeacher(headstart.load(model_folder, accept="rejection"))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"mode": "both"}, {"temperature": -1.0}, {"max_tokens": 0}, {"top_p": 2.0}, {"seed": 2**65}, {"beginning": 0}]
+)
+def test_settings_are_checked(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Settings(**wrong)
+
+
+# -- interruptions --
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_after(count: int):
+    def tell(tally) -> None:
+        if tally.num_answered == count:
+            raise Killed
+
+    return tell
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"id": "p:9", "tok', b'{"id": "p:9"}'])
+def test_a_killed_run_ends_with_the_lines_of_an_uninterrupted_one(teacher, llm, tmp_path, torn):
+    distill(teacher, OPENINGS, SETTINGS, tmp_path / "whole.jsonl")
+    for count in (1, 3):
+        with pytest.raises(Killed):
+            distill(teacher, OPENINGS, SETTINGS, tmp_path / "out.jsonl", kill_after(count))
+        assert llm.engine.scheduler.is_idle
+        with (tmp_path / "out.jsonl").open("ab") as file:
+            file.write(torn)
+    tally = distill(teacher, OPENINGS, SETTINGS, tmp_path / "out.jsonl")
+    assert (tally.num_found, tally.num_answered) == (4, 3)
+    assert by_id(tmp_path / "out.jsonl") == by_id(tmp_path / "whole.jsonl")
+
+
+DYING = """
+import os, sys, headstart
+sys.path[:0] = [sys.argv[3], sys.argv[3] + "/distill"]
+from test_distill import *
+def tell(tally):
+    if tally.num_answered == 2:
+        os._exit(9)
+distill(EngineTeacher(new_llm(sys.argv[1], drafter="lookup", max_rows=3)), OPENINGS, SETTINGS, sys.argv[2], tell)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_leaves_whole_lines(model_folder, teacher, tmp_path):
+    out = tmp_path / "out.jsonl"
+    arguments = [sys.executable, "-c", DYING, model_folder, out, os.path.dirname(os.path.dirname(__file__))]
+    assert subprocess.run(list(map(str, arguments)), env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode == 9
+    assert len(read(out)) == 2
+    distill(teacher, OPENINGS, SETTINGS, out)
+    distill(teacher, OPENINGS, SETTINGS, tmp_path / "whole.jsonl")
+    assert by_id(out) == by_id(tmp_path / "whole.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"temperature": 0.9}, "temperature 0.8, and now it is 0.9"),
+        ({"seed": 8}, "base_seed 7, and now it is 8"),
+        ({"mode": "chat"}, "mode 'continue', and now it is 'chat'"),
+        ({"max_tokens": 9}, "max_tokens 40, and now it is 9"),
+        ({"top_p": 0.9}, "top_p None, and now it is 0.9"),
+    ],
+)
+def test_a_file_is_not_continued_with_other_settings(teacher, tmp_path, other, words):
+    distill(teacher, OPENINGS[:1], SETTINGS, tmp_path / "out.jsonl")
+    with pytest.raises(ValueError, match=words):
+        distill(teacher, OPENINGS, Settings(**{"temperature": 0.8, "max_tokens": 40, "seed": 7} | other), tmp_path / "out.jsonl")
+
+
+def test_a_file_is_not_continued_by_another_target_or_with_other_prompts(teacher, draft_folder, tmp_path):
+    distill(teacher, OPENINGS[:1], SETTINGS, tmp_path / "out.jsonl")
+    with pytest.raises(ValueError, match=r"line 1 of .* was answered with digest"):
+        distill(EngineTeacher(new_llm(draft_folder)), OPENINGS, SETTINGS, tmp_path / "out.jsonl")
+    with pytest.raises(ValueError, match="answers another prompt than p:0 is now"):
+        distill(teacher, [Opening("p:0", 0, chat("the sea"))], SETTINGS, tmp_path / "out.jsonl")
+
+
+def test_a_file_of_something_else_is_left_alone(teacher, tmp_path):
+    (tmp_path / "out.jsonl").write_text('{"prompt": "a"}\n')
+    with pytest.raises(ValueError, match=r"line 1 of .* is no distilled conversation"):
+        distill(teacher, OPENINGS, SETTINGS, tmp_path / "out.jsonl")
+    (tmp_path / "notes.txt").write_text("a text without an end of line")
+    with pytest.raises(ValueError, match=r"line 1 of .* is no distilled conversation"):
+        distill(teacher, OPENINGS, SETTINGS, tmp_path / "notes.txt")
+    assert (tmp_path / "notes.txt").read_text() == "a text without an end of line"
+    with pytest.raises(ValueError, match=r"write plain \.jsonl"):
+        distill(teacher, OPENINGS, SETTINGS, tmp_path / "out.jsonl.gz")
+
+
+# -- prompts --
+
+
+@pytest.mark.parametrize(
+    ("record", "messages"),
+    [
+        ({"messages": chat("a", "b", "c")}, chat("a", "b", "c")),
+        ({"turns": ["a", "c"]}, (*chat("a"), *chat("c"))),
+        ({"prompt": "a"}, chat("a")),
+        ({"instruction": "Sort", "input": "3 1 2", "output": "1 2 3"}, chat("Sort\n\n3 1 2")),
+        ({"question": "a", "text": "b"}, chat("a")),
+    ],
+)
+def test_prompts_are_read_under_the_names_they_have(tmp_path, record, messages):
+    (tmp_path / "in.jsonl").write_text("\n" + json.dumps(record) + "\n")
+    assert read_openings(tmp_path / "in.jsonl") == [Opening("in.jsonl:2", 1, messages)]
+
+
+def test_a_text_file_holds_a_prompt_a_line(tmp_path):
+    (tmp_path / "in.txt").write_text("the cat\n\nthe sea\n")
+    assert [one.messages for one in read_openings(tmp_path / "in.txt")] == [chat("the cat"), chat("the sea")]
+    assert [one.text for one in read_openings(tmp_path / "in.txt", is_chat=False)] == ["the cat", "the sea"]
+    assert len(read_openings(tmp_path / "in.txt", limit=1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "holds no prompt"),
+        ('{"story": 1}\n', "line 1 of .* has no prompt"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}\n', "line 1 of .* has no prompt"),
+        ('{"messages": [{"role": "user"}]}\n', "line 1 of .*has no 'content'"),
+        ("[]\n", "must be a JSON object"),
+    ],
+)
+def test_a_bad_prompt_is_named(tmp_path, content, words):
+    (tmp_path / "in.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=words):
+        read_openings(tmp_path / "in.jsonl")
+
+
+def test_conversations_need_a_chat_template(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"turns": ["a", "b"]}\n')
+    with pytest.raises(ValueError, match=r"line 1 of .* has no chat template"):
+        read_openings(tmp_path / "in.jsonl", is_chat=False)
+
+
+def test_who_speaks_first_may_be_the_system_and_the_assistant_only_where_it_is_answered():
+    system, first, said, second = {"role": "system", "content": "s"}, *chat("a", "b", "c")
+    assert Opening("x", 0, (system, first, said, second)).cues() == [[system, first], [second]]
+    assert Opening("x", 0, (first, said)).cues() == [[first]]
+
+
+# -- an endpoint --
+
+
+@contextmanager
+def served(*replies: object):
+    """An endpoint that repeats what was said, or gives these replies first: (status, body)."""
+    asked, waiting = [], list(replies)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            sent = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append(sent | {"path": self.path, "key": self.headers["Authorization"]})
+            choice = {
+                "index": 0,
+                "finish_reason": "stop",
+                "message": {"role": "assistant", "content": sent["messages"][-1]["content"]},
+            }
+            whole = {"id": "1", "object": "chat.completion", "created": 1, "model": sent["model"], "choices": [choice]}
+            status, body = waiting.pop(0) if waiting else (200, whole)
+            data = json.dumps(body if body is not None else whole).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1", asked
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def choice(content: str, finish_reason: str) -> dict:
+    message = {"index": 0, "finish_reason": finish_reason, "message": {"role": "assistant", "content": content}}
+    return {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [message]}
+
+
+def test_an_endpoint_answers_and_a_tokenizer_makes_tokens_of_it(model_folder, tmp_path):
+    tokenizer = load_tokenizer(model_folder)
+    with served() as (url, asked):
+        teacher = EndpointTeacher(url, "sea", tokenizer, "secret", rows=3)
+        tally = distill(teacher, OPENINGS, Settings(seed=7, mode="chat", top_p=0.9, top_k=5), tmp_path / "out.jsonl")
+        teacher.client.close()
+    assert tally.num_answered == len(OPENINGS)
+    for line in read(tmp_path / "out.jsonl"):
+        assert [m["content"] for m in line["messages"][::2]] == [m["content"] for m in line["messages"][1::2]]
+        assert tokenizer.apply_chat_template(line["messages"], return_dict=False) == line["tokens"]
+        assert (line["settings"]["seed"], line["target"]) == (None, {"name": "sea", "digest": None, "endpoint": url})
+    assert {(one["path"], one["key"], one["model"]) for one in asked} == {("/v1/chat/completions", "Bearer secret", "sea")}
+    assert {(one["temperature"], one["top_p"], one["top_k"], one["max_tokens"]) for one in asked} == {(0.7, 0.9, 5, 512)}
+    assert {one["seed"] for one in asked} == {mix(7, n) % 2**31 for n in range(len(OPENINGS))}
+
+
+def test_what_an_endpoint_cuts_short_has_no_end_of_its_turn(model_folder, tmp_path):
+    tokenizer = load_tokenizer(model_folder)
+    with served((200, choice("the sea was", "length"))) as (url, _):
+        teacher = EndpointTeacher(url, "sea", tokenizer)
+        tally = distill(teacher, OPENINGS[:1], SETTINGS, tmp_path / "out.jsonl")
+        teacher.client.close()
+    [line] = read(tmp_path / "out.jsonl")
+    assert (tally.num_cut, line["finish_reason"]) == (1, "length")
+    said = [token for token, is_said in zip(line["tokens"], line["loss_mask"], strict=True) if is_said]
+    assert said == tokenizer.encode("the sea was")
+    assert line["loss_mask"][-1] == 1
+
+
+def test_a_short_illness_of_an_endpoint_is_survived_and_a_wrong_name_is_one_sentence(model_folder, tmp_path):
+    with served((500, {"error": {"message": "busy"}}), (200, None), (404, {"error": {"message": "no such model"}})) as (url, asked):
+        teacher = EndpointTeacher(url, "sea", load_tokenizer(model_folder), rows=1)
+        with pytest.raises(ValueError, match=r"does not answer: .*no such model"):
+            distill(teacher, OPENINGS, SETTINGS, tmp_path / "out.jsonl")
+        assert (len(asked), len(read(tmp_path / "out.jsonl"))) == (3, 1)
+        assert distill(teacher, OPENINGS, SETTINGS, tmp_path / "out.jsonl").num_answered == len(OPENINGS) - 1
+        teacher.client.close()
+
+
+def test_a_text_cannot_be_sent_to_a_chat_endpoint(model_folder, tmp_path):
+    teacher = EndpointTeacher("http://127.0.0.1:9/v1", "sea", load_tokenizer(model_folder))
+    tally = distill(teacher, [Opening("t:1", 0, text="the sea")], SETTINGS, tmp_path / "out.jsonl")
+    assert tally.skipped.total() == 1
+
+
+# -- the command --
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, ["distill", *map(str, arguments)])
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"messages": one.messages}) + "\n" for one in OPENINGS))
+    return tmp_path / "in.jsonl"
+
+
+def test_the_command_writes_answers_and_says_what_it_did(model_folder, prompts, tmp_path):
+    base = (prompts, "--model", model_folder, "--max-tokens", 8, "--rows", 2, "--out", tmp_path / "out.jsonl")
+    first = run(*base, "--limit", 3, "--json")
+    assert first.exit_code == 0, first.output
+    assert json.loads(first.stdout)["num_answered"] == 3
+    again = run(*base)
+    assert "4 conversations" in again.stdout
+    assert "3 were there already" in again.stdout
+    assert sorted(by_id(tmp_path / "out.jsonl")) == [f"in.jsonl:{n}" for n in range(1, 8)]
+
+
+def test_the_command_is_exact_unless_told_otherwise(model_folder, prompts, tmp_path):
+    base = (prompts, "--model", model_folder, "--max-tokens", 30, "--seed", 5, "--out")
+    assert run(*base, tmp_path / "one.jsonl", "--rows", 1, "--drafter", "none").exit_code == 0
+    many = run(*base, tmp_path / "many.jsonl", "--rows", 7)
+    assert "up to near ties" not in many.stderr
+    assert by_id(tmp_path / "one.jsonl") == by_id(tmp_path / "many.jsonl")
+    wide = run(*base, tmp_path / "wide.jsonl", "--dtype", "float64", "--limit", 1)
+    assert "up to near ties, not to the bit: it is for CPU in bfloat16 or float32" in wide.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--temperature", -1), "temperature is -1.0"),
+        (("--limit", 0), "limit is 0"),
+        (("--rows", 0), "max_rows is 0"),
+        (("--mode", "sing"), "sing"),
+        (("--endpoint", "http://127.0.0.1:9/v1"), "--endpoint needs --endpoint-model"),
+        (("--endpoint-model", "sea"), "are for an --endpoint"),
+        (("--endpoint", "http://127.0.0.1:9/v1", "--endpoint-model", "s", "--api-key-env", "NOT_SET_AT_ALL"), "is not set"),
+        (("--accept", "rejection"), "by the rule 'coupled' only"),
+    ],
+)
+def test_a_bad_setting_is_one_sentence(model_folder, prompts, tmp_path, more, words):
+    result = run(prompts, "--model", model_folder, "--out", tmp_path / "out.jsonl", *more)
+    assert result.exit_code == 2
+    assert words in " ".join(result.stderr.split())
+
+
+def test_prompts_that_are_not_there_are_refused(model_folder, tmp_path):
+    result = run(tmp_path / "none.jsonl", "--model", model_folder, "--out", tmp_path / "out.jsonl")
+    assert (result.exit_code, "there is no file" in result.stderr) == (2, True)
+
+
+def test_an_interrupted_command_says_how_to_go_on(model_folder, prompts, tmp_path, monkeypatch):
+    base = (prompts, "--model", model_folder, "--max-tokens", 8, "--rows", 2, "--out", tmp_path / "out.jsonl")
+    rounds, whole_step = iter(range(12)), headstart.Engine.step
+
+    def step(engine):
+        if next(rounds, None) is None:
+            raise KeyboardInterrupt
+        return whole_step(engine)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(headstart.Engine, "step", step)
+        result = run(*base)
+    assert result.exit_code == 130
+    assert "the same command goes on from there" in result.stderr
+    some = len(read(tmp_path / "out.jsonl"))
+    assert 0 < some < len(OPENINGS)
+    assert f"{some} were there already" in run(*base).stdout

@@ -1,0 +1,300 @@
+"""The automaton against reading the whole text again for every question; then how the drafter uses its answers."""
+
+import random
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headstart.drafters import Drafter
+from headstart.drafters.lookup import Lookup, Record, SuffixAutomaton
+from headstart.speculation.sampling import Laws, Rows, SamplingParams
+from headstart.speculation.tree import ROOT, Kept
+
+TEXTS = st.lists(st.integers(0, 2), max_size=30)
+
+
+# -- the automaton --
+
+
+def occurrences(text: list[int], words: list[int]) -> list[int]:
+    """The places behind each occurrence of `words` that a token follows."""
+    return [end for end in range(len(words), len(text)) if text[end - len(words) : end] == words]
+
+
+def naive_followers(text: list[int], read: list[int]) -> list[tuple[int, int, int]]:
+    """(token, length of the match, rivals) of all that ever followed a suffix of `read`: longest match, then latest first."""
+    found: dict[int, tuple[int, int, int]] = {}
+    for length in range(len(read), 0, -1):
+        places = occurrences(text, read[len(read) - length :])
+        for place in reversed(places):
+            found.setdefault(text[place], (text[place], length, len({text[p] for p in places})))
+    return list(found.values())
+
+
+@given(TEXTS)
+def test_the_end_is_the_longest_suffix_that_occurred_before(text):
+    lengths = [length for length in range(1, len(text)) if occurrences(text, text[len(text) - length :])]
+    assert SuffixAutomaton(text).end[1] == max(lengths, default=0)
+
+
+@given(TEXTS, st.integers(1, 3))
+def test_followers_are_those_that_reading_the_text_again_would_find(text, count):
+    automaton = SuffixAutomaton(text)
+    followers = automaton.followers(automaton.end, count)
+    assert [(f.token, f.length, f.rivals) for f in followers] == naive_followers(text, text)[:count]
+    assert [f.rank for f in followers] == list(range(len(followers)))
+
+
+@given(TEXTS, st.lists(st.integers(0, 2), max_size=6))
+def test_reading_on_along_a_draft_finds_what_followed_text_and_draft(text, choices):
+    automaton, read = SuffixAutomaton(text), list(text)
+    place = automaton.end
+    for choice in choices:
+        followers = automaton.followers(place, 3)
+        assert [(f.token, f.length, f.rivals) for f in followers] == naive_followers(text, read)
+        if not followers:
+            return
+        chosen = followers[choice % len(followers)]
+        read, place = [*read, chosen.token], chosen.place
+
+
+def fibonacci_word(size: int) -> list[int]:
+    """As repetitive as a text can be without being periodic."""
+    first, second = [0], [0, 1]
+    while len(second) < size:
+        first, second = second, second + first
+    return second[:size]
+
+
+def count_lines(action) -> int:
+    """Lines of lookup.py that run: the cost, without a clock."""
+    num_lines = 0
+
+    def trace(frame, event, _):
+        nonlocal num_lines
+        num_lines += event == "line"
+        return trace if frame.f_code.co_filename.endswith("lookup.py") else None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        action()
+    finally:
+        sys.settrace(before)
+    return num_lines
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        [7] * 4000,
+        [1, 2, 3] * 1333,
+        fibonacci_word(4000),
+        random.Random(0).choices(range(2), k=4000),
+        random.Random(0).choices(range(500), k=4000),
+        list(range(4000)),
+    ],
+    ids=["one token", "period", "fibonacci", "bits", "words", "never twice"],
+)
+def test_a_token_costs_the_same_at_the_end_of_a_long_text_as_at_its_start(text):
+    automaton = SuffixAutomaton()
+
+    def read(tokens):
+        for token in tokens:
+            automaton.followers(automaton.end, 4)
+            automaton.extend(token)
+
+    costs = [count_lines(lambda part=part: read(part)) for part in (text[:1000], text[1000:2000], text[2000:3000], text[3000:])]
+    assert max(costs) < 450 * 1000
+    assert all(later < 1.5 * earlier for earlier, later in pairwise(costs))
+
+
+@given(st.lists(st.integers(0, 2), max_size=200))
+def test_memory_grows_with_the_text_and_no_faster(text):
+    automaton = SuffixAutomaton(text)
+    assert len(automaton._followers) <= 2 * len(text) + 1
+    assert sum(map(len, automaton._followers)) <= 3 * len(text)
+
+
+# -- chances --
+
+
+def test_a_longer_match_and_fewer_rivals_make_a_better_chance():
+    record, automaton = Record(), SuffixAutomaton([1, 2, 3, 4, 9, 3, 5, 1, 2, 3])
+    best, other = automaton.followers(automaton.end, 2)
+    assert (best.token, best.length, best.rivals, other.token, other.length, other.rivals) == (4, 3, 1, 5, 1, 2)
+    assert record.chance(best) > 0.5 > record.chance(other)
+
+
+def test_chances_follow_how_such_guesses_fared():
+    automaton = SuffixAutomaton([1, 2, 1])
+    followers = automaton.followers(automaton.end, 1)
+    lucky, unlucky = Record(), Record()
+    for _ in range(50):
+        lucky.learn(followers, 2)
+        unlucky.learn(followers, 3)
+    assert lucky.chance(followers[0]) > 0.9
+    assert unlucky.chance(followers[0]) < 0.1
+
+
+def test_a_next_best_is_only_judged_where_the_better_ones_failed():
+    automaton = SuffixAutomaton([1, 2, 1, 3, 1])
+    followers = automaton.followers(automaton.end, 2)
+    record, untouched = Record(), Record()
+    record.learn(followers, followers[0].token)
+    assert record.chance(followers[1]) == untouched.chance(followers[1])
+    record.learn(followers, followers[1].token)
+    assert record.chance(followers[1]) > untouched.chance(followers[1])
+
+
+# -- the drafter --
+
+
+def rows_of(*texts: list[int], depth: int = 4, width: int = 4, beam: int = 4, nodes: int = 15) -> Rows:
+    laws = Laws.of([SamplingParams()] * len(texts), [0] * len(texts), "cpu")
+    return Rows(
+        seats=tuple(range(len(texts))), roots=tuple(text[-1] for text in texts),
+        places=tuple(len(text) - 1 for text in texts), depths=(depth,) * len(texts),
+        width=width, beam=beam, nodes=nodes, laws=laws, vocab=100,
+    )  # fmt: skip
+
+
+def kept_of(*texts: list[int], starts: tuple[int, ...] | None = None) -> Kept:
+    seats = tuple(range(len(texts)))
+    starts = starts or (0,) * len(texts)
+    return Kept(seats, tuple(map(tuple, texts)), starts, starts, starts, None, torch.device("cpu"))
+
+
+def drafter_of(*texts: list[int], **settings: float) -> Lookup:
+    drafter = Lookup(**settings)
+    drafter.extend(kept_of(*texts))
+    return drafter
+
+
+def say(drafter: Lookup, prompt: list[int], answer: list[int], **plan: int) -> list[int]:
+    """Drafts in each round, until a target that says `answer` has said it; the drafter knows `prompt`."""
+    text, sizes = list(prompt), []
+    while left := answer[len(text) - len(prompt) :]:
+        drafts = drafter.propose(rows_of(text, **plan))
+        drafts.check()
+        path = {ROOT: 0}  # kept nodes: their depth
+        nodes = zip(drafts.tokens.tolist(), drafts.parents.tolist(), drafts.depths.tolist(), strict=True)
+        for place, (token, parent, depth) in enumerate(nodes):
+            if parent in path and depth < len(left) and token == left[depth - 1]:
+                path[place] = depth
+        new = left[: max(path.values()) + 1]
+        drafter.extend(kept_of([text[-1], *new], starts=(len(text) - 1,)))
+        text += new
+        sizes.append(len(drafts))
+    return sizes
+
+
+def test_lookup_is_a_drafter():
+    assert isinstance(Lookup(), Drafter)
+
+
+def test_a_copied_passage_takes_one_round_for_every_depth_plus_one_tokens():
+    passage = list(range(10, 50))
+    prompt = [*passage, 1, *passage[:8]]
+    assert len(say(drafter_of(prompt), prompt, passage[8:38], depth=4)) == 30 / 5
+
+
+def test_a_text_that_repeats_nothing_is_never_drafted_for():
+    assert say(drafter_of([1, 2, 3]), [1, 2, 3], list(range(10, 60))) == [0] * 50
+
+
+def test_followers_that_keep_failing_silence_the_drafter_and_a_repetition_wakes_it():
+    noise = random.Random(0).choices(range(60), k=900)  # every word occurred before, and says nothing about the next
+    drafter = drafter_of([0])
+    sizes = say(drafter, [0], noise)
+    assert sum(sizes[:100]) > 0.2 * 100
+    assert sum(sizes[-300:]) < 0.1 * 300
+    assert len(say(drafter, [0, *noise], list(range(70, 90)) * 3)) < 40
+
+
+def test_several_continuations_become_branches():
+    text = [5, 1, 20, 21, 22, 6, 1, 30, 31, 32, 7, 1]
+    drafts = drafter_of(text, floor=0.01).propose(rows_of(text, depth=2))
+    drafts.check()
+    assert drafts.tokens[drafts.depths == 1].tolist() == [30, 20]
+    assert drafts.tokens[drafts.depths == 2].tolist() == [31, 21]
+
+
+def test_branches_of_one_continuation_share_their_beginning():
+    text = [1, 2, 3, 10, 0, 1, 2, 3, 11, 0, 1, 2]
+    drafts = drafter_of(text, floor=0.01).propose(rows_of(text, depth=2))
+    assert drafts.tokens.tolist() == [3, 11, 10]
+    assert drafts.parents.tolist() == [ROOT, 0, 0]
+
+
+def test_chances_fall_along_a_path_and_siblings_share_at_most_one():
+    text = random.Random(1).choices(range(4), k=200)
+    drafts = drafter_of(text, floor=1e-6).propose(rows_of(text, depth=6, nodes=40))
+    chances, parents = drafts.chances.tolist(), drafts.parents.tolist()
+    assert len(drafts) == 40
+    assert sorted(chances, reverse=True) == chances
+    for parent in set(parents):
+        of_parent = 1.0 if parent == ROOT else chances[parent]
+        assert sum(c for c, p in zip(chances, parents, strict=True) if p == parent) <= of_parent + 1e-6
+
+
+def test_the_plan_bounds_depth_width_beam_and_nodes():
+    text = random.Random(1).choices(range(4), k=200)
+    drafter = drafter_of(text, floor=1e-6)
+    chain = drafter.propose(rows_of(text, depth=3, width=1, beam=1))
+    assert chain.depths.tolist() == [1, 2, 3]
+    assert chain.parents.tolist() == [ROOT, 0, 1]
+    narrow = drafter.propose(rows_of(text, depth=3, width=3, beam=1, nodes=100))
+    expanded = {int(narrow.depths[parent]) for parent in narrow.parents.tolist() if parent != ROOT}
+    assert len({parent for parent in narrow.parents.tolist() if parent != ROOT}) == len(expanded)
+    assert len(drafter.propose(rows_of(text, nodes=2))) == 2
+    assert len(drafter.propose(rows_of(text, depth=0))) == 0
+
+
+@pytest.mark.parametrize(("settings", "expected"), [({}, 4), ({"floor": 0.6}, 1), ({"worth": 5.0}, 0)])
+def test_floor_drops_candidates_and_worth_drops_the_row(settings, expected):
+    text = [1, 2, 3, 4, 5, 6, 7, 1, 2, 3]
+    assert len(drafter_of(text, **settings).propose(rows_of(text))) == expected
+
+
+@pytest.mark.parametrize("settings", [{"floor": 0.0}, {"floor": 1.0}, {"worth": -1.0}])
+def test_settings_out_of_range_are_refused_by_name(settings):
+    with pytest.raises(ValueError, match=f"{next(iter(settings))} is "):
+        Lookup(**settings)
+
+
+def test_rows_are_drafted_for_from_their_own_text_alone():
+    copied, fresh = [1, 2, 3, 4, 5, 6, 1, 2], [7, 8, 9]
+    drafts = drafter_of(copied, fresh, copied).propose(rows_of(copied, fresh, copied))
+    drafts.check()
+    assert drafts.tokens[drafts.rows == 0].tolist() == drafts.tokens[drafts.rows == 2].tolist() == [3, 4, 5, 6]
+    assert 1 not in drafts.rows
+
+
+def test_a_prompt_in_chunks_is_known_like_a_prompt_at_once():
+    text = [1, 2, 3, 4, 5, 6, 1, 2, 3]
+    chunked = drafter_of(text[:5])
+    chunked.extend(kept_of(text[4:], starts=(4,)))
+    assert chunked.propose(rows_of(text)).tokens.tolist() == drafter_of(text).propose(rows_of(text)).tokens.tolist()
+
+
+def test_a_fork_knows_the_first_tokens_and_goes_its_own_way():
+    text = [1, 2, 3, 4, 1, 9]
+    drafter = drafter_of(text, floor=0.01)
+    drafter.fork(0, 1, 5)
+    rows = rows_of(text, [1, 2, 3, 4, 1])
+    drafts = drafter.propose(rows)
+    assert 0 not in drafts.rows
+    assert drafts.tokens[drafts.rows == 1].tolist() == [2, 3, 4, 1]
+
+
+def test_a_freed_seat_forgets_its_text():
+    drafter = drafter_of([1, 2, 3, 1, 2])
+    drafter.free(0)
+    drafter.free(0)
+    drafter.extend(kept_of([1, 2]))
+    assert len(drafter.propose(rows_of([1, 2]))) == 0

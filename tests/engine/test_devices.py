@@ -1,0 +1,110 @@
+"""On a machine with a GPU no tensor of the host meets one of the device, and the host hardly ever waits (see elsewhere.py)."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from elsewhere import pretending, send
+from heads import KINDS, heads_for
+from scripted import asks
+from tiny import ARCHITECTURES, VOCAB, cut, random_model
+from torch import nn
+from transformers import GenerationConfig
+
+from headstart.drafters.draft_model import ModelDrafter
+from headstart.drafters.lookup import Lookup
+from headstart.engine.engine import Engine
+from headstart.engine.generate_hook import custom_generate
+from headstart.speculation.planner import Best, Chain, Shape
+from headstart.speculation.sampling import SamplingParams
+from headstart.target.target import Target
+
+MODEL = random_model(ARCHITECTURES["llama"](), torch.float64)
+LAWS = {
+    "greedy": SamplingParams(),
+    "sampled": SamplingParams(temperature=0.7),
+    "all": SamplingParams(
+        temperature=1.0, top_p=0.9, repetition_penalty=1.1, presence_penalty=0.1, logit_bias={3: 1.0}, logprobs=2
+    ),
+}
+DRAFTERS = {
+    "none": lambda draft, heads: (None, None),
+    "lookup": lambda draft, heads: (Lookup(floor=0.01, worth=0.01), Best(nodes=8, depth=3)),
+    "chain": lambda draft, heads: (ModelDrafter(draft), Chain(3)),
+    "best": lambda draft, heads: (ModelDrafter(draft), Best(nodes=5, depth=3, width=2, beam=2)),
+    "shape": lambda draft, heads: (ModelDrafter(draft), Shape.full(2, 1)),
+    "medusa": lambda draft, heads: (heads, Best(nodes=5, depth=3, width=2, beam=2)),
+    "hydra++": lambda draft, heads: (heads, Best(nodes=5, depth=3, width=2, beam=2)),
+    "eagle3.1, 40 tokens": lambda draft, heads: (heads, Best(nodes=5, depth=3, width=2, beam=2, worth=0.1)),
+}
+CASES = [
+    ("all", "coupled", 3, "best"),
+    ("all", "coupled", 1, "chain"),
+    ("all", "coupled", 3, "lookup"),
+    ("greedy", "coupled", 3, "shape"),
+    ("greedy", "coupled", 1, "none"),
+    ("sampled", "coupled", 1, "chain"),
+    ("sampled", "coupled", 3, "best"),
+    ("sampled", "coupled", 3, "lookup"),
+    ("all", "rejection", 3, "best"),
+    ("all", "typical", 3, "best"),
+    ("sampled", "typical", 1, "chain"),
+    ("sampled", "coupled", 3, "medusa"),
+    ("all", "coupled", 1, "medusa"),
+    ("sampled", "coupled", 3, "hydra++"),
+    ("all", "coupled", 3, "eagle3.1, 40 tokens"),
+    ("all", "rejection", 3, "hydra++"),
+]
+
+
+def answers(target, draft, heads, law, accept, rows, name, pretence=None):
+    """What is said, and in which rounds the host waited for what."""
+    drafter, planner = DRAFTERS[name](draft, heads)
+    engine = Engine(target, drafter, planner, max_rows=rows, accept=accept)
+    requests = [engine.add(ask.prompt, ask.params) for ask in asks(VOCAB, [5, 1, 12], [7, 5, 6], LAWS[law])]
+    waits = []
+    while not engine.scheduler.is_idle:
+        before = len(pretence.waits) if pretence else 0
+        engine.step()
+        waits.append(Counter(pretence.waits[before:] if pretence else ()))
+    return [request.output for request in requests], waits
+
+
+@pytest.mark.parametrize(("law", "accept", "rows", "name"), CASES)
+def test_the_device_says_what_the_host_says(law, accept, rows, name):
+    here = Target(copy.deepcopy(MODEL), check=False), Target(cut(MODEL, 2).release(), check=False)
+    heads = heads_for(here[0], name) if name in KINDS else nn.Module()
+    there = copy.deepcopy(MODEL), cut(MODEL, 2).release(), heads.twin() if name in KINDS else heads
+    expected, _ = answers(*here, heads, law, accept, rows, name)
+    with pretending() as pretence:
+        target, draft = (Target(send(model), check=False) for model in there[:2])
+        assert target.together
+        found, waits = answers(target, draft, send(there[2]), law, accept, rows, name, pretence)
+    assert found == expected
+    if accept != "rejection" and LAWS[law].logprobs is None:
+        allowed = Counter({"down: aten._to_copy": WAITS[name], "aten.bincount": rows > 1})
+        assert all(wait <= allowed for wait in waits[2:]), f"the host waits too often: {waits}"
+
+
+# How often a round brings something to the host: its verdict, and each row's share of what the device chose.
+WAITS = {"none": 1, "lookup": 1, "chain": 1, "best": 2, "shape": 4, "medusa": 2, "hydra++": 2, "eagle3.1, 40 tokens": 2}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_passes_its_check_on_the_device(name):
+    model = random_model(ARCHITECTURES[name]())
+    with pretending():
+        Target(send(model))
+
+
+def test_custom_generate_works_on_the_device():
+    ids, mask = torch.tensor([[5, 6, 7, 5, 6, 7], [0, 0, 1, 2, 3, 1]]), torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=0)
+    expected = custom_generate(copy.deepcopy(MODEL), ids, generation_config=config, attention_mask=mask)
+    model = copy.deepcopy(MODEL)
+    with pretending():
+        sent = [tensor.to("meta") for tensor in (ids, mask)]
+        found = custom_generate(send(model), sent[0], generation_config=config, attention_mask=sent[1])
+        assert found.device == sent[0].device
+        assert found.tolist() == expected.tolist()

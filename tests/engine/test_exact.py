@@ -1,0 +1,204 @@
+"""Equality to the bit is the default on a CPU, wherever it can be had, and what stands against it is named."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from tiny import ARCHITECTURES, random_model
+
+import headstart
+from headstart.engine.drafter_loading import heads_in, make
+from headstart.engine.engine import Engine
+from headstart.speculation.sampling import SamplingParams
+from headstart.target import target as target_module
+from headstart.target.kernels import choice
+from headstart.target.kernels.attention import ordered, wide
+from headstart.target.loading import load_model
+from headstart.target.target import Target
+from headstart.target.tokenizer_loading import load_tokenizer
+from headstart.text.tokenizer import encode_prompt
+
+ROOT = Path(headstart.__file__).parent / "embedded"
+MODELS = Path(__file__).parents[3] / "shared" / "models"  # beside the checkout of those who have it
+# The folders of heads that come with it.
+HEADS = sorted(folder.name for folder in ROOT.iterdir() if (folder / "plan.json").is_file()) if ROOT.is_dir() else []
+HAS_ALL = len(HEADS) >= 5 or not ROOT.is_dir()
+PROMPTS = ["Once upon a time, there was a little girl named Lily.", "Tom had a big red ball. One day, he", "The cat"]
+TEMPERATURES = (0.0, 0.7, 1.0)
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def answers(target, drafter, prompts, temperature, max_rows=1, chunk=256, tokens=8):
+    """Tokens and log-probabilities of every request."""
+    engine = Engine(target, drafter, max_rows=max_rows, chunk=chunk)
+    params = SamplingParams(max_tokens=tokens, temperature=temperature, logprobs=0, ignore_eos=True)
+    requests = [engine.add(prompt, params, seed=7 + place) for place, prompt in enumerate(prompts)]
+    for _ in engine.run():
+        pass
+    return [(request.output, request.logprobs) for request in requests]
+
+
+@pytest.fixture(scope="module", params=[torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
+def embedded(request):
+    """The default target, its prompts, and what it says plainly at each temperature."""
+    if not (ROOT / "target" / "config.json").is_file():
+        pytest.skip("this checkout has no embedded model")
+    llm = headstart.load(dtype=request.param, device="cpu", drafter=None)
+    target, prompts = llm.engine.target, [encode_prompt(llm.tokenizer, prompt) for prompt in PROMPTS]
+    return target, prompts, {temperature: answers(target, None, prompts, temperature) for temperature in TEMPERATURES}
+
+
+@pytest.mark.parametrize("name", ["lookup", "model", *HEADS])
+def test_by_default_every_drafter_of_the_embedded_model_keeps_every_bit(embedded, name):
+    """Tokens and log-probabilities, alone, and several rows at once with prompts cut at other places."""
+    target, prompts, plain = embedded
+    assert HAS_ALL, HEADS
+    assert target.is_exact, target
+    spec = f"model:{ROOT / 'draft'}" if name == "model" else name
+    for temperature, max_rows, chunk in ((0.0, 3, 16), (0.7, 3, 16), (1.0, 3, 16), (0.7, 1, 256)):
+        drafter = heads_in(ROOT / name, target) if name in HEADS else make(spec, target)
+        found = answers(target, drafter, prompts, temperature, max_rows, chunk)
+        assert found == plain[temperature], (temperature, max_rows)
+
+
+def test_the_front_door_is_exact_by_default(model_folder):
+    llm = headstart.load(model_folder, device="cpu")
+    assert llm.engine.target.is_exact, llm.engine.target
+    plain = headstart.load(model_folder, device="cpu", drafter=None)
+    for temperature in TEMPERATURES:
+        settings = {"max_tokens": 24, "temperature": temperature, "seed": 3, "logprobs": 0, "ignore_eos": True}
+        ours, wanted = (one.generate(["the cat", "one two"], **settings) for one in (llm, plain))
+        assert [(a.token_ids, a.logprobs) for a in ours] == [(a.token_ids, a.logprobs) for a in wanted]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["stories260K", "babyllama105", "talk13M"])
+def test_by_default_a_trained_model_keeps_every_bit(name, dtype):
+    if not (MODELS / name / "config.json").is_file():
+        pytest.skip(f"{name} is not there")
+    target, tokenizer = Target.load(MODELS / name, dtype=dtype, device="cpu"), load_tokenizer(MODELS / name)
+    assert target.is_exact, target
+    prompts = [encode_prompt(tokenizer, prompt) for prompt in PROMPTS]
+    draft = f"model:{MODELS / 'talk13M-draft'}" if name == "talk13M" else f"model:{MODELS / name}"
+    for temperature in TEMPERATURES:
+        plain = answers(target, None, prompts, temperature, tokens=20)
+        for drafter in ("lookup", draft):
+            for max_rows, chunk in ((1, 256), (3, 9)):
+                found = answers(target, make(drafter, target), prompts, temperature, max_rows, chunk, tokens=20)
+                assert found == plain, (temperature, drafter, max_rows)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_where_a_prompt_is_cut_changes_no_bit(dtype):
+    """A crowd shares the prompt tokens of a round, so a prompt is cut where the load says; here once, in blocks, and in crumbs."""
+    target = Target(random_model(hf.LlamaConfig(**SHAPE), dtype), check=False)
+    target.equip(True)
+    prompts = [torch.randint(0, 97, (size,), generator=torch.Generator().manual_seed(size)).tolist() for size in (300, 131)]
+    wanted = answers(target, None, prompts, 0.7, tokens=3)
+    for max_rows, chunk in ((1, 512), (2, 512), (2, 200), (2, 37)):
+        assert answers(target, None, prompts, 0.7, max_rows, chunk, tokens=3) == wanted, (max_rows, chunk)
+
+
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 192,
+    "intermediate_size": 896,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 512,
+}
+
+
+def test_the_choice_reads_no_clock(model_folder, monkeypatch):
+    """The same model is exact today and tomorrow: whatever clocks say, and if there is none."""
+    model = load_model(model_folder, torch.float32, "cpu")
+
+    def forbidden(*_):
+        raise AssertionError("a promise must not depend on time")
+
+    for clock in ("time", "perf_counter", "process_time", "thread_time", "monotonic", "perf_counter_ns", "thread_time_ns"):
+        monkeypatch.setattr(time, clock, forbidden)
+    target = Target(model)
+    target.equip()
+    first = target.equipment
+    target.equip()
+    assert first == target.equipment
+    assert target.is_exact
+
+
+def test_attention_is_in_order_where_the_order_is_proven_else_in_fp64(monkeypatch):
+    model = random_model(ARCHITECTURES["llama"](), torch.float32)
+    for is_proof, kernel in ((True, ordered), (False, wide)):
+        choice._is_order_proof.cache_clear()
+        monkeypatch.setattr(choice, "is_order_proof", lambda *_, answer=is_proof: answer)
+        target = Target(model, check=False)
+        target.equip()
+        assert target.kernel is kernel
+        assert target.is_exact
+    choice._is_order_proof.cache_clear()
+
+
+def test_a_model_that_ordered_attention_does_not_serve_is_served_in_fp64(monkeypatch):
+    """The order of addition was proven for shapes, and the whole model does not hold: then the other kernel is tried."""
+    monkeypatch.setattr(target_module, "holds_to_the_bit", lambda target: target.kernel is wide)
+    target = Target(random_model(ARCHITECTURES["llama"](), torch.float32), check=False)
+    target.equip()
+    assert target.kernel is wide
+    assert target.equipment.kernel is wide
+    assert target.is_exact
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "why"),
+    [("mixtral", torch.float32, "experts of this model"), ("llama", torch.float64, "float64 on cpu")],
+)
+def test_what_stands_against_it_is_named_at_load(name, dtype, why):
+    target = Target(random_model(ARCHITECTURES[name](), dtype))
+    target.equip()
+    assert not target.is_exact
+    assert why in target.equipment.why_not
+    assert why in repr(target)
+    with pytest.raises(ValueError, match=rf"exact=True is not to be had: .*{why}"):
+        target.equip(True)
+    target.equip(False)
+    assert "exact=False was asked for" in repr(target)
+
+
+# -- inside transformers ----------------------------------------------------------------------------------------------------
+
+PROMPT = torch.tensor([[5, 9, 3, 5, 9, 3, 5]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_inside_generate_any_drafter_gives_the_same_tokens_without_packing_the_model(name, dtype):
+    model = random_model(ARCHITECTURES[name](), dtype)
+    kinds = [type(module) for module in model.modules()]
+    before = model(PROMPT).logits
+    found = []
+    for drafter in (None, "lookup"):
+        for ids in (PROMPT, PROMPT.repeat(3, 1)):
+            torch.manual_seed(5)
+            settings = {"max_new_tokens": 30, "do_sample": True, "custom_generate": headstart.custom_generate, "exact": True}
+            found.append(model.generate(ids, drafter=drafter, **settings)[0])
+    assert all(torch.equal(one, found[0]) for one in found)
+    assert [type(module) for module in model.modules()] == kinds
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert torch.equal(model(PROMPT).logits, before)
+
+
+def test_inside_generate_exactness_that_cannot_be_had_is_an_error_only_where_it_was_demanded():
+    model = random_model(ARCHITECTURES["mixtral"](), torch.float32)
+    expected = model.generate(PROMPT, max_new_tokens=8)
+    for exact in ("auto", False):
+        ours = model.generate(PROMPT, max_new_tokens=8, custom_generate=headstart.custom_generate, exact=exact)
+        assert torch.equal(ours, expected)
+    with pytest.raises(ValueError, match=r"exact=True is not to be had: .*experts"):
+        model.generate(PROMPT, max_new_tokens=8, custom_generate=headstart.custom_generate, exact=True)
+    with pytest.raises(ValueError, match="exact is 'always'"):
+        model.generate(PROMPT, max_new_tokens=8, custom_generate=headstart.custom_generate, exact="always")
+    assert torch.equal(model.generate(PROMPT, max_new_tokens=8), expected)

@@ -1,0 +1,187 @@
+"""What a folder holds, by command: ours, of others, of methods that are known by name only, a model, or nothing."""
+
+import re
+
+import pytest
+import torch
+from command_line import answer, run
+from folders import write_model
+from published import HIDDEN, VOCAB, random, write
+from safetensors.torch import load_file, save_file
+
+from headstart import formats as checkpoint
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("target") / "talker")
+
+
+@pytest.fixture
+def theirs(tmp_path):
+    torch.manual_seed(1)
+    return write(tmp_path / "theirs", "medusa_lm_head.pt", heads(), medusa_num_heads=5, base_model_name_or_path="org/talker")
+
+
+def heads(prefix=""):
+    found = {}
+    for i in range(3):
+        found |= {f"{prefix}{i}.0.linear.weight": random(HIDDEN, HIDDEN), f"{prefix}{i}.0.linear.bias": random(HIDDEN)}
+        found[f"{prefix}{i}.1.weight"] = random(VOCAB, HIDDEN)
+    return found
+
+
+# -- import --
+
+
+def test_import_brings_heads_in_and_says_what_was_found(target, theirs, tmp_path):
+    found = answer("import", theirs, "--target", target, "--out", tmp_path / "ours")
+    assert (found["found"], found["method"], found["heads"], found["layers"]) == ("Medusa heads", "medusa", 3, 1)
+    assert found["notes"] == ["their config.json says medusa_num_heads = 5, their tensors 3; the tensors count"]
+    loaded = checkpoint.load(tmp_path / "ours")
+    assert torch.equal(loaded.state_dict()["heads.2.projection.weight"], heads_of(theirs)["2.1.weight"])
+    assert "org/talker" in (tmp_path / "ours" / "README.md").read_text()
+
+
+def heads_of(folder):
+    return torch.load(folder / "medusa_lm_head.pt", weights_only=True)
+
+
+def test_import_prints_a_table(target, theirs, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")  # no path is broken into lines
+    printed = " ".join(run("import", theirs, "--target", target, "--out", tmp_path / "ours").stdout.split())
+    assert "Medusa heads" in printed
+    assert f"headstart generate --model {target} --drafter {tmp_path / 'ours'}" in printed
+
+
+def test_heads_that_were_brought_in_draft(target, theirs, tmp_path):
+    answer("import", theirs, "--target", target, "--out", tmp_path / "ours")
+    asked = ("generate", "the cat", "--model", target, "--max-tokens", 12, "--ignore-eos", "--exact", "--drafter")
+    assert answer(*asked, tmp_path / "ours")["token_ids"] == answer(*asked, "none")["token_ids"]
+
+
+def test_heads_inside_a_model_need_no_target(tmp_path):
+    folder = write_model(tmp_path / "whole")
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | heads("medusa_head."), folder / "model.safetensors", metadata={"format": "pt"})
+    found = answer("import", folder, "--out", tmp_path / "ours")
+    assert found["target"] == str(folder)
+    assert found["notes"] == [f"these heads were trained together with the model in {folder}, which is their target"]
+    inspected = answer("inspect", folder)
+    assert (inspected["kind"], inspected["heads"], inspected["num_heads"]) == ("target", "Medusa heads inside a whole model", 3)
+
+
+def test_a_target_of_another_name_is_a_doubt(theirs, tmp_path):
+    other = write_model(tmp_path / "other")
+    notes = answer("import", theirs, "--target", other, "--out", tmp_path / "ours")["notes"]
+    assert f"they name org/talker as their model; whether {other} is the same, `headstart inspect --probe` measures" in notes
+
+
+def refusal(*arguments):
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    return result.stderr
+
+
+def test_import_asks_for_the_target_and_says_which(theirs, tmp_path):
+    assert "name it with --target, such as --target org/talker" in refusal("import", theirs, "--out", tmp_path / "ours")
+
+
+def test_import_refuses_to_write_over_a_model(target, theirs):
+    assert "holds something else than heads" in refusal("import", theirs, "--target", target, "--out", target)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("nowhere", "does not exist"),
+        ("ours", "already holds native heads"),
+        ("target", "holds a model (LlamaForCausalLM), which cannot be imported"),
+        ("dflash", "holds DFlash heads, which cannot be imported yet"),
+        ("empty", "holds nothing that is known, which cannot be imported"),
+    ],
+)
+def test_import_refuses_what_is_none_of_others_heads(target, theirs, tmp_path, source, words):
+    answer("import", theirs, "--target", target, "--out", tmp_path / "ours")
+    write(tmp_path / "dflash", "model.safetensors", {"hidden_norm.weight": random(HIDDEN)}, architectures=["DFlashDraftModel"])
+    (tmp_path / "empty").mkdir()
+    place = target if source == "target" else tmp_path / source
+    assert words in refusal("import", place, "--target", target, "--out", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+# -- inspect --
+
+
+def test_inspect_says_what_heads_of_others_are(theirs):
+    found = answer("inspect", theirs)
+    assert {name: found[name] for name in ("kind", "num_heads", "num_layers", "hidden", "vocab")} == {
+        "kind": "medusa", "num_heads": 3, "num_layers": 1, "hidden": HIDDEN, "vocab": VOCAB,
+    }  # fmt: skip
+    assert found["parameters"] == 3 * (HIDDEN * HIDDEN + HIDDEN + VOCAB * HIDDEN)
+    printed = run("inspect", theirs).stdout
+    assert "headstart import" in printed
+    assert re.search(r"\nnote +their config\.json says", printed)
+
+
+def test_inspect_says_what_our_heads_are(target, theirs, tmp_path):
+    answer("import", theirs, "--target", target, "--out", tmp_path / "ours")
+    found = answer("inspect", tmp_path / "ours")
+    assert (found["kind"], found["method"], found["num_heads"], found["target"]) == ("native", "medusa", 3, "talker")
+    assert found["command"] == f"headstart generate --model talker --drafter {tmp_path / 'ours'}"
+    assert "medusa heads of headstart" in run("inspect", tmp_path / "ours").stdout
+
+
+def test_inspect_names_what_keeps_heads_from_being_brought_in(tmp_path):
+    tensors = heads()
+    del tensors["1.0.linear.bias"]
+    found = answer("inspect", write(tmp_path, "medusa_lm_head.safetensors", tensors))
+    assert found["problems"] == ["1.0.linear.bias is missing"]
+    assert "command" not in found
+
+
+@pytest.mark.parametrize(
+    ("kind", "names", "config"),
+    [
+        ("eagle", ("fc.weight", "layers.0.self_attn.q_proj.weight"), {"architectures": ["LlamaForCausalLM"]}),
+        ("eagle3", ("fc.weight", "midlayer.hidden_norm.weight", "d2t"), {"architectures": ["LlamaForCausalLM"]}),
+        ("eagle3", ("fc.weight", "layers.0.self_attn.q_proj.weight"), {"speculators_model_type": "eagle3"}),
+        ("eagle3", ("layers.0.mlp.up_proj.weight",), {"architectures": ["LlamaForCausalLMEagle3"]}),
+    ],
+)
+def test_heads_that_are_not_whole_are_still_called_by_their_name(tmp_path, kind, names, config):
+    write(tmp_path, "model.safetensors", {name: torch.zeros(2, 4) for name in names}, **config)
+    known = checkpoint.recognise(tmp_path)
+    assert (known.kind, known.command) == (kind, None)
+    assert known.problems
+
+
+@pytest.mark.parametrize(
+    ("kind", "names", "config"),
+    [
+        ("eagle", ("fusion_fc.weight", "layers.0.self_attn.q_proj.weight"), {"speculators_model_type": "eagle"}),
+        ("dflash", ("fc.weight", "hidden_norm.weight", "layers.0.mlp.up_proj.weight"), {"architectures": ["DFlashDraftModel"]}),
+        ("dflash", ("fc.weight", "layers.0.mlp.up_proj.weight", "d2t"), {"speculators_model_type": "dflash"}),
+        ("mtp", ("mtp.fc.weight", "model.layers.1.mlp.up_proj.weight"), {"model_type": "llama"}),
+        ("mtp", ("model.layers.61.eh_proj.weight",), {}),
+        ("redrafter", ("rnn_u.weight", "lm_head.0.linear.weight"), {"model_type": "recurrent_drafting_drafter"}),
+    ],
+)
+def test_heads_that_are_known_by_name_only_are_called_by_it(tmp_path, kind, names, config):
+    write(tmp_path, "model.safetensors", {name: torch.zeros(2) for name in names}, **config)
+    known = checkpoint.recognise(tmp_path)
+    assert (known.kind, known.command) == (kind, None)
+    assert known.notes == ("they cannot be imported yet",)
+    assert known.is_target == (config.get("model_type") == "llama")
+
+
+def test_a_model_is_a_target(target):
+    known = checkpoint.recognise(target)
+    assert (known.kind, known.is_target, known.hidden) == ("target", True, HIDDEN)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_damaged_folder_is_one_sentence(theirs, name):
+    (theirs / "medusa_lm_head.pt").unlink()
+    (theirs / name).write_text("{ half")
+    assert name in refusal("inspect", theirs)

@@ -1,0 +1,158 @@
+"""Heads by the name that they have on the hub: a download stands for the network, which no test may use."""
+
+import shutil
+from fnmatch import fnmatch
+
+import huggingface_hub
+import pytest
+import torch
+from folders import write_model
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+from published import write
+from published_medusa import numbered, parts
+from typer.testing import CliRunner
+
+import headstart
+from headstart import formats as checkpoint
+from headstart.cli import app
+from headstart.drafters.medusa import Medusa, MedusaConfig
+from headstart.engine.drafter_loading import folder_of, make
+from headstart.speculation.calibration import load_plan
+from headstart.target.loading import embedded, load_model
+from headstart.target.target import Target
+from headstart.target.tokenizer_loading import load_tokenizer
+
+
+@pytest.fixture
+def shared(tmp_path, monkeypatch):
+    """Repositories of the hub, by their id, as folders; `asked` holds what was asked for."""
+
+    class Shared(dict):
+        pass
+
+    repositories = Shared()
+    repositories.asked = []
+
+    def download(repo_id, *, allow_patterns):
+        repositories.asked.append((repo_id, tuple(allow_patterns)))
+        if repo_id not in repositories:
+            raise LocalEntryNotFoundError("the hub cannot be reached\nand so on")
+        if isinstance(repositories[repo_id], Exception):
+            raise repositories[repo_id]
+        there = tmp_path / "cache" / repo_id.replace("/", "--")
+        there.mkdir(parents=True, exist_ok=True)
+        for file in repositories[repo_id].iterdir():
+            if any(fnmatch(file.name, pattern) for pattern in allow_patterns):
+                shutil.copy(file, there)
+        return str(there)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    return repositories
+
+
+def heads_for(model_folder, folder):
+    facts = checkpoint.facts_of(load_model(model_folder), load_tokenizer(model_folder))
+    torch.manual_seed(0)
+    checkpoint.save(folder, Medusa(MedusaConfig(num_heads=2), facts.hidden, facts.vocab), facts, {})
+    (folder / "evil.py").write_text("raise SystemExit")
+    (folder / "pytorch_model.bin").write_bytes(b"never fetched")
+    return folder
+
+
+def test_heads_go_by_their_name_on_the_hub(shared, model_folder, tmp_path):
+    shared["owner/heads"] = heads_for(model_folder, tmp_path / "there")
+    llm = headstart.load(model_folder, drafter="owner/heads", device="cpu")
+    plain = headstart.load(model_folder, drafter=None, device="cpu")
+    assert llm.generate("the cat", max_tokens=8)[0].token_ids == plain.generate("the cat", max_tokens=8)[0].token_ids
+    assert (llm.engine.drafter.name, llm.engine.drafter.depth) == ("medusa", 2)
+    assert sorted(file.name for file in (tmp_path / "cache" / "owner--heads").iterdir()) == [
+        "README.md", "config.json", "model.safetensors",
+    ]  # fmt: skip
+
+
+def test_the_command_line_takes_the_same_name(shared, model_folder, tmp_path):
+    shared["owner/heads"] = heads_for(model_folder, tmp_path / "there")
+    asked = ["generate", "the cat", "--model", str(model_folder), "--max-tokens", "8", "--raw"]
+    found, plain = (CliRunner().invoke(app, [*asked, "--drafter", name]) for name in ("owner/heads", "none"))
+    assert (found.exit_code, found.stdout) == (0, plain.stdout)
+
+
+def test_trees_that_were_measured_come_along(shared):
+    shared["owner/hydra"] = embedded("hydra")
+    assert load_plan(folder_of("owner/hydra")).trees
+
+
+def test_a_folder_that_exists_hides_the_hub(shared, model_folder, tmp_path):
+    heads_for(model_folder, tmp_path / "owner" / "heads")
+    assert make("owner/heads", Target.load(model_folder, device="cpu")).name == "medusa"
+    assert shared.asked == []
+
+
+@pytest.mark.parametrize("name", ["heads", "./owner/heads", "/owner/heads", "a/b/c", "owner/heads:x", "owner/", "..//heads"])
+def test_what_is_no_id_never_goes_to_the_hub(shared, model_folder, name):
+    with pytest.raises(ValueError, match=r"is unknown; there are .* a folder of heads, heads on the hub as owner/name"):
+        make(name, Target.load(model_folder, device="cpu"))
+    assert shared.asked == []
+
+
+def test_an_installed_drafter_and_a_method_are_never_looked_for_on_the_hub(shared, model_folder):
+    target = Target.load(model_folder, device="cpu")
+    assert make("lookup", target).name == "lookup"
+    with pytest.raises(ValueError, match="comes with no medusa heads"):
+        make("medusa", target)
+    assert shared.asked == []
+
+
+def not_found():
+    error = RepositoryNotFoundError.__new__(RepositoryNotFoundError)
+    Exception.__init__(error, "404")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (not_found(), "the hub has no repository of that name that you may see; check the name, or log in"),
+        (None, "cannot be fetched from the hub: the hub cannot be reached; check the connection, or name a folder"),
+        (ConnectionError("no route"), "cannot be fetched from the hub: no route; check the connection"),
+    ],
+    ids=["not there", "offline", "no route"],
+)
+@pytest.mark.parametrize("command", ["generate", "import"])
+def test_what_cannot_be_had_is_one_sentence(shared, model_folder, answer, words, command):
+    if answer is not None:
+        shared["owner/heads"] = answer
+    rest = {
+        "generate": ["the cat", "--model", str(model_folder), "--drafter", "owner/heads"],
+        "import": ["owner/heads", "--target", str(model_folder), "--out", "ours"],
+    }
+    result = CliRunner().invoke(app, [command, *rest[command]])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"owner/heads is no folder here, and {'it ' if 'fetched' in words else ''}{words}" in result.stderr
+
+
+@pytest.mark.parametrize("file", ["medusa_lm_head.pt", "medusa_lm_head.safetensors", "pytorch_model.bin"])
+def test_heads_of_others_are_brought_in_by_their_name(shared, tmp_path, file):
+    target = write_model(tmp_path / "talker")
+    shared["owner/medusa"] = write(tmp_path / "theirs", file, numbered(parts(2, 1)), base_model_name_or_path=str(target))
+    result = CliRunner().invoke(app, ["import", "owner/medusa", "--target", str(target), "--out", "ours"])
+    assert result.exit_code == 0, result.output
+    assert checkpoint.describe("ours").training["imported_from"] == "owner/medusa"
+    wants_pickles = [any("*.bin" in patterns for patterns in asked) for _, *asked in shared.asked]
+    assert wants_pickles == ([False] if file.endswith("safetensors") else [False, True])
+
+
+def test_a_pickle_that_wants_to_run_something_is_refused(shared, tmp_path, model_folder):
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return exec, ("raise SystemExit('run')",)
+
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(), protocol=2))
+    shared["owner/evil"] = tmp_path / "theirs"
+    result = CliRunner().invoke(app, ["import", "owner/evil", "--target", str(model_folder), "--out", "ours"])
+    assert result.exit_code == 2
+    assert not (tmp_path / "ours").exists()

@@ -1,0 +1,429 @@
+"""EAGLE-3 heads of others: brought in, they say what the formula says, whoever stored them; what is wrong with them is named."""
+
+import json
+
+import pytest
+import torch
+from folders import write_model
+from literal import assert_same, frequencies, llama3
+from published import HIDDEN, VOCAB, Trial, random, write
+from published_eagle3 import LAYERS, SIZES, SOME, THREE, by_formula, heads, of_speculators
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from headstart import formats as checkpoint
+from headstart.cli import app
+from headstart.engine.engine import Engine
+from headstart.speculation.sampling import SamplingParams
+from headstart.target.loading import load_model
+from headstart.target.target import Target
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+
+
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory):
+    return Trial(write_model(tmp_path_factory.mktemp("target") / "talker", layers=LAYERS), torch.float64)
+
+
+def assert_says(trial, folder, wanted):
+    assert_same(trial.logits(folder), list(wanted))
+
+
+# -- layouts --
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])
+def test_the_authors_heads_say_what_the_formula_says_at_every_unrolled_step(trial, tmp_path, file):
+    tensors = heads(draft=SOME)
+    write(tmp_path, file, tensors, **SIZES, draft_vocab_size=len(SOME))
+    assert_says(trial, tmp_path, by_formula(trial, tensors))
+    assert trial.read(tmp_path).ids.tolist() == SOME
+
+
+@pytest.mark.parametrize(
+    ("shape", "config"),
+    [
+        ({}, {}),
+        ({"size": 12}, {"head_dim": 12}),
+        ({"draft": SOME}, {"rope_theta": 500000.0}),
+        ({"width": 16, "size": 4}, {"hidden_size": 16, "target_hidden_size": HIDDEN}),
+        ({"layers": 2}, {"num_hidden_layers": 2}),
+    ],
+    ids=["every token", "wide heads", "another base", "narrower than the target", "two layers"],
+)
+def test_specforge_heads_say_what_the_formula_says(trial, tmp_path, shape, config):
+    tensors = heads(**shape)
+    if "width" in shape:
+        tensors["embed_tokens.weight"] = random(VOCAB, shape["width"])
+    write(tmp_path, "model.safetensors", tensors, **SIZES | config)
+    turns = frequencies(shape.get("size", 8), config.get("rope_theta", 10000.0))
+    wanted = by_formula(trial, tensors, shape.get("size", 8), turns=turns, layers=shape.get("layers", 1))
+    assert_says(trial, tmp_path, wanted)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}},
+    ],
+    ids=["as it was written once", "as transformers 5 writes it"],
+)
+def test_stretched_positions_are_the_heads_own(trial, tmp_path, rope):
+    tensors = heads(size=12)
+    write(tmp_path, "model.safetensors", tensors, **SIZES, head_dim=12, **rope)
+    turns = [llama3(turn, *LLAMA3.values()) for turn in frequencies(12, 5e5)]
+    assert_says(trial, tmp_path, by_formula(trial, tensors, 12, turns=turns))
+
+
+@pytest.mark.parametrize("is_before", [True, False])
+def test_heads_of_speculators_say_what_the_formula_says(trial, tmp_path, is_before):
+    tensors = heads("layers.0.", draft=SOME)
+    left_out = {"verifier_lm_head.weight": random(VOCAB, HIDDEN), "verifier_norm.weight": random(HIDDEN)}
+    write(tmp_path, "model.safetensors", tensors | left_out, **of_speculators(norm_before_residual=is_before))
+    assert_says(trial, tmp_path, by_formula(trial, tensors, prefix="layers.0.", norm_before_residual=is_before))
+
+
+def test_norms_of_queries_and_keys(trial, tmp_path):
+    tensors = heads("layers.0.", size=12) | {f"layers.0.self_attn.{name}_norm.weight": 1 + random(12) for name in "qk"}
+    layer = {"model_type": "qwen3", "head_dim": 12}
+    write(tmp_path, "model.safetensors", tensors, **of_speculators(layer=layer, norm_before_residual=False))
+    assert_says(trial, tmp_path, by_formula(trial, tensors, 12, prefix="layers.0."))
+
+
+def test_one_norm_over_all_taps(trial, tmp_path):
+    tensors = heads("layers.0.", draft=SOME) | {"input_norm.weight": 1 + random(3 * HIDDEN)}
+    write(tmp_path, "model.safetensors", tensors, **of_speculators(norm_before_fc=True))
+    assert_says(trial, tmp_path, by_formula(trial, tensors, prefix="layers.0."))
+
+
+@pytest.mark.parametrize("names", [("fc_norm.0", "fc_norm.1", "fc_norm.2"), ("aux_norm_low", "aux_norm_mid", "aux_norm_high")])
+@pytest.mark.parametrize("is_normed", [True, False])
+def test_a_norm_for_each_tap_and_states_handed_on_normed(trial, tmp_path, names, is_normed):
+    """EAGLE-3.1, and its norms under their older names."""
+    tensors, norms = heads(draft=SOME), [1 + random(HIDDEN) for _ in range(3)]
+    stored = tensors | {f"{name}.weight": weight for name, weight in zip(names, norms, strict=True)}
+    write(tmp_path, "model.safetensors", stored, **SIZES, fc_norm=True, norm_output=is_normed)
+    known = tensors | {f"fc_norm.{place}.weight": weight for place, weight in enumerate(norms)}
+    assert_says(trial, tmp_path, by_formula(trial, known, norm_output=is_normed))
+
+
+def test_a_projection_with_a_bias(trial, tmp_path):
+    tensors = heads() | {"fc.bias": random(HIDDEN)}
+    write(tmp_path, "model.safetensors", tensors, **SIZES)
+    assert_says(trial, tmp_path, by_formula(trial, tensors))
+
+
+def test_an_embedding_of_their_own(trial, tmp_path):
+    tensors = heads(draft=SOME) | {"embed_tokens.weight": random(VOCAB, HIDDEN)}
+    write(tmp_path, "model.safetensors", tensors, **SIZES)
+    assert_says(trial, tmp_path, by_formula(trial, tensors))
+
+
+def test_an_embedding_that_is_the_targets_is_left_out(trial, tmp_path):
+    tensors = heads(draft=SOME)
+    write(tmp_path, "model.safetensors", tensors | {"embed_tokens.weight": trial.ends.table.float()}, **SIZES)
+    assert_says(trial, tmp_path, by_formula(trial, tensors))
+    assert trial.read(tmp_path).config.embedding == "shared"
+
+
+def test_names_may_begin_with_model(trial, tmp_path):
+    tensors = heads(draft=SOME)
+    stored = {name if name == "lm_head.weight" else f"model.{name}": tensor for name, tensor in tensors.items()}
+    write(tmp_path, "model.safetensors", stored, **SIZES)
+    assert_says(trial, tmp_path, by_formula(trial, tensors))
+
+
+# -- what they can say --
+
+
+def test_rows_in_another_order_are_sorted_with_their_tokens(trial, tmp_path):
+    mixed = SOME[::-1]
+    tensors = heads(draft=mixed)
+    write(tmp_path, "model.safetensors", tensors, **SIZES)
+    assert trial.read(tmp_path).ids.tolist() == SOME
+    assert_says(trial, tmp_path, by_formula(trial, tensors | {"lm_head.weight": tensors["lm_head.weight"].flip(0)}))
+
+
+def test_all_tokens_need_no_list_even_where_one_is_stored(trial, tmp_path):
+    tensors = heads(draft=list(range(VOCAB)))
+    write(tmp_path, "model.safetensors", tensors, **SIZES)
+    assert trial.read(tmp_path).config.draft_vocab is None
+    assert_says(trial, tmp_path, by_formula(trial, tensors))
+
+
+def test_heads_without_a_head_speak_by_the_targets(trial, tmp_path):
+    tensors = heads()
+    del tensors["lm_head.weight"]
+    write(tmp_path, "model.safetensors", tensors, **SIZES, draft_vocab_size=None)
+    assert_says(trial, tmp_path, by_formula(trial, tensors | {"lm_head.weight": trial.ends.weight}))
+
+
+def test_a_list_that_nobody_reads_may_be_empty(trial, tmp_path):
+    """As speculators stores heads that can say every token: two lists, both never filled in."""
+    tensors = heads("layers.0.", draft=list(range(VOCAB)))
+    tensors["t2d"].fill_(False)
+    assert not tensors["d2t"].any()
+    write(tmp_path, "model.safetensors", tensors, **of_speculators(norm_before_residual=False))
+    assert checkpoint.recognise(tmp_path).problems == ()
+    assert trial.read(tmp_path).config.draft_vocab is None
+    assert_says(trial, tmp_path, by_formula(trial, tensors, prefix="layers.0."))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda d2t: d2t.index_fill_(0, torch.tensor(5), 400), "token 5 of theirs would be token 405 of the target, which has 320"),
+        (lambda d2t: d2t.index_fill_(0, torch.tensor(0), -1), "token 0 of theirs would be token -1 of the target"),
+        (lambda d2t: d2t[4].copy_(SOME[3] - 4), f"tokens 3 and 4 of theirs would both be token {SOME[3]} of the target"),
+        (lambda d2t: d2t.add_(torch.arange(60)), "it holds ids themselves, and should hold offsets"),
+    ],
+)
+def test_a_list_of_tokens_that_cannot_be_right_is_refused(trial, tmp_path, change, words):
+    tensors = heads(draft=SOME)
+    change(tensors["d2t"])
+    write(tmp_path, "model.safetensors", tensors, **SIZES)
+    assert words in trial.refusal(tmp_path)
+
+
+def test_two_lists_of_tokens_must_agree(trial, tmp_path):
+    tensors = heads(draft=SOME)
+    tensors["t2d"][SOME[7]] = False
+    write(tmp_path, "model.safetensors", tensors, **SIZES)
+    assert f"d2t and t2d do not agree on whether token {SOME[7]} can be said" in trial.refusal(tmp_path)
+    assert checkpoint.recognise(tmp_path).command is None
+
+
+# -- layers of the target --
+
+
+@pytest.mark.parametrize(
+    ("config", "taps"),
+    [
+        (SIZES, (1, 3, 4)),
+        (SIZES | {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 3, 4]}}, (1, 3, 4)),
+        (SIZES | {"eagle_aux_hidden_state_layer_ids": [2, 4, 5]}, (1, 3, 4)),
+        (of_speculators(eagle_aux_hidden_state_layer_ids=[2, 4, 5]), (1, 3, 4)),
+        (of_speculators(eagle_aux_hidden_state_layer_ids=[1, 3, 6]), (0, 2, 5)),
+        (of_speculators(eagle_aux_hidden_state_layer_ids=[1, 3, 6, 8]), (0, 2, 5)),
+    ],
+    ids=["not said", "outputs", "inputs", "speculators", "speculators, others", "and one for training"],
+)
+def test_layers_are_counted_by_their_outputs(trial, tmp_path, config, taps):
+    tensors = heads("layers.0.")
+    write(tmp_path, "model.safetensors", tensors, **config)
+    assert trial.read(tmp_path).taps == taps
+    assert_says(trial, tmp_path, by_formula(trial, tensors, prefix="layers.0.", taps=taps))
+
+
+def test_a_person_may_say_which_layers(trial, tmp_path):
+    write(tmp_path, "model.safetensors", heads(taps=2), **SIZES, eagle_aux_hidden_state_layer_ids=[3, 5, 6])
+    assert trial.read(tmp_path, taps=(6, 0)).taps == (6, 0)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (SIZES | {"eagle_aux_hidden_state_layer_ids": [1, 3, 6]}, "--taps: 1,3,6 if they are outputs, 0,2,5 if they are inputs"),
+        (SIZES | {"eagle_aux_hidden_state_layer_ids": [1, 3]}, "names 2 layers, [1, 3], but fc.weight reads 3"),
+        (SIZES | {"eagle_aux_hidden_state_layer_ids": "2,4,5"}, "should be a list of whole numbers"),
+        (of_speculators(eagle_aux_hidden_state_layer_ids=[0, 3, 6]), "names layer 0 for its input"),
+        (of_speculators(eagle_aux_hidden_state_layer_ids=[2, 4, 8]), "before the last of the target's 8"),
+        (
+            SIZES
+            | {"eagle_aux_hidden_state_layer_ids": [2, 4, 5], "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 3, 4]}},
+            "[2, 4, 5] and [1, 3, 4]; remove the wrong one",
+        ),
+    ],
+)
+def test_layers_that_cannot_be_told_are_refused(trial, tmp_path, config, words):
+    write(tmp_path, "model.safetensors", heads("layers.0."), **config)
+    assert words in trial.refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("taps", "words"),
+    [
+        ((1, 2), "names 2 layers, 1,2, but fc.weight reads 3"),
+        ((1, 2, 8), "names layer 8, but the target's 8 are counted from 0 to 7"),
+        ((1, 2, 2), "names a layer twice: 1,2,2"),
+    ],
+)
+def test_layers_that_a_person_says_are_checked(trial, tmp_path, taps, words):
+    write(tmp_path, "model.safetensors", heads(), **SIZES)
+    assert words in trial.refusal(tmp_path, taps)
+
+
+def test_a_target_too_shallow_for_the_usual_layers_is_refused(tmp_path):
+    shallow = Trial(write_model(tmp_path / "talker", layers=6))
+    write(tmp_path / "theirs", "model.safetensors", heads(), **SIZES)
+    assert "the usual layers in a target of 6, 1, 2 and 2, do not follow one another" in shallow.refusal(tmp_path / "theirs")
+
+
+def test_four_layers_must_be_said(trial, tmp_path):
+    write(tmp_path, "model.safetensors", heads(taps=4), **SIZES)
+    assert "fc.weight reads 4 layers of the target, and their config.json does not say which" in trial.refusal(tmp_path)
+
+
+# -- inspected, saved, refused --
+
+
+def test_what_a_folder_holds_is_told_with_the_command(tmp_path):
+    write(tmp_path, "model.safetensors", heads("layers.0.", draft=SOME), **of_speculators())
+    known = checkpoint.recognise(tmp_path)
+    assert (known.kind, known.layout) == ("eagle3", "EAGLE-3 heads as speculators stores them")
+    assert (known.hidden, known.vocab, known.draft_vocab) == (HIDDEN, VOCAB, 60)
+    assert known.command == f"headstart import {tmp_path} --target org/talker --out FOLDER"
+    assert known.notes == (
+        "their config.json says no rope_theta: 10000, whatever the target's is",
+        "their config.json says no norm_before_residual: false, as speculators has it, where vLLM takes true",
+    )
+
+
+def test_what_the_configuration_miscounts_is_noted(tmp_path):
+    config = SIZES | {"draft_vocab_size": 64, "fc_norm": False, "rope_theta": 1e4}
+    write(tmp_path, "model.safetensors", heads(draft=SOME) | {f"fc_norm.{i}.weight": random(HIDDEN) for i in range(3)}, **config)
+    assert checkpoint.recognise(tmp_path).notes == (
+        "their config.json says fc_norm = false, but there is fc_norm.0.weight; the tensors count",
+        "their config.json says draft_vocab_size = 64, their tensors 60; the tensors count",
+    )
+
+
+def test_what_is_brought_in_is_saved_and_loaded_bit_for_bit(trial, tmp_path):
+    write(tmp_path / "theirs", "model.safetensors", heads(draft=SOME), **SIZES)
+    brought = trial.read(tmp_path / "theirs")
+    checkpoint.save(tmp_path / "ours", brought, trial.facts, {})
+    loaded = checkpoint.load(tmp_path / "ours", trial.facts)
+    assert (loaded.config, loaded.taps) == (brought.config, THREE)
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in brought.state_dict().items())
+
+
+def test_the_command_brings_them_in(trial, tmp_path):
+    target, theirs = write_model(tmp_path / "talker", layers=LAYERS), tmp_path / "theirs"
+    stored = heads(draft=SOME) | {"embed_tokens.weight": trial.ends.table.float()}
+    write(theirs, "model.safetensors", stored, **SIZES, eagle_aux_hidden_state_layer_ids=[0, 2, 5])
+    asked = ["import", str(theirs), "--target", str(target), "--out", str(tmp_path / "ours")]
+    refused = CliRunner().invoke(app, asked)
+    assert (refused.exit_code, "--taps: 0,2,5 if they are outputs" in refused.stderr) == (2, True)
+    found = json.loads(CliRunner().invoke(app, [*asked, "--taps", "0,2,5", "--json"]).stdout)
+    assert (found["method"], found["taps"], found["draft_vocab"]) == ("eagle3", [0, 2, 5], 60)
+    assert "their embedding is the target's, and left out" in found["notes"]
+    assert checkpoint.load(tmp_path / "ours").taps == (0, 2, 5)
+
+
+def test_guesses_of_heads_that_were_brought_in_leave_the_text_as_it_is(trial, tmp_path):
+    """From the folder to the engine: features of three layers, trees of the 60 tokens that the heads can say."""
+    write(tmp_path, "model.safetensors", heads(draft=SOME), **SIZES, norm_output=True)
+    target = Target(load_model(trial.folder, torch.float64, "cpu"))
+    engine = Engine(target, trial.read(tmp_path))
+    request = engine.add(trial.tokens[0].tolist(), SamplingParams(max_tokens=16, ignore_eos=True))
+    while request.finish_reason is None:
+        engine.step()
+    plain = trial.tokens[:1]
+    for _ in range(16):
+        plain = torch.cat([plain, trial.model(plain).logits[:, -1:].argmax(-1)], 1)
+    assert list(request.output) == plain[0, trial.tokens.shape[1] :].tolist()
+
+
+def test_layers_are_numbers(tmp_path):
+    result = CliRunner().invoke(app, ["import", str(tmp_path), "--out", "x", "--taps", "low,high"])
+    assert (result.exit_code, "--taps is 'low,high'; write the numbers of layers" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        (torch.tensor([3, 5, 400]), "token 2 of theirs would be token 400 of the target, which has 320"),
+        (torch.tensor([3, 5, 5]), "tokens 1 and 2 of theirs would both be token 5"),
+        (torch.tensor([3, 9, 5]), "tokens 9 and 5 stand in this order, and should ascend"),
+        (torch.tensor([3, 5, 9], dtype=torch.int32), "of type torch.int32 and should be torch.int64"),
+        (torch.tensor([3.0, 5.0, 9.0]), "has ids of type torch.float32, but these heads need torch.int64"),
+    ],
+)
+def test_saved_tokens_that_cannot_be_right_are_refused(trial, tmp_path, ids, words):
+    write(tmp_path / "theirs", "model.safetensors", heads(draft=[3, 5, 9]), **SIZES)
+    checkpoint.save(tmp_path / "ours", trial.read(tmp_path / "theirs"), trial.facts, {})
+    file = tmp_path / "ours" / "model.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    save_file(load_file(file) | {"ids": ids}, file, metadata=metadata)
+    with pytest.raises(ValueError, match=words):
+        checkpoint.load(tmp_path / "ours")
+
+
+def without(name):
+    return lambda tensors: tensors.pop(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (without("fc.weight"), "fc.weight is missing, without which nothing leads"),
+        (without("norm.weight"), "norm.weight is missing"),
+        (without("midlayer.hidden_norm.weight"), "midlayer.hidden_norm.weight is missing"),
+        (without("lm_head.weight"), "lm_head.weight is missing, and only theirs can say the 60 tokens of d2t"),
+        (without("d2t"), "lm_head.weight says 60 tokens of a vocabulary of 320, but no d2t says which ones"),
+        (lambda tensors: tensors.update(more=random(1)), "no place in EAGLE-3 heads: more"),
+        (lambda tensors: tensors.update(t2d=torch.tensor(1)), "t2d has the shape [] and should be a list"),
+        (lambda tensors: tensors.update(d2t=tensors["d2t"][None]), "d2t has the shape [1, 60] and should be a list"),
+        (lambda tensors: tensors.update({"t2d": torch.zeros(300)}), "a vocabulary of 300, but the target talker has 320"),
+        (lambda tensors: tensors.update({"d2t": torch.zeros(60)}), "d2t is of type torch.float32 and should hold whole numbers"),
+        (lambda tensors: tensors.update({"fc.weight": random(HIDDEN, 100)}), "fc.weight has 100 columns, no multiple of the 32"),
+        (
+            lambda tensors: tensors.update({"lm_head.weight": random(61, HIDDEN)}),
+            "lm_head.weight has the shape [61, 32] and should have [60, 32]",
+        ),
+        (
+            lambda tensors: tensors.update({"midlayer.self_attn.q_proj.weight": random(HIDDEN, HIDDEN)}),
+            "midlayer.self_attn.q_proj.weight has the shape [32, 32] and should have [32, 64]",
+        ),
+        (lambda tensors: tensors.update(mask_hidden=random(1, 96)), "they are P-EAGLE's"),
+        (lambda tensors: tensors.update({"midlayer.self_attn.q_a_proj.weight": random(4, 64)}), "belongs to latent attention"),
+        (
+            lambda tensors: tensors.update({"midlayer.mlp.experts.0.up_proj.weight": random(4, 4)}),
+            "belongs to a mixture of experts",
+        ),
+        (
+            lambda tensors: tensors.update({"norm.weight": torch.ones(HIDDEN).to(torch.int8)}),
+            "quantized heads cannot be brought in",
+        ),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named(trial, tmp_path, change, words):
+    tensors = heads(draft=SOME)
+    change(tensors)
+    write(tmp_path, "model.safetensors", tensors, **SIZES)
+    assert words in trial.refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"speculators_model_type": "peagle"}, "they are P-EAGLE's"),
+        ({"parallel_drafting": True}, "they are P-EAGLE's"),
+        ({"eagle_config": {"use_aux_hidden_state": False}}, "they read the last state only"),
+        ({"eagle_config": "yes"}, "says eagle_config = 'yes', which should be an object"),
+        ({"norm_output": "yes"}, "says norm_output = 'yes', which should be true or false"),
+        ({"norm_before_fc": True}, "input_norm.weight is missing"),
+        ({"fc_norm": True}, "fc_norm.0.weight is missing"),
+        ({"fc_norm": True, "norm_before_fc": True}, "nothing says which comes first"),
+        ({"model_type": "deepseek_v3"}, "model_type 'deepseek_v3'"),
+        ({"target_hidden_size": 48}, "a hidden size of 48, but the target talker has 32"),
+        ({"target_hidden_size": 24, "hidden_size": 24}, "embed_tokens.weight is missing, and the target's own is 24 wide"),
+    ],
+)
+def test_what_a_configuration_rules_out_is_said(trial, tmp_path, config, words):
+    tensors = heads(draft=SOME)
+    if config.get("target_hidden_size") == 48:
+        tensors |= {"embed_tokens.weight": random(VOCAB, HIDDEN)}
+    write(tmp_path, "model.safetensors", tensors, **SIZES | config)
+    assert words in trial.refusal(tmp_path)
+
+
+def test_the_targets_head_must_fit(trial, tmp_path):
+    tensors = heads()
+    del tensors["lm_head.weight"]
+    write(tmp_path, "model.safetensors", tensors, **SIZES, draft_vocab_size=100)
+    assert "the target's own does not fit 100 tokens" in trial.refusal(tmp_path)

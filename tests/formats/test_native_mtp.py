@@ -1,0 +1,392 @@
+"""MTP modules that models come with: read under every published name, they guess what transformers' own MTP guesses."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers as hf
+from command_line import answer
+from modules import VOCAB, Publication
+from safetensors.torch import load_file
+from tiny import _COMMON, REFUSED, random_model
+from transformers.cache_utils import MtpCache
+from transformers.generation.candidate_generator import MTPCandidateGenerator
+
+import headstart
+from headstart import formats as checkpoint
+from headstart.drafters.lookup import Lookup
+from headstart.drafters.mtp import Mtp
+from headstart.drafters.parts.decoder import block_of, decoder
+from headstart.drafters.parts.losses import Batch
+from headstart.engine.drafter_loading import make
+from headstart.engine.engine import Engine
+from headstart.speculation.planner import Chain
+from headstart.speculation.sampling import SamplingParams
+from headstart.target.embed_head import Ends
+from headstart.target.hidden_states import TAKES_A_LIST
+from headstart.target.target import Target
+
+PROMPT = [5, 9, 3, 77, 12, 40, 8, 21, 33, 60]
+KINDS = [("deepseek_v3", 1), ("deepseek_v3", 2), ("glm4_moe", 2), ("mellum", 1), ("qwen3", 1), ("mimo", 1), ("mimo", 4)]
+
+
+needs_modules = pytest.mark.skipif(
+    not TAKES_A_LIST, reason="transformers before 5.23 makes its own MTP modules of fewer configurations; ours do not need them"
+)
+
+
+@pytest.fixture(scope="module")
+def publish(tmp_path_factory):
+    """Publications by family and number of modules, in two shards where there are several modules; no test may change one."""
+    made = {}
+
+    def one(family, modules=1):
+        folder = tmp_path_factory.mktemp(family) / family
+        if (family, modules) not in made:
+            made[family, modules] = Publication(folder, family, modules, shards=modules > 1)
+        return made[family, modules]
+
+    return one
+
+
+def drafter_of(model):
+    """What is made of the modules in a model's folder."""
+    return checkpoint.inside(model.name_or_path).read(checkpoint.facts_of(model), model.config).bind(Ends(model))
+
+
+# -- the same guesses --
+
+
+def guesses(published, drafter_from):
+    """Logits behind the root by depth, [modules, vocab]: transformers' and ours, of the same text."""
+    model, length = published.reloaded(), len(PROMPT)
+    tokens = torch.tensor([PROMPT])
+    with torch.no_grad():
+        states = model(tokens, output_hidden_states=True).hidden_states[-1]
+        cache = MtpCache(config=published.model.config.get_mtp_config())
+        drafted, wanted, _ = published.oracle(tokens[:, 1:], states[:, :-1], None, torch.arange(1, length)[None], cache)
+        known = torch.cat([tokens, drafted], 1)
+        features = torch.nn.functional.pad(states, (0, 0, 0, published.count))
+        batch = Batch(known, torch.ones_like(known, dtype=torch.bool), features, features)
+        found = [guess.project(guess.states[0, length - 2]) for guess in drafter_from(model).states(batch)]
+    return wanted[0], torch.stack(found[: published.count]), len(found)
+
+
+@needs_modules
+@pytest.mark.parametrize(("family", "modules"), KINDS)
+def test_modules_guess_what_those_of_transformers_guess(publish, family, modules):
+    wanted, found, depth = guesses(publish(family, modules), drafter_of)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert depth == max(3, modules)  # behind the last module of its own weights, it is used again
+
+
+@needs_modules
+def test_norms_that_were_swapped_are_not_seen_but_heard(publish):
+    """Both are vectors of one width, so nothing is refused; the guesses tell."""
+    published = publish("deepseek_v3")
+
+    def swapped(model):
+        drafter = drafter_of(model)
+        stage = drafter.stages[0]
+        stage.enorm, stage.hnorm = stage.hnorm, stage.enorm
+        return drafter
+
+    wanted, found, _ = guesses(published, swapped)
+    assert (wanted - found).abs().max() > 0.01
+
+
+@needs_modules
+@pytest.mark.parametrize(("family", "modules"), [("deepseek_v3", 1), ("deepseek_v3", 2), ("glm4_moe", 2), ("mellum", 1)])
+def test_as_many_guesses_are_kept_as_by_transformers_in_every_round(publish, family, modules, monkeypatch):
+    """`generate(use_mtp=True)` reads the same folder, keeps the same number of guesses per round, and says the same text."""
+    model, kept = publish(family, modules).reloaded(), []
+    original = MTPCandidateGenerator.get_candidates
+
+    def listen(self, *args, is_first_iteration, n_last_matches, **rest):
+        kept.extend([] if is_first_iteration else [int(n_last_matches)])
+        return original(self, *args, is_first_iteration=is_first_iteration, n_last_matches=n_last_matches, **rest)
+
+    monkeypatch.setattr(MTPCandidateGenerator, "get_candidates", listen)
+    plain, theirs = (
+        model.generate(torch.tensor([PROMPT]), max_new_tokens=24, do_sample=False, use_mtp=use_mtp)[0].tolist()
+        for use_mtp in (None, True)
+    )
+    text, rounds = decoded(Target(model), Chain(modules))
+    assert PROMPT + text == plain == theirs
+    assert rounds[: len(kept)] == kept
+    assert sum(kept) > 0
+
+
+def decoded(target, planner=None):
+    """The text behind `PROMPT` with the modules that the target comes with, and the guesses kept in each round."""
+    engine = Engine(target, make("mtp", target), planner)
+    request = engine.add(PROMPT, SamplingParams(max_tokens=24, ignore_eos=True))
+    rounds = []
+    while request.finish_reason is None:
+        rounds.append(sum(len(event.tokens) for event in engine.step()) - 1)
+    return list(request.output), rounds
+
+
+@pytest.mark.parametrize(("family", "modules"), [("deepseek_v3", 2), ("qwen3", 1), ("mimo", 4)])
+def test_trees_of_guesses_leave_the_text_as_it_is(publish, family, modules):
+    model = publish(family, modules).reloaded()
+    plain = model.generate(torch.tensor([PROMPT]), max_new_tokens=24, do_sample=False)[0].tolist()
+    text, rounds = decoded(Target(model))
+    assert PROMPT + text == plain
+    assert sum(rounds) > 0
+
+
+# -- layouts --
+
+
+def test_experts_in_one_tensor_are_read_like_experts_one_by_one(publish, tmp_path):
+    published = publish("deepseek_v3")
+    shutil.copytree(published.folder, tmp_path / "fused")
+    state = published.oracle.layers[0].mtp_block.state_dict()
+    fused = {name: tensor for name, tensor in published.tensors.items() if ".experts." not in name}
+    fused |= {f"model.layers.3.{name}": tensor for name, tensor in state.items() if ".experts." in name}
+    rewritten(published, tmp_path / "fused", fused)
+    model = published.reloaded()
+    found = checkpoint.inside(tmp_path / "fused").read(checkpoint.facts_of(model), model.config).state_dict()
+    for name, tensor in drafter_of(model).state_dict().items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_copies_of_the_embedding_and_the_head_are_compared_and_left_out(publish, tmp_path):
+    published = publish("deepseek_v3")
+    weights = published.model.state_dict()
+    copies = {
+        "model.layers.3.embed_tokens.weight": weights["model.embed_tokens.weight"],
+        "model.layers.3.shared_head.head.weight": weights["lm_head.weight"],
+    }
+    folder = rewritten(published, tmp_path, published.tensors | copies)
+    assert read(published, folder).config.num_modules == 1
+    assert checkpoint.recognise(folder).parameters == checkpoint.recognise(published.folder).parameters
+
+
+def rewritten(published, folder, tensors, **config):
+    """A copy of a publication with other tensors of modules, and other entries in its configuration."""
+    shutil.copytree(published.folder, folder, dirs_exist_ok=True)
+    published.write(tensors, folder=folder)
+    said = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(said | config))
+    return folder
+
+
+def read(published, folder):
+    return checkpoint.inside(folder).read(checkpoint.facts_of(published.model), published.model.config)
+
+
+# -- what is wrong is named --
+
+BROKEN = {
+    "a missing norm": (lambda t: t.pop("model.layers.3.hnorm.weight"), "model.layers.3.hnorm.weight is missing"),
+    "a missing projection": (lambda t: t.pop("model.layers.3.eh_proj.weight"), "model.layers.3.eh_proj.weight is missing"),
+    "a missing expert": (
+        lambda t: t.pop("model.layers.3.mlp.experts.5.up_proj.weight"),
+        "model.layers.3.mlp.experts.5.up_proj.weight is missing",
+    ),
+    "a tensor too many": (
+        lambda t: t.update({"model.layers.3.mlp.experts.8.up_proj.weight": torch.zeros(32, 64)}),
+        "a tensor that has no place in a module of this model's kind: model.layers.3.mlp.experts.8.up_proj.weight",
+    ),
+    "a transposed projection": (
+        lambda t: t.update({"model.layers.3.eh_proj.weight": torch.zeros(128, 64)}),
+        "model.layers.3.eh_proj.weight has the shape [128, 64] and should have [64, 128]",
+    ),
+    "a misshaped expert": (
+        lambda t: t.update({"model.layers.3.mlp.experts.5.up_proj.weight": torch.zeros(64, 32)}),
+        "model.layers.3.mlp.experts.5.up_proj.weight has the shape [64, 32] and should have [32, 64]",
+    ),
+    "a scale beside a weight": (
+        lambda t: t.update({"model.layers.3.self_attn.o_proj.weight_scale_inv": torch.zeros(1, 1)}),
+        "model.layers.3.self_attn.o_proj.weight_scale_inv says that they are quantized",
+    ),
+    "integers": (
+        lambda t: t.update({"model.layers.3.eh_proj.weight": torch.zeros(64, 128, dtype=torch.int8)}),
+        "is of type torch.int8; quantized heads cannot be brought in",
+    ),
+    "numbers of 8 bits": (
+        lambda t: t.update({"model.layers.3.eh_proj.weight": torch.zeros(64, 128).to(torch.float8_e4m3fn)}),
+        "is of type torch.float8_e4m3fn; quantized heads cannot be brought in",
+    ),
+    "a gap": (
+        lambda t: t.update({"model.layers.5.enorm.weight": torch.zeros(64)}),
+        "they are numbered 3, 5, but the first should be 3 and none be left out",
+    ),
+    "a head of their own": (
+        lambda t: t.update({"model.layers.3.shared_head.head.weight": torch.zeros(VOCAB, 64)}),
+        "model.layers.3.shared_head.head.weight is not the same as the model's own lm_head.weight",
+    ),
+    "an embedding of another size": (
+        lambda t: t.update({"model.layers.3.embed_tokens.weight": torch.zeros(8, 64)}),
+        "model.layers.3.embed_tokens.weight has the shape [8, 64] and should have [320, 64]",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_is_wrong_is_named(publish, tmp_path, what):
+    published, (change, words) = publish("deepseek_v3"), BROKEN[what]
+    tensors = dict(published.tensors)
+    change(tensors)
+    with pytest.raises(ValueError, match="cannot be brought in") as error:
+        read(published, rewritten(published, tmp_path, tensors))
+    assert words in str(error.value)
+
+
+def test_names_that_nobody_knows_are_refused(publish, tmp_path):
+    published = publish("qwen3")
+    folder = rewritten(published, tmp_path, {"model.mtp_block.0.mlp.up_proj.weight": torch.zeros(96, 64)})
+    with pytest.raises(ValueError, match=r"none that are known here, such as model\.mtp_block\.0\.mlp\.up_proj\.weight"):
+        read(published, folder)
+
+
+def test_layers_that_share_a_projection_are_refused(publish, tmp_path):
+    published = publish("qwen3")
+    second = {
+        name.replace("layers.0.", "layers.1."): tensor.clone() for name, tensor in published.tensors.items() if "layers.0." in name
+    }
+    with pytest.raises(ValueError, match=r"several layers behind one projection \(mtp\.layers\.1\.\*\)"):
+        read(published, rewritten(published, tmp_path, published.tensors | second))
+
+
+def test_modules_of_different_kinds_are_refused(publish):
+    published = publish("mimo", 4)
+    config = hf.Qwen2Config(**{**published.model.config.to_dict(), "mtp_layer_types": ["full_attention", "sliding_attention"]})
+    problems = [*checkpoint.inside(published.folder).problems(config)]
+    assert problems == ["they are of different kinds (full_attention, sliding_attention), but modules here are all of one"]
+
+
+def test_a_norm_that_all_modules_share_is_refused(publish):
+    published = publish("mimo")
+    config = hf.Qwen2Config(**{**published.model.config.to_dict(), "chain_hidden_post_norm": True})
+    problems = [*checkpoint.inside(published.folder).problems(config)]
+    assert problems == ["their model's configuration has chain_hidden_post_norm, which modules here do not"]
+
+
+def test_a_miscounting_configuration_is_noted(publish, tmp_path):
+    published = publish("deepseek_v3", 2)
+    folder = rewritten(published, tmp_path, published.tensors, num_nextn_predict_layers=1)
+    assert checkpoint.recognise(folder).notes == (
+        "their config.json says num_nextn_predict_layers = 1, their tensors 2; the tensors count",
+    )
+
+
+def test_a_model_whose_modules_were_lost_says_where_to_get_them(publish, tmp_path):
+    published = publish("deepseek_v3")
+    published.reloaded().save_pretrained(tmp_path / "saved")
+    model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="transformers leaves them out when it saves a model") as error:
+        make("mtp", Target(model))
+    assert f"`headstart import ORIGINAL --target {tmp_path / 'saved'} --out FOLDER`" in str(error.value)
+    assert "says num_nextn_predict_layers = 1" in checkpoint.recognise(tmp_path / "saved").notes[0]
+
+
+def test_a_model_that_never_had_modules_says_so():
+    target = Target(random_model(hf.LlamaConfig(**_COMMON)))
+    with pytest.raises(ValueError, match="comes with no mtp heads, and heads fit one model only") as error:
+        make("mtp", target)
+    assert "config.json" not in str(error.value)
+
+
+# -- whole models --
+
+
+def test_load_finds_the_modules_of_a_model(publish):
+    published = publish("deepseek_v3")
+    for drafter in ("mtp", "auto"):
+        llm = headstart.load(published.folder, drafter=drafter, exact=False)
+        assert isinstance(llm.engine.drafter, Mtp)
+    plain = headstart.load(published.folder, drafter=None, exact=False).generate([PROMPT], max_tokens=20, ignore_eos=True)
+    found = llm.generate([PROMPT], max_tokens=20, ignore_eos=True)
+    assert found[0].token_ids == plain[0].token_ids
+    assert llm.stats.drafts > 0
+
+
+def test_auto_falls_back_to_lookup_where_modules_cannot_be_used(publish, tmp_path):
+    published = publish("deepseek_v3")
+    folder = rewritten(published, tmp_path, {**published.tensors, "model.layers.3.enorm.weight_scale": torch.ones(1)})
+    with pytest.warns(UserWarning, match="quantized.*drafting by lookup instead"):
+        llm = headstart.load(folder, exact=False)
+    assert isinstance(llm.engine.drafter, Lookup)
+
+
+def test_inspect_says_that_a_model_has_modules(publish):
+    folder = publish("deepseek_v3", 2).folder
+    found = answer("inspect", folder)
+    assert found["heads"] == "MTP modules inside a whole model, named as DeepSeek-V3 and GLM name them"
+    assert (found["kind"], found["num_modules"], found["problems"]) == ("target", 2, [])
+    assert found["draft"] == f"headstart generate --model {folder} --drafter mtp"
+
+
+def test_inspect_names_what_is_wrong_with_modules(publish, tmp_path):
+    published = publish("deepseek_v3")
+    tensors = {name: tensor for name, tensor in published.tensors.items() if "hnorm" not in name}
+    found = answer("inspect", rewritten(published, tmp_path, tensors))
+    assert found["problems"] == ["model.layers.3.hnorm.weight is missing"]
+    assert "draft" not in found
+
+
+def test_import_makes_heads_of_modules(publish, tmp_path):
+    published = publish("mimo")
+    found = answer("import", published.folder, "--out", tmp_path / "heads")
+    assert (found["method"], found["modules"], found["target"]) == ("mtp", 1, str(published.folder))
+    heads = checkpoint.load(tmp_path / "heads")
+    assert torch.equal(heads.state_dict()["stages.0.eh_proj.weight"], published.tensors["model.mtp_layers.0.input_proj.weight"])
+    inspected = answer("inspect", tmp_path / "heads")
+    assert (inspected["method"], inspected["num_modules"]) == ("mtp", 1)
+    said = answer(
+        "generate", "the cat", "--model", published.folder, "--drafter", tmp_path / "heads", "--max-tokens", 8, "--ignore-eos"
+    )
+    plain = answer("generate", "the cat", "--model", published.folder, "--drafter", "none", "--max-tokens", 8, "--ignore-eos")
+    assert said["token_ids"] == plain["token_ids"]
+
+
+def test_modules_are_brought_in_for_a_model_that_lost_them(publish, tmp_path):
+    published = publish("deepseek_v3")
+    shutil.copytree(published.folder, tmp_path / "saved")
+    published.reloaded().save_pretrained(tmp_path / "saved")
+    assert not any(name.startswith("model.layers.3.") for name in load_file(tmp_path / "saved" / "model.safetensors"))
+    found = answer("import", published.folder, "--target", tmp_path / "saved", "--out", tmp_path / "heads")
+    assert found["use"] == f"headstart generate --model {tmp_path / 'saved'} --drafter {tmp_path / 'heads'}"
+
+
+# -- families --
+
+
+def test_a_layer_is_of_the_kind_of_the_last_even_where_the_first_is_not(publish):
+    config = publish("deepseek_v3").model.config
+    assert config.first_k_dense_replace == 1
+    assert "layers.0.mlp.experts.gate_up_proj" in decoder(block_of(config), 64).state_dict()
+
+
+_LATENT = {"kv_lora_rank": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "qk_nope_head_dim": 16}
+_EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2, "head_dim": 16}
+NO_TARGETS = {
+    "InklingForCausalLM": (
+        lambda: hf.AutoConfig.for_model(
+            "inkling_text", **_COMMON, **_EXPERTS, n_routed_experts=4, swa_num_attention_heads=4, swa_num_key_value_heads=2,
+            swa_head_dim=16,
+        ),
+        "hands its attention position_bias",
+    ),
+    "BailingHybridForCausalLM": (
+        lambda: hf.AutoConfig.for_model(
+            "bailing_hybrid", **_COMMON | {"num_key_value_heads": 4, "pad_token_id": 0, "eos_token_id": None}, **_EXPERTS,
+            **_LATENT, num_local_experts=4, n_group=1, topk_group=1, layer_group_size=2,
+        ),
+        "keeps a state of its own in 2 of 3 layers",
+    ),
+    "Qwen3NextForCausalLM": REFUSED["Qwen3NextForCausalLM"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_TARGETS)
+def test_a_model_with_modules_that_cannot_be_a_target_is_refused_by_name(name):
+    if name == "BailingHybridForCausalLM" and not TAKES_A_LIST:
+        pytest.skip("transformers before 5.23 does not know this model")
+    config, words = NO_TARGETS[name]
+    with pytest.raises(ValueError, match=f"{name}.*cannot be a target: .*{words}"):
+        Target(random_model(config()))

@@ -1,0 +1,31 @@
+"""One small tree behind each of two texts, and what a target makes of it."""
+
+from headstart.speculation.tree import ROOT, Drafts, merge
+from headstart.target.cache import Seating
+
+STEMS = [[5, 17, 3, 44, 90, 12, 8, 61, 7, 30, 2], [11, 4, 4, 70]]
+
+
+TREE = [(13, ROOT), (14, ROOT), (15, 0), (16, 0), (17, 1), (18, 2)]  # token, parent; the same behind each stem
+
+
+PATHS = [[], [13], [14], [13, 15], [13, 16], [14, 17], [13, 15, 18]]  # what the root and each node have behind the stem
+
+
+def forest_of(stems, num_nodes=0):
+    size = len(TREE)
+    parents = [parent if parent == ROOT else parent + row * size for row in range(len(stems)) for _, parent in TREE]
+    rows = [row for row in range(len(stems)) for _ in TREE]
+    depths = [len(path) for path in PATHS[1:]] * len(stems)
+    drafts = Drafts.of([token for token, _ in TREE] * len(stems), parents, rows, depths, [0.5] * len(rows))
+    return merge(stems, [0] * len(stems), [True] * len(stems), drafts, num_nodes)
+
+
+def fresh_cache(target, stems):
+    seating = Seating(len(stems), 40 * len(stems))
+    return target.new_cache(seating), [seating.take(40) for _ in stems]
+
+
+def score(target, stems, taps=(), num_nodes=0):
+    cache, seats = fresh_cache(target, stems)
+    return target.score(forest_of(stems, num_nodes), cache, seats, taps)
