@@ -141,7 +141,7 @@ def watched(clock: Clock, engine: Engine, modules: Sequence[tuple[nn.Module, str
         clock.round.nodes = len(forest)
         return score(forest, *given, **named)
 
-    bookkeeping = [name for name, method in vars(grow._Growth).items() if callable(method) and not name.startswith("_")]
+    bookkeeping = [name for name, method in vars(grow._TreeBuilder).items() if callable(method) and not name.startswith("_")]
     wraps: list[Wrap] = [
         (engine, "step", "host"),
         (engine.drafter, "propose", "propose"),
@@ -153,7 +153,7 @@ def watched(clock: Clock, engine: Engine, modules: Sequence[tuple[nn.Module, str
         (rounds, "verify", "verify"),
         (Rows, "noise", "noise"),
         (Rows, "choose", "choose"),
-        *((grow._Growth, name, "tree") for name in bookkeeping),
+        *((grow._TreeBuilder, name, "tree") for name in bookkeeping),
     ]
     with ExitStack() as stack:
         stack.enter_context(patch.object(Rows, "choose", noted_choose))

@@ -156,19 +156,24 @@ def heads(name: str, target: Target) -> Drafter:
     if target.name == str(embedded("target")) and folder_of(name) is not None:
         return make(name, target)
     kind = method(name)
-    settings = kind.fitted(kind.config_type(), target.model.config)
-    return kind(settings, target.ends.hidden, target.ends.vocab).to(target.dtype).bind(target.ends).start()
+    settings = kind.resolve_config(kind.config_type(), target.model.config)
+    return (
+        kind(settings, target.embed_head.hidden, target.embed_head.vocab)
+        .to(target.dtype)
+        .bind(target.embed_head)
+        .init_from_target()
+    )
 
 
 def identity(target: Target, draft: Target, tokens: int, lines: list[Line]) -> list[dict[str, Any]]:
-    """Every drafter under every law, one row at a time and eight ragged rows at once."""
+    """Every drafter under every distribution, one row at a time and eight ragged rows at once."""
     drafters: dict[str, Callable[[], Drafter | None]] = {
-        "none": lambda: None, "lookup": lambda: Lookup(floor=0.02, worth=0.02), "model": lambda: ModelDrafter(draft),
+        "none": lambda: None, "lookup": lambda: Lookup(floor=0.02, min_gain=0.02), "model": lambda: ModelDrafter(draft),
         **{name: partial(heads, name, target) for name in METHODS},
     }  # fmt: skip
     asked, found = prompts(target), []
     tokens = min(tokens, target.context - max(LENGTHS))
-    for law, base in LAWS.items():
+    for distribution, base in LAWS.items():
         params = replace(base, max_tokens=tokens, ignore_eos=True)
         plain, _ = answers(target, None, params, 1, asked)
         for name, made in drafters.items():
@@ -179,21 +184,23 @@ def identity(target: Target, draft: Target, tokens: int, lines: list[Line]) -> l
                 pairs = enumerate(zip(asked, plain, said, strict=True))
                 splits = [find_split(target, ask, replace(params, seed=i), old, new) for i, (ask, old, new) in pairs]
                 gaps = [split.gap for split in splits if split]
-                found.append({"drafter": name, "law": law, "rows": rows, "tau": tau, "differing": len(gaps), "gaps": gaps})
+                found.append(
+                    {"drafter": name, "distribution": distribution, "rows": rows, "tau": tau, "differing": len(gaps), "gaps": gaps}
+                )
                 is_right = target.dtype != torch.float32 or all(split.is_near_tie for split in splits if split)
                 finding = f"tau {tau:.2f}, {len(gaps)} of {len(said)} differ" + (f", gap up to {max(gaps):.1g}" if gaps else "")
-                lines.append((f"{dtype_name(target)} {law}, {name}, {rows} rows", finding, is_right))
+                lines.append((f"{dtype_name(target)} {distribution}, {name}, {rows} rows", finding, is_right))
     return found
 
 
 def together(target: Target, lines: list[Line]) -> float:
     """The largest difference between all rows in one attention call and row by row, in standard deviations of the logits."""
     scored = []
-    before = target.together
-    for target.together in (True, False):
+    before = target.pad_rows
+    for target.pad_rows in (True, False):
         cache, seats, forest = trees(target, (7, 40, 3), 6)
         scored.append(target.score(forest, cache, seats).logits.double())
-    target.together = before
+    target.pad_rows = before
     gap = float((scored[0] - scored[1]).abs().max() / scored[1].std())
     is_right = gap < (2e-3 if target.dtype == torch.float32 else 0.25)  # as at load
     lines.append((f"{dtype_name(target)} rows together, row by row", f"{gap:.1g} sd", is_right))
@@ -281,7 +288,7 @@ def waits(target: Target, draft: Target, lines: list[Line]) -> dict[str, float] 
         return None
     found = {}
     drafters: dict[str, Drafter | None] = {
-        "none": None, "lookup": Lookup(floor=0.02, worth=0.02), "model": ModelDrafter(draft),
+        "none": None, "lookup": Lookup(floor=0.02, min_gain=0.02), "model": ModelDrafter(draft),
         **{name: heads(name, target) for name in METHODS},
     }  # fmt: skip
     for name, drafter in drafters.items():

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from headstart.target import attention
-from headstart.target.attention import Kernel, Manner, Reach, Sight
+from headstart.target.attention import AttentionParams, Kernel, RowMask, Window
 from headstart.target.cache import Seating
 from headstart.target.kernels.attention import ordered, wide
 from headstart.target.kernels.fuse import fuse
@@ -54,7 +54,7 @@ def measure(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, tu
     return {name: (statistics.median(clean[name] or every[name]), len(clean[name])) for name in jobs}
 
 
-def sight(nodes: int, context: int) -> Sight:
+def row_mask(nodes: int, context: int) -> RowMask:
     """A row behind `context` committed slots whose nodes are a root and random drafts."""
     generator = torch.Generator().manual_seed(nodes)
     seen, depths = torch.eye(nodes, dtype=torch.bool), [0] * nodes
@@ -62,7 +62,7 @@ def sight(nodes: int, context: int) -> Sight:
         parent = int(torch.randint(0, node, (), generator=generator))
         seen[node] |= seen[parent]
         depths[node] = depths[parent] + 1
-    return Sight(0, nodes, 0, context, None if nodes == 1 else seen, torch.tensor(depths) + context)
+    return RowMask(0, nodes, 0, context, None if nodes == 1 else seen, torch.tensor(depths) + context)
 
 
 def one_pass(target: Target, kernel: Kernel, nodes: int, context: int) -> Callable[[], object]:
@@ -74,19 +74,19 @@ def one_pass(target: Target, kernel: Kernel, nodes: int, context: int) -> Callab
     def run() -> Tensor:
         target.kernel = kernel
         row = sight_of[nodes]
-        fresh = Sight(0, nodes, 0, context, row.seen, row.positions)  # masks are made anew in every pass
+        fresh = RowMask(0, nodes, 0, context, row.seen, row.positions)  # masks are made anew in every pass
         return target.forward(tokens, row.positions, [fresh], cache, asked).logits
 
-    sight_of = {nodes: sight(nodes, context)}
+    sight_of = {nodes: row_mask(nodes, context)}
     return run
 
 
 def one_layer(
     kernel: Kernel, dtype: torch.dtype, nodes: int, context: int, heads: int = 16, width: int = 64
 ) -> Callable[[], object]:
-    query, row = torch.randn(heads, nodes, width).to(dtype), sight(nodes, context)
+    query, row = torch.randn(heads, nodes, width).to(dtype), row_mask(nodes, context)
     stores = [torch.randn(2, heads, context + nodes, width).to(dtype) for _ in range(8)]
-    return lambda: [kernel(query, keys, values, row, Manner(width**-0.5, Reach())) for keys, values in stores]
+    return lambda: [kernel(query, keys, values, row, AttentionParams(width**-0.5, Window())) for keys, values in stores]
 
 
 def show(title: str, columns: list[str], rows: list[tuple[str, dict[str, tuple[float, int]]]]) -> None:

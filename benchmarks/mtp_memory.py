@@ -16,9 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from headstart.drafters.mtp_parallel import ParallelConfig, ParallelMtp
 from headstart.drafters.parts.decoder import block_of
-from headstart.target.embed_head import Ends
-from headstart.training.dataset import Padded
-from headstart.training.pretrain_loss import Together
+from headstart.target.embed_head import EmbedHead
+from headstart.training.dataset import TextBatch
+from headstart.training.pretrain_loss import PretrainLoss
 
 ROWS, LENGTH = 4, 512
 
@@ -28,20 +28,20 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def lean(lesson: Together, tokens: torch.Tensor) -> None:
+def lean(loss_module: PretrainLoss, tokens: torch.Tensor) -> None:
     """A step as `headstart pretrain` takes it."""
-    loss, _ = lesson(Padded(tokens, torch.ones_like(tokens, dtype=torch.bool), ()))
+    loss, _ = loss_module(TextBatch(tokens, torch.ones_like(tokens, dtype=torch.bool), ()))
     loss.backward()
 
 
-def whole(lesson: Together, tokens: torch.Tensor) -> None:
+def whole(loss_module: PretrainLoss, tokens: torch.Tensor) -> None:
     """The same losses as one graph, with all logits."""
-    out = lesson.trunk(tokens, output_hidden_states=True, use_cache=False)
+    out = loss_module.trunk(tokens, output_hidden_states=True, use_cache=False)
     loss = cross_entropy(out.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-    for heads in lesson.heads.values():
+    for heads in loss_module.heads.values():
         for depth in range(heads.depth):
             states = heads.head(depth)(inputs_embeds=out.hidden_states[-2], use_cache=False).last_hidden_state
-            logits = lesson.trunk.lm_head(states[:, : -depth - 2])
+            logits = loss_module.trunk.lm_head(states[:, : -depth - 2])
             loss = loss + cross_entropy(logits.flatten(0, 1), tokens[:, depth + 2 :].flatten())
     loss.backward()
 
@@ -53,10 +53,10 @@ def measure(way: str, num_heads: int, vocab: int, hidden: int) -> float:
         num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, tie_word_embeddings=True,
     )  # fmt: skip
     trunk = LlamaForCausalLM(config)
-    kind = ParallelMtp(ParallelConfig(num_heads=max(1, num_heads), block=block_of(config)), hidden, vocab).bind(Ends(trunk))
-    lesson = Together(trunk, {"mtp-parallel": kind} if num_heads else {}, lambda progress: 1.0, 1.0)
+    kind = ParallelMtp(ParallelConfig(num_heads=max(1, num_heads), block=block_of(config)), hidden, vocab).bind(EmbedHead(trunk))
+    loss_module = PretrainLoss(trunk, {"mtp-parallel": kind} if num_heads else {}, lambda progress: 1.0, 1.0)
     before = peak()
-    {"lean": lean, "whole": whole}[way](lesson, torch.randint(vocab, (ROWS, LENGTH)))
+    {"lean": lean, "whole": whole}[way](loss_module, torch.randint(vocab, (ROWS, LENGTH)))
     return peak() - before
 
 

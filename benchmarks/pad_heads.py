@@ -21,9 +21,9 @@ from transformers import AutoConfig
 
 from headstart.drafters.parts.heads import Heads
 from headstart.drafters.parts.losses import Batch
-from headstart.formats import TargetFacts, describe, facts_of, load, save
+from headstart.formats import TargetInfo, describe, describe_target, load, save
 from headstart.speculation.calibration import load_plan, save_plan
-from headstart.target.embed_head import Ends
+from headstart.target.embed_head import EmbedHead
 from headstart.target.loading import load_model
 from headstart.target.tokenizer_loading import load_tokenizer
 
@@ -105,12 +105,12 @@ class Narrow:
 
     parameters = ()  # nothing learns here
 
-    def __init__(self, ends: Ends, hidden: int) -> None:
-        self._ends, self.hidden, self.vocab = ends, hidden, ends.vocab
-        table = ends.embed(torch.arange(ends.vocab))
-        if table[:, hidden:].any() or ends.weight[:, hidden:].any():
+    def __init__(self, embed_head: EmbedHead, hidden: int) -> None:
+        self._embed_head, self.hidden, self.vocab = embed_head, hidden, embed_head.vocab
+        table = embed_head.embed(torch.arange(embed_head.vocab))
+        if table[:, hidden:].any() or embed_head.lm_head_weight[:, hidden:].any():
             raise ValueError(f"the target is not padded: behind {hidden} numbers, its embeddings or its head are not zero")
-        self._table, self.weight = table[:, :hidden], ends.weight[:, :hidden]
+        self._table, self.weight = table[:, :hidden], embed_head.lm_head_weight[:, :hidden]
 
     def embed(self, tokens: Tensor) -> Tensor:
         return self._table[tokens]
@@ -118,8 +118,8 @@ class Narrow:
     def project(self, states: Tensor) -> Tensor:
         return self.finish(linear(states, self.weight))
 
-    def finish(self, logits: Tensor) -> Tensor:
-        return self._ends.finish(logits)
+    def scale_logits(self, logits: Tensor) -> Tensor:
+        return self._embed_head.scale_logits(logits)
 
 
 @torch.no_grad()
@@ -139,7 +139,7 @@ def gap(small: Heads, large: Heads, length: int = 12) -> float:
     return worst
 
 
-def check_target(heads: TargetFacts, target: TargetFacts) -> None:
+def check_target(heads: TargetInfo, target: TargetInfo) -> None:
     """Raise ValueError where the padded target cannot be theirs, only wider."""
     for what in ("vocab", "layers", "tokenizer"):
         mine, its = getattr(heads, what), getattr(target, what)
@@ -153,15 +153,15 @@ def pad_heads(source: Path, target: Path, out: Path) -> float:
     Raises ValueError, before anything is written, where the target is no padded one of theirs or the logits differ."""
     described, small = describe(source), load(source).float()
     model = load_model(target, dtype="float32", device="cpu")
-    facts = facts_of(model, load_tokenizer(target))
-    check_target(described.target, facts)
-    ends = Ends(model)
-    large = widened(small, ends.hidden).bind(ends)
-    worst = gap(small.bind(Narrow(ends, small.hidden)), large)
+    target_info = describe_target(model, load_tokenizer(target))
+    check_target(described.target, target_info)
+    embed_head = EmbedHead(model)
+    large = widened(small, embed_head.hidden).bind(embed_head)
+    worst = gap(small.bind(Narrow(embed_head, small.hidden)), large)
     if not worst <= TOLERANCE:
         raise ValueError(f"widening changed what the heads say: their logits differ by {worst:.1e} of the largest")
     plan = load_plan(source)
-    save(out, large, facts, {**described.training, "padded": True})
+    save(out, large, target_info, {**described.training, "padded": True})
     if plan is not None:
         save_plan(out, plan)
     return worst

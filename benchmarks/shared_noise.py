@@ -4,7 +4,7 @@
 
 coupled: children are chosen with the target's own noise. rejection: drawn with noise of their own, and judged by their chances,
 on the same shape. picked: the best of the drafter's logits, without noise, judged as coupled ones are, which is exact for any
-tree. Where a shape grows (`best`), rejection has no part, and a picked child's chance is the drafter's own law at that temperature,
+tree. Where a shape grows (`best`), rejection has no part, and a picked child's chance is the drafter's own at that temperature,
 for what was calibrated are chances under noise; the calibrated trees (`tree:8`) are those of coupled children too. Coupled and
 picked texts are asserted to be plain decoding's. Errors are standard errors over prompts (jackknife), of ratios in pairs: where the
 texts are the same they say much more than those of the two taus. One JSON line at the end.
@@ -26,7 +26,7 @@ from headstart.cli.bench import as_tasks
 from headstart.cli.options import Model
 from headstart.engine.stats import Stats
 from headstart.speculation.calibration import UNFITTED, Calibration
-from headstart.speculation.planner import Chain, Shape
+from headstart.speculation.planner import Chain, StaticTree
 from headstart.speculation.sampling import SamplingParams
 from headstart.speculation.verify import RULES
 
@@ -77,9 +77,9 @@ def prepared(setup: runner.Setup, spec: str, way: str) -> runner.Run:
     """A run of the bench under one of the three rules."""
     run = runner.prepare(setup, [spec])[1]
     run.engine.rule = RULE_OF[way]
-    heat = setup.params.temperature
-    if way == "picked" and heat > 0 and hasattr(run.engine.drafter, "calibration"):
-        run.engine.drafter.calibration = Calibration((heat,), ((heat,),), UNFITTED.ranks)
+    temperature = setup.params.temperature
+    if way == "picked" and temperature > 0 and hasattr(run.engine.drafter, "calibration"):
+        run.engine.drafter.calibration = Calibration((temperature,), ((temperature,),), UNFITTED.ranks)
     return run
 
 
@@ -97,25 +97,25 @@ def near_ties(setup: runner.Setup, plain: Sequence[runner.Sample], samples: Sequ
 
 def measure(setup: runner.Setup, drafter: str, shape: str, plain: Sequence[runner.Sample], num_prompts: int) -> list[Cell]:
     """All ways that a shape allows; tasks are `num_prompts` prompts, again and again."""
-    heat, spec, cells = setup.params.temperature, f"{drafter}@{shape}", []
-    is_fixed = isinstance(runner.read_spec(spec, heat)[1], Chain | Shape)
+    temperature, spec, cells = setup.params.temperature, f"{drafter}@{shape}", []
+    is_fixed = isinstance(runner.read_spec(spec, temperature)[1], Chain | StaticTree)
     for way in RULE_OF if is_fixed else ("coupled", "picked"):
         run = prepared(setup, spec, way)
         samples = [runner.answer(setup, run, place) for place in range(len(setup.tasks))]
         ties = 0 if way == "rejection" else near_ties(setup, plain, samples)
         parts = (Stats.total(sample.stats for sample in samples[prompt::num_prompts]) for prompt in range(num_prompts))
-        cells.append(Cell(drafter, heat, shape, way, tuple(parts), ties))
+        cells.append(Cell(drafter, temperature, shape, way, tuple(parts), ties))
     return cells
 
 
-def shapes_of(drafter: str, given: Sequence[str] | None, heat: float) -> list[str]:
+def shapes_of(drafter: str, given: Sequence[str] | None, temperature: float) -> list[str]:
     """The shapes to measure: those given, or the usual ones but for a calibrated tree where there is none.
 
     Raises ValueError for one that cannot be had."""
     found = []
     for shape in given or DEFAULT_SHAPES:
         try:
-            runner.read_spec(f"{drafter}@{shape}", heat)
+            runner.read_spec(f"{drafter}@{shape}", temperature)
         except ValueError:
             if given or not shape.startswith("tree"):
                 raise
@@ -155,7 +155,7 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> tuple[list[Cell], runner.Setup]:
     """All cells, and what they share. Raises ValueError, before the model is loaded, for settings that cannot be had."""
     base = SamplingParams(max_tokens=arguments.max_tokens, seed=arguments.seed)
-    laws = [replace(base, temperature=heat) for heat in arguments.temperatures]
+    laws = [replace(base, temperature=temperature) for temperature in arguments.temperatures]
     if arguments.answers < 1:
         raise ValueError(f"answers is {arguments.answers}; it must be at least 1 per prompt")
     cases = [case for source in arguments.prompts or ["stories"] for case in suites.load_cases(source, arguments.limit)]
@@ -187,8 +187,8 @@ def show(found: Sequence[Cell], setup: runner.Setup, name: str) -> None:
     for table, columns in ((taus, (*RULE_OF, "coupled / picked", "rejection / picked", "near-ties")), (kept, RULE_OF)):
         for name in ("drafter", "shape", "T", *columns):
             table.add_column(name, justify="left" if name in ("drafter", "shape") else "right")
-    for (drafter, shape, heat), cells in by_line(found).items():
-        line = report.short(drafter), shape, f"{heat:g}"
+    for (drafter, shape, temperature), cells in by_line(found).items():
+        line = report.short(drafter), shape, f"{temperature:g}"
         own = [written(*with_error(cells[way].tau, num_prompts)) if way in cells else "" for way in RULE_OF]
         against = [
             written(*with_error(ratio(cells[way], cells["picked"]), num_prompts)) if way in cells else ""

@@ -66,7 +66,7 @@ class Fifteen:
     def extend(self, kept: Kept) -> None: ...
 
     def propose(self, rows: Rows) -> Drafts:
-        following = self._text[rows.places[0] + 1 :]
+        following = self._text[rows.root_positions[0] + 1 :]
         depth = min(3, rows.depths[0])
         tokens = [(following[0] + 7919 * (1 + place)) % self._vocab for place in range(5 * depth)]
         for level in range(min(2, depth)):

@@ -23,7 +23,7 @@ from heads import heads_for
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from headstart.formats import facts_of, save
+from headstart.formats import describe_target, save
 from headstart.target.loading import load_model
 from headstart.target.target import Target
 from headstart.target.tokenizer_loading import load_tokenizer
@@ -64,7 +64,7 @@ def whole(home: Path) -> Whole:
     known = json.loads((home / "adapter" / "adapter_config.json").read_text())
     (home / "adapter" / "adapter_config.json").write_text(json.dumps(known | {"base_model_name_or_path": str(model)}))
     target = Target(load_model(model))
-    save(home / "heads", heads_for(target, METHOD, num_heads=2), facts_of(target.model, load_tokenizer(model)), {})
+    save(home / "heads", heads_for(target, METHOD, num_heads=2), describe_target(target.model, load_tokenizer(model)), {})
     (home / "heads" / "plan.json").write_text(json.dumps(PLAN))
     (home / "scratch").mkdir()
     return Whole(model, home / "adapter", home / "heads", home / "scratch")

@@ -1,4 +1,4 @@
-"""The cells of the identity tests: every drafter, law and number of rows, on models large enough to say something.
+"""The cells of the identity tests: every drafter, distribution and number of rows, on models large enough to say something.
 
 `tests/engine/test_engine_identity.py` runs a few hundred tokens per cell, `benchmarks/identity.py` as many as one likes.
 """
@@ -20,7 +20,7 @@ from headstart.drafters import Drafter
 from headstart.drafters.draft_model import ModelDrafter
 from headstart.drafters.lookup import Lookup
 from headstart.engine.drafter_loading import heads_in
-from headstart.speculation.planner import Best, Chain, Planner, Shape
+from headstart.speculation.planner import Best, Chain, Planner, StaticTree
 from headstart.speculation.sampling import SamplingParams
 from headstart.target.loading import load_model
 from headstart.target.target import Target
@@ -52,7 +52,7 @@ STORIES = [
 
 
 @dataclass(frozen=True)
-class Voice:
+class SamplingCase:
     """A model under test, prompts it has something to say to, and a smaller model that drafts for it."""
 
     name: str
@@ -63,10 +63,10 @@ class Voice:
 
 @dataclass(frozen=True)
 class Cell:
-    """One drafter under one law: what it said, compared with plain decoding."""
+    """One drafter under one distribution: what it said, compared with plain decoding."""
 
     drafter: str
-    law: str
+    distribution: str
     rows: int
     tokens: int
     tau: float
@@ -74,12 +74,12 @@ class Cell:
 
     def __str__(self) -> str:
         flips = "; ".join(map(str, self.splits)) or "identical"
-        return f"{self.drafter:22} {self.law:24} {self.rows:2} rows {self.tokens:6} tokens  tau {self.tau:5.2f}  {flips}"
+        return f"{self.drafter:22} {self.distribution:24} {self.rows:2} rows {self.tokens:6} tokens  tau {self.tau:5.2f}  {flips}"
 
 
-def voices(dtype: torch.dtype = torch.float32) -> dict[str, Callable[[], Voice]]:
+def samplings(dtype: torch.dtype = torch.float32) -> dict[str, Callable[[], SamplingCase]]:
     """The models that are there: the tiny one always (fp64), others beside the checkout, the embedded one once it is trained."""
-    found: dict[str, Callable[[], Voice]] = {"tiny": tiny_voice}
+    found: dict[str, Callable[[], SamplingCase]] = {"tiny": tiny_voice}
     for name in ("stories260K", "babyllama105", "talk13M"):
         if (MODELS / name / "config.json").is_file():
             found[name] = lambda name=name: folder_voice(name, MODELS / name, dtype)
@@ -88,36 +88,38 @@ def voices(dtype: torch.dtype = torch.float32) -> dict[str, Callable[[], Voice]]
     return found
 
 
-def tiny_voice() -> Voice:
+def tiny_voice() -> SamplingCase:
     target = tiny("llama")
     rng = random.Random(1)
     prompts = [tuple(rng.randrange(target.vocab) for _ in range(size)) for size in (5, 1, 12, 30, 2, 8, 17, 3)]
-    return Voice("tiny", target, prompts, cut(target.model, 2))
+    return SamplingCase("tiny", target, prompts, cut(target.model, 2))
 
 
-def folder_voice(name: str, folder: Path, dtype: torch.dtype) -> Voice:
+def folder_voice(name: str, folder: Path, dtype: torch.dtype) -> SamplingCase:
     """With the kernels that a target has by default."""
     target = Target.load(folder, dtype=dtype, device="cpu")
     tokenizer = load_tokenizer(folder)
     sibling = folder.with_name(folder.name + "-draft") if name != "embedded" else folder.with_name("draft")
     has_sibling = (sibling / "config.json").is_file()
     draft = Target.load(sibling, dtype=dtype, device="cpu") if has_sibling else cut(load_model(folder, dtype, "cpu"), 2)
-    return Voice(name, target, [tuple(encode_prompt(tokenizer, prompt)) for prompt in STORIES], draft)
+    return SamplingCase(name, target, [tuple(encode_prompt(tokenizer, prompt)) for prompt in STORIES], draft)
 
 
-def heads_of(voice: Voice, kind: str) -> Drafter:
+def heads_of(sampling: SamplingCase, kind: str) -> Drafter:
     """The heads that ship with the embedded model; for any other, untrained ones."""
     shipped = EMBEDDED.with_name(kind)
-    return heads_in(shipped, voice.target) if voice.name == "embedded" and shipped.is_dir() else heads_for(voice.target, kind)
+    return (
+        heads_in(shipped, sampling.target) if sampling.name == "embedded" and shipped.is_dir() else heads_for(sampling.target, kind)
+    )
 
 
-Maker = Callable[[Voice, Sequence[Sequence[int]]], tuple[Drafter | None, Planner | None]]
+Maker = Callable[[SamplingCase, Sequence[Sequence[int]]], tuple[Drafter | None, Planner | None]]
 
 
 def scripted(
     script: Callable[[int], Callable[[Sequence[int], int], list[tuple[int, int]]]], nodes: int = 16, depth: int = 8
 ) -> Maker:
-    return lambda voice, answers: (Scripted(script(voice.target.vocab), answers), AsDrafted(nodes, depth))
+    return lambda sampling, answers: (Scripted(script(sampling.target.vocab), answers), AsDrafted(nodes, depth))
 
 
 # The static tree of EAGLE-1's paper: 25 drafts, five deep.
@@ -125,22 +127,28 @@ _PATHS = "0 1 2 3 00 01 02 10 11 20 21 30 000 001 002 010 011 020 021 100 0000 0
 EAGLE = tuple(tuple(map(int, path)) for path in _PATHS.split(" "))
 
 DRAFTERS: dict[str, Maker] = {
-    "none": lambda voice, answers: (None, None),
-    "lookup": lambda voice, answers: (Lookup(), Best(nodes=10, depth=5)),
-    "model, chain": lambda voice, answers: (ModelDrafter(voice.draft), Chain(4)),
-    "model, static tree": lambda voice, answers: (ModelDrafter(voice.draft), Shape.full(3, 2, 1)),
-    "model, dynamic tree": lambda voice, answers: (ModelDrafter(voice.draft), Best(nodes=8, depth=4, width=3, beam=2)),
-    "medusa, chain": lambda voice, answers: (heads_of(voice, "medusa"), Chain(4)),
-    "medusa, dynamic tree": lambda voice, answers: (heads_of(voice, "medusa"), Best(nodes=9, depth=4, width=3, beam=4)),
-    "hydra, static tree": lambda voice, answers: (heads_of(voice, "hydra"), Shape.full(3, 2, 1)),
-    "hydra++, dynamic tree": lambda voice, answers: (heads_of(voice, "hydra++"), Best(nodes=9, depth=4, width=3, beam=2)),
-    "mtp, static tree": lambda voice, answers: (heads_of(voice, "mtp"), Shape.full(3, 2, 1)),
-    "mtp, dynamic tree": lambda voice, answers: (heads_of(voice, "mtp"), Best(nodes=9, depth=4, width=3, beam=2)),
-    "mtp-parallel, dynamic tree": lambda voice, answers: (heads_of(voice, "mtp-parallel"), Best(nodes=9, depth=3, width=3, beam=4)),
-    "eagle, static tree": lambda voice, answers: (heads_of(voice, "eagle"), Shape(EAGLE)),
-    "eagle, dynamic tree": lambda voice, answers: (heads_of(voice, "eagle"), Best(nodes=12, depth=4, width=4, beam=4)),
-    "eagle3, chain": lambda voice, answers: (heads_of(voice, "eagle3"), Chain(4)),
-    "eagle3, dynamic tree": lambda voice, answers: (heads_of(voice, "eagle3"), Best(nodes=9, depth=5, width=3, beam=3, worth=0.1)),
+    "none": lambda sampling, answers: (None, None),
+    "lookup": lambda sampling, answers: (Lookup(), Best(nodes=10, depth=5)),
+    "model, chain": lambda sampling, answers: (ModelDrafter(sampling.draft), Chain(4)),
+    "model, static tree": lambda sampling, answers: (ModelDrafter(sampling.draft), StaticTree.full(3, 2, 1)),
+    "model, dynamic tree": lambda sampling, answers: (ModelDrafter(sampling.draft), Best(nodes=8, depth=4, width=3, beam=2)),
+    "medusa, chain": lambda sampling, answers: (heads_of(sampling, "medusa"), Chain(4)),
+    "medusa, dynamic tree": lambda sampling, answers: (heads_of(sampling, "medusa"), Best(nodes=9, depth=4, width=3, beam=4)),
+    "hydra, static tree": lambda sampling, answers: (heads_of(sampling, "hydra"), StaticTree.full(3, 2, 1)),
+    "hydra++, dynamic tree": lambda sampling, answers: (heads_of(sampling, "hydra++"), Best(nodes=9, depth=4, width=3, beam=2)),
+    "mtp, static tree": lambda sampling, answers: (heads_of(sampling, "mtp"), StaticTree.full(3, 2, 1)),
+    "mtp, dynamic tree": lambda sampling, answers: (heads_of(sampling, "mtp"), Best(nodes=9, depth=4, width=3, beam=2)),
+    "mtp-parallel, dynamic tree": lambda sampling, answers: (
+        heads_of(sampling, "mtp-parallel"),
+        Best(nodes=9, depth=3, width=3, beam=4),
+    ),
+    "eagle, static tree": lambda sampling, answers: (heads_of(sampling, "eagle"), StaticTree(EAGLE)),
+    "eagle, dynamic tree": lambda sampling, answers: (heads_of(sampling, "eagle"), Best(nodes=12, depth=4, width=4, beam=4)),
+    "eagle3, chain": lambda sampling, answers: (heads_of(sampling, "eagle3"), Chain(4)),
+    "eagle3, dynamic tree": lambda sampling, answers: (
+        heads_of(sampling, "eagle3"),
+        Best(nodes=9, depth=5, width=3, beam=3, min_gain=0.1),
+    ),
     "scripted right": scripted(lambda vocab: right()),
     "scripted wrong": scripted(wrong),
     "scripted right to 3": scripted(lambda vocab: right_then_wrong(3, vocab)),
@@ -148,29 +156,31 @@ DRAFTERS: dict[str, Maker] = {
 }
 
 
-def requests_of(voice: Voice, law: SamplingParams, tokens: int, count: int = 8) -> list[Ask]:
+def requests_of(sampling: SamplingCase, distribution: SamplingParams, tokens: int, count: int = 8) -> list[Ask]:
     """`count` requests of different length, `tokens` in all, with seeds of their own; none stops early."""
     shares = [1 + place % 5 for place in range(count)]
     return [
-        Ask(prompt, replace(law, max_tokens=max(1, tokens * share // sum(shares)), seed=77 + place, ignore_eos=True))
-        for place, (prompt, share) in enumerate(zip(voice.prompts[:count], shares, strict=True))
+        Ask(prompt, replace(distribution, max_tokens=max(1, tokens * share // sum(shares)), seed=77 + place, ignore_eos=True))
+        for place, (prompt, share) in enumerate(zip(sampling.prompts[:count], shares, strict=True))
     ]
 
 
-def cells(voice: Voice, law: str, tokens: int, drafters: Sequence[str] = tuple(DRAFTERS)) -> Iterator[Cell]:
-    """Every drafter under one law, alone in its engine and then in a crowd of eight requests for three seats.
+def cells(sampling: SamplingCase, distribution: str, tokens: int, drafters: Sequence[str] = tuple(DRAFTERS)) -> Iterator[Cell]:
+    """Every drafter under one distribution, alone in its engine and then in a crowd of eight requests for three seats.
 
     tokens: of each of these two. Plain decoding of one row at a time is what all are compared with.
     """
-    requests = requests_of(voice, LAWS[law], tokens)
-    plain, _ = decode(voice.target, requests)
+    requests = requests_of(sampling, LAWS[distribution], tokens)
+    plain, _ = decode(sampling.target, requests)
     answers = texts(requests, plain)
     for name in drafters:
         for rows in (1, 3):
-            drafter, planner = DRAFTERS[name](voice, answers)
-            outputs, engine = decode(voice.target, requests, drafter, planner, max_rows=rows, chunk=64)
+            drafter, planner = DRAFTERS[name](sampling, answers)
+            outputs, engine = decode(sampling.target, requests, drafter, planner, max_rows=rows, chunk=64)
             splits = [
-                find_split(voice.target, ask.prompt, ask.params, expected, found)
+                find_split(sampling.target, ask.prompt, ask.params, expected, found)
                 for ask, expected, found in zip(requests, plain, outputs, strict=True)
             ]
-            yield Cell(name, law, rows, sum(map(len, outputs)), engine.stats.tau, tuple(split for split in splits if split))
+            yield Cell(
+                name, distribution, rows, sum(map(len, outputs)), engine.stats.tau, tuple(split for split in splits if split)
+            )

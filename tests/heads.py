@@ -22,8 +22,8 @@ KINDS = ("medusa", "medusa, shared", "hydra", "hydra++", "mtp", "mtp, 3 modules"
 
 
 def heads_for(target: Target, kind: str, noise: float = 0.05, num_heads: int = 4) -> Heads:
-    ends = target.ends
-    sizes = ends.hidden, ends.vocab
+    embed_head = target.embed_head
+    sizes = embed_head.hidden, embed_head.vocab
     made: dict[str, Callable[[], Heads]] = {
         "medusa": lambda: Medusa(MedusaConfig(num_heads=num_heads, num_layers=2), *sizes),
         "medusa, shared": lambda: Medusa(MedusaConfig(num_heads=num_heads, projection="shared"), *sizes),
@@ -44,9 +44,9 @@ def heads_for(target: Target, kind: str, noise: float = 0.05, num_heads: int = 4
         "eagle3.1, 40 tokens": lambda: Eagle3(Eagle3Config(depth=num_heads, taps=(0, 1, -1), draft_vocab=40), *sizes),
     }
     torch.manual_seed(7)
-    heads = made[kind]().to(target.dtype).bind(ends)
-    heads.survey(torch.arange(ends.vocab) % 7, ())
-    heads.start()
+    heads = made[kind]().to(target.dtype).bind(embed_head)
+    heads.choose_vocab(torch.arange(embed_head.vocab) % 7, ())
+    heads.init_from_target()
     with torch.no_grad():
         for weight in heads.parameters():
             weight.add_(torch.randn_like(weight) * noise)
@@ -64,7 +64,7 @@ class Forced:
     beam: int = 1
     parents: frozenset = frozenset()
     nodes: int = 10**6
-    worth: float = 0.0
+    min_gain: float = 0.0
     said: dict = field(default_factory=dict)
 
     def __post_init__(self):

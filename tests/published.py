@@ -14,7 +14,7 @@ from headstart import formats as checkpoint
 from headstart.drafters.parts.losses import Batch
 from headstart.speculation.tree import Kept
 from headstart.target.cache import Seating
-from headstart.target.embed_head import Ends
+from headstart.target.embed_head import EmbedHead
 from headstart.target.loading import load_model
 from headstart.target.target import Target
 
@@ -43,18 +43,18 @@ class Trial:
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         self.folder = folder
         self.model = load_model(folder, dtype, "cpu")
-        self.facts = checkpoint.facts_of(self.model)
-        self.ends = Ends(self.model)
+        self.target_info = checkpoint.describe_target(self.model)
+        self.embed_head = EmbedHead(self.model)
         self.tokens = torch.randint(VOCAB, (2, 9), generator=torch.Generator().manual_seed(3))
         with torch.no_grad():
             found = self.model.model(input_ids=self.tokens, output_hidden_states=True)
             self.states, self.outputs = found.last_hidden_state, found.hidden_states[1:]  # [rows, length, hidden]
-            self.embedded = self.ends.embed(self.tokens)
+            self.embedded = self.embed_head.embed(self.tokens)
 
     def read(self, source: Path, taps: Sequence[int] = ()) -> Any:
         """The heads there, brought in for this target, in its precision."""
-        found = checkpoint.published_in(source).suited(self.facts, lambda: self.ends, taps)
-        return found.read(self.facts, self.model.config).to(self.model.dtype).bind(self.ends)
+        found = checkpoint.published_in(source).suited(self.target_info, lambda: self.embed_head, taps)
+        return found.read(self.target_info, self.model.config).to(self.model.dtype).bind(self.embed_head)
 
     def logits(self, source: Path) -> list[Tensor]:
         """[heads][rows, length, vocab]: what the heads say at every position, once brought in."""
@@ -62,7 +62,7 @@ class Trial:
         read = torch.cat([self.outputs[tap] if tap >= 0 else self.states for tap in heads.taps], -1)
         batch = Batch(self.tokens, torch.ones_like(self.tokens, dtype=torch.bool), read, self.states)
         with torch.no_grad():
-            return [guess.project(guess.states) for guess in heads.states(batch)]
+            return [guess.output_head(guess.states) for guess in heads.states(batch)]
 
     def drafted(self, source: Path, steps: int) -> list[Tensor]:
         """[steps][rows, places, vocab]: what the heads say while they draft the true text, `steps` deep behind every place: of

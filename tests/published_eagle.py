@@ -41,4 +41,4 @@ def by_formula(trial, tensors, kv, size, theta=10000.0, eps=1e-2, table=None):
     embedded = trial.embedded if table is None else table.double()[trial.tokens]
     for row, states in enumerate(trial.states):
         said = unrolled(step, states, embedded[row], STEPS)
-        yield [[trial.ends.project(out) for out in outs] for outs in said]
+        yield [[trial.embed_head.logits(out) for out in outs] for outs in said]

@@ -112,7 +112,7 @@ class Scripted:
         depths: list[int] = []
         for row in (row for row, depth in enumerate(rows.depths) if depth):
             text, first = self.texts[rows.seats[row]], len(tokens)
-            assert (len(text) - 1, text[-1]) == (rows.places[row], rows.roots[row]), "the root is the last of what is known"
+            assert (len(text) - 1, text[-1]) == (rows.root_positions[row], rows.roots[row]), "the root is the last of what is known"
             for token, parent in self.script(self.coming(text), rows.depths[row]):
                 tokens.append(token)
                 parents.append(parent if parent == ROOT else first + parent)
@@ -141,11 +141,11 @@ class Ask:
     params: SamplingParams
 
 
-def asks(vocab: int, lengths: Sequence[int], max_tokens: Sequence[int], law: SamplingParams, seed: int = 0) -> list[Ask]:
+def asks(vocab: int, lengths: Sequence[int], max_tokens: Sequence[int], distribution: SamplingParams, seed: int = 0) -> list[Ask]:
     """Requests with random prompts of these lengths and so many tokens to come, each with a seed of its own."""
     rng = random.Random(seed)
     return [
-        Ask(tuple(rng.randrange(vocab) for _ in range(length)), replace(law, max_tokens=tokens, seed=seed * 1000 + place))
+        Ask(tuple(rng.randrange(vocab) for _ in range(length)), replace(distribution, max_tokens=tokens, seed=seed * 1000 + place))
         for place, (length, tokens) in enumerate(zip(lengths, max_tokens, strict=True))
     ]
 

@@ -1,4 +1,4 @@
-"""Targets and drafters that are tables: the law after two tokens is a line that a test can write down."""
+"""Targets and drafters that are tables: the distribution after two tokens is a line that a test can write down."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from headstart.drafters.parts.grow import Level, compose, grow
 from headstart.speculation.planner import Planner
-from headstart.speculation.sampling import History, Laws, Paths, Rows, SamplingParams, warp
+from headstart.speculation.sampling import History, Paths, Rows, SamplingParams, SamplingTensors, warp
 from headstart.speculation.tree import ROOT, Drafts, Forest, merge
 from headstart.speculation.verify import Rule, verify
 
@@ -29,7 +29,7 @@ def make_rows(
     noise_rule: str = "shared",
     history: History | None = None,
     nodes: int = 10**6,
-    worth: float = 0.0,
+    min_gain: float = 0.0,
 ) -> Rows:
     count = len(params)
     return Rows(
@@ -40,8 +40,8 @@ def make_rows(
         width=width,
         beam=beam,
         nodes=nodes,
-        worth=worth,
-        laws=Laws.of(params, seeds),
+        min_gain=min_gain,
+        sampling=SamplingTensors.of(params, seeds),
         vocab=vocab,
         noise_rule=noise_rule,
         history=history,
@@ -139,9 +139,9 @@ def rounds(
 
 
 def joint_law(target: Tensor, params: SamplingParams, length: int) -> Tensor:
-    """[vocab ** length] the law of the first tokens after the text (0, 0), by enumeration."""
+    """[vocab ** length] the distribution of the first tokens after the text (0, 0), by enumeration."""
     vocab = target.shape[-1]
-    laws = warp(target.reshape(-1, vocab), Laws.of([params], [0])).reshape(target.shape)
+    laws = warp(target.reshape(-1, vocab), SamplingTensors.of([params], [0])).reshape(target.shape)
     joint = torch.ones(1, dtype=torch.float64)
     ends = torch.zeros(1, 2, dtype=torch.int64)
     for _ in range(length):
@@ -151,7 +151,7 @@ def joint_law(target: Tensor, params: SamplingParams, length: int) -> Tensor:
 
 
 def p_value(texts: Sequence[Sequence[int]], joint: Tensor, vocab: int) -> float:
-    """Of the chi-square test that the texts follow the joint law; 0 where an impossible text was emitted."""
+    """Of the chi-square test that the texts follow the joint distribution; 0 where an impossible text was emitted."""
     cells = torch.zeros(len(texts), dtype=torch.int64)
     for place in torch.tensor(texts).T:
         cells = cells * vocab + place

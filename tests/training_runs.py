@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from headstart.training import loop as loops
-from headstart.training.dataset import Library
+from headstart.training.dataset import Dataset
 from headstart.training.train import train
 
 
@@ -57,7 +57,7 @@ def killed(config, at: str, resume: bool = False) -> None:
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
 
 
-def library_of(model_folder: Path, data: Path) -> Library:
+def dataset_of(model_folder: Path, data: Path) -> Dataset:
     from headstart.target.tokenizer_loading import load_tokenizer
     from headstart.text.conversations import read_examples
     from headstart.training.dataset import shelve

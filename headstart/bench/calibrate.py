@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from headstart.drafters import Drafter
-from headstart.drafters.parts.losses import CHUNK, NONE, Batch, Guess, columns
+from headstart.drafters.parts.losses import CHUNK, NONE, Batch, HeadOutput, columns
 from headstart.engine.engine import Engine
 from headstart.engine.scheduler import Request
 from headstart.engine.stats import Stats
@@ -35,7 +35,7 @@ from headstart.speculation.planner import Chain, Planner
 from headstart.speculation.sampling import Rows, SamplingParams
 from headstart.speculation.tree import Drafts, Kept
 from headstart.target.cache import Seating
-from headstart.target.embed_head import Ends
+from headstart.target.embed_head import EmbedHead
 from headstart.target.target import Target
 
 WIDTH = 8  # ranks that are told apart, and up to which a parent counts as kept
@@ -47,25 +47,25 @@ MOST_SCORES = 2**25  # that are held for a fit, per depth: 128 MiB
 Ids = Sequence[int]
 
 
-class Taught(Drafter, Protocol):
+class TrainedDrafter(Drafter, Protocol):
     """A drafter that can also say, for a whole text at once, what it would propose at each position."""
 
     @property
     def depth(self) -> int: ...
 
-    def states(self, batch: Batch) -> Iterator[Guess]: ...
+    def states(self, batch: Batch) -> Iterator[HeadOutput]: ...
 
-    def twin(self) -> Self: ...
+    def clone(self) -> Self: ...
 
     def eval(self) -> Self: ...
 
-    def bind(self, ends: Ends) -> Self: ...
+    def bind(self, embed_head: EmbedHead) -> Self: ...
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Self: ...
 
 
 @dataclass(frozen=True)
-class Trial:
+class DecodeTrial:
     """Whose answers to what. prompts: token ids; the seed of prompt `i` is `mix(seed, i)`. stop_ids: end an answer."""
 
     target: Target
@@ -79,9 +79,9 @@ class Trial:
         drafter: Drafter,
         planner: Planner,
         temperature: float,
-        hear: Callable[[int, Request], None] = lambda place, done: None,
+        on_answer: Callable[[int, Request], None] = lambda place, done: None,
     ) -> Stats:
-        """Answer every prompt and count. hear: gets each prompt's place and its finished request."""
+        """Answer every prompt and count. on_answer: gets each prompt's place and its finished request."""
         longest = max(map(len, self.prompts)) + self.max_tokens + max(planner.headroom(1), self.target.min_nodes)
         memory = longest * (self.target.slot_bytes + drafter.slot_bytes)
         engine = Engine(self.target, drafter, planner, max_rows=1, memory=memory)
@@ -90,7 +90,7 @@ class Trial:
             request = engine.add(prompt, params, stop_ids=self.stop_ids)
             for _ in engine.run():
                 pass
-            hear(place, request)
+            on_answer(place, request)
         return engine.stats
 
 
@@ -146,19 +146,19 @@ class Observation:
 
 
 @torch.inference_mode()
-def observe(drafter: Taught, batch: Batch, temperature: float, seed: int, most: int) -> Observation:
+def observe(drafter: TrainedDrafter, batch: Batch, temperature: float, seed: int, most: int) -> Observation:
     """Ranks of the decided tokens of one text among what the drafter would propose, given the text before them.
 
     most: positions whose scores are kept, per depth. A guess at position j is ranked with the noise g(seed, j), as in a round.
     """
-    first = int(batch.counts[0].int().argmax()) - 1  # t of the first round: its root t + 1 is the first output token
+    first = int(batch.loss_mask[0].int().argmax()) - 1  # t of the first round: its root t + 1 is the first output token
     count = batch.tokens.shape[1] - 2 - first
     ranks, scores, decided = [], [], []
     kept = torch.ones(max(0, count), dtype=torch.bool, device=batch.tokens.device)
     for depth, guess in enumerate(drafter.states(batch), 1):
         size = max(0, count - depth + 1)  # roots that still have a token so far behind them
         at = first + torch.arange(size, device=batch.tokens.device)
-        tokens = columns(batch.tokens[0, at + depth + 1], guess.project.ids)
+        tokens = columns(batch.tokens[0, at + depth + 1], guess.output_head.ids)
         column, lines = _ranked(guess, at, tokens, depth, temperature, seed, kept[:size].nonzero().squeeze(-1)[:most])
         ranks.append(torch.nn.functional.pad(column, (0, len(kept) - size), value=BEYOND))
         scores.append(lines)
@@ -168,7 +168,7 @@ def observe(drafter: Taught, batch: Batch, temperature: float, seed: int, most: 
 
 
 def _ranked(
-    guess: Guess, at: Tensor, tokens: Tensor, depth: int, temperature: float, seed: int, wanted: Tensor
+    guess: HeadOutput, at: Tensor, tokens: Tensor, depth: int, temperature: float, seed: int, wanted: Tensor
 ) -> tuple[Tensor, Tensor]:
     """[n] ranks of `tokens`, columns of its logits, at positions `at` of a text, and the scores of the `wanted` ones, [wanted,
     vocab]."""
@@ -182,12 +182,12 @@ def _ranked(
     return column, torch.cat(lines)
 
 
-def _scores(guess: Guess, at: Tensor, depth: int, temperature: float, seed: int) -> Tensor:
+def _scores(guess: HeadOutput, at: Tensor, depth: int, temperature: float, seed: int) -> Tensor:
     """z + T g(seed, position) of what is guessed at positions `at` [n] of a text: [n, vocab]."""
-    logits = guess.project(guess.states[0, at])
+    logits = guess.output_head(guess.states[0, at])
     if temperature == 0:
         return logits
-    positions, ids = at + depth + 1, guess.project.ids
+    positions, ids = at + depth + 1, guess.output_head.ids
     keys = noise_keys(torch.full_like(positions, signed(seed)), positions)
     return logits + temperature * gumbel(keys[:, None], torch.arange(logits.shape[-1], device=at.device) if ids is None else ids)
 
@@ -195,10 +195,10 @@ def _scores(guess: Guess, at: Tensor, depth: int, temperature: float, seed: int)
 # -- fitting ----------------------------------------------------------------------------------------------------------------
 
 
-def fit_warmth(scores: Tensor, decided: Tensor, steps: int = 20) -> float:
+def fit_calibration_temperature(scores: Tensor, decided: Tensor, steps: int = 20) -> float:
     """The tau that makes softmax(scores / tau) give what was decided the largest likelihood, within bounds.
 
-    scores: [n, vocab]; decided: [n] columns, `NONE` for tokens that the drafter cannot say, which tell nothing. The negative
+    scores: [n, vocab]; decided: [n] columns, `NONE` for tokens that the drafter cannot say, which on_progress nothing. The negative
     log-likelihood is convex in b = 1 / tau, with the slope E_b[s] - s_decided: a bracketed Newton search for where that is zero
     on average.
     """
@@ -208,10 +208,10 @@ def fit_warmth(scores: Tensor, decided: Tensor, steps: int = 20) -> float:
     low, high = 1 / WARMEST, 1 / COLDEST
     b = 1.0
     for _ in range(steps):
-        law = torch.softmax(b * scores, -1)
-        mean = (law * scores).sum(-1)
+        distribution = torch.softmax(b * scores, -1)
+        mean = (distribution * scores).sum(-1)
         slope = float(mean.double().mean() - own)
-        bend = float(((law * scores.square()).sum(-1) - mean.square()).double().mean())
+        bend = float(((distribution * scores.square()).sum(-1) - mean.square()).double().mean())
         low, high = (b, high) if slope < 0 else (low, b)
         step = b - slope / bend if bend > 0 else 0.0
         last, b = b, step if low < step < high else math.sqrt(low * high)
@@ -220,10 +220,10 @@ def fit_warmth(scores: Tensor, decided: Tensor, steps: int = 20) -> float:
     return 1 / b
 
 
-def calibration_error(scores: Sequence[Tensor], decided: Sequence[Tensor], warmth: Sequence[float]) -> float:
+def calibration_error(scores: Sequence[Tensor], decided: Sequence[Tensor], calibration_temperature: Sequence[float]) -> float:
     """Of the chances of the first `WIDTH` children of kept parents, all depths together."""
     chances, happened = [], []
-    for lines, tokens, tau in zip(scores, decided, warmth, strict=True):
+    for lines, tokens, tau in zip(scores, decided, calibration_temperature, strict=True):
         if not len(tokens):
             continue
         best = lines.topk(min(WIDTH, lines.shape[-1]), -1)
@@ -233,10 +233,11 @@ def calibration_error(scores: Sequence[Tensor], decided: Sequence[Tensor], warmt
 
 
 @dataclass(frozen=True)
-class Finding:
+class CalibrationResult:
     """What was found at one temperature.
 
-    positions: roots observed. table: [depth][rank] acceptance given that the parent was kept; warmth: [depth]. errors: expected
+    positions: roots observed. table: [depth][rank] acceptance given that the parent was kept; calibration_temperature: [depth].
+    errors: expected
     calibration error of the chances before and after fitting, on the same texts. chain, chain_measured: tau of a chain of the
     drafter's depth, replayed from the ranks and by decoding. trees: by size.
     """
@@ -244,7 +245,7 @@ class Finding:
     temperature: float
     positions: int
     table: tuple[tuple[float, ...], ...]
-    warmth: tuple[float, ...]
+    calibration_temperature: tuple[float, ...]
     errors: tuple[float, float]
     chain: float
     chain_measured: float
@@ -252,13 +253,13 @@ class Finding:
 
 
 def calibrate(
-    trial: Trial,
-    drafter: Taught,
+    trial: DecodeTrial,
+    drafter: TrainedDrafter,
     temperatures: Sequence[float] = (0.0, 0.7, 1.0),
     sizes: Sequence[int] = SIZES,
-    tell: Callable[[], None] = lambda: None,
-) -> tuple[HeadsPlan, list[Finding]]:
-    """Measure a drafter that is not attached yet. tell: called after each answer.
+    on_progress: Callable[[], None] = lambda: None,
+) -> tuple[HeadsPlan, list[CalibrationResult]]:
+    """Measure a drafter that is not attached yet. on_progress: called after each answer.
 
     Raises ValueError where there is nothing to measure, and for temperatures or sizes that cannot be.
     """
@@ -266,27 +267,32 @@ def calibrate(
     if not wanted or not trial.prompts or trial.max_tokens < 3:
         raise ValueError("calibration needs a temperature, a prompt, and answers of at least 3 tokens; give it more")
     target = trial.target
-    student = drafter.twin().eval().bind(target.ends).to(target.device, target.dtype)
-    findings = [_find(trial, drafter, student, temperature, sizes, tell) for temperature in wanted]
+    student = drafter.clone().eval().bind(target.embed_head).to(target.device, target.dtype)
+    results = [_find(trial, drafter, student, temperature, sizes, on_progress) for temperature in wanted]
     calibration = Calibration(
-        tuple(wanted), tuple(finding.warmth for finding in findings), tuple(finding.table for finding in findings)
+        tuple(wanted), tuple(finding.calibration_temperature for finding in results), tuple(finding.table for finding in results)
     )
-    return HeadsPlan(calibration, {finding.temperature: finding.trees for finding in findings}), findings
+    return HeadsPlan(calibration, {finding.temperature: finding.trees for finding in results}), results
 
 
 def _find(
-    trial: Trial, drafter: Taught, student: Taught, temperature: float, sizes: Sequence[int], tell: Callable[[], None]
-) -> Finding:
+    trial: DecodeTrial,
+    drafter: TrainedDrafter,
+    student: TrainedDrafter,
+    temperature: float,
+    sizes: Sequence[int],
+    on_progress: Callable[[], None],
+) -> CalibrationResult:
     recorder = Recorder(drafter)
     most = max(1, MOST_SCORES // trial.target.vocab // len(trial.prompts))
     seen: list[Observation] = []
 
-    def hear(place: int, done: Request) -> None:
+    def on_answer(place: int, done: Request) -> None:
         batch = recorder.batch((*done.prompt, *done.output), len(done.prompt))
         seen.append(observe(student, batch, temperature, done.seed, most))
-        tell()
+        on_progress()
 
-    tau = trial.decode(recorder, Chain(drafter.depth), temperature, hear).tau
+    tau = trial.decode(recorder, Chain(drafter.depth), temperature, on_answer).tau
     ranks = [one.ranks for one in seen]
     scores = [torch.cat(lines) for lines in zip(*(one.scores for one in seen), strict=True)]
     decided = [torch.cat(tokens) for tokens in zip(*(one.decided for one in seen), strict=True)]
@@ -296,19 +302,21 @@ def _find(
             f"none of the drafter's first {WIDTH} guesses was ever right at temperature {temperature:g}; "
             "give more prompts, or train it first"
         )
-    warmth = _warmth(scores, decided)
+    calibration_temperature = _fit_temperatures(scores, decided)
     trees = {size: _tree(table, size, ranks) for size in sizes}
-    before = UNFITTED.warmth[0] * len(scores)
-    errors = calibration_error(scores, decided, before), calibration_error(scores, decided, warmth)
+    before = UNFITTED.calibration_temperature[0] * len(scores)
+    errors = calibration_error(scores, decided, before), calibration_error(scores, decided, calibration_temperature)
     paths = [(0,) * depth for depth in range(1, drafter.depth + 1)]
-    return Finding(temperature, sum(map(len, ranks)), table, warmth, errors, walk(ranks, paths), tau, trees)
+    return CalibrationResult(
+        temperature, sum(map(len, ranks)), table, calibration_temperature, errors, walk(ranks, paths), tau, trees
+    )
 
 
-def _warmth(scores: Sequence[Tensor], decided: Sequence[Tensor]) -> tuple[float, ...]:
+def _fit_temperatures(scores: Sequence[Tensor], decided: Sequence[Tensor]) -> tuple[float, ...]:
     """Per depth; where nothing tells, for no parent was ever kept, that of the depth before."""
     fitted: list[float] = []
     for lines, tokens in zip(scores, decided, strict=True):
-        fitted.append(fit_warmth(lines, tokens) if (tokens != NONE).any() else fitted[-1])
+        fitted.append(fit_calibration_temperature(lines, tokens) if (tokens != NONE).any() else fitted[-1])
     return tuple(fitted)
 
 

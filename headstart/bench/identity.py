@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headstart.speculation.sampling import History, Laws, Paths, Rows, SamplingParams
+from headstart.speculation.sampling import History, Paths, Rows, SamplingParams, SamplingTensors
 from headstart.speculation.tree import Drafts, merge
 from headstart.target.cache import Seating
 from headstart.target.target import Target
@@ -78,11 +78,11 @@ def _shortfall(scores: Tensor, borders: Tensor, inside: Tensor, token: int) -> f
 
 def _decision(target: Target, text: Sequence[int], num_prompt: int, params: SamplingParams) -> tuple[Tensor, Tensor]:
     """Scores [vocab] of the next token, and how far each token is inside the truncated law (negative: outside) [vocab]."""
-    laws = Laws.of([params], [params.seed or 0], target.device)
+    sampling = SamplingTensors.of([params], [params.seed or 0], target.device)
     history = History(1, target.vocab, target.device)
     history.start(0, text[:num_prompt], text[num_prompt:])
-    rows = Rows((0,), (text[-1],), (len(text) - 1,), (0,), 0, 0, 0, laws, target.vocab, history=history)
-    paths = Paths(torch.zeros(1, dtype=torch.int64, device=target.device), laws.seeds.new_empty(1, 0), laws.seeds)
+    rows = Rows((0,), (text[-1],), (len(text) - 1,), (0,), 0, 0, 0, sampling, target.vocab, history=history)
+    paths = Paths(torch.zeros(1, dtype=torch.int64, device=target.device), sampling.seeds.new_empty(1, 0), sampling.seeds)
     logits = rows.adjust(_next_logits(target, text), paths)
     scores = logits.double() + params.temperature * rows.noise(1).double()
     if params.temperature == 0:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from headstart.speculation.sampling import Rows
 from headstart.speculation.tree import Forest
-from headstart.speculation.verify import Asked, Rule, Ruling
+from headstart.speculation.verify import Asked, Decisions, Rule
 
 
 class Replay:
@@ -32,10 +32,10 @@ class Replay:
         """From now on the answer to `prompt` is `reference`."""
         self._text = torch.tensor([*prompt, *reference])
 
-    def _judge(self, forest: Forest, asked: Asked, logits: Tensor, rows: Rows, in_full: bool) -> Ruling:
+    def _judge(self, forest: Forest, asked: Asked, logits: Tensor, rows: Rows, in_full: bool) -> Decisions:
         assert len(rows) == 1, "a replay follows one text, so it runs one request at a time"
         decided = self._inner.judge(forest, asked, logits, rows, in_full)
         text = self._text.to(logits.device)
         following = rows.positions[asked.rows] + asked.levels + 1  # a node at position j decides index j + 1
         tokens = text[following.clamp(max=len(text) - 1)]
-        return Ruling(tokens, tokens[asked.parents] == forest.drafts.tokens, decided.is_sure)
+        return Decisions(tokens, tokens[asked.parents] == forest.drafts.tokens, decided.is_sure)

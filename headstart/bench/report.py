@@ -225,7 +225,7 @@ def as_json(setup: Setup, samples: Sequence[Sample], found: Sequence[Row], setti
             "dtype": str(target.dtype).removeprefix("torch."),
             "context": target.context,
             "exact": target.is_exact,
-            "why_not_exact": target.equipment.why_not if target.equipment else None,
+            "why_not_exact": target.kernel_choice.why_not if target.kernel_choice else None,
         },
         "machine": machine(target),
         "settings": settings | {"accept": setup.accept, "num_prompts": len(setup.tasks)},

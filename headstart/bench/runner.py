@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from headstart.bench.replay import Replay
-from headstart.engine.drafter_loading import make, settle
+from headstart.engine.drafter_loading import make, resolve_planner
 from headstart.engine.engine import Engine
 from headstart.engine.scheduler import Request
 from headstart.engine.stats import Stats
 from headstart.speculation.noise import mix
-from headstart.speculation.planner import Measured, Planner, parse
+from headstart.speculation.planner import CalibratedTree, Planner, parse
 from headstart.speculation.sampling import SamplingParams
 from headstart.speculation.verify import parse_rule
 from headstart.target.target import Target
@@ -90,7 +90,7 @@ def prepare(setup: Setup, specs: Sequence[str]) -> list[Run]:
     return [_run(setup, PLAIN), *(_run(setup, spec) for spec in specs)]
 
 
-def split_spec(spec: str) -> tuple[str, Planner | Measured | None]:
+def split_spec(spec: str) -> tuple[str, Planner | CalibratedTree | None]:
     """`model:PATH@chain:4` into the drafter and its planner; a path may hold an @ of its own."""
     drafter, at, planner = spec.rpartition("@")
     if at and planner.partition(":")[0] in PLANNERS:
@@ -102,7 +102,7 @@ def read_spec(spec: str, temperature: float) -> tuple[str, Planner | None]:
     """The drafter of a run and its planner at a temperature, None for the drafter's own. Raises ValueError for a planner that
     cannot be read, and for a measured tree of a drafter that was not measured."""
     drafter, planner = split_spec(spec)
-    return drafter, settle(planner, drafter, temperature)
+    return drafter, resolve_planner(planner, drafter, temperature)
 
 
 def _run(setup: Setup, spec: str) -> Run:
@@ -118,22 +118,22 @@ def _run(setup: Setup, spec: str) -> Run:
     return Run(spec, engine, replay)
 
 
-def measure(setup: Setup, runs: Sequence[Run], repeat: int = 1, tell: Callable[[], None] = lambda: None) -> list[Sample]:
+def measure(setup: Setup, runs: Sequence[Run], repeat: int = 1, on_progress: Callable[[], None] = lambda: None) -> list[Sample]:
     """All samples: per repetition and prompt, plain first, then each run. The first prompt warms every run up, unmeasured.
 
-    tell: called after each answer, for progress.
+    on_progress: called after each answer, for progress.
     """
     if repeat < 1:
         raise ValueError(f"repeat is {repeat}; it must be at least 1")
     for run in runs:
         answer(setup, run, 0)
-        tell()
+        on_progress()
     samples: list[Sample] = []
     for _ in range(repeat):
         for task in range(len(setup.tasks)):
             for run in runs:
                 samples.append(answer(setup, run, task))
-                tell()
+                on_progress()
     return samples
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from headstart.bench.runner import split_spec
 from headstart.engine.drafter_loading import folder_of
-from headstart.formats import describe, recognise
+from headstart.formats import describe, detect
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def trained(runs: Sequence[str], dtype: torch.dtype) -> list[Trained]:
 
 def _read(folder: Path, dtype: torch.dtype) -> Trained:
     described = describe(folder)
-    told, parameters = described.training, recognise(folder).parameters or 0
+    told, parameters = described.training, detect(folder).parameters or 0
     seconds, top1 = _number(told.get("seconds")), told.get("held_out_top1")
     return Trained(
         folder=str(folder),

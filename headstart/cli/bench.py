@@ -39,7 +39,7 @@ def demo(
     temperature: Annotated[float, typer.Option(help="0 is greedy; small greedy models loop, which flatters drafters.")] = 0.7,
     seed: Annotated[int, typer.Option(help="Repeats the answers.")] = 0,
     drafter: Annotated[
-        list[str] | None, typer.Option(help="Guess with this one; may be given again.", show_default="all there are")
+        list[str] | None, typer.Option(help="Draft with this one; may be given again.", show_default="all there are")
     ] = None,
     json: Json = False,
 ) -> None:
@@ -134,12 +134,12 @@ def bench(
     if by_kind and len(sets) == 1:
         raise ValueError(f"--by-kind compares prompt sets, and {sources[0]} is the only one; give --prompts again, or leave it out")
     runs = run if run is not None else _available(model)
-    for spec, heat in product(runs, heats):
-        runner.read_spec(spec, heat)
+    for spec, temperature in product(runs, heats):
+        runner.read_spec(spec, temperature)
     llm = model.load(drafter=None, max_rows=1)
     tasks, num_skipped = _all_tasks(llm, sets, params.max_tokens, raw, replay)
     setup = runner.Setup(llm.engine.target, tasks, params, llm.stop_ids, model.accept, replay)
-    setups = [replace(setup, params=replace(params, temperature=heat)) for heat in heats]
+    setups = [replace(setup, params=replace(params, temperature=temperature)) for temperature in heats]
     samples = [_measure(one, runs, repeat) for one in setups]
     found = [row for one, taken in zip(setups, samples, strict=True) for row in report.rows(one, taken)]
     made = heads.trained(runs, setup.target.dtype)
@@ -172,7 +172,7 @@ def _temperatures(single: float | None, several: str | None) -> tuple[float, ...
         found = tuple(map(float, several.split(",")))
     except ValueError:
         raise ValueError(f"temperatures is {several!r}; write numbers with commas between them, such as 0,0.7,1") from None
-    if len({*found}) < len(found) or not all(0 <= heat < math.inf for heat in found):
+    if len({*found}) < len(found) or not all(0 <= temperature < math.inf for temperature in found):
         raise ValueError(f"temperatures is {several!r}; each must be 0 or positive, and given once")
     return found
 
@@ -249,8 +249,8 @@ def _measure(setup: "Setup", runs: Sequence[str], repeat: int) -> "list[Sample]"
     from headstart.bench import runner
 
     prepared = runner.prepare(setup, runs)
-    with progress(len(prepared) * (1 + repeat * len(setup.tasks))) as tell:
-        return runner.measure(setup, prepared, repeat, tell)
+    with progress(len(prepared) * (1 + repeat * len(setup.tasks))) as on_progress:
+        return runner.measure(setup, prepared, repeat, on_progress)
 
 
 # -- printing ---------------------------------------------------------------------------------------------------------------

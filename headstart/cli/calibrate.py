@@ -13,7 +13,7 @@ from headstart.cli.options import Json, Model
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from headstart.bench.calibrate import Finding, Taught, Trial
+    from headstart.bench.calibrate import CalibrationResult, DecodeTrial, TrainedDrafter
     from headstart.engine.llm import LLM
 
 DEFAULT = (0.0, 0.7, 1.0)  # temperatures
@@ -42,7 +42,7 @@ def calibrate(
     Example: headstart calibrate ./my-heads --model ./talk13M --limit 4
     """
     from headstart.bench import suites
-    from headstart.bench.calibrate import SIZES, Trial
+    from headstart.bench.calibrate import SIZES, DecodeTrial
     from headstart.bench.calibrate import calibrate as measure
     from headstart.speculation.calibration import save_plan
 
@@ -52,14 +52,15 @@ def calibrate(
     llm = model.load(drafter=None, max_rows=1)
     drafter = _taught(heads, llm)
     tasks, num_skipped = as_tasks(llm, cases, max_tokens, raw, False)
-    trial = Trial(llm.engine.target, tuple(task.prompt for task in tasks), max_tokens, seed, llm.stop_ids)
-    with progress(len(tasks) * len({*(temperature or DEFAULT)}) * (1 + len(SIZES))) as tell:
-        plan, findings = measure(trial, drafter, temperature or DEFAULT, tell=tell)
+    trial = DecodeTrial(llm.engine.target, tuple(task.prompt for task in tasks), max_tokens, seed, llm.stop_ids)
+    with progress(len(tasks) * len({*(temperature or DEFAULT)}) * (1 + len(SIZES))) as on_progress:
+        plan, results = measure(trial, drafter, temperature or DEFAULT, on_progress=on_progress)
         save_plan(heads, plan)
         decoded = [
-            {size: _tau(trial, drafter, tree.paths, one.temperature, tell) for size, tree in one.trees.items()} for one in findings
+            {size: _tau(trial, drafter, tree.paths, one.temperature, on_progress) for size, tree in one.trees.items()}
+            for one in results
         ]
-    _tell(heads, trial, Path(prompts).name, findings, decoded)
+    _write_card(heads, trial, Path(prompts).name, results, decoded)
     if json:
         settings = {
             "prompts": prompts,
@@ -68,71 +69,76 @@ def calibrate(
             "max_tokens": max_tokens,
             "seed": seed,
         }
-        print(json_format.dumps({"heads": str(heads), "settings": settings, "findings": _as_json(findings, decoded)}))
+        print(json_format.dumps({"heads": str(heads), "settings": settings, "results": _as_json(results, decoded)}))
     else:
-        _print(trial, findings, decoded)
+        _print(trial, results, decoded)
         print(f"written to {heads / 'plan.json'}, and to the card beside it")
 
 
-def _tau(trial: "Trial", drafter: "Taught", paths: Any, temperature: float, tell: "Callable[[], None]") -> float:
-    """Of decoding with the tree of these paths. tell: called after each answer."""
-    from headstart.speculation.planner import Shape
+def _tau(
+    trial: "DecodeTrial", drafter: "TrainedDrafter", paths: Any, temperature: float, on_progress: "Callable[[], None]"
+) -> float:
+    """Of decoding with the tree of these paths. on_progress: called after each answer."""
+    from headstart.speculation.planner import StaticTree
 
-    return float(trial.decode(drafter, Shape(paths), temperature, lambda place, done: tell()).tau)
+    return float(trial.decode(drafter, StaticTree(paths), temperature, lambda place, done: on_progress()).tau)
 
 
 def probe(heads: str, model: str | None, device: str, trust_remote_code: bool = False) -> dict[str, Any]:
     """A few prompts decoded with heads: tau and acceptance by depth, and what they depend on."""
     from headstart.bench import suites
-    from headstart.bench.calibrate import Trial
+    from headstart.bench.calibrate import DecodeTrial
 
     llm = Model(model=model, device=device, trust_remote_code=trust_remote_code).load(drafter=None, max_rows=1)
     drafter = _taught(Path(heads), llm)
     suite = "questions" if llm.tokenizer.chat_template is not None else "stories"
     tasks, _ = as_tasks(llm, suites.SUITES[suite][:PROBED], 64, None, False)
-    trial = Trial(llm.engine.target, tuple(task.prompt for task in tasks), 64, 0, llm.stop_ids)
+    trial = DecodeTrial(llm.engine.target, tuple(task.prompt for task in tasks), 64, 0, llm.stop_ids)
     stats = trial.decode(drafter, drafter.planner, WARM)
     return {"tau": round(stats.tau, 3), "acceptance": [round(share, 3) for share in stats.acceptance], "temperature": WARM}
 
 
-def _taught(heads: Path, llm: "LLM") -> "Taught":
+def _taught(heads: Path, llm: "LLM") -> "TrainedDrafter":
     from headstart.engine.drafter_loading import heads_in
 
-    drafter: Taught = heads_in(heads, llm.engine.target)
+    drafter: TrainedDrafter = heads_in(heads, llm.engine.target)
     return drafter
 
 
-def _tell(heads: Path, trial: "Trial", prompts: str, findings: "list[Finding]", decoded: list[dict[int, float]]) -> None:
+def _write_card(
+    heads: Path, trial: "DecodeTrial", prompts: str, results: "list[CalibrationResult]", decoded: list[dict[int, float]]
+) -> None:
     """Write what was measured into the model card of the heads."""
-    from headstart.formats import facts_of, tell
+    from headstart.formats import describe_target, write_card_section
 
     sizes = sorted({size for taus in decoded for size in taus})
     names = ("temperature", "first guess accepted, by depth", "chain", *(f"tree of {size}" for size in sizes))
     rows = [names, ("---",) * len(names)]
-    for one, taus in zip(findings, decoded, strict=True):
+    for one, taus in zip(results, decoded, strict=True):
         accepted = ", ".join(f"{shares[0]:.0%}" for shares in one.table)
         cells = (f"{taus[size]:.2f}" if size in taus else "" for size in sizes)
         rows.append((f"{one.temperature:g}", accepted, f"{one.chain_measured:.2f}", *cells))
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    tell(
+    write_card_section(
         heads,
         "Measured",
-        f"`headstart calibrate`, on {facts_of(trial.target.model).name}'s own answers to {len(trial.prompts)} prompts ({prompts}), "
-        f"{trial.max_tokens} tokens each at most. The last columns are tokens per pass of the model, by decoding: with a chain of "
-        "best guesses, and with the trees in `plan.json` (`--planner tree:SIZE`). Acceptance is that of a guess whose parent was "
+        f"`headstart calibrate`, on {describe_target(trial.target.model).name}'s own answers to {len(trial.prompts)} prompts "
+        f"({prompts}), {trial.max_tokens} tokens each at most. The last columns are tokens per pass of the model, by decoding: "
+        "with a chain of best guesses, and with the trees in `plan.json` (`--planner tree:SIZE`). Acceptance is that of a guess "
+        "whose parent was "
         f"accepted.\n\n{table}",
     )
 
 
-def _as_json(findings: "list[Finding]", decoded: list[dict[int, float]]) -> list[dict[str, Any]]:
+def _as_json(results: "list[CalibrationResult]", decoded: list[dict[int, float]]) -> list[dict[str, Any]]:
     result = []
-    for one, taus in zip(findings, decoded, strict=True):
+    for one, taus in zip(results, decoded, strict=True):
         trees = {size: {"paths": tree.paths, "tau": tree.tau, "decoded": taus[size]} for size, tree in one.trees.items()}
         result.append(asdict(one) | {"trees": trees})
     return result
 
 
-def _print(trial: "Trial", findings: "list[Finding]", decoded: list[dict[int, float]]) -> None:
+def _print(trial: "DecodeTrial", results: "list[CalibrationResult]", decoded: list[dict[int, float]]) -> None:
     from rich.table import Table
 
     title = f"{trial.target.name}: {len(trial.prompts)} prompts, {trial.max_tokens} tokens each at most"
@@ -142,8 +148,8 @@ def _print(trial: "Trial", findings: "list[Finding]", decoded: list[dict[int, fl
     trees = Table(title="Tokens per round (tau): replayed from ranks, and by decoding", title_justify="left")
     for name in ("temperature", "drafts", "replayed", "decoded"):
         trees.add_column(name, justify="right")
-    for one, taus in zip(findings, decoded, strict=True):
-        for depth, (shares, tau) in enumerate(zip(one.table, one.warmth, strict=True), 1):
+    for one, taus in zip(results, decoded, strict=True):
+        for depth, (shares, tau) in enumerate(zip(one.table, one.calibration_temperature, strict=True), 1):
             error = f"{one.errors[0]:.3f} -> {one.errors[1]:.3f}" if depth == 1 else ""
             place = f"{one.temperature:g}" if depth == 1 else ""
             heads.add_row(place, str(depth), f"{shares[0]:.3f}", f"{sum(shares):.3f}", f"{tau:.2f}", error)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from headstart.distill.distill import Settings, Tally, Teacher
+    from headstart.distill.distill import DistillProgress, Settings, Teacher
 
 _SAMPLING, _ENDPOINT = "Sampling", "Another engine answers"
 
@@ -74,21 +74,21 @@ def distill(
     """
     from headstart.distill.distill import Settings
     from headstart.distill.distill import distill as write
-    from headstart.text.prompts import read_openings
+    from headstart.text.prompts import read_prompts
 
     settings = Settings(temperature, top_p, top_k, max_tokens, seed, mode, beginning, drop_cut)
     if not prompts.is_file():
         raise ValueError(f"there is no file {str(prompts)!r} of prompts")
     tokenizer, teacher = _teacher(model, drafting, temperature, endpoint, endpoint_model, api_key_env, rows)
-    openings = read_openings(prompts, limit, is_chat=tokenizer.chat_template is not None)
+    openings = read_prompts(prompts, limit, is_chat=tokenizer.chat_template is not None)
     began = time.perf_counter()
     try:
-        with _progress(len(openings)) as tell:
-            tally = write(teacher, openings, settings, out, tell)
+        with _progress(len(openings)) as on_progress:
+            so_far = write(teacher, openings, settings, out, on_progress)
     except KeyboardInterrupt:
         print(f"headstart: interrupted; {out} keeps what is done, and the same command goes on from there", file=sys.stderr)
         raise typer.Exit(130) from None
-    _print(tally, out, time.perf_counter() - began, settings, teacher, json)
+    _print(so_far, out, time.perf_counter() - began, settings, teacher, json)
 
 
 def _teacher(
@@ -121,7 +121,7 @@ def _teacher(
 
 
 @contextmanager
-def _progress(total: int) -> "Iterator[Callable[[Tally], None]]":
+def _progress(total: int) -> "Iterator[Callable[[DistillProgress], None]]":
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -129,27 +129,27 @@ def _progress(total: int) -> "Iterator[Callable[[Tally], None]]":
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         bar, began = progress.add_task("answering", total=total), time.perf_counter()
 
-        def tell(tally: "Tally") -> None:
-            rate = tally.num_tokens / max(1e-9, time.perf_counter() - began)
-            progress.update(bar, completed=tally.num_done, description=f"answering, {rate:.0f} tokens/s")
+        def on_progress(so_far: "DistillProgress") -> None:
+            rate = so_far.num_tokens / max(1e-9, time.perf_counter() - began)
+            progress.update(bar, completed=so_far.num_done, description=f"answering, {rate:.0f} tokens/s")
 
-        yield tell
+        yield on_progress
 
 
-def _print(tally: "Tally", out: Path, seconds: float, settings: "Settings", teacher: "Teacher", as_json: bool) -> None:
-    for words, reasons in (("skipped", tally.skipped), ("ended early", tally.shortened)):
+def _print(so_far: "DistillProgress", out: Path, seconds: float, settings: "Settings", teacher: "Teacher", as_json: bool) -> None:
+    for words, reasons in (("skipped", so_far.skipped), ("ended early", so_far.shortened)):
         for why, count in reasons.items():
             print(f"headstart: {count} conversations {words}: {why}", file=sys.stderr)
     if as_json:
-        counts = vars(tally) | {"num_skipped": tally.skipped.total()}
-        result = {"out": str(out), "seconds": seconds, "target": teacher.facts, "settings": vars(settings), **counts}
+        counts = vars(so_far) | {"num_skipped": so_far.skipped.total()}
+        result = {"out": str(out), "seconds": seconds, "target": teacher.info, "settings": vars(settings), **counts}
         print(json_format.dumps(result))
         return
     parts = [
-        f"{tally.num_answered} conversations",
-        f"{tally.num_tokens} tokens in {seconds:.1f} s",
-        f"{tally.num_cut} cut for length",
+        f"{so_far.num_answered} conversations",
+        f"{so_far.num_tokens} tokens in {seconds:.1f} s",
+        f"{so_far.num_cut} cut for length",
     ]
-    parts += [f"{tally.num_dropped} dropped"] if settings.drop_cut else []
-    parts += [f"{tally.num_found} were there already"] if tally.num_found else []
+    parts += [f"{so_far.num_dropped} dropped"] if settings.drop_cut else []
+    parts += [f"{so_far.num_found} were there already"] if so_far.num_found else []
     print(f"{out}: {', '.join(parts)}")

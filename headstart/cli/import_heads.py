@@ -68,8 +68,8 @@ def imported(
 ) -> dict[str, Any]:
     """Convert and save; what was found. taps: layers of the target that a person names, see `Published.suited`. Raises ValueError
     where there is nothing to bring in, or it does not fit."""
-    from headstart.formats import facts_of, hub, published_in, save
-    from headstart.target.embed_head import Ends
+    from headstart.formats import describe_target, hub, published_in, save
+    from headstart.target.embed_head import EmbedHead
     from headstart.target.loading import load_model
     from headstart.target.tokenizer_loading import load_tokenizer
 
@@ -77,21 +77,21 @@ def imported(
     published = published_in(hub.fetched_of_others(source) if is_on_hub else source)
     place = _target(published, source, target)
     model = load_model(place, "auto", "cpu", trust_remote_code)
-    facts = facts_of(model, load_tokenizer(place, trust_remote_code))
-    published = published.suited(facts, partial(Ends, model), taps)
-    heads = published.read(facts, model.config)
+    target_info = describe_target(model, load_tokenizer(place, trust_remote_code))
+    published = published.suited(target_info, partial(EmbedHead, model), taps)
+    heads = published.read(target_info, model.config)
     training = {
         "imported_from": source if is_on_hub else Path(source).name,
         "format": published.layout,
         "made_for": published.base or "not said",
     }
-    save(out, heads, facts, training)
+    save(out, heads, target_info, training)
     return {
         "found": published.layout,
         "method": published.method,
         **{word: published.settings[name] for word, name in _SAID.items() if published.settings.get(name) is not None},
         "hidden": published.hidden,
-        "vocab": published.vocab or facts.vocab,
+        "vocab": published.vocab or target_info.vocab,
         "parameters": published.parameters,
         "target": place,
         "out": out,

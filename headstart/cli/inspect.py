@@ -14,8 +14,8 @@ from headstart.cli.options import Json, Trust, quieten, waiting
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from headstart.formats import Recognised
-    from headstart.target.attention import Reach
+    from headstart.formats import Detected
+    from headstart.target.attention import Window
     from headstart.target.target import Target
 
 
@@ -44,7 +44,7 @@ def inspect(
         raise ValueError("--model names the model that heads are tried on; add --probe, or leave it out")
     place = path or str(embedded("target"))
     with waiting(f"loading {place}"):
-        found = facts(place, device, trust_remote_code)
+        found = describe(place, device, trust_remote_code)
     if probe:
         found |= {"probe": _probed(place, model, device, trust_remote_code)}
     refusal = found.pop("refusal", None)
@@ -64,33 +64,33 @@ def _probed(path: str, model: str | None, device: str, trust_remote_code: bool) 
     return probe(path, model, device, trust_remote_code)
 
 
-def facts(path: str, device: str = "auto", trust_remote_code: bool = False) -> dict[str, Any]:
+def describe(path: str, device: str = "auto", trust_remote_code: bool = False) -> dict[str, Any]:
     """Everything `inspect` says; `refusal` is why a model cannot be a target, where it cannot.
 
     Raises ValueError where there is neither a model that can be loaded nor heads.
     """
     quieten()
-    known = _recognised(path)
+    known = _detected(path)
     if known is not None and not known.is_target:
         return _of_heads(path, known)
     model = _of_model(path, device, trust_remote_code)
     return model | _inside(path, known) | {"problems": [*model["problems"], *(known.problems if known else ())]}
 
 
-def _recognised(path: str) -> "Recognised | None":
+def _detected(path: str) -> "Detected | None":
     """None for what is not here or not known: loading it as a model says what is wrong with it."""
-    from headstart.formats import recognise
+    from headstart.formats import detect
 
-    known = recognise(path) if Path(path).exists() else None
+    known = detect(path) if Path(path).exists() else None
     return None if known is None or known.kind == "unknown" else known
 
 
-def _of_heads(path: str, known: "Recognised") -> dict[str, Any]:
+def _of_heads(path: str, known: "Detected") -> dict[str, Any]:
     found = {name: value for name, value in asdict(known).items() if value not in (None, ()) and name != "is_target"}
     return {"path": path} | found | {"notes": list(known.notes), "problems": list(known.problems)}
 
 
-def _inside(path: str, known: "Recognised | None") -> dict[str, Any]:
+def _inside(path: str, known: "Detected | None") -> dict[str, Any]:
     """Heads in the same files as a model, or what is said of them."""
     if known is None:
         return {}
@@ -132,11 +132,11 @@ def _as_target(model: "PreTrainedModel", problems: list[str]) -> dict[str, Any]:
 
     try:
         target = Target(model)
-        target.equip()
+        target.choose_kernels()
     except ValueError as error:
         problems.append(str(error))
         return {"refusal": str(error)}
-    longest = max((reach.window or reach.chunk or 0 for reach in target.reaches), default=0)
+    longest = max((window.sliding or window.chunk or 0 for window in target.windows), default=0)
     if longest > MAX_CHECK:
         problems.append(f"the self-check reads {MAX_CHECK} tokens at most and did not go beyond the window of {longest}")
     claimed = int(getattr(model.config.get_text_config(), "max_position_embeddings", target.context))
@@ -144,7 +144,7 @@ def _as_target(model: "PreTrainedModel", problems: list[str]) -> dict[str, Any]:
         problems.append(f"the context is {target.context} of {claimed}: beyond it, positions would change with other rows")
     return {
         "context": target.context,
-        "reach": [_reach(reach) for reach in target.reaches],
+        "window": [_window(window) for window in target.windows],
         "cache_bytes_per_token": target.slot_bytes,
         "exact": _exactness(target),
     }
@@ -152,15 +152,15 @@ def _as_target(model: "PreTrainedModel", problems: list[str]) -> dict[str, Any]:
 
 def _exactness(target: "Target") -> str:
     """Whether speculation equals plain decoding to the bit here, by default."""
-    found = target.equipment
-    assert found is not None, "equip the target first"
+    found = target.kernel_choice
+    assert found is not None, "choose_kernels the target first"
     return "to the bit" if found.is_exact else f"up to near ties: {found.why_not}"
 
 
-def _reach(reach: "Reach") -> str:
-    if reach.window is not None:
-        return f"window of {reach.window}"
-    return "everything" if reach.chunk is None else f"chunk of {reach.chunk}"
+def _window(window: "Window") -> str:
+    if window.sliding is not None:
+        return f"window of {window.sliding}"
+    return "everything" if window.chunk is None else f"chunk of {window.chunk}"
 
 
 def _tokenizer(path: str, model: "PreTrainedModel", problems: list[str], trust_remote_code: bool) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def _print(found: dict[str, Any]) -> None:
 def _readable(name: str, value: object) -> str:
     if name == "bytes":
         return f"{int(str(value)) / 2**20:,.1f} MiB"
-    if name == "reach" and isinstance(value, Sequence):
+    if name == "window" and isinstance(value, Sequence):
         return ", ".join(f"{len([*run])} layers see {what}" for what, run in groupby(value))
     if name == "probe" and isinstance(value, dict):
         shares = " ".join(f"{share:.2f}" for share in value["acceptance"])

@@ -82,9 +82,9 @@ class Model:
             exact = "auto" if self.exact is None else self.exact
             settings |= {"accept": self.accept, "trust_remote_code": self.trust_remote_code}
             llm = headstart.load(self.model, device=self.device, dtype=self.dtype, exact=exact, **settings)
-        equipment = llm.engine.target.equipment
-        if self.exact is None and equipment is not None and not equipment.is_exact:
-            print(f"headstart: equal to plain decoding up to near ties, not to the bit: {equipment.why_not}", file=sys.stderr)
+        kernel_choice = llm.engine.target.kernel_choice
+        if self.exact is None and kernel_choice is not None and not kernel_choice.is_exact:
+            print(f"headstart: equal to plain decoding up to near ties, not to the bit: {kernel_choice.why_not}", file=sys.stderr)
         return llm
 
     def _use_threads(self) -> None:
@@ -125,14 +125,14 @@ class Drafting:
 
     def settings(self, temperature: float = 0.0) -> dict[str, Any]:
         """For `headstart.load`; checked, before anything is loaded. temperature: of the answers, which measured trees go by."""
-        from headstart.engine.drafter_loading import settle
+        from headstart.engine.drafter_loading import resolve_planner
         from headstart.speculation.planner import parse
 
         if self.planner and self.drafter == "none":
             raise ValueError("--planner says how much to guess, but --drafter none guesses nothing; leave one of them out")
         return {
             "drafter": None if self.drafter == "none" else self.drafter,
-            "planner": settle(parse(self.planner), self.drafter, temperature) if self.planner else None,
+            "planner": resolve_planner(parse(self.planner), self.drafter, temperature) if self.planner else None,
             "memory": None if self.memory is None else read_bytes(self.memory),
         }
 

@@ -25,7 +25,7 @@ from headstart.speculation.verify import RULES
 from headstart.target.loading import digest
 from headstart.text.conversations import follow_up
 from headstart.text.jsonl import parsed
-from headstart.text.prompts import Message, Opening
+from headstart.text.prompts import ChatPrompt, Message
 from headstart.text.tokenizer import decode, encode_prompt
 
 BEGIN = b'{"id": "'  # of every line that is written here
@@ -64,11 +64,11 @@ class Settings:
             max_tokens=max_tokens, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, seed=self.seed
         )
 
-    def seed_of(self, opening: Opening) -> int:
-        return mix(self.seed, opening.index)
+    def seed_of(self, prompt: ChatPrompt) -> int:
+        return mix(self.seed, prompt.index)
 
-    def cues_of(self, opening: Opening) -> list[list[Message]]:
-        return opening.cues()[: 1 if self.mode == "continue" else None]
+    def unanswered_turns_of(self, prompt: ChatPrompt) -> list[list[Message]]:
+        return prompt.unanswered_turns()[: 1 if self.mode == "continue" else None]
 
 
 # -- who answers ------------------------------------------------------------------------------------------------------------
@@ -76,15 +76,15 @@ class Settings:
 
 @dataclass
 class Conversation:
-    """An opening and what has become of it. mask is 1 where a token is the target's. trouble: why there is no answer, or no
+    """An prompt and what has become of it. mask is 1 where a token is the target's. trouble: why there is no answer, or no
     further one, or None."""
 
-    opening: Opening
+    prompt: ChatPrompt
     messages: list[Message] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
     finish_reason: str = "stop"
-    trouble: str | None = None
+    error: str | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -100,11 +100,11 @@ class Teacher(Protocol):
     noise of an answer."""
 
     @property
-    def facts(self) -> dict[str, Any]: ...
+    def info(self) -> dict[str, Any]: ...
     @property
     def is_seeded(self) -> bool: ...
-    def converse(self, openings: Iterable[Opening], settings: Settings) -> Iterator[Conversation]:
-        """Each opening's conversation, as they end; a bounded number runs at once."""
+    def converse(self, prompts: Iterable[ChatPrompt], settings: Settings) -> Iterator[Conversation]:
+        """Each prompt's conversation, as they end; a bounded number runs at once."""
         ...
 
 
@@ -117,12 +117,12 @@ class EngineTeacher:
         if llm.engine.rule is not RULES["coupled"]:
             raise ValueError("answers are distilled by the rule 'coupled' only: under others they depend on what was guessed")
         self.llm = llm
-        self.facts = {"name": llm.engine.target.name, "digest": digest(llm.engine.target.model)}
+        self.info = {"name": llm.engine.target.name, "digest": digest(llm.engine.target.model)}
 
-    def converse(self, openings: Iterable[Opening], settings: Settings) -> Iterator[Conversation]:
-        """Each opening's conversation, as they end; as many wait in the engine as run."""
-        engine, talks = self.llm.engine, (_Talk(self.llm, opening, settings) for opening in openings)
-        running: dict[int, _Talk] = {}
+    def converse(self, prompts: Iterable[ChatPrompt], settings: Settings) -> Iterator[Conversation]:
+        """Each prompt's conversation, as they end; as many wait in the engine as run."""
+        engine, talks = self.llm.engine, (_Dialogue(self.llm, prompt, settings) for prompt in prompts)
+        running: dict[int, _Dialogue] = {}
         try:
             while True:
                 while len(running) < 2 * engine.seating.num_seats and (talk := next(talks, None)) is not None:
@@ -135,7 +135,7 @@ class EngineTeacher:
                 engine.step()
                 for talk in [talk for talk in running.values() if talk.request.finish_reason is not None]:
                     del running[talk.request.id]
-                    if talk.hear() and talk.ask():
+                    if talk.take_answer() and talk.ask():
                         running[talk.request.id] = talk
                     else:
                         yield talk.told
@@ -144,58 +144,58 @@ class EngineTeacher:
                 engine.abort(talk.request)
 
 
-class _Talk:
+class _Dialogue:
     """One conversation on its way: its tokens grow by what is said to the target, and by what the target answers, as sampled."""
 
     request: Request
 
-    def __init__(self, llm: LLM, opening: Opening, settings: Settings) -> None:
+    def __init__(self, llm: LLM, prompt: ChatPrompt, settings: Settings) -> None:
         self.llm = llm
         self.settings = settings
-        self.told = Conversation(opening)
-        self.cues = settings.cues_of(opening)
+        self.told = Conversation(prompt)
+        self.unanswered_turns = settings.unanswered_turns_of(prompt)
 
     def ask(self) -> bool:
         """Hand the next prompt to the engine; False if that cannot be: `told` says why."""
-        told, cue = self.told, self.cues.pop(0) if self.cues else []
+        told, cue = self.told, self.unanswered_turns.pop(0) if self.unanswered_turns else []
         try:
             new = self._prompt([*told.messages, *cue])
             room = self.llm.engine.target.context - len(told.tokens) - len(new)
             if room < 1:
                 raise ValueError(f"there is no room for an answer in the context of {self.llm.engine.target.context} tokens")
         except ValueError as error:  # this prompt cannot be; others can
-            told.trouble = str(error)
+            told.error = str(error)
             return False
         told.messages += cue
         told.tokens += new
         told.mask += [0] * len(new)
-        params, seed = self.settings.params(min(room, self.settings.max_tokens)), self.settings.seed_of(told.opening)
+        params, seed = self.settings.params(min(room, self.settings.max_tokens)), self.settings.seed_of(told.prompt)
         self.request = self.llm.engine.add(told.tokens, params, seed=seed, stop_ids=self.llm.stop_ids)
         return True
 
     def _prompt(self, messages: list[Message]) -> list[int]:
         """The tokens between what is there and the next answer."""
-        tokenizer, text = self.llm.tokenizer, self.told.opening.text
+        tokenizer, text = self.llm.tokenizer, self.told.prompt.text
         if text is not None:
             return encode_prompt(tokenizer, text)[: self.settings.beginning]
         return follow_up(tokenizer, messages) if self.told.tokens else encode_prompt(tokenizer, messages)
 
-    def hear(self) -> bool:
+    def take_answer(self) -> bool:
         """Take the answer down; whether the conversation goes on."""
         told, output = self.told, self.request.output
         told.tokens += output
         told.mask += [1] * len(output)
         told.finish_reason = self.request.finish_reason or "abort"
-        if told.opening.text is None:
+        if told.prompt.text is None:
             told.messages.append({"role": "assistant", "content": decode(self.llm.tokenizer, output)})
-        return bool(self.cues) and told.finish_reason == "stop"
+        return bool(self.unanswered_turns) and told.finish_reason == "stop"
 
 
 # -- the file ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Tally:
+class DistillProgress:
     """How far a run has come. num_found: conversations that were in the file already; num_answered: new ones in the file;
     num_tokens: the target's, in these; num_cut: of these, how many end for length; num_dropped: how many were not kept for
     that; skipped, shortened: how many could not be answered, or not to their end, for which reason."""
@@ -214,8 +214,8 @@ class Tally:
         return self.num_found + self.num_answered + self.num_dropped + self.skipped.total()
 
     def count(self, told: Conversation, is_dropped: bool) -> None:
-        if told.trouble is not None:
-            (self.skipped if told.is_empty else self.shortened)[told.trouble] += 1
+        if told.error is not None:
+            (self.skipped if told.is_empty else self.shortened)[told.error] += 1
         if told.is_empty:
             return
         self.num_tokens += told.num_answered
@@ -226,31 +226,32 @@ class Tally:
 
 def distill(
     teacher: Teacher,
-    openings: Sequence[Opening],
+    prompts: Sequence[ChatPrompt],
     settings: Settings,
     path: str | Path,
-    tell: Callable[[Tally], None] = lambda tally: None,
-) -> Tally:
+    on_progress: Callable[[DistillProgress], None] = lambda so_far: None,
+) -> DistillProgress:
     """Write the teacher's answers to a JSONL file, a line for each conversation as it ends, and go on with a file that is there.
 
-    tell: called at the start and after each conversation. Raises ValueError if the file holds answers of another target or with
+    on_progress: called at the start and after each conversation. Raises ValueError if the file holds answers of another target or
+    with
     other settings. However the process ends, what is in the file by then stays.
     """
     path = Path(path)
     if path.suffix in (".gz", ".xz"):
         raise ValueError(f"{path} cannot be continued after an interruption if it is packed; write plain .jsonl and pack it later")
-    found = _resume(path, {opening.id: opening for opening in openings}, settings, teacher)
-    tally = Tally(len(openings), num_found=sum(opening.id in found for opening in openings))
-    tell(tally)
-    left = (opening for opening in openings if opening.id not in found)
+    found = _resume(path, {prompt.id: prompt for prompt in prompts}, settings, teacher)
+    so_far = DistillProgress(len(prompts), num_found=sum(prompt.id in found for prompt in prompts))
+    on_progress(so_far)
+    left = (prompt for prompt in prompts if prompt.id not in found)
     with _opened(path) as file:
         for told in teacher.converse(left, settings):
             is_dropped = settings.drop_cut and told.finish_reason == "length"
             if not told.is_empty:
-                _append(file, path, json.dumps(_line(told, settings, teacher, is_dropped), ensure_ascii=False) + "\n", tally)
-            tally.count(told, is_dropped)
-            tell(tally)
-    return tally
+                _append(file, path, json.dumps(_line(told, settings, teacher, is_dropped), ensure_ascii=False) + "\n", so_far)
+            so_far.count(told, is_dropped)
+            on_progress(so_far)
+    return so_far
 
 
 def _opened(path: Path) -> io.FileIO:
@@ -260,7 +261,7 @@ def _opened(path: Path) -> io.FileIO:
         raise ValueError(f"{path} cannot be written: {error.strerror}; name another file") from None
 
 
-def _append(file: io.FileIO, path: Path, line: str, tally: Tally) -> None:
+def _append(file: io.FileIO, path: Path, line: str, so_far: DistillProgress) -> None:
     """A whole line, or none. Raises ValueError, saying what is kept, on a full disk."""
     size, left = os.fstat(file.fileno()).st_size, line.encode("utf-8")
     try:
@@ -270,22 +271,22 @@ def _append(file: io.FileIO, path: Path, line: str, tally: Tally) -> None:
         with suppress(OSError):
             os.ftruncate(file.fileno(), size)
         raise ValueError(
-            f"{path} cannot be written: {error.strerror}; the {tally.num_found + tally.num_answered} conversations that are in it "
+            f"{path} cannot be written: {error.strerror}; the {so_far.num_found + so_far.num_answered} conversations in it "
             "are whole, so make room and give the same command again"
         ) from None
 
 
 def _line(told: Conversation, settings: Settings, teacher: Teacher, is_dropped: bool) -> dict[str, Any]:
     """As it is written. A conversation that is not kept leaves a line without tokens, so that it is not tried again."""
-    content = {"messages": told.messages} if told.opening.text is None else {"text": told.opening.text}
-    seed = settings.seed_of(told.opening) if teacher.is_seeded else None
+    content = {"messages": told.messages} if told.prompt.text is None else {"text": told.prompt.text}
+    seed = settings.seed_of(told.prompt) if teacher.is_seeded else None
     return {
-        "id": told.opening.id,
+        "id": told.prompt.id,
         **({} if is_dropped else content),
         "tokens": [] if is_dropped else told.tokens,
         "loss_mask": [] if is_dropped else told.mask,
         "settings": _recorded(settings) | {"seed": seed},
-        "target": teacher.facts,
+        "target": teacher.info,
         "finish_reason": told.finish_reason,
     }
 
@@ -296,7 +297,7 @@ def _recorded(settings: Settings) -> dict[str, Any]:
     return shared | {"base_seed": shared.pop("seed")}
 
 
-def _resume(path: Path, openings: dict[str, Opening], settings: Settings, teacher: Teacher) -> set[str]:
+def _resume(path: Path, prompts: dict[str, ChatPrompt], settings: Settings, teacher: Teacher) -> set[str]:
     """The ids of the conversations in a file, after a last line that was not finished has been cut off."""
     if not path.exists():
         try:
@@ -312,14 +313,14 @@ def _resume(path: Path, openings: dict[str, Opening], settings: Settings, teache
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n") and line[: len(BEGIN)] == BEGIN[: len(line)]:
                 break  # torn
-            found.add(_checked(path, number, line, openings, settings, teacher))
+            found.add(_checked(path, number, line, prompts, settings, teacher))
             size += len(line)
     if size < path.stat().st_size:
         os.truncate(path, size)
     return found
 
 
-def _checked(path: Path, number: int, line: bytes, openings: dict[str, Opening], settings: Settings, teacher: Teacher) -> str:
+def _checked(path: Path, number: int, line: bytes, prompts: dict[str, ChatPrompt], settings: Settings, teacher: Teacher) -> str:
     """The id of a line. Raises ValueError if it is none of this run."""
     where = f"line {number} of {path}"
     try:
@@ -329,15 +330,15 @@ def _checked(path: Path, number: int, line: bytes, openings: dict[str, Opening],
         held |= {name: target[name] for name in target if name != "name"}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{where} is no distilled conversation; write to another file") from None
-    wanted = _recorded(settings) | {name: value for name, value in teacher.facts.items() if name != "name"}
+    wanted = _recorded(settings) | {name: value for name, value in teacher.info.items() if name != "name"}
     for name in sorted(held | wanted):
         if held.get(name) != wanted.get(name):
             raise ValueError(
                 f"{where} was answered with {name} {held.get(name)!r}, and now it is {wanted.get(name)!r}; go on with the same, "
                 "or write to another file"
             )
-    opening = openings.get(id)
-    begin = list(opening.messages[:1]) if opening and opening.text is None else []
+    prompt = prompts.get(id)
+    begin = list(prompt.messages[:1]) if prompt and prompt.text is None else []
     if begin and fields["tokens"] and fields.get("messages", [])[:1] != begin:
         raise ValueError(f"{where} answers another prompt than {id} is now; go on with the same prompts, or write to another file")
     return id

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from headstart.distill.distill import Conversation, Settings
 from headstart.text.conversations import encode_conversation
-from headstart.text.prompts import Opening
+from headstart.text.prompts import ChatPrompt
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -37,16 +37,16 @@ class EndpointTeacher:
         self.tokenizer = tokenizer
         self.rows = rows
         self.client = _client(url, api_key)
-        self.facts = {"name": model, "digest": None, "endpoint": url}
+        self.info = {"name": model, "digest": None, "endpoint": url}
 
-    def converse(self, openings: Iterable[Opening], settings: Settings) -> Iterator[Conversation]:
-        """Each opening's conversation, as they end; `rows` run at once. Leaving early sends no further request."""
-        waiting, results = iter(openings), Queue[Conversation | Exception]()
+    def converse(self, prompts: Iterable[ChatPrompt], settings: Settings) -> Iterator[Conversation]:
+        """Each prompt's conversation, as they end; `rows` run at once. Leaving early sends no further request."""
+        waiting, results = iter(prompts), Queue[Conversation | Exception]()
         num_running, is_left = 0, Event()
         try:
             while True:
-                while num_running < self.rows and (opening := next(waiting, None)) is not None:
-                    work = (opening, settings, results, is_left)
+                while num_running < self.rows and (prompt := next(waiting, None)) is not None:
+                    work = (prompt, settings, results, is_left)
                     Thread(target=self._work, args=work, daemon=True).start()  # a daemon: no slow server holds up an interruption
                     num_running += 1
                 if not num_running:
@@ -59,26 +59,26 @@ class EndpointTeacher:
         finally:
             is_left.set()
 
-    def _work(self, opening: Opening, settings: Settings, results: Queue[Conversation | Exception], is_left: Event) -> None:
+    def _work(self, prompt: ChatPrompt, settings: Settings, results: Queue[Conversation | Exception], is_left: Event) -> None:
         try:
-            results.put(self._talk(opening, settings, is_left))
+            results.put(self._talk(prompt, settings, is_left))
         except Exception as error:  # it is raised where the results are read
             results.put(error)
 
-    def _talk(self, opening: Opening, settings: Settings, is_left: Event) -> Conversation:
-        told = Conversation(opening)
-        if opening.text is not None:
-            told.trouble = "a text to be continued cannot be sent to a chat endpoint"
+    def _talk(self, prompt: ChatPrompt, settings: Settings, is_left: Event) -> Conversation:
+        told = Conversation(prompt)
+        if prompt.text is not None:
+            told.error = "a text to be continued cannot be sent to a chat endpoint"
             return told
-        for cue in settings.cues_of(opening):
-            content, told.finish_reason = self._reply([*told.messages, *cue], settings, settings.seed_of(opening))
+        for cue in settings.unanswered_turns_of(prompt):
+            content, told.finish_reason = self._reply([*told.messages, *cue], settings, settings.seed_of(prompt))
             told.messages += [*cue, {"role": "assistant", "content": content}]
             if told.finish_reason != "stop" or is_left.is_set():
                 break
         try:
             told.tokens, told.mask = encode_conversation(self.tokenizer, told.messages)
         except ValueError as error:  # this conversation does not fit the template; others may
-            told.trouble = str(error)
+            told.error = str(error)
             return told
         end = len(told.mask) - told.mask[::-1].index(1) if any(told.mask) else 0
         end -= told.finish_reason == "length"  # the end of the turn was not the model's

@@ -42,7 +42,7 @@ class Drafter(Protocol):
         ...
 
     def propose(self, rows: Rows) -> Drafts:
-        """Guess behind the root of every row whose `depths` is above 0, that deep at most; on any device."""
+        """Drafts behind the root of every row whose `depths` is above 0, that deep at most; on any device."""
         ...
 
     def fork(self, source: int, seat: int, length: int) -> None:

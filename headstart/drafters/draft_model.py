@@ -17,7 +17,7 @@ from headstart.drafters.parts.grow import Level, grow
 from headstart.speculation.planner import Best, Planner
 from headstart.speculation.sampling import Rows
 from headstart.speculation.tree import Drafts, Kept, merge
-from headstart.target.attention import Sight
+from headstart.target.attention import RowMask
 from headstart.target.cache import KVCache, Seating
 from headstart.target.target import Target
 from headstart.target.tokenizer_loading import load_tokenizer
@@ -131,7 +131,7 @@ class ModelDrafter:
         roots = torch.tensor(firsts).to(level.tokens.device, non_blocking=True)
         positions = roots[:, None] + level.depths  # [rows, earlier + width]
         seen = [
-            Sight(
+            RowMask(
                 place * width,
                 (place + 1) * width,
                 self.cache.seating[rows.seats[row]].start,

@@ -15,8 +15,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from headstart.drafters.parts.decoder import decoder
-from headstart.drafters.parts.llama_layer import bare
-from headstart.drafters.parts.losses import Batch, Guess, Metrics, Objective, learn
+from headstart.drafters.parts.llama_layer import without_norms
+from headstart.drafters.parts.losses import Batch, HeadOutput, Metrics, Objective, drafter_loss
 from headstart.drafters.parts.recurrent import Recurrent, RecurrentConfig
 
 
@@ -39,21 +39,21 @@ class Eagle(Recurrent):
     def __init__(self, config: EagleConfig, hidden: int, vocab: int) -> None:
         super().__init__(config, hidden, vocab)
         self.fc = nn.Linear(2 * hidden, hidden, bias=config.bias)
-        self.block = bare(decoder(self.config.block, hidden))
+        self.block = without_norms(decoder(self.config.block, hidden))
 
-    def start(self) -> Self:
+    def init_from_target(self) -> Self:
         """It begins by handing the state on, so that it says at first what the target would."""
         with torch.no_grad():
             self.fc.weight[:, self.hidden :] = torch.eye(self.hidden)
-        return super().start()
+        return super().init_from_target()
 
-    def received(self, features: Tensor) -> Tensor:
+    def project_taps(self, features: Tensor) -> Tensor:
         if not (self.training and self.config.noise):
             return features
         noise = 2 * torch.rand_like(features) - 1
         return features + float(self.config.noise) * noise
 
-    def read(self, states: Tensor, embedded: Tensor) -> Tensor:
+    def layer_input(self, states: Tensor, embedded: Tensor) -> Tensor:
         """The embedding first."""
         read: Tensor = self.fc(torch.cat([embedded, states], -1))
         return read
@@ -61,14 +61,14 @@ class Eagle(Recurrent):
     def loss(self, batch: Batch, objective: Objective) -> tuple[Tensor, Metrics]:
         """That of its laws, and the distance of its states to those that they stand for."""
         guesses = list(self.states(batch))
-        loss, metrics = learn(iter(guesses), batch, objective, self.ends.project)
+        loss, metrics = drafter_loss(iter(guesses), batch, objective, self.embed_head.logits)
         return loss + self.config.regression * torch.stack([*_distances(guesses, batch, objective.decay)]).sum(), metrics
 
 
-def _distances(guesses: Sequence[Guess], batch: Batch, decay: float) -> Iterator[Tensor]:
+def _distances(guesses: Sequence[HeadOutput], batch: Batch, decay: float) -> Iterator[Tensor]:
     """Smooth L1 of each guess, the mean over a state, summed over the positions that count, weighted as its law."""
     for depth, guess in enumerate(guesses, 1):
         rows, places = batch.counted(depth).nonzero(as_tuple=True)
-        own, wanted = guess.states[rows, places], batch.finals[rows, places + depth].detach()  # where the target learns, too
+        own, wanted = guess.states[rows, places], batch.last_hidden[rows, places + depth].detach()  # where the target learns, too
         apart = nn.functional.smooth_l1_loss(own.float(), wanted.float(), reduction="none")
         yield decay ** (depth - 1) * apart.mean(-1).sum()

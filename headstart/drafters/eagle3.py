@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from headstart.drafters.parts.decoder import decoder, norm_like
 from headstart.drafters.parts.llama_layer import widened
-from headstart.drafters.parts.losses import Voice
+from headstart.drafters.parts.losses import OutputHead
 from headstart.drafters.parts.recurrent import Recurrent, RecurrentConfig
 
 
@@ -75,12 +75,12 @@ class Eagle3(Recurrent):
             self.ids = torch.arange(config.draft_vocab)
 
     @classmethod
-    def fitted(cls, config: Any, target: Any) -> Any:
-        config = super().fitted(config, target)
+    def resolve_config(cls, config: Any, target: Any) -> Any:
+        config = super().resolve_config(config, target)
         count = int(target.get_text_config().num_hidden_layers)
         return config if config.taps else config.model_copy(update={"taps": default_taps(count)})
 
-    def survey(self, counts: Tensor, special: Sequence[int]) -> None:
+    def choose_vocab(self, counts: Tensor, special: Sequence[int]) -> None:
         """Choose its tokens: the special ones, and the most frequent. Raises ValueError where there is no such number of them."""
         if self.ids is None:
             return
@@ -100,17 +100,17 @@ class Eagle3(Recurrent):
             return None
         return float(counts[self.ids.to(counts.device)].sum() / counts.sum().clamp(min=1))
 
-    def start(self) -> Self:
+    def init_from_target(self) -> Self:
         """It begins by handing the highest tap on, each place on its own, and with the target's own head."""
-        super().start()
+        super().init_from_target()
         self.block.layers[0].look_at_itself()
         with torch.no_grad():
             self.fc.weight[:, -self.hidden :] = torch.eye(self.hidden)
-            rows = self.ends.weight
-            self.lm_head.weight.copy_((rows if self.ids is None else rows[self.ids.to(rows.device)]) * self.ends.scale)
+            rows = self.embed_head.lm_head_weight
+            self.lm_head.weight.copy_((rows if self.ids is None else rows[self.ids.to(rows.device)]) * self.embed_head.scale)
         return self
 
-    def received(self, features: Tensor) -> Tensor:
+    def project_taps(self, features: Tensor) -> Tensor:
         """The taps, fused."""
         if self.config.fc_norm:
             parts = features.split(self.hidden, -1)
@@ -120,19 +120,19 @@ class Eagle3(Recurrent):
         fused: Tensor = self.fc(features)
         return fused
 
-    def read(self, states: Tensor, embedded: Tensor) -> Tensor:
+    def layer_input(self, states: Tensor, embedded: Tensor) -> Tensor:
         """Side by side, the embedding first."""
         return torch.cat([embedded, states], -1)
 
-    def handed(self, states: Tensor) -> Tensor:
+    def next_state(self, states: Tensor) -> Tensor:
         normed: Tensor = self.norm(states) if self.config.norm_output else states
         return normed
 
-    def speech(self, depth: int) -> Voice:
+    def output_head(self, depth: int) -> OutputHead:
         weights = [*self.lm_head.parameters()]
         if self.config.norm_output:
-            return Voice(self.lm_head, weights, self.ids)
-        return Voice(lambda states: self.lm_head(self.norm(states)), [*weights, *self.norm.parameters()], self.ids)
+            return OutputHead(self.lm_head, weights, self.ids)
+        return OutputHead(lambda states: self.lm_head(self.norm(states)), [*weights, *self.norm.parameters()], self.ids)
 
 
 def default_taps(num_layers: int) -> Sequence[int]:

@@ -17,7 +17,7 @@ from headstart.drafters.parts.decoder import Memory, decoder, slot_bytes
 from headstart.drafters.parts.grow import Level, drafting_rows, grow, of_parents
 from headstart.drafters.parts.heads import Block, Heads, HeadsConfig
 from headstart.drafters.parts.llama_layer import llama_block
-from headstart.drafters.parts.losses import Batch, Guess
+from headstart.drafters.parts.losses import Batch, HeadOutput
 from headstart.speculation.sampling import Rows
 from headstart.speculation.tree import Drafts, Kept
 
@@ -114,14 +114,14 @@ class Hydra(Heads):
 
     # -- learning --
 
-    def states(self, batch: Batch) -> Iterator[Guess]:
-        z = self._read(batch.features)
-        following = self.ends.embed(batch.tokens)  # [rows, length, hidden]
+    def states(self, batch: Batch) -> Iterator[HeadOutput]:
+        z = self._prefixed(batch.features)
+        following = self.embed_head.embed(batch.tokens)  # [rows, length, hidden]
         for depth, head in enumerate(map(self.head, range(self.depth)), 1):
             z = torch.cat([z, following.roll(-depth, 1)], -1)  # what is rolled in at the end never counts
-            yield Guess(head(z), self.speech(depth - 1))
+            yield HeadOutput(head(z), self.output_head(depth - 1))
 
-    def _read(self, features: Tensor) -> Tensor:
+    def _prefixed(self, features: Tensor) -> Tensor:
         """The states that heads read, of whole texts: [rows, length, hidden] -> the same."""
         if self.prefix is None:
             return features
@@ -141,15 +141,15 @@ class Hydra(Heads):
         """Keys and values of the prefix layer, in the precision that the heads have now."""
         return 0 if self.prefix is None else slot_bytes(self.prefix)
 
-    def digest(self, kept: Kept) -> Tensor:
-        features = super().digest(kept)
+    def encode(self, kept: Kept) -> Tensor:
+        features = super().encode(kept)
         return features if self._memory is None else self._memory.extend(features, kept.positions, kept.seats, kept.lengths)
 
     @torch.inference_mode()
     def propose(self, rows: Rows) -> Drafts:
         going = [(root, depth) for root, depth in zip(rows.roots, rows.depths, strict=True) if depth > 0]
         roots = torch.tensor([root for root, _ in going]).to(self.device, non_blocking=True)
-        walk = _Walk(self, drafting_rows(rows), torch.cat([self.drafting(rows), self.ends.embed(roots)], -1)[:, None])
+        walk = _Walk(self, drafting_rows(rows), torch.cat([self.drafting(rows), self.embed_head.embed(roots)], -1)[:, None])
         return grow(rows, walk.logits(), walk.step, calibration=self.calibration, deepest=self.depth)
 
     def fork(self, source: int, seat: int, length: int) -> None:
@@ -184,12 +184,12 @@ class _Walk:
 
     def logits(self) -> Tensor:
         """[rows * width, vocab] behind the nodes of this level."""
-        said: Tensor = self.hydra.speech(self.depth)(self.hydra.head(self.depth)(self.z.flatten(0, 1)))
+        said: Tensor = self.hydra.output_head(self.depth)(self.hydra.head(self.depth)(self.z.flatten(0, 1)))
         return said
 
     def step(self, level: Level) -> Tensor:
         """The next level's nodes: each has read what its parent read, and itself."""
         parents = of_parents(self.z, self.rows, level)
-        self.rows, self.z = level.rows, torch.cat([parents, self.hydra.ends.embed(level.tokens)], -1)
+        self.rows, self.z = level.rows, torch.cat([parents, self.hydra.embed_head.embed(level.tokens)], -1)
         self.depth += 1
         return self.logits()

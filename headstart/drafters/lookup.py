@@ -214,7 +214,7 @@ class _Text:
 class Lookup:
     """Drafts what followed before.
 
-    floor: candidates less likely than that are left out. worth: a row whose candidates together promise fewer kept tokens is
+    floor: candidates less likely than that are left out. min_gain: a row whose candidates together promise fewer kept tokens is
     not drafted for; so a text without repetition costs a few microseconds per token and nothing else.
     """
 
@@ -223,13 +223,13 @@ class Lookup:
     slot_bytes = 0
     planner: Planner = Best(nodes=15, depth=15, width=3, beam=1)
 
-    def __init__(self, floor: float = 0.08, worth: float = 0.25) -> None:
+    def __init__(self, floor: float = 0.08, min_gain: float = 0.25) -> None:
         if not 0 < floor < 1:
             raise ValueError(f"floor is {floor}; the chance below which a candidate is left out must be in (0, 1)")
-        if worth < 0:
-            raise ValueError(f"worth is {worth}; the kept tokens that a draft must promise cannot be negative")
+        if min_gain < 0:
+            raise ValueError(f"min_gain is {min_gain}; the kept tokens that a draft must promise cannot be negative")
         self.floor = floor
-        self.worth = worth
+        self.min_gain = min_gain
         self._texts: dict[int, _Text] = {}
 
     def attach(self, target: Target, seating: Seating) -> None:
@@ -250,7 +250,7 @@ class Lookup:
             text = self._texts[rows.seats[row]]
             text.is_answer = True
             grown = text.grow(depth, rows, self.floor)
-            if -sum(draft.doubt for draft in grown) < self.worth:
+            if -sum(draft.doubt for draft in grown) < self.min_gain:
                 continue
             first = len(drafts)
             for doubt, _, token, parent, level, _ in grown:

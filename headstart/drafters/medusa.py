@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from headstart.drafters.parts.grow import compose
 from headstart.drafters.parts.heads import Block, Heads, HeadsConfig
-from headstart.drafters.parts.losses import Batch, Guess
+from headstart.drafters.parts.losses import Batch, HeadOutput
 from headstart.speculation.sampling import Rows
 from headstart.speculation.tree import Drafts
 
@@ -42,9 +42,9 @@ class Medusa(Heads):
         super().__init__(config, hidden, vocab)
         self.heads = nn.ModuleList(Head(config, hidden, vocab) for _ in range(config.num_heads))
 
-    def states(self, batch: Batch) -> Iterator[Guess]:
+    def states(self, batch: Batch) -> Iterator[HeadOutput]:
         for depth in range(self.depth):
-            yield Guess(self.head(depth).blocks(batch.features), self.speech(depth))
+            yield HeadOutput(self.head(depth).blocks(batch.features), self.output_head(depth))
 
     @torch.inference_mode()
     def propose(self, rows: Rows) -> Drafts:
@@ -54,5 +54,5 @@ class Medusa(Heads):
 
     def _logits(self, states: Tensor, depth: int) -> Tensor:
         """[rows, hidden] -> [rows, vocab]"""
-        logits: Tensor = self.speech(depth)(self.head(depth).blocks(states))
+        logits: Tensor = self.output_head(depth)(self.head(depth).blocks(states))
         return logits

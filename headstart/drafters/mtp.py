@@ -20,7 +20,7 @@ from headstart.drafters.parts.decoder import Memory, decoder, norm_like, unrolle
 from headstart.drafters.parts.decoder_heads import Layered
 from headstart.drafters.parts.grow import Level, drafting_rows, grow, of_parents
 from headstart.drafters.parts.llama_layer import llama_block
-from headstart.drafters.parts.losses import Batch, Guess
+from headstart.drafters.parts.losses import Batch, HeadOutput
 from headstart.speculation.sampling import Rows
 from headstart.speculation.tree import Drafts, Kept
 
@@ -48,7 +48,7 @@ class Stage(nn.Module):
         self.enorm, self.hnorm = norm_like(self.block), norm_like(self.block)
         self.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
 
-    def read(self, hidden: Tensor, embedded: Tensor) -> Tensor:
+    def layer_input(self, hidden: Tensor, embedded: Tensor) -> Tensor:
         """[..., hidden] twice -> what the layer reads, [..., hidden]."""
         parts = self.enorm(embedded), self.hnorm(hidden)
         read: Tensor = self.eh_proj(torch.cat(parts[::-1] if self.hidden_first else parts, -1))
@@ -79,7 +79,7 @@ class Mtp(Layered):
         """The module that speaks `place` (from 0) levels below the root."""
         return self.stages[min(place, len(self.stages) - 1)]
 
-    def start(self) -> Self:
+    def init_from_target(self) -> Self:
         """Modules begin by handing the state on, so that they say at first what the target would."""
         with torch.no_grad():
             for stage in map(self.stage, range(len(self.stages))):
@@ -89,30 +89,30 @@ class Mtp(Layered):
 
     # -- learning --
 
-    def states(self, batch: Batch) -> Iterator[Guess]:
+    def states(self, batch: Batch) -> Iterator[HeadOutput]:
         from transformers import DynamicCache
 
-        embedded, hidden = self.ends.embed(batch.tokens), batch.features
+        embedded, hidden = self.embed_head.embed(batch.tokens), batch.features
         positions = torch.arange(batch.tokens.shape[1], device=hidden.device)
         cache = None
         for place in range(self.depth):
             stage, again = self.stage(place), max(0, place + 1 - len(self.stages))
             if again == 0:
                 cache = DynamicCache() if place + 1 == len(self.stages) < self.depth else None
-            read = stage.read(hidden, embedded.roll(-(place + 1), 1))  # what is rolled in at the end never counts
+            read = stage.layer_input(hidden, embedded.roll(-(place + 1), 1))  # what is rolled in at the end never counts
             hidden = unrolled(stage.block, read, again, positions + place + 1, cache)
-            yield Guess(hidden, self.speech(place))
+            yield HeadOutput(hidden, self.output_head(place))
 
     # -- drafting --
 
-    def digest(self, kept: Kept) -> Tensor:
+    def encode(self, kept: Kept) -> Tensor:
         """[kept, modules * hidden]: what each module makes of the token after each kept one."""
-        embedded, positions = self.ends.embed(kept.nexts), kept.positions + 1
-        hidden, made = super().digest(kept), []
+        embedded, positions = self.embed_head.embed(kept.nexts), kept.positions + 1
+        hidden, made = super().encode(kept), []
         shift = _Shift(kept, self.device)
         for place, memory in enumerate(self.memories):
             if place == 0:
-                hidden = memory.extend(self.stage(0).read(hidden, embedded), positions, kept.seats, kept.lengths)
+                hidden = memory.extend(self.stage(0).layer_input(hidden, embedded), positions, kept.seats, kept.lengths)
             else:
                 before = self._states[shift.seats, (place - 1) * self.hidden : place * self.hidden]
                 hidden = shift.extend(place, memory, self.stage(place), hidden, before, embedded, positions)
@@ -152,7 +152,7 @@ class _Shift:
         last token of each row's text so far. Returns [kept, hidden], zero where there is nothing to read."""
         hidden = made.roll(1, 0)
         hidden[self.at] = before
-        read = stage.read(hidden, embedded)
+        read = stage.layer_input(hidden, embedded)
         # Module `place` has nothing to read for the first `place` tokens after a text's first.
         skipped = [min(length, max(0, place - start)) for start, length in zip(self.kept.starts, self.kept.lengths, strict=True)]
         if not any(skipped):
@@ -183,7 +183,7 @@ class _Walk:
     def logits(self) -> Tensor:
         """[rows * width, vocab] behind the nodes of this level."""
         last = len(self.mtp.stages) - 1
-        said: Tensor = self.mtp.ends.project(self.made[min(self.depth, last)].flatten(0, 1))
+        said: Tensor = self.mtp.embed_head.logits(self.made[min(self.depth, last)].flatten(0, 1))
         return said
 
     def step(self, level: Level) -> Tensor:
@@ -191,7 +191,7 @@ class _Walk:
         self.depth += 1
         parents = {place: of_parents(states, self.rows, level) for place, states in self.made.items()}
         self.rows = level.rows
-        embedded = self.mtp.ends.embed(level.tokens)
+        embedded = self.mtp.embed_head.embed(level.tokens)
         seats = [self.seats[row] for row in level.rows]
         roots = torch.tensor([self.mtp.memories[0].length(seat) for seat in seats]).to(embedded.device, non_blocking=True)
         positions = (roots[:, None] + self.depth).expand(-1, level.width).flatten()
@@ -199,7 +199,7 @@ class _Walk:
         made = {}
         for place in range(min(self.depth, last), last + 1):
             hidden = parents[place if self.depth > last else place - 1]
-            read = self.mtp.stage(place).read(hidden, embedded).flatten(0, 1)
+            read = self.mtp.stage(place).layer_input(hidden, embedded).flatten(0, 1)
             made[place] = self.mtp.memories[place].level(read, positions, seats, level).unflatten(0, level.tokens.shape)
         self.made = made
         return self.logits()

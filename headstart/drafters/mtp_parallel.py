@@ -17,7 +17,7 @@ from headstart.drafters.parts.decoder import decoder
 from headstart.drafters.parts.decoder_heads import Layered
 from headstart.drafters.parts.grow import compose
 from headstart.drafters.parts.llama_layer import llama_block
-from headstart.drafters.parts.losses import Batch, Guess, Objective, depths
+from headstart.drafters.parts.losses import Batch, HeadOutput, Objective, loss_by_depth
 from headstart.speculation.sampling import Rows
 from headstart.speculation.tree import Drafts, Kept
 
@@ -48,25 +48,25 @@ class ParallelMtp(Layered):
     def decoders(self) -> Sequence[Any]:
         return [self.head(depth) for depth in range(self.depth)]
 
-    def states(self, batch: Batch) -> Iterator[Guess]:
+    def states(self, batch: Batch) -> Iterator[HeadOutput]:
         for depth in range(self.depth):
             out = self.head(depth)(inputs_embeds=batch.features, use_cache=False)
-            yield Guess(out.last_hidden_state, self.speech(depth))
+            yield HeadOutput(out.last_hidden_state, self.output_head(depth))
 
     def parts(self, batch: Batch, objective: Objective) -> Iterator[tuple[Tensor, Tensor]]:
         """Head after head."""
-        for loss, column in depths(self.states(batch), batch, objective, self.ends.project):
+        for loss, column in loss_by_depth(self.states(batch), batch, objective, self.embed_head.logits):
             yield loss, column[:, None]
 
-    def digest(self, kept: Kept) -> Tensor:
+    def encode(self, kept: Kept) -> Tensor:
         """[kept, heads * hidden]: what each head makes of each kept token."""
-        features = super().digest(kept)
+        features = super().encode(kept)
         return torch.cat([memory.extend(features, kept.positions, kept.seats, kept.lengths) for memory in self.memories], -1)
 
     @torch.inference_mode()
     def propose(self, rows: Rows) -> Drafts:
         states = self.drafting(rows).unflatten(-1, (self.depth, self.hidden))
-        logits = [self.ends.project(states[:, depth]) for depth in range(min(self.depth, rows.max_depth))]
+        logits = [self.embed_head.logits(states[:, depth]) for depth in range(min(self.depth, rows.max_depth))]
         return compose(rows, logits, self.calibration)
 
     def fork(self, source: int, seat: int, length: int) -> None:

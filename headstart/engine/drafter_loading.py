@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from headstart.formats import hub
-from headstart.speculation.planner import Measured, Planner, parse
+from headstart.speculation.planner import CalibratedTree, Planner, parse
 from headstart.target.loading import embedded
 
 if TYPE_CHECKING:
@@ -47,10 +47,10 @@ _MAKERS: dict[str, Maker] = {"lookup": _lookup, "model": _model}
 
 def heads_in(folder: str | Path, target: Target) -> Heads:
     """The heads in a folder, with what was measured of them. Raises ValueError where they are damaged or another target's."""
-    from headstart.formats import facts_of, load
+    from headstart.formats import describe_target, load
     from headstart.speculation.calibration import load_plan
 
-    heads = load(Path(folder), facts_of(target.model, _tokenizer_of(target)))
+    heads = load(Path(folder), describe_target(target.model, _tokenizer_of(target)))
     plan = load_plan(Path(folder))
     if plan is not None:
         heads.calibration = plan.calibration
@@ -85,17 +85,17 @@ def _shipped(name: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def inborn(target: Target, name: str | None = None) -> Heads | None:
+def built_in_heads(target: Target, name: str | None = None) -> Heads | None:
     """The heads in the same files as a target's weights, of a method if one is named; None where there are none.
 
     Raises ValueError where they are not whole, quantized, or of a kind that is not known here.
     """
-    from headstart.formats import facts_of, inside
+    from headstart.formats import describe_target, inside
 
     found = inside(target.name)
     if found is None or name not in (None, found.method):
         return None
-    return found.read(facts_of(target.model), target.model.config).to(target.device, target.dtype)
+    return found.read(describe_target(target.model), target.model.config).to(target.device, target.dtype)
 
 
 def _own_heads(name: str, target: Target) -> Heads:
@@ -105,7 +105,7 @@ def _own_heads(name: str, target: Target) -> Heads:
     is_embedded = Path(target.name) == embedded("target")
     if is_embedded and (folder := _shipped(name)):
         return heads_in(folder, target)
-    if heads := inborn(target, name):
+    if heads := built_in_heads(target, name):
         return heads
     lost = modules_lost(target.name) if name == "mtp" else None
     who, option = ("the embedded model", "") if is_embedded else (target.name, f" --target {target.name}")
@@ -115,14 +115,14 @@ def _own_heads(name: str, target: Target) -> Heads:
     )
 
 
-def settle(planner: Planner | Measured | None, drafter: str | None, temperature: float) -> Planner | None:
+def resolve_planner(planner: Planner | CalibratedTree | None, drafter: str | None, temperature: float) -> Planner | None:
     """The planner to draft by: a measured tree becomes the shape that was measured nearest to `temperature`, any other stays.
 
     drafter: as `make` reads it. Raises ValueError for a drafter of which no trees were measured.
     """
     from headstart.speculation.calibration import load_plan
 
-    if not isinstance(planner, Measured):
+    if not isinstance(planner, CalibratedTree):
         return planner
     place = folder_of(drafter) if drafter else None
     plan = load_plan(place) if place else None
@@ -146,14 +146,14 @@ def read_planner(planner: object, drafter: str | Drafter | None, temperature: fl
         raise ValueError(f"planner is {planner}, but drafter None drafts nothing; leave one of them out")
     if isinstance(planner, str):
         planner = parse(planner)
-    if isinstance(planner, Measured) and not isinstance(drafter, str):
+    if isinstance(planner, CalibratedTree) and not isinstance(drafter, str):
         raise ValueError(
             f"planner tree:{planner.nodes} needs trees that were measured, and a drafter object does not say where its own are; "
             "name the folder of the heads as the drafter, or another planner"
         )
-    if not isinstance(planner, Measured) and not all(hasattr(planner, name) for name in ("headroom", "plan", "prune")):
+    if not isinstance(planner, CalibratedTree) and not all(hasattr(planner, name) for name in ("headroom", "plan", "prune")):
         raise ValueError(f"planner is {planner!r}; it must be a planner, a string such as 'chain:5', or None")
-    return settle(cast("Planner | Measured", planner), cast("str", drafter), temperature)
+    return resolve_planner(cast("Planner | CalibratedTree", planner), cast("str", drafter), temperature)
 
 
 def names() -> Sequence[str]:

@@ -23,7 +23,7 @@ from headstart.engine.scheduler import Request, Scheduler, Stream, Turn
 from headstart.engine.stats import Part, Stats
 from headstart.speculation.noise import draw_seed
 from headstart.speculation.planner import Plan, Planner
-from headstart.speculation.sampling import History, Laws, Rows, SamplingParams
+from headstart.speculation.sampling import History, Rows, SamplingParams, SamplingTensors
 from headstart.speculation.tree import Drafts, Forest, Kept, merge
 from headstart.speculation.verify import Rule, Verdict, parse_rule, verify
 from headstart.target.cache import Seating
@@ -67,7 +67,7 @@ class Engine:
             drafter.attach(target, self.seating)
         self.history: History | None = None
         self.stats = Stats()  # of the rounds that counted; replaced after each, never changed
-        self._laws: tuple[tuple[int, ...], Laws] | None = None
+        self._sampling: tuple[tuple[int, ...], SamplingTensors] | None = None
         self._ids = count()
         self._exclusive = Exclusive()
         self._joining: deque[Request] = deque()  # added, and not yet with the scheduler
@@ -346,14 +346,14 @@ class Engine:
         rows = Rows(
             seats=tuple(seats),
             roots=tuple(turn.stem[-1] for turn in turns),
-            places=tuple(r.length - 1 for r in requests),
+            root_positions=tuple(r.length - 1 for r in requests),
             depths=tuple(min(limit, plan.depth) if plan else 0 for limit in limits),
             width=plan.width if plan else 0,
             beam=plan.beam if plan else 0,
             nodes=plan.nodes if plan else 0,
             parents=plan.parents if plan else frozenset(),
-            worth=plan.worth if plan else 0.0,
-            laws=self._laws_of(requests),
+            min_gain=plan.min_gain if plan else 0.0,
+            sampling=self._sampling_of(requests),
             vocab=self.target.vocab,
             noise_rule=self.rule.noise,
             history=self.history,
@@ -365,13 +365,13 @@ class Engine:
         but for the last, do not draft: the drafter has not heard of their root."""
         return turn.request.left - 1 if turn.request.output and turn.request.drafts else 0
 
-    def _laws_of(self, requests: Sequence[Request]) -> Laws:
+    def _sampling_of(self, requests: Sequence[Request]) -> SamplingTensors:
         key = tuple(request.id for request in requests)
-        if self._laws is None or self._laws[0] != key:
+        if self._sampling is None or self._sampling[0] != key:
             params, seeds = [request.params for request in requests], [request.seed for request in requests]
-            laws = Laws.of(params, seeds, self.target.device)
-            self._laws = key, laws
-        return self._laws[1]
+            sampling = SamplingTensors.of(params, seeds, self.target.device)
+            self._sampling = key, sampling
+        return self._sampling[1]
 
     def _draft(self, rows: Rows, plan: Plan | None) -> Drafts:
         if plan is None or self.drafter is None or self.planner is None:

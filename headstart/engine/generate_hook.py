@@ -407,7 +407,7 @@ class _LoadedDrafters:
             target = Target(model, check=not self.is_checked)
             self.is_checked = True
             try:
-                target.equip(exact, pack=False)
+                target.choose_kernels(exact, pack=False)
                 if not isinstance(spec, str) or spec == "lookup":  # lookup learns from one call only
                     yield target, make(spec, target) if isinstance(spec, str) else spec
                     return

@@ -15,7 +15,7 @@ import torch
 
 from headstart.drafters import Drafter
 from headstart.engine.answers import Answer, Answering
-from headstart.engine.drafter_loading import inborn, make, read_planner
+from headstart.engine.drafter_loading import built_in_heads, make, read_planner
 from headstart.engine.engine import Engine
 from headstart.engine.scheduler import Request
 from headstart.engine.stats import Stats
@@ -166,8 +166,8 @@ def load(
         `owner/name` on the hub, a method's name for heads that come with the model, a drafter you hold, or None for plain decoding.
     planner: how much to speculate: a planner, a string such as "chain:5" or "tree:8" (the tree measured for temperature 0), or None
         for what suits the drafter.
-    exact: "auto" for equality to the bit wherever a CPU has it (`llm.engine.target.equipment.why_not` says what prevents it), True
-        to demand it, False for the fastest kernels.
+    exact: "auto" for equality to the bit wherever a CPU has it (`llm.engine.target.kernel_choice.why_not` names what prevents it),
+        True to demand it, False for the fastest kernels.
     max_rows: requests at once.
     memory: bytes for keys and values.
     accept: "coupled" (same text as plain decoding), "rejection" (same distribution) or "typical" (lossy: another distribution,
@@ -188,7 +188,7 @@ def load(
             raise ValueError("load was given a model object without its tokenizer; pass tokenizer=...")
         target = Target(place)
         target.trust_remote_code = trust_remote_code
-        target.equip(exact)
+        target.choose_kernels(exact)
     try:
         if isinstance(drafter, str):
             drafter = _automatic(model, target) if drafter == "auto" else make(drafter, target)
@@ -203,7 +203,7 @@ def _automatic(model: object, target: Target) -> Drafter:
     if model is None:
         return make("mtp", target)
     try:
-        return inborn(target) or make("lookup", target)
+        return built_in_heads(target) or make("lookup", target)
     except ValueError as error:
         warnings.warn(f"{error}; drafting by lookup instead", stacklevel=3)
         return make("lookup", target)

@@ -1,19 +1,19 @@
 """Heads on disk: the native format, and what others publish."""
 
-from headstart.formats.detect import Recognised, inside, modules_lost, published_in, recognise
-from headstart.formats.native import describe, load, save, tell
-from headstart.formats.target_info import TargetFacts, facts_of
+from headstart.formats.detect import Detected, detect, inside, modules_lost, published_in
+from headstart.formats.native import describe, load, save, write_card_section
+from headstart.formats.target_info import TargetInfo, describe_target
 
 __all__ = [
-    "Recognised",
-    "TargetFacts",
+    "Detected",
+    "TargetInfo",
     "describe",
-    "facts_of",
+    "describe_target",
+    "detect",
     "inside",
     "load",
     "modules_lost",
     "published_in",
-    "recognise",
     "save",
-    "tell",
+    "write_card_section",
 ]

@@ -38,8 +38,8 @@ NAMED = (
 
 
 @dataclass(frozen=True)
-class Recognised:
-    """What `recognise` found.
+class Detected:
+    """What `detect` found.
 
     kind: "native", a method's name, "target" or "unknown". layout: in words. is_target: whether a whole model is there, perhaps
     with heads inside. target: the model that the heads were made for, by name. command: brings them in, None where nothing does.
@@ -64,7 +64,7 @@ class Recognised:
     problems: tuple[str, ...] = ()
 
 
-def recognise(path: str | Path) -> Recognised:
+def detect(path: str | Path) -> Detected:
     """What a folder, or one file of weights, holds. Raises ValueError where it does not exist or its files are damaged."""
     path = Path(path)
     if not path.exists():
@@ -98,7 +98,7 @@ def inside(model: str | Path) -> Published | None:
 def modules_lost(model: str | Path) -> str | None:
     """Where a model's configuration says that it has modules that its weights lack, and what to do: one sentence, else None."""
     folder = beside(model)
-    said = mtp.promised(config_in(folder)) if folder is not None else None
+    said = mtp.declared_modules(config_in(folder)) if folder is not None else None
     if said is None or inside(model) is not None:
         return None
     return (
@@ -115,7 +115,7 @@ def published_in(path: str | Path) -> Published:
         found = understand(weights, config_in(path)) if weights else None
         if found is not None:
             return found
-    known = recognise(path)
+    known = detect(path)
     if known.kind == "native":
         raise ValueError(f"{path} already holds native heads; use them with `--drafter {path}`")
     yet = " yet" if known.method else ""
@@ -123,11 +123,11 @@ def published_in(path: str | Path) -> Published:
     raise ValueError(f"{path} holds {known.layout}, which cannot be imported{yet}; {can}")
 
 
-def _native(path: Path) -> Recognised:
+def _native(path: Path) -> Detected:
     described = native.describe(path)
     weights = Weights([path / native.WEIGHTS])
     settings = described.settings
-    return Recognised(
+    return Detected(
         kind="native",
         layout=f"{described.method} heads of headstart",
         method=described.method,
@@ -153,10 +153,10 @@ def _fault_of_plan(path: Path) -> str | None:
     return None
 
 
-def _published(path: Path, found: Published) -> Recognised:
+def _published(path: Path, found: Published) -> Detected:
     problems = tuple(found.problems())
     target = str(path) if found.has_trunk else found.base
-    return Recognised(
+    return Detected(
         kind=found.method,
         layout=found.layout,
         is_target=found.has_trunk,
@@ -175,7 +175,7 @@ def _published(path: Path, found: Published) -> Recognised:
     )
 
 
-def _named(weights: Weights | None, config: Mapping[str, Any]) -> Recognised | None:
+def _named(weights: Weights | None, config: Mapping[str, Any]) -> Detected | None:
     """Heads of methods that are known by name only. A model may have some inside."""
     names = weights.shapes if weights else {}
     said = " ".join(
@@ -185,7 +185,7 @@ def _named(weights: Weights | None, config: Mapping[str, Any]) -> Recognised | N
         if not (any(re.fullmatch(tensor, name) for name in names) or re.search(called, said)):
             continue
         is_target = _is_model(config) and any(re.search(r"layers\.1\.", name) for name in names)
-        return Recognised(
+        return Detected(
             kind=kind,
             layout=words + (" inside a whole model" if is_target else ""),
             is_target=is_target,
@@ -202,13 +202,13 @@ def _is_model(config: Mapping[str, Any]) -> bool:
     return "model_type" in config or "architectures" in config
 
 
-def _model(config: Mapping[str, Any], path: Path) -> Recognised | None:
+def _model(config: Mapping[str, Any], path: Path) -> Detected | None:
     """A model by its configuration; whether it can be a target is for the one who loads it to say."""
     if not _is_model(config):
         return None
     named = config.get("architectures")
     architecture = named[0] if isinstance(named, list) and named else config.get("model_type")
-    return Recognised(
+    return Detected(
         kind="target",
         layout=f"a model ({architecture})",
         is_target=True,
@@ -217,10 +217,8 @@ def _model(config: Mapping[str, Any], path: Path) -> Recognised | None:
     )
 
 
-def _unknown(path: Path) -> Recognised:
-    return Recognised(
-        kind="unknown", layout="nothing that is known", notes=(f"{path} has neither a model's config.json nor heads",)
-    )
+def _unknown(path: Path) -> Detected:
+    return Detected(kind="unknown", layout="nothing that is known", notes=(f"{path} has neither a model's config.json nor heads",))
 
 
 def _numbers(weights: Weights) -> int:

@@ -62,5 +62,5 @@ def with_section(text: str, title: str, body: str) -> str:
     return f"{kept.rstrip()}\n\n## {title}\n\n{body.strip()}\n"
 
 
-def _list(facts: dict[str, object]) -> str:
-    return "\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in facts.items())
+def _list(target_info: dict[str, object]) -> str:
+    return "\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in target_info.items())

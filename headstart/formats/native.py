@@ -26,7 +26,7 @@ from headstart.drafters.registry import method
 from headstart.formats.disk import sync
 from headstart.formats.draft_vocab import fault
 from headstart.formats.model_card import card, with_section
-from headstart.formats.target_info import TargetFacts, check
+from headstart.formats.target_info import TargetInfo, check
 from headstart.speculation.calibration import PLAN
 from headstart.text.jsonl import parsed, read_object
 
@@ -49,11 +49,11 @@ class Description(BaseModel):
     version: Literal[1] = 1
     method: str
     settings: dict[str, Any]
-    target: TargetFacts
+    target: TargetInfo
     training: dict[str, Any] = {}
 
 
-def save(folder: str | Path, drafter: Heads, facts: TargetFacts, training: Mapping[str, Any]) -> None:
+def save(folder: str | Path, drafter: Heads, target_info: TargetInfo, training: Mapping[str, Any]) -> None:
     """Write heads whole, or leave those that were there as they are. A `plan.json` of the old heads goes with them.
 
     Raises ValueError where the folder cannot be written, as on a full disk, and where it holds something else, as a model.
@@ -63,14 +63,16 @@ def save(folder: str | Path, drafter: Heads, facts: TargetFacts, training: Mappi
     described = Description(
         method=type(drafter).name,
         settings=drafter.config.model_dump(mode="json"),
-        target=facts,
+        target=target_info,
         training=dict(training),
     )
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in drafter.state_dict().items()}
     with torch.device("meta"):
         wanted = _build(described, folder).state_dict()
-    assert tensors.keys() == wanted.keys(), "these heads are packed for drafting; save their twin"
-    assert not any(_wrong_ids(ids, facts.vocab) for ids in tensors.values() if not ids.is_floating_point()), "ids are no tokens"
+    assert tensors.keys() == wanted.keys(), "these heads are packed for drafting; save their clone"
+    assert not any(_wrong_ids(ids, target_info.vocab) for ids in tensors.values() if not ids.is_floating_point()), (
+        "ids are no tokens"
+    )
     with _in_one_sentence(folder, "heads that were there are untouched"), _staging(folder) as staged:
         _write(staged, described, tensors)
         os.replace(staged / WEIGHTS, folder / WEIGHTS)  # the moment: old heads before it, new heads after it
@@ -80,17 +82,17 @@ def save(folder: str | Path, drafter: Heads, facts: TargetFacts, training: Mappi
             os.replace(staged / CARD, folder / CARD)
 
 
-def load(folder: str | Path, facts: TargetFacts | None = None) -> Heads:
+def load(folder: str | Path, target_info: TargetInfo | None = None) -> Heads:
     """The drafter saved in `folder`, in evaluation mode, in the dtype it was saved in; not yet bound to a target.
 
-    facts: of the target it shall work for, None to look at it without one. Raises ValueError, in one sentence, for a folder
+    target_info: of the target it shall work for, None to look at it without one. Raises ValueError, in one sentence, for a folder
     that holds no native heads, an unknown key or method, a version of another time, a tensor that is missing, extra or
     misshaped, and heads of another hidden size, vocabulary or tokenizer. Warns about heads of another digest, as of a fine-tune.
     """
     folder = Path(folder)
     described = describe(folder)
-    if facts is not None:
-        check(described.target, facts, folder)
+    if target_info is not None:
+        check(described.target, target_info, folder)
     with torch.random.fork_rng(devices=[]):  # what it starts from is thrown away; nobody's random numbers shall depend on it
         drafter = _build(described, folder)
     tensors = _tensors(folder)
@@ -100,7 +102,7 @@ def load(folder: str | Path, facts: TargetFacts | None = None) -> Heads:
     return drafter.eval()
 
 
-def tell(folder: str | Path, title: str, body: str) -> None:
+def write_card_section(folder: str | Path, title: str, body: str) -> None:
     """Add a section to the card of native heads, in place of one of that title; a card that was deleted is written anew.
 
     Raises ValueError where the folder holds no native heads, or cannot be written.

@@ -22,7 +22,7 @@ HEX = 16  # digits of a fingerprint
 EMBEDDED = "headstart-embedded"  # what the embedded model is called: no command needs to name it
 
 
-class TargetFacts(BaseModel):
+class TargetInfo(BaseModel):
     """A target, as its heads remember it.
 
     hidden, vocab: widths of its final states and of its logits. digest: fingerprint of its weights, None where heads from
@@ -40,10 +40,10 @@ class TargetFacts(BaseModel):
     tokenizer: str | None = None
 
 
-def facts_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> TargetFacts:
+def describe_target(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> TargetInfo:
     """What heads remember of this model; the same before and after a `Target` has packed its linears."""
     config = model.config.get_text_config()
-    return TargetFacts(
+    return TargetInfo(
         name=_name(str(model.config._name_or_path or type(model).__name__)),
         architecture=type(model).__name__,
         hidden=int(config.hidden_size),
@@ -60,7 +60,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(vocabulary.encode()).hexdigest()[:HEX]
 
 
-def check(heads: TargetFacts, target: TargetFacts, folder: Path) -> None:
+def check(heads: TargetInfo, target: TargetInfo, folder: Path) -> None:
     """Raise ValueError where heads made for `heads` cannot work on `target`; warn where they were made for other weights."""
     for what, mine, yours in (
         ("a hidden size", heads.hidden, target.hidden),

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from headstart.speculation.planner import Shape
+from headstart.speculation.planner import StaticTree
 from headstart.text.jsonl import read_object
 
 T = TypeVar("T")
@@ -44,23 +44,28 @@ class Calibration:
     """
 
     temperatures: tuple[float, ...]
-    warmth: tuple[tuple[float, ...], ...]
+    calibration_temperature: tuple[tuple[float, ...], ...]
     ranks: tuple[tuple[tuple[float, ...], ...], ...]
 
     def __post_init__(self) -> None:
         temperatures, count = self.temperatures, len(self.temperatures)
         _require(count > 0 and list(temperatures) == sorted({*temperatures}), "temperatures", temperatures, "ascending")
         _require(temperatures[0] >= 0 and temperatures[-1] < math.inf, "temperatures", temperatures, "0 or positive")
-        for name, by_heat in (("warmth", self.warmth), ("ranks", self.ranks)):
-            _require(len(by_heat) == count, name, by_heat, f"given for each of {count} temperatures")
-            _require(all(map(len, by_heat)), name, by_heat, "given for at least one depth")
-        _require(all(0 < tau < math.inf for line in self.warmth for tau in line), "warmth", self.warmth, "positive")
+        for name, by_temperature in (("warmth", self.calibration_temperature), ("ranks", self.ranks)):
+            _require(len(by_temperature) == count, name, by_temperature, f"given for each of {count} temperatures")
+            _require(all(map(len, by_temperature)), name, by_temperature, "given for at least one depth")
+        _require(
+            all(0 < tau < math.inf for line in self.calibration_temperature for tau in line),
+            "warmth",
+            self.calibration_temperature,
+            "positive",
+        )
         shares = [row for by_depth in self.ranks for row in by_depth]
         _require(all(row and all(0 <= share <= 1 for share in row) for row in shares), "ranks", self.ranks, "shares in [0, 1]")
 
-    def heat(self, temperature: Tensor, level: int) -> Tensor:
+    def calibration_temperature_at(self, temperature: Tensor, level: int) -> Tensor:
         """tau_d for children of depth `level` (a root's: 1), [n] of the dtype of `temperature` [n]. No host synchronisation."""
-        values = [torch.full_like(temperature, _at(by_depth, level)) for by_depth in self.warmth]
+        values = [torch.full_like(temperature, _at(by_depth, level)) for by_depth in self.calibration_temperature]
         return _interpolated(temperature, self.temperatures, values)
 
     def of_ranks(self, temperature: Tensor, level: int, k: int) -> Tensor:
@@ -72,7 +77,7 @@ class Calibration:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; `from_dict` gives the calibration back."""
-        return {"temperatures": self.temperatures, "warmth": self.warmth, "ranks": self.ranks}
+        return {"temperatures": self.temperatures, "warmth": self.calibration_temperature, "ranks": self.ranks}
 
     @classmethod
     def from_dict(cls, given: Any) -> Calibration:
@@ -192,7 +197,7 @@ class Tree:
     tau: float
 
     def __post_init__(self) -> None:
-        Shape(self.paths)  # which refuses what is no tree
+        StaticTree(self.paths)  # which refuses what is no tree
         _require(1 <= self.tau < math.inf, "tau", self.tau, "at least 1, what plain decoding has")
 
 
@@ -203,14 +208,14 @@ class HeadsPlan:
     calibration: Calibration
     trees: Mapping[float, Mapping[int, Tree]]
 
-    def shape(self, nodes: int, temperature: float) -> Shape:
+    def shape(self, nodes: int, temperature: float) -> StaticTree:
         """The tree of `nodes` drafts measured nearest to a temperature. Raises ValueError for a size that was not measured."""
         nearest = min(self.trees, key=lambda measured: abs(measured - temperature), default=None)
         by_size = {} if nearest is None else self.trees[nearest]
         if nodes not in by_size:
             there = ", ".join(f"tree:{size}" for size in sorted(by_size))
             raise ValueError(f"no tree of {nodes} drafts was measured; there are {there or 'none, so calibrate the heads again'}")
-        return Shape(by_size[nodes].paths)
+        return StaticTree(by_size[nodes].paths)
 
 
 def save_plan(folder: Path, plan: HeadsPlan) -> None:

@@ -68,7 +68,7 @@ def gumbel(keys: Tensor, ids: Tensor) -> Tensor:
     """Standard Gumbel noise, float32, one for every (key, token).
 
     keys and ids broadcast: [rows, 1] and [vocab] give [rows, vocab]. `-log(-log1p(-w))` keeps its precision where noise is
-    large, which is where it decides; at the other end it is cut at -2.8, a change of the law of less than 2^-24.
+    large, which is where it decides; at the other end it is cut at -2.8, a change of the distribution of less than 2^-24.
     """
     w = uniform_bits(keys, ids).to(torch.float32).add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
     return w.neg_().log1p_().neg_().log_().neg_()

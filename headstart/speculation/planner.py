@@ -20,14 +20,14 @@ from headstart.speculation.tree import ROOT, Drafts
 class Plan:
     """depth: levels per row at most; width: children per parent; beam: parents expanded per level and row;
     nodes: drafts verified in all, over all rows. parents: the paths of ranks to expand, where a shape names them; empty: the
-    likeliest. worth: kept tokens that the nodes of another level must promise together, or a row ends there."""
+    likeliest. min_gain: kept tokens that the nodes of another level must promise together, or a row ends there."""
 
     depth: int
     width: int
     beam: int
     nodes: int
     parents: frozenset[tuple[int, ...]] = frozenset()
-    worth: float = 0.0
+    min_gain: float = 0.0
 
 
 class Planner(Protocol):
@@ -72,9 +72,12 @@ class Best:
     """The `nodes` candidates of highest chance per drafting row, at most `depth` deep: EAGLE-2's rule (Li et al. 2024), over all
     rows at once.
 
-    floor: candidates that are kept less often than that are dropped: where a node costs more than it earns (one more
-    synchronisation per round on a GPU). worth: a row goes no level deeper where the nodes to be expanded promise fewer kept tokens
-    than that together: about what a level costs, in forwards of the target; on a CPU only, for it asks what was drafted.
+    floor: candidates of a smaller chance are dropped, where a node costs more than it earns (one more synchronisation per round
+    on a
+        GPU).
+    min_gain: kept tokens that the nodes of another level must promise together, or a row goes no deeper: about what a level
+    costs, in
+        forwards of the target. On a CPU only: on a GPU this would cost a host synchronisation.
     """
 
     nodes: int = 15
@@ -82,15 +85,15 @@ class Best:
     width: int = 4
     beam: int = 4
     floor: float = 0.0
-    worth: float = 0.0
+    min_gain: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("nodes", "depth", "width", "beam"):
             _positive(name, getattr(self, name))
         if not 0 <= self.floor < 1:
             raise ValueError(f"floor is {self.floor}; a chance below which drafts are dropped must be in [0, 1)")
-        if not 0 <= self.worth < 1:
-            raise ValueError(f"worth is {self.worth}; the tokens that another level must promise must be in [0, 1)")
+        if not 0 <= self.min_gain < 1:
+            raise ValueError(f"min_gain is {self.min_gain}; the tokens that another level must promise must be in [0, 1)")
 
     def headroom(self, max_rows: int) -> int:
         drafted = self.width * (1 + (self.depth - 1) * self.beam)
@@ -98,7 +101,7 @@ class Best:
 
     def plan(self, depths: Sequence[int]) -> Plan:
         drafting = sum(depth > 0 for depth in depths)
-        return Plan(self.depth, self.width, self.beam, self.nodes * drafting, worth=self.worth)
+        return Plan(self.depth, self.width, self.beam, self.nodes * drafting, min_gain=self.min_gain)
 
     def prune(self, drafts: Drafts, plan: Plan, num_rows: int) -> Drafts:
         if len(drafts) > plan.nodes:
@@ -106,13 +109,13 @@ class Best:
             best = torch.sort(drafts.chances, descending=True, stable=True).indices[: plan.nodes]
             drafts = drafts.take(best.sort().values, num_rows)
         if self.floor and len(drafts):  # under a fixed rule chances are those of the ranks, so this peeks at nothing
-            worth = (drafts.chances >= self.floor).nonzero().squeeze(-1)
-            drafts = drafts if len(worth) == len(drafts) else drafts.take(worth, num_rows)
+            kept = (drafts.chances >= self.floor).nonzero().squeeze(-1)
+            drafts = drafts if len(kept) == len(drafts) else drafts.take(kept, num_rows)
         return drafts.by_row(num_rows)
 
 
 @dataclass(frozen=True)
-class Shape:
+class StaticTree:
     """A fixed tree, given by its paths of ranks: `((0,), (1,), (0, 0))` is the best child, the second best, the best's best.
 
     Medusa's and EAGLE-1's static trees, and what `rejection` needs. Every prefix of a path must be a path.
@@ -131,8 +134,8 @@ class Shape:
             raise ValueError("a tree shape needs at least one path")
 
     @classmethod
-    def full(cls, *widths: int) -> Shape:
-        """Every node of level `i` has `widths[i]` children: `Shape.full(2, 1)` has four nodes."""
+    def full(cls, *widths: int) -> StaticTree:
+        """Every node of level `i` has `widths[i]` children: `StaticTree.full(2, 1)` has four nodes."""
         paths: list[tuple[int, ...]] = []
         level: list[tuple[int, ...]] = [()]
         for width in widths:
@@ -161,10 +164,10 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Measured:
+class CalibratedTree:
     """The static tree of `nodes` drafts that was measured to be a drafter's best: not yet a planner.
 
-    It depends on the drafter and on the temperature; `headstart.engine.drafter_loading.settle` makes it a `Shape`.
+    It depends on the drafter and on the temperature; `headstart.engine.drafter_loading.resolve_planner` makes it a `StaticTree`.
     """
 
     nodes: int
@@ -186,7 +189,7 @@ def rank_paths(drafts: Drafts) -> list[tuple[int, ...]]:
     return paths
 
 
-def parse(spec: str) -> Planner | Measured:
+def parse(spec: str) -> Planner | CalibratedTree:
     """The planner that a line of text names: `chain:5`, `best:nodes=15,depth=6,width=4,beam=4`, `full:3,2,1`, `tree:32`.
 
     Whatever follows the colon may be left out, except for `full` and `tree`. Raises ValueError for anything else.
@@ -196,14 +199,16 @@ def parse(spec: str) -> Planner | Measured:
         if name == "chain":
             return Chain(int(argument)) if argument else Chain()
         if name == "full":
-            return Shape.full(*map(int, argument.split(",")))
+            return StaticTree.full(*map(int, argument.split(",")))
         if name == "tree":
-            return Measured(int(argument))
+            return CalibratedTree(int(argument))
         if name == "best":
+            if "worth=" in argument:
+                raise ValueError("the setting worth must be written min_gain")
             settings = dict(item.split("=") for item in argument.split(",")) if argument else {}
-            return Best(**{key: float(value) if key in ("floor", "worth") else int(value) for key, value in settings.items()})  # type: ignore[arg-type]
+            return Best(**{key: float(value) if key in ("floor", "min_gain") else int(value) for key, value in settings.items()})  # type: ignore[arg-type]
     except TypeError:
-        raise ValueError(f"planner {spec!r} has a setting that is none of nodes, depth, width, beam, floor, worth") from None
+        raise ValueError(f"planner {spec!r} has a setting that is none of nodes, depth, width, beam, floor, min_gain") from None
     except ValueError as error:
         why = f": {error}" if "must be" in str(error) else ""
         raise ValueError(f"planner {spec!r} cannot be read{why}; {_SYNTAX}") from None

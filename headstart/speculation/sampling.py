@@ -1,8 +1,9 @@
-"""Which token a row takes: its law, its noise, and the choice that both make.
+"""Which token a row takes: its distribution, its noise, and the choice that both make.
 
 The token at absolute position `i` of a request is `argmax_v (z_v + T * g(seed, i, v))`: Gumbel-max with counter-based noise, so
-the law is softmax(z / T) and the token is a function of history, seed and position alone. Drafters choose with the same noise.
-This file knows logits, laws and noise. It refuses to know trees' shapes, models and drafters.
+the distribution is softmax(z / T) and the token is a function of history, seed and position alone. Drafters choose with the same
+noise.
+This file knows logits, sampling and noise. It refuses to know trees' shapes, models and drafters.
 """
 
 from __future__ import annotations
@@ -199,16 +200,16 @@ def _require(is_met: bool, name: str, value: object, limit: str) -> None:
         raise ValueError(f"{name} is {value}; it must be {limit}")
 
 
-# -- laws -------------------------------------------------------------------------------------------------------------------
+# -- sampling -------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
-class Laws:
+class SamplingTensors:
     """The sampling settings of several rows as tensors, made once when the set of rows changes.
 
     temperature, min_p, repetition, presence, frequency: [rows] float32; top_p: [rows] float64, for 0.3 must mean 0.3 where
     masses tie with it; top_k: [rows] int64, 0 for off; seeds: [rows]
-    int64, and secrets the same on the host. biases: (row, token, value) triples as three tensors, or None. The flags say on the
+    int64, and host_seeds the same on the host. biases: (row, token, value) triples as three tensors, or None. The flags say on the
     host what is used at all.
     """
 
@@ -220,23 +221,28 @@ class Laws:
     presence: Tensor
     frequency: Tensor
     seeds: Tensor
-    secrets: tuple[int, ...]
+    host_seeds: tuple[int, ...]
     biases: tuple[Tensor, Tensor, Tensor] | None
     is_sampled: bool
     is_truncated: bool
     max_top_k: int
     has_penalties: bool
-    _heats: dict[int, tuple[Calibration, Tensor]] = field(default_factory=dict, init=False)  # by depth, of the last calibration
+    _calibration_temperatures: dict[int, tuple[Calibration, Tensor]] = field(
+        default_factory=dict, init=False
+    )  # by depth, of the last calibration
 
-    def heat(self, calibration: Calibration, level: int) -> Tensor:
+    def calibration_temperature_of(self, calibration: Calibration, level: int) -> Tensor:
         """[rows] tau_d of children of depth `level`; worked out once, for temperatures do not change from round to round."""
-        found = self._heats.get(level)
+        found = self._calibration_temperatures.get(level)
         if found is None or found[0] is not calibration:
-            found = self._heats[level] = calibration, calibration.heat(self.temperature, level)
+            found = self._calibration_temperatures[level] = (
+                calibration,
+                calibration.calibration_temperature_at(self.temperature, level),
+            )
         return found[1]
 
     @classmethod
-    def of(cls, params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device | str = "cpu") -> Laws:
+    def of(cls, params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device | str = "cpu") -> SamplingTensors:
         def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
@@ -251,7 +257,7 @@ class Laws:
             presence=column([p.presence_penalty for p in params]),
             frequency=column([p.frequency_penalty for p in params]),
             seeds=column([signed(seed) for seed in seeds], torch.int64),
-            secrets=tuple(seeds),
+            host_seeds=tuple(seeds),
             biases=_triples(biases, device) if biases else None,
             is_sampled=bool(sampled),
             is_truncated=any(p.top_k or (p.top_p or 1) < 1 or p.min_p for p in sampled),
@@ -259,10 +265,10 @@ class Laws:
             has_penalties=any(p.has_penalties for p in params),
         )
 
-    def rows(self, rows: Tensor) -> Laws:
-        """The laws of `rows` ([n] indices), one line per logits line, for everything except the biases.
+    def rows(self, rows: Tensor) -> SamplingTensors:
+        """The sampling of `rows` ([n] indices), one line per logits line, for everything except the biases.
 
-        A single row's law stays one line, for it broadcasts."""
+        A single row's distribution stays one line, for it broadcasts."""
         if len(self.temperature) == 1:
             return self
         names = ("temperature", "top_k", "top_p", "min_p", "repetition", "presence", "frequency", "seeds")
@@ -280,32 +286,32 @@ def _triples(biases: Sequence[tuple[int, int, float]], device: torch.device | st
 class Truncation:
     """Which tokens survive top-k, top-p and min-p, asked one candidate a line, without a sort.
 
-    logits: [n, vocab] after penalties; laws: one line per logits line, all sampled. A token is inside top-k if fewer than k
+    logits: [n, vocab] after penalties; sampling: one line per logits line, all sampled. A token is inside top-k if fewer than k
     logits are larger, inside top-p if the mass of the larger ones (within top-k) is below p, inside min-p if its chance is at
     least that share of the best. Ties go to the lower index. Sums are float64, so that no line depends on how many there are.
     """
 
-    def __init__(self, logits: Tensor, laws: Laws) -> None:
-        self.laws = laws
-        heat = laws.temperature[:, None].clamp(min=torch.finfo(torch.float32).tiny)
-        self.scaled = (logits - logits.amax(-1, keepdim=True)).div_(heat)  # [n, vocab], best at 0
+    def __init__(self, logits: Tensor, sampling: SamplingTensors) -> None:
+        self.sampling = sampling
+        calibration_temperature = sampling.temperature[:, None].clamp(min=torch.finfo(torch.float32).tiny)
+        self.scaled = (logits - logits.amax(-1, keepdim=True)).div_(calibration_temperature)  # [n, vocab], best at 0
         self.mass = self.scaled.exp()
         self.index = torch.arange(logits.shape[-1], device=logits.device)
         total = self.mass.sum(-1, dtype=torch.float64)
-        if laws.max_top_k:
-            top = self.mass.topk(min(laws.max_top_k, logits.shape[-1]), -1).values.cumsum(-1, dtype=torch.float64)
-            last = (laws.top_k.clamp(1, top.shape[-1])[:, None] - 1).expand(top.shape[0], 1)
-            total = torch.where(laws.top_k > 0, top.gather(-1, last).squeeze(-1), total)
-        self.limit = torch.where(laws.top_p < 1, laws.top_p * total, torch.inf)  # [n], what may be larger than a member
+        if sampling.max_top_k:
+            top = self.mass.topk(min(sampling.max_top_k, logits.shape[-1]), -1).values.cumsum(-1, dtype=torch.float64)
+            last = (sampling.top_k.clamp(1, top.shape[-1])[:, None] - 1).expand(top.shape[0], 1)
+            total = torch.where(sampling.top_k > 0, top.gather(-1, last).squeeze(-1), total)
+        self.limit = torch.where(sampling.top_p < 1, sampling.top_p * total, torch.inf)  # [n], what may be larger than a member
 
     def admits(self, candidates: Tensor) -> Tensor:
         """candidates: [n] indices into vocab. Returns [n] bool."""
         own = self.scaled.gather(-1, candidates[:, None])
         larger = (self.scaled > own).logical_or_((self.scaled == own).logical_and_(self.index < candidates[:, None]))
         is_in = (self.mass * larger).sum(-1, dtype=torch.float64) < self.limit
-        if self.laws.max_top_k:
-            is_in &= (self.laws.top_k == 0) | (larger.sum(-1) < self.laws.top_k)
-        return is_in & (own.squeeze(-1).exp() >= self.laws.min_p)
+        if self.sampling.max_top_k:
+            is_in &= (self.sampling.top_k == 0) | (larger.sum(-1) < self.sampling.top_k)
+        return is_in & (own.squeeze(-1).exp() >= self.sampling.min_p)
 
     def members(self) -> Tensor:
         """[n, vocab] bool: what `admits` says of every token, by the same arithmetic. Costs a sort."""
@@ -313,28 +319,34 @@ class Truncation:
         larger = torch.zeros_like(self.mass, dtype=torch.float64)
         larger[:, 1:] = self.mass.gather(-1, order).cumsum(-1, dtype=torch.float64)[:, :-1]
         is_in = larger < self.limit[:, None]
-        if self.laws.max_top_k:
-            is_in &= (self.laws.top_k == 0)[:, None] | (self.index < self.laws.top_k[:, None])
-        is_in &= scaled.exp() >= self.laws.min_p[:, None]
+        if self.sampling.max_top_k:
+            is_in &= (self.sampling.top_k == 0)[:, None] | (self.index < self.sampling.top_k[:, None])
+        is_in &= scaled.exp() >= self.sampling.min_p[:, None]
         return torch.empty_like(is_in).scatter_(-1, order, is_in)
 
 
-def warp(logits: Tensor, laws: Laws) -> Tensor:
-    """The law that is really sampled, by the book, with a sort: the oracle of `Truncation`, and what `rejection` needs.
+def warp(logits: Tensor, sampling: SamplingTensors) -> Tensor:
+    """The distribution that is really sampled, by the book, with a sort: the oracle of `Truncation`, and what `rejection` needs.
 
-    logits: [n, vocab] after penalties; laws: one line per logits line. Returns [n, vocab] float64, lines sum to one; greedy
+    logits: [n, vocab] after penalties; sampling: one line per logits line. Returns [n, vocab] float64, lines sum to one; greedy
     lines are one-hot.
     """
     values, order = logits.double().sort(dim=-1, descending=True, stable=True)  # stable: ties by lower index
-    greedy = laws.temperature[:, None] == 0
-    law = torch.exp((values - values[:, :1]) / torch.where(greedy, 1, laws.temperature[:, None]))  # the best has mass 1
-    rank = torch.arange(law.shape[-1], device=law.device)
-    law = law * ((laws.top_k[:, None] == 0) | (rank < laws.top_k[:, None]))
-    mass = law.cumsum(-1)
+    greedy = sampling.temperature[:, None] == 0
+    distribution = torch.exp(
+        (values - values[:, :1]) / torch.where(greedy, 1, sampling.temperature[:, None])
+    )  # the best has mass 1
+    rank = torch.arange(distribution.shape[-1], device=distribution.device)
+    distribution = distribution * ((sampling.top_k[:, None] == 0) | (rank < sampling.top_k[:, None]))
+    mass = distribution.cumsum(-1)
     before = torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], -1)
-    law = law * ((before < laws.top_p[:, None] * mass[:, -1:]) | (laws.top_p[:, None] >= 1)) * (law >= laws.min_p[:, None])
-    law = torch.where(greedy, (rank == 0).double(), law)
-    return torch.zeros_like(law).scatter_(-1, order, law / law.sum(-1, keepdim=True))
+    distribution = (
+        distribution
+        * ((before < sampling.top_p[:, None] * mass[:, -1:]) | (sampling.top_p[:, None] >= 1))
+        * (distribution >= sampling.min_p[:, None])
+    )
+    distribution = torch.where(greedy, (rank == 0).double(), distribution)
+    return torch.zeros_like(distribution).scatter_(-1, order, distribution / distribution.sum(-1, keepdim=True))
 
 
 # -- history ----------------------------------------------------------------------------------------------------------------
@@ -364,14 +376,14 @@ class History:
             self.written[seat].index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
 
 
-def penalise(logits: Tensor, laws: Laws, seen: Tensor, written: Tensor) -> Tensor:
+def penalise(logits: Tensor, sampling: SamplingTensors, seen: Tensor, written: Tensor) -> Tensor:
     """Repetition (Keskar et al. 2019, as in Hugging Face), then frequency and presence (OpenAI) penalties.
 
-    logits, written: [n, vocab]; seen: [n, vocab] bool; laws: one line per logits line.
+    logits, written: [n, vocab]; seen: [n, vocab] bool; sampling: one line per logits line.
     """
-    factor = laws.repetition[:, None]
+    factor = sampling.repetition[:, None]
     logits = torch.where(seen, torch.where(logits > 0, logits / factor, logits * factor), logits)
-    return logits - laws.frequency[:, None] * written - laws.presence[:, None] * (written > 0)
+    return logits - sampling.frequency[:, None] * written - sampling.presence[:, None] * (written > 0)
 
 
 # -- the rows of a round ----------------------------------------------------------------------------------------------------
@@ -379,11 +391,11 @@ def penalise(logits: Tensor, laws: Laws, seen: Tensor, written: Tensor) -> Tenso
 
 class Choice(NamedTuple):
     """Children for several parents. tokens: [n, k] target ids, best first; chances: [n, k] float32, each given its parent;
-    law: [n, vocab] from which the children were drawn, under the `rejection` rule, else None."""
+    distribution: [n, vocab] from which the children were drawn, under the `rejection` rule, else None."""
 
     tokens: Tensor
     chances: Tensor
-    law: Tensor | None
+    distribution: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -400,7 +412,8 @@ class Paths:
 class Rows:
     """The rows that draft in a round, and everything that depends on their sampling.
 
-    seats, roots, places: on the host, per row: its seat, the root's token and the root's position. depths: how deep each row may
+    seats, roots, root_positions: on the host, per row: its seat, the root's token and the root's position. depths: how deep each
+    row may
     draft (0 = not). width: children per parent at most; beam: parents expanded per level and row; nodes: how
     many drafts can be verified in all.
     vocab: the target's logits width. noise_rule: "shared" for `coupled`, "fresh" for `rejection`, "none" for `typical`.
@@ -408,17 +421,17 @@ class Rows:
 
     seats: tuple[int, ...]
     roots: tuple[int, ...]
-    places: tuple[int, ...]
+    root_positions: tuple[int, ...]
     depths: tuple[int, ...]
     width: int
     beam: int
     nodes: int
-    laws: Laws
+    sampling: SamplingTensors
     vocab: int
     noise_rule: str = "shared"
     history: History | None = None
     parents: frozenset[tuple[int, ...]] = frozenset()  # paths of ranks to expand, where the plan is a fixed shape
-    worth: float = 0.0  # kept tokens that the nodes of another level must promise together
+    min_gain: float = 0.0  # kept tokens that the nodes of another level must promise together
     _noise: dict[int, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -430,21 +443,23 @@ class Rows:
 
     @cached_property
     def positions(self) -> Tensor:
-        """[rows] int64: the roots' positions, on the device of the laws."""
-        return torch.tensor(self.places).to(self.laws.seeds.device, non_blocking=True)
+        """[rows] int64: the roots' positions, on the device of the sampling."""
+        return torch.tensor(self.root_positions).to(self.sampling.seeds.device, non_blocking=True)
 
     def noise(self, level: int) -> Tensor:
         """[rows, vocab] Gumbel noise of the position `level` after each root: evaluated once per round, shared by all."""
         if level not in self._noise:
-            keys = [[noise_key(seed, place + level)] for seed, place in zip(self.laws.secrets, self.places, strict=True)]
-            device = self.laws.seeds.device
+            keys = [
+                [noise_key(seed, place + level)] for seed, place in zip(self.sampling.host_seeds, self.root_positions, strict=True)
+            ]
+            device = self.sampling.seeds.device
             self._noise[level] = gumbel(torch.tensor(keys).to(device, non_blocking=True), torch.arange(self.vocab, device=device))
         return self._noise[level]
 
     def adjust(self, logits: Tensor, paths: Paths, ids: Tensor | None = None) -> Tensor:
         """Penalties and biases of each line's row and path. logits: [n, vocab] or [n, len(ids)]; float32 or wider."""
         logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-        if self.laws.has_penalties:
+        if self.sampling.has_penalties:
             assert self.history is not None
             seats = torch.tensor(self.seats).to(logits.device, non_blocking=True)[paths.rows]
             seen, written = self.history.seen[seats], self.history.written[seats]
@@ -454,16 +469,16 @@ class Rows:
                 seen = seen | (written > 0)
             if ids is not None:
                 seen, written = seen[:, ids], written[:, ids]
-            logits = penalise(logits, self.laws.rows(paths.rows), seen, written)
-        if self.laws.biases is not None:
+            logits = penalise(logits, self.sampling.rows(paths.rows), seen, written)
+        if self.sampling.biases is not None:
             logits = logits + self._bias.to(logits.dtype)[paths.rows][:, slice(None) if ids is None else ids]
         return logits
 
     @cached_property
     def _bias(self) -> Tensor:
         """[rows, vocab] what each row adds to its logits."""
-        assert self.laws.biases is not None
-        rows, tokens, values = self.laws.biases
+        assert self.sampling.biases is not None
+        rows, tokens, values = self.sampling.biases
         return torch.zeros(len(self), self.vocab, device=values.device).index_put_((rows, tokens), values)
 
     def choose(
@@ -475,47 +490,58 @@ class Rows:
         ids: Tensor | None = None,
         calibration: Calibration = UNFITTED,
     ) -> Choice:
-        """A drafter's logits turned into children, under each row's own law and the noise that the rule prescribes.
+        """A drafter's logits turned into children, under each row's own distribution and the noise that the rule prescribes.
 
         logits: [n, vocab], or [n, draft_vocab] with `ids` [draft_vocab] naming the target token of each column; one line per
         entry of `paths`. level: depth of the children (a root's children: 1). k: children per parent. calibration: how the
         drafter's scores become chances.
         """
         logits = self.adjust(logits, paths, ids)
-        laws = self.laws.rows(paths.rows)
+        sampling = self.sampling.rows(paths.rows)
         k = min(k, logits.shape[-1])
-        if self.noise_rule == "fresh" and self.laws.is_sampled:
-            ranks = calibration.of_ranks(laws.temperature, level, k)
-            return self._draw(logits, level, paths, laws, ranks, ids)
+        if self.noise_rule == "fresh" and self.sampling.is_sampled:
+            ranks = calibration.of_ranks(sampling.temperature, level, k)
+            return self._draw(logits, level, paths, sampling, ranks, ids)
         scores = logits
-        if self.laws.is_sampled and self.noise_rule == "shared":
+        if self.sampling.is_sampled and self.noise_rule == "shared":
             noise = self.noise(level) if len(self) == 1 else self.noise(level)[paths.rows]  # a single row's broadcasts
-            scores = torch.addcmul(logits, laws.temperature[:, None], noise if ids is None else noise[:, ids])
+            scores = torch.addcmul(logits, sampling.temperature[:, None], noise if ids is None else noise[:, ids])
         best = scores.topk(k, -1)
-        heat = self.laws.heat(calibration, level)
-        heat = heat if len(heat) == 1 else heat[paths.rows]
+        calibration_temperature = self.sampling.calibration_temperature_of(calibration, level)
+        calibration_temperature = (
+            calibration_temperature if len(calibration_temperature) == 1 else calibration_temperature[paths.rows]
+        )
         # One division for both: a chance above one by a rounding would put a child before its parent.
-        chances = torch.exp(best.values / heat[:, None] - torch.logsumexp(scores / heat[:, None], -1, keepdim=True))
+        chances = torch.exp(
+            best.values / calibration_temperature[:, None]
+            - torch.logsumexp(scores / calibration_temperature[:, None], -1, keepdim=True)
+        )
         tokens = best.indices if ids is None else ids[best.indices]
-        if self.laws.is_truncated:
-            truncation = Truncation(logits, laws)
+        if self.sampling.is_truncated:
+            truncation = Truncation(logits, sampling)
             admitted = torch.stack([truncation.admits(child) for child in best.indices.T], -1)
-            chances = chances * (admitted | (laws.temperature[:, None] == 0))
+            chances = chances * (admitted | (sampling.temperature[:, None] == 0))
         return Choice(tokens, chances.float(), None)
 
-    def _draw(self, logits: Tensor, level: int, paths: Paths, laws: Laws, ranks: Tensor, ids: Tensor | None) -> Choice:
+    def _draw(
+        self, logits: Tensor, level: int, paths: Paths, sampling: SamplingTensors, ranks: Tensor, ids: Tensor | None
+    ) -> Choice:
         """Children drawn without replacement (Gumbel top-k, Kool et al. 2019) with noise used nowhere else.
 
         The noise is keyed by the round (the root's position), the level and the parent's place: a position that is drafted
         again in a later round must not meet the same noise. Chances are those of the ranks, for a draw may not be judged by
         what was drawn. ranks: [n, k] these chances, or one line for all.
         """
-        law = warp(logits, laws)
-        round_keys = noise_keys(laws.seeds, self.positions[paths.rows])
+        distribution = warp(logits, sampling)
+        round_keys = noise_keys(sampling.seeds, self.positions[paths.rows])
         keys = noise_keys(round_keys, level * 2**20 + paths.places + 2**40)
-        scores = law.log() + gumbel(keys[:, None], torch.arange(law.shape[-1], device=law.device))
+        scores = distribution.log() + gumbel(keys[:, None], torch.arange(distribution.shape[-1], device=distribution.device))
         drawn = scores.topk(ranks.shape[1], -1).indices
-        wide = law if ids is None else law.new_zeros(law.shape[0], self.vocab).index_copy_(1, ids, law)
+        wide = (
+            distribution
+            if ids is None
+            else distribution.new_zeros(distribution.shape[0], self.vocab).index_copy_(1, ids, distribution)
+        )
         return Choice(drawn if ids is None else ids[drawn], ranks.expand_as(drawn), wide)
 
     def decide(self, logits: Tensor, levels: Tensor, span: range, paths: Paths, tries: int = 2) -> tuple[Tensor, Tensor]:
@@ -526,15 +552,15 @@ class Rows:
         ([asked] bool) is False and the caller asks again with `decide_fully`.
         """
         logits = self.adjust(logits, paths)
-        if not self.laws.is_sampled:
+        if not self.sampling.is_sampled:
             return logits.argmax(-1), torch.ones_like(levels, dtype=torch.bool)
-        laws = self.laws.rows(paths.rows)
-        scores = self._scores(logits, levels, span, paths.rows, laws)
+        sampling = self.sampling.rows(paths.rows)
+        scores = self._scores(logits, levels, span, paths.rows, sampling)
         tokens = scores.argmax(-1)
-        if not self.laws.is_truncated:
+        if not self.sampling.is_truncated:
             return tokens, torch.ones_like(levels, dtype=torch.bool)
-        truncation = Truncation(logits, laws)
-        is_sure = truncation.admits(tokens) | (laws.temperature == 0)
+        truncation = Truncation(logits, sampling)
+        is_sure = truncation.admits(tokens) | (sampling.temperature == 0)
         for _ in range(tries - 1):
             if scores.device.type == "cpu" and bool(is_sure.all()):  # asking is free there
                 break
@@ -544,17 +570,17 @@ class Rows:
         return tokens, is_sure
 
     def decide_fully(self, logits: Tensor, levels: Tensor, span: range, paths: Paths) -> Tensor:
-        """As `decide`, always certain: the whole truncated law is laid out. Costs a sort."""
+        """As `decide`, always certain: the whole truncated distribution is laid out. Costs a sort."""
         logits = self.adjust(logits, paths)
-        laws = self.laws.rows(paths.rows)
-        scores = self._scores(logits, levels, span, paths.rows, laws)
-        is_out = ~Truncation(logits, laws).members() & (laws.temperature > 0)[:, None]
+        sampling = self.sampling.rows(paths.rows)
+        scores = self._scores(logits, levels, span, paths.rows, sampling)
+        is_out = ~Truncation(logits, sampling).members() & (sampling.temperature > 0)[:, None]
         return scores.masked_fill(is_out, -torch.inf).argmax(-1)
 
-    def _scores(self, logits: Tensor, levels: Tensor, span: range, rows: Tensor, laws: Laws) -> Tensor:
+    def _scores(self, logits: Tensor, levels: Tensor, span: range, rows: Tensor, sampling: SamplingTensors) -> Tensor:
         """z + T g of the position after each asked node: [asked, vocab]."""
         if len(span) == 1:
             noise = self.noise(span[0] + 1)[rows]
         else:
             noise = torch.stack([self.noise(level + 1) for level in span])[levels - span[0], rows]
-        return torch.addcmul(logits, laws.temperature[:, None], noise)
+        return torch.addcmul(logits, sampling.temperature[:, None], noise)

@@ -24,7 +24,8 @@ class Drafts:
     children and siblings carry distinct tokens. `rows` index the rows of the round; a child of a root has depth 1.
     chances: [drafts] float32, estimated probability that the node is kept (the product along its path).
     sources: [drafts] int64, which drafter proposed it.
-    laws: [rows + drafts, vocab] or None. Under the `rejection` rule, the law from which each node's children were drawn: the
+    distributions: [rows + drafts, vocab] or None. Under the `rejection` rule, the distribution from which each node's children
+    were drawn: the
     rows' roots first, then one line per draft. None: children were picked, not drawn.
     max_depth: a bound of the depths that the host knows without asking the device.
     """
@@ -35,7 +36,7 @@ class Drafts:
     depths: Tensor
     chances: Tensor
     sources: Tensor
-    laws: Tensor | None = None
+    distributions: Tensor | None = None
     max_depth: int = 0
 
     def __len__(self) -> int:
@@ -68,7 +69,7 @@ class Drafts:
         """The same drafts on another device, without waiting for it."""
         if self.tokens.device == device:
             return self
-        names = ("tokens", "parents", "rows", "depths", "chances", "sources", "laws")
+        names = ("tokens", "parents", "rows", "depths", "chances", "sources", "distributions")
         parts = {name: getattr(self, name) for name in names}
         return replace(self, **{name: part.to(device, non_blocking=True) for name, part in parts.items() if part is not None})
 
@@ -88,7 +89,9 @@ class Drafts:
         """The drafts at `order` ([n] indices; a parent before its children, no child without its parent), renumbered."""
         renumber = torch.full((len(self) + 1,), ROOT, dtype=torch.int64, device=order.device)  # the last stays ROOT
         renumber[order] = torch.arange(order.shape[0], device=order.device)
-        laws = None if self.laws is None else torch.cat([self.laws[:num_rows], self.laws[num_rows + order]])
+        distributions = (
+            None if self.distributions is None else torch.cat([self.distributions[:num_rows], self.distributions[num_rows + order]])
+        )
         return Drafts(
             self.tokens[order],
             renumber[self.parents[order]],
@@ -96,7 +99,7 @@ class Drafts:
             self.depths[order],
             self.chances[order],
             self.sources[order],
-            laws,
+            distributions,
             self.max_depth,
         )
 

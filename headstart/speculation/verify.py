@@ -2,7 +2,7 @@
 
 A rule maps (forest, logits, rows) to `token` (what follows if the path ends here) and `ok` (this draft is accepted given its
 parent). A draft is alive if it and all its ancestors are ok; a row keeps its deepest alive draft and that draft's ancestors.
-This file knows laws and trees. It refuses to know models, caches and how drafts came about.
+This file knows sampling and trees. It refuses to know models, caches and how drafts came about.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from headstart.speculation.sampling import Paths, Rows, warp
 from headstart.speculation.tree import ROOT, Forest
 
 
-class Ruling(NamedTuple):
+class Decisions(NamedTuple):
     """tokens: [asked], what follows if the path ends here; ok: [drafts] bool, accepted given its parent;
     is_sure: [asked] bool, False where a rule could not decide cheaply and asks to be run again in full."""
 
@@ -88,9 +88,9 @@ class Verdict:
 @dataclass(frozen=True)
 class Rule:
     """judge: what is accepted; noise: which noise a drafter chooses with, "shared" with the target's own, "fresh" or "none".
-    is_lossy: whether the text follows another law than the target's, which must be said wherever a result is printed."""
+    is_lossy: whether the text follows another distribution than the target's, which must be said wherever a result is printed."""
 
-    judge: Callable[[Forest, Asked, Tensor, Rows, bool], Ruling]
+    judge: Callable[[Forest, Asked, Tensor, Rows, bool], Decisions]
     noise: str
     is_lossy: bool = False
 
@@ -99,19 +99,19 @@ def verify(forest: Forest, logits: Tensor, rows: Rows, rule: Rule) -> Verdict:
     """Judge a forest. logits: [asked, vocab]; rows: the forest's rows, in order. One host synchronisation."""
     asked = asked_nodes(forest)
     logits = logits[: asked.rows.shape[0]]
-    ruling = rule.judge(forest, asked, logits, rows, False)
-    answer = _walk(forest, asked, ruling)
+    decisions = rule.judge(forest, asked, logits, rows, False)
+    answer = _walk(forest, asked, decisions)
     if not (answer[2] >= answer[1]).all():  # rare: on the kept path a rule's shortcut did not reach
         answer = _walk(forest, asked, rule.judge(forest, asked, logits, rows, True))
     return _read(forest, answer)
 
 
-def _walk(forest: Forest, asked: Asked, ruling: Ruling) -> torch.Tensor:
+def _walk(forest: Forest, asked: Asked, decisions: Decisions) -> torch.Tensor:
     """Alive drafts and the deepest of each row, brought to the host: [4, asked] (token, is kept, is sure, level)."""
     kept = torch.ones_like(asked.levels)
     if len(forest.drafts):
-        kept[asked.drafts] = alive(forest, ruling.ok).to(kept.dtype)
-    return torch.stack([ruling.tokens, kept, ruling.is_sure.to(kept.dtype), asked.levels]).cpu()
+        kept[asked.drafts] = alive(forest, decisions.ok).to(kept.dtype)
+    return torch.stack([decisions.tokens, kept, decisions.is_sure.to(kept.dtype), asked.levels]).cpu()
 
 
 def alive(forest: Forest, ok: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ def _read(forest: Forest, answer: Tensor) -> Verdict:
 # -- rules ------------------------------------------------------------------------------------------------------------------
 
 
-def coupled(forest: Forest, asked: Asked, logits: Tensor, rows: Rows, in_full: bool) -> Ruling:
+def coupled(forest: Forest, asked: Asked, logits: Tensor, rows: Rows, in_full: bool) -> Decisions:
     """A draft is accepted if it is the token that the target itself decides there: the same text, whatever was drafted.
 
     On a GPU all asked nodes are decided at once, for asking it anything costs more. On a CPU only those that the walk reaches
@@ -155,14 +155,14 @@ def coupled(forest: Forest, asked: Asked, logits: Tensor, rows: Rows, in_full: b
     return way(forest, asked, logits, rows, in_full)
 
 
-def coupled_at_once(forest: Forest, asked: Asked, logits: Tensor, rows: Rows, in_full: bool) -> Ruling:
+def coupled_at_once(forest: Forest, asked: Asked, logits: Tensor, rows: Rows, in_full: bool) -> Decisions:
     """`coupled`, every asked node in one step."""
     span = range(asked.max_level + 1)
     tokens, is_sure = _decide(rows, logits, asked.levels, span, asked_paths(forest, asked, rows), in_full)
-    return Ruling(tokens, tokens[asked.parents] == forest.drafts.tokens, is_sure)
+    return Decisions(tokens, tokens[asked.parents] == forest.drafts.tokens, is_sure)
 
 
-def coupled_as_reached(forest: Forest, asked: Asked, logits: Tensor, rows: Rows, in_full: bool) -> Ruling:
+def coupled_as_reached(forest: Forest, asked: Asked, logits: Tensor, rows: Rows, in_full: bool) -> Decisions:
     """`coupled`, level by level, only where the walk arrives."""
     everywhere = asked_paths(forest, asked, rows)
     tokens = torch.full_like(asked.levels, -1)
@@ -175,7 +175,7 @@ def coupled_as_reached(forest: Forest, asked: Asked, logits: Tensor, rows: Rows,
         ok = tokens[asked.parents] == forest.drafts.tokens  # an undecided parent wants no token at all
         frontier, level = asked.drafts[ok & (tokens[asked.drafts] < 0)], level + 1
         if not len(frontier):
-            return Ruling(tokens, ok, is_sure)
+            return Decisions(tokens, ok, is_sure)
 
 
 def _decide(rows: Rows, logits: Tensor, levels: Tensor, span: range, paths: Paths, in_full: bool) -> tuple[Tensor, Tensor]:
@@ -185,46 +185,49 @@ def _decide(rows: Rows, logits: Tensor, levels: Tensor, span: range, paths: Path
     return rows.decide(logits, levels, span, paths)
 
 
-def rejection(forest: Forest, asked: Asked, logits: Tensor, rows: Rows, in_full: bool) -> Ruling:
-    """Recursive rejection sampling over siblings drawn without replacement (Leviathan 2023; SpecInfer; Sequoia), exact in law.
+def rejection(forest: Forest, asked: Asked, logits: Tensor, rows: Rows, in_full: bool) -> Decisions:
+    """Recursive rejection sampling over siblings drawn without replacement (Leviathan 2023; SpecInfer; Sequoia), exact in
+    distribution.
 
     Children are tried in the order they were drawn: child x is accepted with min(1, p(x) / q(x)), else p becomes norm((p - q)+)
-    and q loses x. Picked children (no law) have q one-hot. All parents at once, one step per rank. Always sure.
+    and q loses x. Picked children (no distribution) have q one-hot. All parents at once, one step per rank. Always sure.
     """
-    laws = rows.laws.rows(asked.rows)
-    law = warp(rows.adjust(logits, asked_paths(forest, asked, rows)), laws)
-    keys = noise_keys(noise_keys(laws.seeds, rows.positions[asked.rows]), torch.arange(len(asked.rows), device=law.device))
+    sampling = rows.sampling.rows(asked.rows)
+    distribution = warp(rows.adjust(logits, asked_paths(forest, asked, rows)), sampling)
+    keys = noise_keys(
+        noise_keys(sampling.seeds, rows.positions[asked.rows]), torch.arange(len(asked.rows), device=distribution.device)
+    )
     drafts, tokens = forest.drafts, forest.drafts.tokens
     ok = torch.zeros_like(tokens, dtype=torch.bool)
     followed = torch.full_like(asked.levels, -1)  # the accepted child's token
-    proposal = _proposal(forest, asked, law)
+    proposal = _proposal(forest, asked, distribution)
     rank = _ranks(asked.parents)
     for step in range(int(rank.max()) + 1 if len(drafts) else 0):
         child = (rank == step).nonzero().squeeze(-1)
         parent = asked.parents[child]
         child, parent = child[followed[parent] < 0], parent[followed[parent] < 0]
         token = tokens[child][:, None]
-        p, q = law[parent], proposal[parent]
-        # Nothing left to draw from: the child was picked, as all are without a law, and is accepted with its own chance.
+        p, q = distribution[parent], proposal[parent]
+        # Nothing left to draw from: the child was picked, as all are without a distribution, and is accepted with its own chance.
         q = torch.where(q.gather(1, token) > 0, q, torch.zeros_like(q).scatter_(1, token, 1.0))
-        u = uniform(keys[parent][:, None], torch.tensor([step], device=law.device)).squeeze(-1)
+        u = uniform(keys[parent][:, None], torch.tensor([step], device=distribution.device)).squeeze(-1)
         takes = u * q.gather(1, token).squeeze(-1) < p.gather(1, token).squeeze(-1)
         ok[child] = takes
         followed[parent] = torch.where(takes, tokens[child], -1)
-        law[parent] = torch.where(takes[:, None], p, _residual(p, q, token))
+        distribution[parent] = torch.where(takes[:, None], p, _residual(p, q, token))
         proposal[parent] = _normalise(q.scatter(1, token, 0.0))
-    noise_ids = torch.arange(law.shape[-1], device=law.device) + 2**32
-    final = (law.log() + gumbel(keys[:, None], noise_ids)).argmax(-1)
-    return Ruling(torch.where(followed >= 0, followed, final), ok, torch.ones_like(final, dtype=torch.bool))
+    noise_ids = torch.arange(distribution.shape[-1], device=distribution.device) + 2**32
+    final = (distribution.log() + gumbel(keys[:, None], noise_ids)).argmax(-1)
+    return Decisions(torch.where(followed >= 0, followed, final), ok, torch.ones_like(final, dtype=torch.bool))
 
 
-def _proposal(forest: Forest, asked: Asked, law: Tensor) -> Tensor:
-    """[asked, vocab] the law from which each asked node's children were drawn."""
-    if forest.drafts.laws is None:
-        return torch.zeros_like(law)
-    drawn = forest.drafts.laws.to(law.dtype)
+def _proposal(forest: Forest, asked: Asked, distribution: Tensor) -> Tensor:
+    """[asked, vocab] the distribution from which each asked node's children were drawn."""
+    if forest.drafts.distributions is None:
+        return torch.zeros_like(distribution)
+    drawn = forest.drafts.distributions.to(distribution.dtype)
     lines = torch.cat([drawn[asked.rows[asked.roots]], drawn[forest.num_rows :]])
-    return torch.zeros_like(law).index_copy_(0, torch.cat([asked.roots, asked.drafts]), lines)
+    return torch.zeros_like(distribution).index_copy_(0, torch.cat([asked.roots, asked.drafts]), lines)
 
 
 def _ranks(parents: Tensor) -> Tensor:
@@ -239,16 +242,16 @@ def _residual(p: Tensor, q: Tensor, token: Tensor) -> Tensor:
     return torch.where(rest.sum(-1, keepdim=True) > 0, _normalise(rest), _normalise(p.scatter(1, token, 0.0)))
 
 
-def _normalise(law: Tensor) -> Tensor:
-    total = law.sum(-1, keepdim=True)
-    return torch.where(total > 0, law / total, law)
+def _normalise(distribution: Tensor) -> Tensor:
+    total = distribution.sum(-1, keepdim=True)
+    return torch.where(total > 0, distribution / total, distribution)
 
 
 def asked_paths(forest: Forest, asked: Asked, rows: Rows) -> Paths:
     """Rows of the asked nodes and, where penalties look at them, the drafted tokens from root to node (-1 pads)."""
     places = torch.arange(len(asked.rows), device=asked.rows.device)
     tokens = asked.levels.new_empty(len(asked.rows), 0)
-    if rows.laws.has_penalties and len(forest.drafts):
+    if rows.sampling.has_penalties and len(forest.drafts):
         tokens = asked.levels.new_full((len(asked.rows), len(forest.drafts)), -1)
         tokens[asked.drafts] = torch.where(forest.lineage, forest.drafts.tokens, -1)
     return Paths(asked.rows, tokens, places)
@@ -257,10 +260,11 @@ def asked_paths(forest: Forest, asked: Asked, rows: Rows) -> Paths:
 def typical(epsilon: float = 0.09, delta: float = 0.3) -> Rule:
     """Typical acceptance (Cai et al. 2024, section 2.3.2), **lossy**: a draft is accepted if p > min(epsilon, delta exp(-H)).
 
-    p is the draft's chance under the target's law, as the row samples it, and H that law's entropy in nats: where the target is
+    p is the draft's chance under the target's distribution, as the row samples it, and H that distribution's entropy in nats:
+    where the target is
     undecided, more is accepted. A row keeps its deepest alive draft, then the likeliest path, then the first; what follows is the
     target's own choice. Drafters choose without noise: what is judged by p alone is best picked by chance alone, and noise would
-    only bring in rarer tokens. A greedy row's law is one-hot, so its text is that of plain decoding.
+    only bring in rarer tokens. A greedy row's distribution is one-hot, so its text is that of plain decoding.
     Raises ValueError for thresholds outside (0, 1): at 1, not even a greedy row could accept.
     """
     for name, value in (("epsilon", epsilon), ("delta", delta)):
@@ -269,18 +273,18 @@ def typical(epsilon: float = 0.09, delta: float = 0.3) -> Rule:
     return Rule(partial(_typical, epsilon, delta), noise="none", is_lossy=True)
 
 
-def _typical(epsilon: float, delta: float, forest: Forest, asked: Asked, logits: Tensor, rows: Rows, in_full: bool) -> Ruling:
+def _typical(epsilon: float, delta: float, forest: Forest, asked: Asked, logits: Tensor, rows: Rows, in_full: bool) -> Decisions:
     drafts, paths = forest.drafts, asked_paths(forest, asked, rows)
-    law = warp(rows.adjust(logits, paths), rows.laws.rows(asked.rows))
-    threshold = (delta * torch.exp(-torch.special.entr(law).sum(-1))).clamp(max=epsilon)
-    chances = law[asked.parents, drafts.tokens]
+    distribution = warp(rows.adjust(logits, paths), rows.sampling.rows(asked.rows))
+    threshold = (delta * torch.exp(-torch.special.entr(distribution).sum(-1))).clamp(max=epsilon)
+    chances = distribution[asked.parents, drafts.tokens]
     path, ends = deepest(forest, asked, chances > threshold[asked.parents], chances.log())
     span, standing = range(asked.max_level + 1), Paths(paths.rows[ends], paths.tokens[ends], ends)
     tokens = torch.full_like(asked.levels, -1)
     is_sure = torch.ones_like(tokens, dtype=torch.bool)
     tokens = tokens.scatter_reduce(0, asked.parents, torch.where(path, drafts.tokens, -1), "amax")  # what is kept follows
     tokens[ends], is_sure[ends] = _decide(rows, logits[ends], asked.levels[ends], span, standing, in_full)
-    return Ruling(tokens, path, is_sure)
+    return Decisions(tokens, path, is_sure)
 
 
 def deepest(forest: Forest, asked: Asked, ok: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Ends:
+class EmbedHead:
     """Embedding and head of a causal LM, frozen. Raises ValueError, naming the model, where its head does something unknown.
 
     hidden: width of the final, normed states, which is also the width of an embedding. vocab: width of the logits. scale: by which
@@ -35,28 +35,28 @@ class Ends:
         self._check(str(getattr(model.config, "_name_or_path", "") or type(model).__name__))
 
     @property
-    def head(self) -> nn.Module:
+    def lm_head(self) -> nn.Module:
         """The linear from [..., hidden] to [..., vocab]; looked up anew, for kernels may have replaced it."""
-        head: nn.Module = self._model.get_output_embeddings()
-        return head
+        lm_head: nn.Module = self._model.get_output_embeddings()
+        return lm_head
 
     @property
-    def weight(self) -> Tensor:
+    def lm_head_weight(self) -> Tensor:
         """[vocab, hidden] of the head, to start heads of one's own from; of a quantised one, what it multiplies by."""
-        weight: Tensor = self.head.weight  # type: ignore[assignment]
+        weight: Tensor = self.lm_head.weight  # type: ignore[assignment]
         if type(weight.data) is Tensor and weight.is_floating_point():
             return weight.detach()
         units = torch.eye(self.hidden, device=self._model.device, dtype=self._model.dtype)
-        said: Tensor = self.head(units) - self.head(torch.zeros_like(units[:1]))  # without a bias
+        said: Tensor = self.lm_head(units) - self.lm_head(torch.zeros_like(units[:1]))  # without a bias
         return said.detach().T
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
         """Of the head, for who lets it learn; none where kernels have packed it."""
-        return tuple(self.head.parameters())
+        return tuple(self.lm_head.parameters())
 
     @property
-    def table(self) -> Tensor:
+    def embed_weight(self) -> Tensor:
         """[vocab, hidden] the embedding of every token."""
         return self.embed(torch.arange(self.vocab, device=self._model.device)).detach()
 
@@ -65,11 +65,11 @@ class Ends:
         embedded: Tensor = self._model.get_input_embeddings()(tokens)
         return embedded
 
-    def project(self, states: Tensor) -> Tensor:
+    def logits(self, states: Tensor) -> Tensor:
         """Final, normed states [..., hidden] -> the target's logits [..., vocab]."""
-        return self.finish(self.head(states.to(self._model.dtype)))
+        return self.scale_logits(self.lm_head(states.to(self._model.dtype)))
 
-    def finish(self, logits: Tensor) -> Tensor:
+    def scale_logits(self, logits: Tensor) -> Tensor:
         """What the model does to the logits of its head: a scale, a soft cap, mostly nothing. Same shape."""
         logits = logits if self.scale == 1 else logits * self.scale
         return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
@@ -78,7 +78,7 @@ class Ends:
     def _check(self, name: str) -> None:
         """Hear from the head itself that nothing else happens between the final states and the logits."""
         model, seen = self._model, []
-        hook = self.head.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
+        hook = self.lm_head.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
         try:
             ids = torch.tensor([[0, 1]], device=model.device)
             out = model(
@@ -92,5 +92,5 @@ class Ends:
         self.vocab = int(out.logits.shape[-1])
         final = out.hidden_states[-1]
         same = len(seen) == 1 and seen[0][0].shape == final.shape and torch.equal(seen[0][0], final)
-        if not same or not torch.allclose(self.finish(seen[0][1]).float(), out.logits.float(), rtol=1e-3, atol=1e-3):
+        if not same or not torch.allclose(self.scale_logits(seen[0][1]).float(), out.logits.float(), rtol=1e-3, atol=1e-3):
             raise ValueError(f"{name} ({type(model).__name__}) turns its states into logits in a way that heads cannot follow")

@@ -31,7 +31,7 @@ BEFORE = 8  # tokens before the branches that must not change with them
 
 def self_check(target: Target) -> None:
     """Raises ValueError, naming the model and the reason, where the model cannot be served exactly."""
-    windows = [limit for reach in target.reaches for limit in (reach.window, reach.chunk) if limit is not None]
+    windows = [limit for window in target.windows for limit in (window.sliding, window.chunk) if limit is not None]
     beyond = min((limit + 5 for limit in windows), default=24)
     length = min(beyond if beyond <= MAX_CHECK else 24, target.context - 8)
     if length < 4:

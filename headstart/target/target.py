@@ -1,7 +1,7 @@
 """Any causal language model of transformers as a target: it scores a forest in one forward.
 
 Only public doors are used: the model's own forward, `position_ids`, `logits_to_keep`, `output_hidden_states`, a registered
-attention function and a keyword that reaches it. A model that cannot be served exactly is refused by name when it is loaded.
+attention function and a keyword that windows it. A model that cannot be served exactly is refused by name when it is loaded.
 This file knows models. It refuses to know drafters, rules and requests.
 """
 
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from headstart.speculation.tree import Forest
 from headstart.target import attention
-from headstart.target.attention import Gaze, Kernel, Probe, Reach, Sight
+from headstart.target.attention import AttentionMetadata, Kernel, Probe, RowMask, Window
 from headstart.target.cache import KVCache, LayerShape, Seating
-from headstart.target.embed_head import Ends
+from headstart.target.embed_head import EmbedHead
 from headstart.target.held_model import HeldModel
 from headstart.target.hidden_states import asking_for
 from headstart.target.kernels.attention import wide
-from headstart.target.kernels.choice import Equipment, equip, inexact, ungroup
+from headstart.target.kernels.choice import KernelChoice, choose_kernels, inexact, ungroup
 from headstart.target.kernels.fuse import fuse
 from headstart.target.kernels.linear import prepack
 from headstart.target.kernels.restore import restore
@@ -59,11 +59,11 @@ class Target:
     def __init__(self, model: PreTrainedModel, *, kernel: Kernel = attention.fused, check: bool = True) -> None:
         self.model: PreTrainedModel = model
         self.kernel = kernel
-        self.together = model.device.type != "cpu"  # one attention call for all rows, where a call costs more than padding
+        self.pad_rows = model.device.type != "cpu"  # one attention call for all rows, where a call costs more than padding
         self.min_nodes = 1  # the smallest forest whose rows do not depend on its size; dead nodes fill up to it
         self.trust_remote_code = False  # whether Python files beside its weights, or a draft model's, may run
         self.is_exact = False  # whether equality to the bit is promised
-        self.equipment: Equipment | None = None
+        self.kernel_choice: KernelChoice | None = None
         text = model.config.get_text_config()
         self.name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         self.num_layers = int(text.num_hidden_layers)
@@ -85,7 +85,7 @@ class Target:
         self.context = _context(text, self.name)
         self.shapes = tuple(LayerShape(*probe.shapes[layer]) for layer in range(self.num_layers))
         self.heads = max(probe.heads.values())
-        self.reaches = tuple(_reach(text, layer, probe.windows[layer]) for layer in range(self.num_layers))
+        self.windows = tuple(_window(text, layer, probe.windows[layer]) for layer in range(self.num_layers))
         if check:
             self.check()
 
@@ -94,26 +94,27 @@ class Target:
         cls, path: str | Path, dtype: str | torch.dtype = "auto", device: str = "auto", exact: bool | str = "auto",
         trust_remote_code: bool = False,
     ) -> Target:  # fmt: skip
-        """From a folder or hub id, with this machine's kernels (`equip`). trust_remote_code: whether Python files in that folder,
+        """From a folder or hub id, with this machine's kernels (`choose_kernels`). trust_remote_code: whether Python files in
+        that folder,
         and in that of a model that drafts for it, may run."""
         target = cls(load_model(path, dtype, device, trust_remote_code), check=False)
         target.trust_remote_code = trust_remote_code
-        target.equip(exact)
+        target.choose_kernels(exact)
         target.check()
         return target
 
-    def equip(self, exact: bool | str = "auto", *, pack: bool = True) -> None:
+    def choose_kernels(self, exact: bool | str = "auto", *, pack: bool = True) -> None:
         """Choose this machine's kernels: the model's linears are packed in place until `release` puts them back, unless `pack` is
         False.
 
         exact: True for equality to the bit (ValueError where it cannot be had), "auto" for wherever it can be had on a CPU, or
-        False. The choice depends on the model, the machine and the number of threads, never on time; `equipment.why_not` says
+        False. The choice depends on the model, the machine and the number of threads, never on time; `kernel_choice.why_not` says
         what stands against exactness. Change torch's number of threads before, not afterwards.
         """
         if exact not in (True, False, "auto"):
             raise ValueError(f"exact is {exact!r}; it must be True, False or 'auto'")
         self._ungroup()
-        found = equip(self.model, self.heads, self.shapes, exact, pack)
+        found = choose_kernels(self.model, self.heads, self.shapes, exact, pack)
         self._use(found)
         if not found.is_exact or self._holds(is_cached=not pack):
             return
@@ -133,17 +134,17 @@ class Target:
         return known[key]
 
     def _ungroup(self) -> None:
-        if self.equipment is not None:
-            ungroup(self.equipment)
+        if self.kernel_choice is not None:
+            ungroup(self.kernel_choice)
 
-    def _use(self, equipment: Equipment) -> None:
-        self.equipment = equipment
-        self.kernel, self.min_nodes, self.is_exact = equipment.kernel, equipment.min_nodes, equipment.is_exact
+    def _use(self, kernel_choice: KernelChoice) -> None:
+        self.kernel_choice = kernel_choice
+        self.kernel, self.min_nodes, self.is_exact = kernel_choice.kernel, kernel_choice.min_nodes, kernel_choice.is_exact
 
     # -- what it is --
 
     def __repr__(self) -> str:
-        why_not = self.equipment.why_not if self.equipment else "its kernels were not chosen, see `equip`"
+        why_not = self.kernel_choice.why_not if self.kernel_choice else "its kernels were not chosen, see `choose_kernels`"
         promise = "exact to the bit" if self.is_exact else f"exact up to near ties: {why_not}"
         return f"Target({self.name!r}, {str(self.dtype).removeprefix('torch.')} on {self.device}, {promise})"
 
@@ -166,13 +167,13 @@ class Target:
         return KVCache(self.shapes, seating, self.device, self.dtype)
 
     @cached_property
-    def ends(self) -> Ends:
+    def embed_head(self) -> EmbedHead:
         """Embedding and head, for drafters that borrow them. Raises ValueError where the head does something unknown."""
-        return Ends(self.model)
+        return EmbedHead(self.model)
 
-    def hasten(self, drafter: nn.Module) -> None:
+    def pack_drafter(self, drafter: nn.Module) -> None:
         """Give a drafter's modules this machine's kernels too, in place and for good."""
-        if self.equipment is not None and self.device.type == "cpu":
+        if self.kernel_choice is not None and self.device.type == "cpu":
             fuse(drafter)
             prepack(drafter)
 
@@ -183,21 +184,26 @@ class Target:
 
         seats: the seat of each row. Tap `i` is the output of layer `i` (0 is the first layer's; -1 the last one's, normed).
         """
-        return self.forward(forest.tokens, forest.positions, sights(forest, cache, seats), cache, forest.asked, taps)
+        return self.forward(forest.tokens, forest.positions, row_masks(forest, cache, seats), cache, forest.asked, taps)
 
     @torch.inference_mode()
     def forward(
-        self, tokens: Tensor, positions: Tensor, seen: Sequence[Sight], cache: KVCache, asked: Tensor, taps: Sequence[int] = ()
+        self, tokens: Tensor, positions: Tensor, seen: Sequence[RowMask], cache: KVCache, asked: Tensor, taps: Sequence[int] = ()
     ) -> Scored:
         """The forward underneath `score`, for drafters that grow a tree level by level in their own cache."""
         if self not in self._held:
             raise ValueError(f"{self.name} was released and no longer attends as a target; make a new Target of it")
-        gaze = Gaze(seen, cache, self.kernel, self.reaches, self.together)
+        metadata = AttentionMetadata(seen, cache, self.kernel, self.windows, self.pad_rows)
         layers = [tap % self.num_layers for tap in taps]
         extra: dict[str, Any] = {"output_hidden_states": asking_for(layers)} if taps else {}
         with self._held.attending():
             out = self.model(
-                input_ids=tokens[None], position_ids=positions[None], use_cache=False, logits_to_keep=asked, headstart=gaze, **extra
+                input_ids=tokens[None],
+                position_ids=positions[None],
+                use_cache=False,
+                logits_to_keep=asked,
+                headstart=metadata,
+                **extra,
             )
         features = torch.cat([out.hidden_states[layer + 1][0] for layer in layers], -1) if taps else None
         return Scored(out.logits[0], features)
@@ -211,7 +217,8 @@ class Target:
 
     def release(self) -> PreTrainedModel:
         """Give the model back: this target scores no more. When no other target holds it either, linears, norms and MLPs that
-        `equip` replaced are put back with the same bits, and modules that were training train again. A second call does nothing.
+        `choose_kernels` replaced are put back with the same bits, and modules that were training train again. A second call does
+        nothing.
         """
         self._ungroup()
         self._held.release(self.model, self, restore)
@@ -221,7 +228,7 @@ class Target:
     def examined(self, tokens: Sequence[int], probe: Probe, positions: Sequence[int] | None = None) -> Tensor:
         """[tokens, vocab] of a few tokens, without a cache, at these positions or 0, 1, 2, and so on.
 
-        The probe records what reaches the attention function.
+        The probe records what windows the attention function.
         """
         places = torch.arange(len(tokens), device=self.device)
         ids = torch.tensor([list(tokens)], device=self.device)
@@ -232,7 +239,7 @@ class Target:
         return logits
 
     def _probe(self) -> Probe:
-        """Two tokens through the model: what reaches the attention function, layer by layer."""
+        """Two tokens through the model: what windows the attention function, layer by layer."""
         probe = Probe()
         kind = type(self.model).__name__
         try:
@@ -267,9 +274,9 @@ class Target:
             self_check(self)
 
 
-def sights(forest: Forest, cache: KVCache, seats: Sequence[int]) -> list[Sight]:
-    """Every row's sight of a target forest."""
-    result: list[Sight] = []
+def row_masks(forest: Forest, cache: KVCache, seats: Sequence[int]) -> list[RowMask]:
+    """Every row's row_mask of a target forest."""
+    result: list[RowMask] = []
     first = draft = 0
     for seat, stem, count in zip(seats, forest.stems, forest.counts, strict=True):
         last = first + stem + count
@@ -277,7 +284,7 @@ def sights(forest: Forest, cache: KVCache, seats: Sequence[int]) -> list[Sight]:
         place = cache.seating[seat]
         if cache.lengths[seat] + last - first > place.capacity:
             raise AssertionError(f"row of {last - first} nodes behind {cache.lengths[seat]} exceeds its {place.capacity} slots")
-        result.append(Sight(first, last, place.start, cache.lengths[seat], seen, forest.positions[first:last]))
+        result.append(RowMask(first, last, place.start, cache.lengths[seat], seen, forest.positions[first:last]))
         first, draft = last, draft + count
     return result
 
@@ -293,14 +300,14 @@ def _seen(lineage: Tensor, stem: int) -> Tensor:
 # -- reading a configuration ------------------------------------------------------------------------------------------------
 
 
-def _reach(config: Any, layer: int, window: int | None) -> Reach:
+def _window(config: Any, layer: int, window: int | None) -> Window:
     kinds = getattr(config, "layer_types", None)
     kind = kinds[layer] if kinds else None
     if kind == "chunked_attention":
-        return Reach(chunk=int(config.attention_chunk_size))
+        return Window(chunk=int(config.attention_chunk_size))
     if kind == "sliding_attention" and window is None:
         window = int(config.sliding_window)
-    return Reach(window=window)
+    return Window(sliding=window)
 
 
 def _context(config: Any, name: str) -> int:

@@ -110,7 +110,7 @@ class Example:
 
 
 @dataclass
-class Report:
+class ReadReport:
     """What became of the data. num_read: lines and files of text; num_cut: conversations that lost their end; num_pieces:
     examples that are a piece of a longer plain text; num_foreign: distilled lines whose target is not known to be this one;
     dropped: how often for which reason."""
@@ -136,7 +136,7 @@ def read_examples(
     *,
     any_target: bool = False,
     vocab: int | None = None,
-) -> tuple[list[Example], Report]:
+) -> tuple[list[Example], ReadReport]:
     """Everything in these files, in order, and what became of it.
 
     A .jsonl file (or .gz, .xz) holds distilled lines (`tokens`, `loss_mask`), chats (`messages`: the assistant's tokens count) or
@@ -162,7 +162,7 @@ class _Reader:
         self.max_length = max_length
         self.any_target = any_target
         self.vocab = vocab
-        self.report = Report()
+        self.report = ReadReport()
 
     def read(self, path: Path) -> Iterator[Example]:
         if not is_jsonl(path):

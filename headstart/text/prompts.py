@@ -18,7 +18,7 @@ Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Opening:
+class ChatPrompt:
     """A prompt and its place in its file: messages, in which every reply is to be given anew, or a text to be continued."""
 
     id: str
@@ -26,18 +26,18 @@ class Opening:
     messages: tuple[Message, ...] = ()
     text: str | None = None
 
-    def cues(self) -> list[list[Message]]:
+    def unanswered_turns(self) -> list[list[Message]]:
         """What is said before each reply."""
-        cues: list[list[Message]] = [[]]
+        unanswered_turns: list[list[Message]] = [[]]
         for message in self.messages:
             if message["role"] != "assistant":
-                cues[-1].append(message)
-            elif cues[-1]:
-                cues.append([])
-        return cues if cues[-1] else cues[:-1]
+                unanswered_turns[-1].append(message)
+            elif unanswered_turns[-1]:
+                unanswered_turns.append([])
+        return unanswered_turns if unanswered_turns[-1] else unanswered_turns[:-1]
 
 
-def read_openings(path: str | Path, limit: int | None = None, *, is_chat: bool = True) -> list[Opening]:
+def read_prompts(path: str | Path, limit: int | None = None, *, is_chat: bool = True) -> list[ChatPrompt]:
     """The prompts of a JSONL file (`messages`, `turns`, `prompt`, `instruction`, `question`, or `text` to be continued), packed or
     not, or of a text file with one prompt in each line.
 
@@ -48,31 +48,31 @@ def read_openings(path: str | Path, limit: int | None = None, *, is_chat: bool =
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1 prompt")
     records: Iterable[tuple[int, dict[str, Any]]] = read_records(path) if is_jsonl(path) else _lines_as_prompts(path)
-    openings = [_opening(path, number, fields, is_chat) for number, fields in islice(records, limit)]
-    if not openings:
+    prompts = [_prompt(path, number, fields, is_chat) for number, fields in islice(records, limit)]
+    if not prompts:
         raise ValueError(f"{path} holds no prompt")
-    return openings
+    return prompts
 
 
 def _lines_as_prompts(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     return ((number, {"prompt": line.rstrip("\n")}) for number, line in read_lines(path) if line.strip())
 
 
-def _opening(path: Path, number: int, fields: dict[str, Any], is_chat: bool) -> Opening:
+def _prompt(path: Path, number: int, fields: dict[str, Any], is_chat: bool) -> ChatPrompt:
     id, index = f"{path.name}:{number}", number - 1
     try:
         messages = tuple(_messages(fields))
     except ValueError as error:
         raise ValueError(f"line {number} of {path}: {error}") from None
     if not messages and isinstance(text := fields.get("text"), str) and text.strip():
-        return Opening(id, index, text=text)
+        return ChatPrompt(id, index, text=text)
     if not any(message["role"] != "assistant" for message in messages):
         raise ValueError(f"line {number} of {path} has no prompt; give one of the fields messages, {', '.join(PROMPTS)}, text")
     if is_chat:
-        return Opening(id, index, messages)
+        return ChatPrompt(id, index, messages)
     if len(messages) > 1 or "messages" in fields:
         raise ValueError(f"line {number} of {path} is a conversation, and this target has no chat template; give prompts or texts")
-    return Opening(id, index, text=messages[0]["content"])
+    return ChatPrompt(id, index, text=messages[0]["content"])
 
 
 def _messages(fields: dict[str, Any]) -> list[Message]:

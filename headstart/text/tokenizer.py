@@ -50,9 +50,9 @@ class Detokenizer:
 
     def copy(self) -> Detokenizer:
         """One that goes on from here by itself."""
-        twin = copy(self)
-        twin._window, twin._held = self._window[:], self._held[:]
-        return twin
+        clone = copy(self)
+        clone._window, clone._held = self._window[:], self._held[:]
+        return clone
 
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that these tokens make final."""
@@ -192,10 +192,10 @@ class TextStream:
 
     def copy(self) -> TextStream:
         """One that goes on from here by itself."""
-        twin = copy(self)
-        twin._detokenizer = self._detokenizer.copy()
-        twin._stops = self._stops and self._stops.copy()
-        return twin
+        clone = copy(self)
+        clone._detokenizer = self._detokenizer.copy()
+        clone._stops = self._stops and self._stops.copy()
+        return clone
 
     def push(self, token_ids: Sequence[int]) -> Piece:
         if self._stops is None:

@@ -16,7 +16,7 @@ from headstart.speculation.noise import mix
 WINDOW = 32  # batches that are sorted by length together: the larger, the less padding and the less chance
 
 
-class Order:
+class BatchOrder:
     """An endless row of batches, epoch after epoch. lengths: of the texts. rows: texts of a batch; the last may have fewer.
 
     A batch is a tuple of indices into `lengths`. `len` is the number of batches of an epoch.
@@ -51,7 +51,7 @@ class Order:
         return tuple(batches[place] for place in torch.randperm(len(batches), generator=generator).tolist())
 
 
-def num_batches(order: Order, *, tokens: int | None, epochs: int | None, steps: int | None, per_step: int) -> int:
+def num_batches(order: BatchOrder, *, tokens: int | None, epochs: int | None, steps: int | None, per_step: int) -> int:
     """How many batches a budget buys; the one that reaches `tokens` is included. per_step: batches of a step, of all processes."""
     if steps is not None:
         return steps * per_step

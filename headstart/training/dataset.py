@@ -42,29 +42,29 @@ class Text:
 
 
 @dataclass(frozen=True, eq=False)
-class Padded:
+class TextBatch:
     """A batch of texts. tokens: [rows, length] int64. counts: [rows, length] bool. indices: which texts; () for a batch that
     teaches nothing and only keeps processes in step."""
 
     tokens: Tensor
-    counts: Tensor
+    loss_mask: Tensor
     indices: tuple[int, ...]
 
-    def to(self, device: torch.device) -> Padded:
-        return Padded(self.tokens.to(device, non_blocking=True), self.counts.to(device, non_blocking=True), self.indices)
+    def to(self, device: torch.device) -> TextBatch:
+        return TextBatch(self.tokens.to(device, non_blocking=True), self.loss_mask.to(device, non_blocking=True), self.indices)
 
 
 @dataclass(frozen=True)
-class Library:
-    """All texts of a run. taught, tested: indices of those to train on and of those held out. num_useless: texts that were left
+class Dataset:
+    """All texts of a run. train, held_out: indices of those to train on and of those held out. num_useless: texts that were left
     out because no guess counts in them."""
 
     texts: tuple[Text, ...]
-    taught: tuple[int, ...]
-    tested: tuple[int, ...]
+    train: tuple[int, ...]
+    held_out: tuple[int, ...]
     num_useless: int = 0
 
-    def pad(self, indices: Sequence[int]) -> Padded:
+    def pad(self, indices: Sequence[int]) -> TextBatch:
         """Texts side by side, as long as the longest of them."""
         chosen = [self.texts[index] for index in indices]
         longest = max(len(text.tokens) for text in chosen)
@@ -73,23 +73,23 @@ class Library:
         for row, text in enumerate(chosen):
             tokens[row, : len(text.tokens)] = torch.tensor(text.tokens)
             counts[row, : len(text.tokens)] = torch.tensor(text.mask)
-        return Padded(tokens, counts, tuple(indices))
+        return TextBatch(tokens, counts, tuple(indices))
 
-    def nothing(self) -> Padded:
+    def nothing(self) -> TextBatch:
         """The shortest text, of which nothing counts: a process without a batch still takes part in the step."""
         shortest = min(range(len(self.texts)), key=lambda index: len(self.texts[index].tokens))
         padded = self.pad([shortest])
-        return Padded(padded.tokens, torch.zeros_like(padded.counts), padded.indices)
+        return TextBatch(padded.tokens, torch.zeros_like(padded.loss_mask), padded.indices)
 
-    def said(self, vocab: int) -> Tensor:
-        """[vocab] int64: how often an assistant says each token in the taught texts."""
-        taught = (self.texts[index] for index in self.taught)
-        tokens = [token for text in taught for token, is_said in zip(text.tokens, text.mask, strict=True) if is_said]
+    def token_counts(self, vocab: int) -> Tensor:
+        """[vocab] int64: how often an assistant says each token in the train texts."""
+        train_texts = (self.texts[index] for index in self.train)
+        tokens = [token for text in train_texts for token, is_said in zip(text.tokens, text.mask, strict=True) if is_said]
         return torch.bincount(torch.tensor(tokens, dtype=torch.int64), minlength=vocab)
 
     def digest(self) -> str:
         """Of every token, who said it, and what is held out: two runs with the same digest read the same."""
-        sha = hashlib.sha256(repr((self.taught, self.tested)).encode())
+        sha = hashlib.sha256(repr((self.train, self.held_out)).encode())
         for text in self.texts:
             sha.update(repr((text.tokens, text.mask)).encode())
         return sha.hexdigest()[:16]
@@ -101,26 +101,28 @@ def counted(counts: Tensor, depth: int = 1) -> Tensor:
     return Batch(counts, counts, none, none).counted(depth)
 
 
-def shelve(examples: Sequence[Example], held_out: float | Sequence[Example]) -> Library:
+def split(examples: Sequence[Example], held_out: float | Sequence[Example]) -> Dataset:
     """Held out are a share of the texts (by digest, so that equal texts stay together), or other texts.
 
     Raises ValueError where nothing is left to learn from.
     """
-    taught = _useful(examples)
-    if not taught:
+    train_texts = _useful(examples)
+    if not train_texts:
         raise ValueError(
             f"none of the {len(examples)} texts has two tokens of an answer in a row; raise length, or give other data"
         )
     if not isinstance(held_out, float | int):
-        tested = _useful(held_out)
-        first = len(taught)
-        useless = len(examples) + len(held_out) - first - len(tested)
-        return Library((*taught, *tested), tuple(range(first)), tuple(range(first, first + len(tested))), useless)
-    tested_indices = _share(taught, held_out)
-    rest = tuple(index for index in range(len(taught)) if index not in tested_indices)
+        held_out_texts = _useful(held_out)
+        first = len(train_texts)
+        useless = len(examples) + len(held_out) - first - len(held_out_texts)
+        return Dataset(
+            (*train_texts, *held_out_texts), tuple(range(first)), tuple(range(first, first + len(held_out_texts))), useless
+        )
+    tested_indices = _share(train_texts, held_out)
+    rest = tuple(index for index in range(len(train_texts)) if index not in tested_indices)
     if not rest:
-        raise ValueError(f"held_out is {held_out} and there are {len(taught)} texts: none is left to train on; hold out less")
-    return Library(tuple(taught), rest, tuple(sorted(tested_indices)), len(examples) - len(taught))
+        raise ValueError(f"held_out is {held_out} and there are {len(train_texts)} texts: none is left to train on; hold out less")
+    return Dataset(tuple(train_texts), rest, tuple(sorted(tested_indices)), len(examples) - len(train_texts))
 
 
 def _useful(examples: Sequence[Example]) -> list[Text]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from headstart.drafters.parts.losses import Batch
 from headstart.target.hidden_states import asking_for
 from headstart.text.jsonl import read_object
-from headstart.training.dataset import Library, Padded
+from headstart.training.dataset import Dataset, TextBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +40,7 @@ class Online:
         self.layers = layers(taps, num_layers)
         self._taps = [tap % num_layers for tap in taps]
 
-    def __call__(self, texts: Padded) -> Batch:
+    def __call__(self, texts: TextBatch) -> Batch:
         """On the model's device."""
         texts = texts.to(self.model.device)
         return as_batch(texts, self.states(texts.tokens), self._taps)
@@ -63,11 +63,11 @@ def layers(taps: Sequence[int], num_layers: int) -> tuple[int, ...]:
     return tuple(sorted({*(tap % num_layers for tap in taps), num_layers - 1}))
 
 
-def as_batch(texts: Padded, states: dict[int, Tensor], taps: Sequence[int]) -> Batch:
-    """A lesson's batch: features in float32, as the weights that learn; final states as the target has them."""
+def as_batch(texts: TextBatch, states: dict[int, Tensor], taps: Sequence[int]) -> Batch:
+    """A loss_module's batch: features in float32, as the weights that learn; final states as the target has them."""
     last = states[max(states)]
     features = torch.cat([states[tap] for tap in taps], -1) if taps else last[..., :0]
-    return Batch(texts.tokens, texts.counts, features.float(), last)
+    return Batch(texts.tokens, texts.loss_mask, features.float(), last)
 
 
 class Store:
@@ -79,7 +79,7 @@ class Store:
         self._open: dict[int, Any] = {}
 
     @classmethod
-    def claim(cls, folder: Path, online: Online, library: Library, target: str) -> None:
+    def claim(cls, folder: Path, online: Online, dataset: Dataset, target: str) -> None:
         """Mark a new folder as the store of these states. target: the model's digest. Raises ValueError if it is another's."""
         key = {
             "format": "headstart-features",
@@ -87,31 +87,32 @@ class Store:
             "target": target,
             "dtype": str(online.model.dtype).removeprefix("torch."),
             "layers": list(online.layers),
-            "texts": library.digest(),
-            "shards": len(shelves(library)),
+            "texts": dataset.digest(),
+            "shards": len(shard_indices(dataset)),
         }
         _claim(folder, key)
 
     @classmethod
     def filled(
-        cls, folder: Path, online: Online, library: Library, share: tuple[int, int] = (0, 1),
-        tell: Callable[[int, int], None] = lambda done, of: None,
+        cls, folder: Path, online: Online, dataset: Dataset, share: tuple[int, int] = (0, 1),
+        on_progress: Callable[[int, int], None] = lambda done, of: None,
     ) -> Store:  # fmt: skip
         """The store in a claimed folder, of which missing shards are computed and written first.
 
-        share: (this process, all processes), each writes every so-manieth shard. tell: hears how many of how many are written.
+        share: (this process, all processes), each writes every so-manieth shard. on_progress: hears how many of how many are
+        written.
         Raises ValueError if there is no room.
         """
-        shards = shelves(library)
+        shards = shard_indices(dataset)
         missing = [number for number in range(len(shards)) if not _file(folder, number).is_file()]
-        _check_room(folder, online, sum(len(library.texts[i].tokens) for number in missing for i in shards[number]))
+        _check_room(folder, online, sum(len(dataset.texts[i].tokens) for number in missing for i in shards[number]))
         own = [number for number in missing if number % share[1] == share[0]]
         for done, number in enumerate(own):
-            tell(done, len(own))
-            _write(folder, number, {str(index): _alone(online, library, index) for index in shards[number]})
+            on_progress(done, len(own))
+            _write(folder, number, {str(index): _alone(online, dataset, index) for index in shards[number]})
         return cls(folder, online, shards)
 
-    def __call__(self, texts: Padded) -> Batch:
+    def __call__(self, texts: TextBatch) -> Batch:
         """On the model's device; where padding is, states are zero."""
         place = self._online.model.device
         length, taps = texts.tokens.shape[1], self._online._taps
@@ -139,11 +140,11 @@ class Store:
         return found
 
 
-def shelves(library: Library) -> list[list[int]]:
+def shard_indices(dataset: Dataset) -> list[list[int]]:
     """Indices of all texts, in order, cut into shards of about `SHARD_TOKENS` tokens."""
     shards: list[list[int]] = [[]]
     size = 0
-    for index, text in enumerate(library.texts):
+    for index, text in enumerate(dataset.texts):
         if shards[-1] and size + len(text.tokens) > SHARD_TOKENS:
             shards.append([])
             size = 0
@@ -152,9 +153,9 @@ def shelves(library: Library) -> list[list[int]]:
     return shards
 
 
-def _alone(online: Online, library: Library, index: int) -> Tensor:
+def _alone(online: Online, dataset: Dataset, index: int) -> Tensor:
     """[length, layers, hidden] of one text, as the model has them."""
-    states = online.states(library.pad([index]).tokens.to(online.model.device))
+    states = online.states(dataset.pad([index]).tokens.to(online.model.device))
     return torch.stack([states[layer][0] for layer in online.layers], 1).cpu()
 
 

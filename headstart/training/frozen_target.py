@@ -1,6 +1,6 @@
 """What a step learns: a module from texts to a loss. Here the target is frozen and only the drafter learns.
 
-A lesson is a `torch.nn.Module` whose `forward(texts) -> (loss, Metrics)` sums over positions, whose parameters are all that is
+A loss_module is a `torch.nn.Module` whose `forward(texts) -> (loss, Metrics)` sums over positions, whose parameters are all that is
 trained and saved, and whose `groups` say how. This file knows lessons. It refuses to know methods, steps and files.
 """
 
@@ -12,12 +12,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from headstart.drafters.parts.losses import Batch, Metrics, Objective
-from headstart.training.dataset import Padded
+from headstart.training.dataset import TextBatch
 
-Source = Callable[[Padded], Batch]
+Source = Callable[[TextBatch], Batch]
 
 
-class Frozen(nn.Module):
+class FrozenTarget(nn.Module):
     """The drafter learns from a target that stays as it is. source: what the target makes of texts, no parameters of its own."""
 
     def __init__(self, drafter: Any, objective: Objective, source: Source) -> None:
@@ -26,7 +26,7 @@ class Frozen(nn.Module):
         self.objective = objective
         self.source = source
 
-    def forward(self, texts: Padded) -> tuple[Tensor, Metrics]:
+    def forward(self, texts: TextBatch) -> tuple[Tensor, Metrics]:
         """The summed loss, a scalar, and metrics."""
         found: tuple[Tensor, Metrics] = self.drafter.loss(self.source(texts), self.objective)
         return found

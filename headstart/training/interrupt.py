@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 
-class Brake:
+class Interrupt:
     """Within `with`, a first Ctrl-C or SIGTERM only sets `is_pulled`; a second one interrupts at once."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -20,7 +20,7 @@ class Brake:
         self.is_pulled = False
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Brake:
+    def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():  # elsewhere, signals are not ours to take
             self._before = {number: signal.signal(number, self._pull) for number in self.SIGNALS}
         return self

@@ -15,7 +15,7 @@ _SHAPES: dict[str, Callable[[float], float]] = {
 }
 
 
-def pace(step: int, steps: int, warmup: float, schedule: str, floor: float = 0.0) -> float:
+def lr_schedule(step: int, steps: int, warmup: float, schedule: str, floor: float = 0.0) -> float:
     """The share of the learning rate that step `step` (from 0) of `steps` uses. warmup: share of the steps that lead up to 1.
     floor: what is left of 1 at the end of the schedule."""
     num_warm = round(warmup * steps)

@@ -19,11 +19,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from headstart.drafters.parts.losses import Batch, Metrics, Objective, Voice, chunked_loss
-from headstart.target.embed_head import Ends
+from headstart.drafters.parts.losses import Batch, Metrics, Objective, OutputHead, chunked_loss
+from headstart.target.embed_head import EmbedHead
 from headstart.target.hidden_states import asking_for
 from headstart.training.batching import evenly
-from headstart.training.dataset import Library, Padded
+from headstart.training.dataset import Dataset, TextBatch
 from headstart.training.features import as_batch, layers
 from headstart.training.frozen_target import decaying
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class JointConfig(BaseModel):
+class Medusa2Config(BaseModel):
     """How the trunk learns with the heads.
 
     mode: "lora" (peft, on every linear inside the layers; merged at the end) or "full". rank, alpha, dropout: of LoRA. base: "kl"
@@ -65,28 +65,30 @@ class Trunk(nn.Module):
     """A model that learns, beside what it was before. Raises ValueError where peft is missing or finds nothing to adapt, and for a
     model whose weights are quantised: what it learned would be rounded away."""
 
-    def __init__(self, model: PreTrainedModel, config: JointConfig) -> None:
+    def __init__(self, model: PreTrainedModel, config: Medusa2Config) -> None:
         super().__init__()
         if getattr(model.config, "quantization_config", None) is not None:
             raise ValueError(
                 "a quantised target cannot learn with its heads; leave joint out, or name the target before quantising"
             )
         self.num_layers = int(model.config.get_text_config().num_hidden_layers)
-        self._ends = Ends(model)
+        self._embed_head = EmbedHead(model)
         original = None
         if config.mode == "lora":
             self.model: Any = _adapted(model.requires_grad_(False), config)
         else:
             original = copy.deepcopy(model).eval().requires_grad_(False)
             self.model = model.requires_grad_(True)
-        self._original: tuple[Any, Ends] | None = None if original is None else (original, Ends(original))  # not a submodule
+        self._original: tuple[Any, EmbedHead] | None = (
+            None if original is None else (original, EmbedHead(original))
+        )  # not a submodule
 
     def states(self, tokens: Tensor, wanted: Sequence[int]) -> dict[int, Tensor]:
         """[rows, length] -> the output of each layer in `wanted`, [rows, length, hidden], with gradients."""
         return _states(self.model, tokens, wanted)
 
     @torch.no_grad()
-    def finals_before(self, tokens: Tensor) -> Tensor:
+    def last_hidden_before(self, tokens: Tensor) -> Tensor:
         """[rows, length] -> the final states [rows, length, hidden] of the model as it came."""
         last = self.num_layers - 1
         if self._original is not None:
@@ -99,14 +101,14 @@ class Trunk(nn.Module):
         return found
 
     @property
-    def voice(self) -> Voice:
+    def output_head(self) -> OutputHead:
         """Its head now, which learns with the rest if nothing is adapted."""
-        return Voice(self._ends.project, self._ends.parameters)
+        return OutputHead(self._embed_head.logits, self._embed_head.parameters)
 
-    def project_before(self, states: Tensor) -> Tensor:
+    def logits_before(self, states: Tensor) -> Tensor:
         """The head of the model as it came: [n, hidden] -> [n, vocab]."""
-        ends = self._ends if self._original is None else self._original[1]
-        return ends.project(states)
+        embed_head = self._embed_head if self._original is None else self._original[1]
+        return embed_head.logits(states)
 
     def merged(self) -> PreTrainedModel:
         """An ordinary model: adapters become part of the weights they adapt, and are gone. For the end."""
@@ -114,13 +116,13 @@ class Trunk(nn.Module):
         return whole
 
 
-class Joint(nn.Module):
-    """A lesson in which trunk and heads learn. progress: the share of the run that is done, asked at every step.
+class Medusa2(nn.Module):
+    """A loss_module in which trunk and heads learn. progress: the share of the run that is done, asked at every step.
 
     Metrics are those of the heads. The base term is summed over an assistant's tokens and shares the heads' divisor.
     """
 
-    def __init__(self, drafter: Any, model: PreTrainedModel, objective: Objective, config: JointConfig) -> None:
+    def __init__(self, drafter: Any, model: PreTrainedModel, objective: Objective, config: Medusa2Config) -> None:
         super().__init__()
         self.drafter = drafter
         self.trunk = Trunk(model, config)
@@ -129,7 +131,7 @@ class Joint(nn.Module):
         self.progress: Callable[[], float] = lambda: 0.0
         self._taps = [tap % self.trunk.num_layers for tap in drafter.taps]
 
-    def forward(self, texts: Padded) -> tuple[Tensor, Metrics]:
+    def forward(self, texts: TextBatch) -> tuple[Tensor, Metrics]:
         """The summed loss, a scalar, and metrics."""
         texts = texts.to(next(self.parameters()).device)
         batch = as_batch(texts, self.trunk.states(texts.tokens, layers(self._taps, self.trunk.num_layers)), self._taps)
@@ -138,22 +140,24 @@ class Joint(nn.Module):
 
     def base(self, batch: Batch) -> Tensor:
         """The trunk's own loss, summed over an assistant's tokens."""
-        where = batch.counts[:, 1:].nonzero(as_tuple=True)
-        own, tokens = batch.finals[where], batch.tokens[where[0], where[1] + 1]
+        where = batch.loss_mask[:, 1:].nonzero(as_tuple=True)
+        own, tokens = batch.last_hidden[where], batch.tokens[where[0], where[1] + 1]
         if self.config.base == "ce":
-            return chunked_loss(self.trunk.voice, own, tokens, None, Objective(hard=1), self.trunk.project_before)[0]
-        before = self.trunk.finals_before(batch.tokens)[where]
-        return chunked_loss(self.trunk.voice, own, tokens, before, Objective(soft=1), self.trunk.project_before)[0]
+            return chunked_loss(self.trunk.output_head, own, tokens, None, Objective(hard=1), self.trunk.logits_before)[0]
+        before = self.trunk.last_hidden_before(batch.tokens)[where]
+        return chunked_loss(self.trunk.output_head, own, tokens, before, Objective(soft=1), self.trunk.logits_before)[0]
 
     @torch.no_grad()
-    def surprise(self, texts: Padded) -> tuple[float, int]:
+    def cross_entropy(self, texts: TextBatch) -> tuple[float, int]:
         """Summed cross-entropy of the trunk with an assistant's tokens, nats, and their number: perplexity = exp(sum / number)."""
         texts = texts.to(next(self.parameters()).device)
         last = self.trunk.num_layers - 1
-        finals = self.trunk.states(texts.tokens, [last])[last]
-        where = texts.counts[:, 1:].nonzero(as_tuple=True)
+        last_hidden = self.trunk.states(texts.tokens, [last])[last]
+        where = texts.loss_mask[:, 1:].nonzero(as_tuple=True)
         tokens = texts.tokens[where[0], where[1] + 1]
-        loss, _ = chunked_loss(self.trunk.voice, finals[where], tokens, None, Objective(hard=1), self.trunk.project_before)
+        loss, _ = chunked_loss(
+            self.trunk.output_head, last_hidden[where], tokens, None, Objective(hard=1), self.trunk.logits_before
+        )
         return float(loss), len(tokens)
 
     def groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
@@ -167,7 +171,7 @@ def _states(model: Any, tokens: Tensor, wanted: Sequence[int]) -> dict[int, Tens
     return {layer: out.hidden_states[layer + 1] for layer in wanted}
 
 
-def _adapted(model: PreTrainedModel, config: JointConfig) -> Any:
+def _adapted(model: PreTrainedModel, config: Medusa2Config) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
@@ -178,14 +182,14 @@ def _adapted(model: PreTrainedModel, config: JointConfig) -> Any:
         return get_peft_model(model, lora)
 
 
-def perplexity(joint: Joint, library: Library, rows: int) -> float | None:
+def perplexity(joint: Medusa2, dataset: Dataset, rows: int) -> float | None:
     """Of the trunk as it is, on the answers of the held-out texts; None where nothing is held out."""
-    if not library.tested:
+    if not dataset.held_out:
         return None
     joint.eval()
-    lengths = [len(library.texts[index].tokens) for index in library.tested]
-    batches = [[library.tested[place] for place in batch] for batch in evenly(lengths, rows)]
-    losses, counts = zip(*(joint.surprise(library.pad(batch)) for batch in batches), strict=True)
+    lengths = [len(dataset.texts[index].tokens) for index in dataset.held_out]
+    batches = [[dataset.held_out[place] for place in batch] for batch in evenly(lengths, rows)]
+    losses, counts = zip(*(joint.cross_entropy(dataset.pad(batch)) for batch in batches), strict=True)
     return math.exp(sum(losses) / max(1, sum(counts)))
 
 

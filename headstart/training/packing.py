@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from headstart.training.dataset import PAD, Padded
+from headstart.training.dataset import PAD, TextBatch
 from headstart.training.token_streams import Stream, Tokens, chunks, read_stream
 
 if TYPE_CHECKING:
@@ -64,14 +64,14 @@ class Blocks(Sequence[Block]):
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """All blocks of a run, in the place of a `Library`. taught: indices of those to train on, one for each time that an epoch reads
-    it. tested: of those held out."""
+    """All blocks of a run, in the place of a `Dataset`. train: indices of those to train on, one for each time that an epoch reads
+    it. held_out: of those held out."""
 
     texts: Blocks
-    taught: tuple[int, ...]
-    tested: tuple[int, ...]
+    train: tuple[int, ...]
+    held_out: tuple[int, ...]
 
-    def pad(self, indices: Sequence[int]) -> Padded:
+    def pad(self, indices: Sequence[int]) -> TextBatch:
         """Blocks side by side, as long as the longest of them."""
         chosen = [self.texts[index].tokens for index in indices]
         longest = max(map(len, chosen))
@@ -80,17 +80,17 @@ class Packed:
         for row, block in enumerate(chosen):
             tokens[row, : len(block)] = torch.from_numpy(block.astype(np.int64))
             counts[row, : len(block)] = True
-        return Padded(tokens, counts, tuple(indices))
+        return TextBatch(tokens, counts, tuple(indices))
 
-    def nothing(self) -> Padded:
+    def nothing(self) -> TextBatch:
         """A block of which nothing counts: a process without a batch still takes part in the step."""
         padded = self.pad([self._shortest])
-        return Padded(padded.tokens, torch.zeros_like(padded.counts), padded.indices)
+        return TextBatch(padded.tokens, torch.zeros_like(padded.loss_mask), padded.indices)
 
     def digest(self) -> str:
         """Of every token, how they are cut, how often they are read, and what is held out."""
         sha = hashlib.sha256(f"{self.texts.length} {[len(stream) for stream in self.texts.streams]}".encode())
-        for indices in (self.taught, self.tested):
+        for indices in (self.train, self.held_out):
             sha.update(np.array(indices, "<i8").tobytes() + b"|")
         for chunk in (chunk for stream in self.texts.streams for chunk in chunks(stream)):
             sha.update(np.ascontiguousarray(chunk, "<u4").data)
@@ -120,22 +120,22 @@ def read_packed(
     else:
         teaching, testing = _parted(read, held_out)
     blocks = Blocks(teaching + testing, length)
-    taught = [index for place, count in enumerate(often) for index in _repeated(blocks.of(place), count)]
-    tested = range(blocks.of(len(teaching)).start, len(blocks))
-    if not taught:
+    train_texts = [index for place, count in enumerate(often) for index in _repeated(blocks.of(place), count)]
+    held_out_texts = range(blocks.of(len(teaching)).start, len(blocks))
+    if not train_texts:
         raise ValueError(_why_nothing(paths, read, held_out))
-    return Packed(blocks, tuple(taught), tuple(tested)), _told(read, len(taught), len(tested), length)
+    return Packed(blocks, tuple(train_texts), tuple(held_out_texts)), _told(read, len(train_texts), len(held_out_texts), length)
 
 
 def _parted(streams: Sequence[Stream], share: float) -> tuple[list[Tokens], list[Tokens]]:
     """What teaches, and what is held out, of each stream. A document's lot depends on its own tokens, not on what else is read;
-    only where every one would be taught, one is held out all the same."""
+    only where every one would be train, one is held out all the same."""
     marks = [stream.marks() if share and len(stream.ends) > 1 else np.empty(0) for stream in streams]
     border = max(share, min((mark.min() for mark in marks if mark.size), default=share))
     parts = [
         stream.parted_by(mark <= border) if mark.size else stream.parted(share) for stream, mark in zip(streams, marks, strict=True)
     ]
-    return [taught for taught, _ in parts], [tested for _, tested in parts]
+    return [train for train, _ in parts], [held_out for _, held_out in parts]
 
 
 def _repeated(blocks: range, times: float) -> Iterator[int]:

@@ -18,18 +18,18 @@ from safetensors import SafetensorError
 
 from headstart.drafters.parts.heads import Heads
 from headstart.drafters.registry import METHODS, method
-from headstart.formats import facts_of, save
-from headstart.target.embed_head import Ends
+from headstart.formats import describe_target, save
+from headstart.target.embed_head import EmbedHead
 from headstart.target.loading import load_model, random_model
 from headstart.target.tokenizer_loading import load_tokenizer
 from headstart.training.loop import Loop
 from headstart.training.packing import Packed, read_packed
-from headstart.training.pretrain_loss import Together
+from headstart.training.pretrain_loss import PretrainLoss
 from headstart.training.run_config import PretrainConfig
-from headstart.training.run_log import Report
+from headstart.training.run_log import RunLog
 from headstart.training.run_state import Checkpoints, Identity
-from headstart.training.setup import check_out, fitting_length, make_course, start_accelerator
-from headstart.training.warm_start import go_on, settings_of
+from headstart.training.setup import check_out, fitting_length, make_batch_plan, start_accelerator
+from headstart.training.warm_start import warm_start, warm_start_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,7 +50,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, finish: bool = Fal
     check_out(config.out, resume, finish)
     if (config.out / TRUNK).exists():
         raise ValueError(f"out folder {config.out} holds a trained model already ({TRUNK}); name another folder")
-    run = Run(config)
+    run = PretrainRun(config)
     state = run.checkpoints.load(run.identity)
     run.report.rewind(state.step)
     if run.accelerator.is_main_process:
@@ -60,38 +60,38 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, finish: bool = Fal
     return run.finish(run.loop.end_at(state) if finish else run.loop.see_through(state, "pretrain"))
 
 
-class Run:
+class PretrainRun:
     """Everything of one run, ready to begin."""
 
     def __init__(self, config: PretrainConfig) -> None:
         self.accelerator = accelerator = start_accelerator(config)
-        self.report = Report(config.out, accelerator.is_main_process)
+        self.report = RunLog(config.out, accelerator.is_main_process)
         self.say = self.report.say
         self.tokenizer = load_tokenizer(_tokenizer_place(config), config.trust_remote_code)
         self.model = _trunk(config, self.tokenizer).to(accelerator.device)
         self.config = config = config.model_copy(update={"length": fitting_length(config.length, self.model)})
-        self.library = self._read()
-        self.lesson = Together(self.model, _heads(config, self.model), self._weight, config.decay)
-        self.course = make_course(config, self.library, accelerator.num_processes)
-        self.lesson.progress = lambda: self.loop.state.step / self.course.steps
-        prepared, *optimizers = accelerator.prepare(self.lesson.to(accelerator.device), *_optimizers(self.lesson, config))
+        self.dataset = self._read()
+        self.loss_module = PretrainLoss(self.model, _heads(config, self.model), self._weight, config.decay)
+        self.batch_plan = make_batch_plan(config, self.dataset, accelerator.num_processes)
+        self.loss_module.progress = lambda: self.loop.state.step / self.batch_plan.steps
+        prepared, *optimizers = accelerator.prepare(self.loss_module.to(accelerator.device), *_optimizers(self.loss_module, config))
         self.prepared = prepared
-        self.identity = Identity(config.as_dict(), self.library.digest(), str(config.start), self.course.per_step)
+        self.identity = Identity(config.as_dict(), self.dataset.digest(), str(config.start), self.batch_plan.per_step)
         self.checkpoints = Checkpoints(config.out, accelerator)
         self.loop = Loop(
-            config, self.course, prepared, optimizers, accelerator, self.checkpoints, self.identity, self.report,
-            measure=self.lesson.measure,
+            config, self.batch_plan, prepared, optimizers, accelerator, self.checkpoints, self.identity, self.report,
+            measure=self.loss_module.measure,
         )  # fmt: skip
 
     def _read(self) -> Packed:
         config, length = self.config, self.config.length
         assert length is not None
         vocab = self.model.get_input_embeddings().weight.shape[0]
-        library, told = read_packed(
+        dataset, told = read_packed(
             config.data, self.tokenizer, length=length, vocab=vocab, held_out=config.held_out, times=config.times
         )
         self.say(f"data: {told}")
-        return library
+        return dataset
 
     def _weight(self, progress: float) -> float:
         """Of the heads' losses: two steps, as DeepSeek-V3 has it."""
@@ -100,12 +100,13 @@ class Run:
 
     def greeting(self, step: int) -> str:
         """What learns from what."""
-        trunk, course = self.model.num_parameters(), self.course
-        heads = [f"{name} {_count(member):,}" for name, member in self.lesson.heads.items()]
+        trunk, batch_plan = self.model.num_parameters(), self.batch_plan
+        heads = [f"{name} {_count(member):,}" for name, member in self.loss_module.heads.items()]
         return (
             f"a trunk of {trunk:,} parameters learns" + (f" with heads ({', '.join(heads)})" if heads else "")
-            + f" from {len(self.library.taught):,} blocks of {self.config.length} tokens, {len(self.library.tested):,} held out; "
-            f"{course.steps:,} steps of {course.per_step * self.config.rows} blocks" + (f", from step {step} on" if step else "")
+            + f" from {len(self.dataset.train):,} blocks of {self.config.length} tokens, {len(self.dataset.held_out):,} held out; "
+            f"{batch_plan.steps:,} steps of {batch_plan.per_step * self.config.rows} blocks"
+            + (f", from step {step} on" if step else "")
         )  # fmt: skip
 
     def finish(self, measured: dict[str, Any]) -> dict[str, Any]:
@@ -113,14 +114,14 @@ class Run:
         told, out = self._told(measured), self.config.out
         state = self.accelerator.get_state_dict(self.prepared)
         if self.accelerator.is_main_process:
-            self.lesson.load_state_dict(state)
+            self.loss_module.load_state_dict(state)
             trunk = _save_trunk(self.model.to("cpu"), self.tokenizer, out / TRUNK, getattr(torch, self.config.dtype))
-            facts = facts_of(trunk, self.tokenizer).model_copy(update={"name": out.resolve().name})
-            for name, heads in self.lesson.heads.items():
-                save(out / name, heads.to("cpu", trunk.dtype), facts, _told_of(name, told))  # type: ignore[arg-type]
+            target_info = describe_target(trunk, self.tokenizer).model_copy(update={"name": out.resolve().name})
+            for name, heads in self.loss_module.heads.items():
+                save(out / name, heads.to("cpu", trunk.dtype), target_info, _told_of(name, told))  # type: ignore[arg-type]
             (out / TOLD).write_text(json.dumps(told, indent=2) + "\n")
         self.checkpoints.remove()
-        self.say(f"the model is in {out / TRUNK}; " + _use(out, list(self.lesson.heads)))
+        self.say(f"the model is in {out / TRUNK}; " + _use(out, list(self.loss_module.heads)))
         return told
 
     def _told(self, measured: dict[str, Any]) -> dict[str, Any]:
@@ -134,7 +135,7 @@ class Run:
             "weight": config.weight,
             "optimizer": config.optimizer,
             "learning_rate": config.learning_rate,
-            "blocks_per_step": self.course.per_step * config.rows,
+            "blocks_per_step": self.batch_plan.per_step * config.rows,
             "length": config.length,
             "seed": config.seed,
             **measured,
@@ -197,22 +198,22 @@ def _asked(name: str, settings: Mapping[str, Any]) -> tuple[Any, Any]:
         able = ", ".join(other for other in METHODS if method(other).joins_pretraining)
         raise ValueError(f"{name} heads learn on a trunk that is there already, with `headstart train`; from scratch: {able}")
     given = {key: value for key, value in settings.items() if key != "from"}
-    return kind, settings_of(name, given, settings.get("from"), f"heads {name}")
+    return kind, warm_start_settings(name, given, settings.get("from"), f"heads {name}")
 
 
 def _heads(config: PretrainConfig, model: PreTrainedModel) -> dict[str, Heads]:
     """By method: heads that begin as their settings say, or go on from a folder (`from`)."""
-    ends, found = Ends(model), {}
+    embed_head, found = EmbedHead(model), {}
     for name, settings in config.heads.items():
         kind, chosen = _asked(name, settings)
-        chosen = kind.fitted(chosen, model.config)
-        found[name] = kind(chosen, ends.hidden, ends.vocab).bind(ends).start()
+        chosen = kind.resolve_config(chosen, model.config)
+        found[name] = kind(chosen, embed_head.hidden, embed_head.vocab).bind(embed_head).init_from_target()
         if "from" in settings:
-            go_on(found[name], settings["from"], facts_of(model))
+            warm_start(found[name], settings["from"], describe_target(model))
     return found
 
 
-def _optimizers(lesson: Together, config: PretrainConfig) -> list[torch.optim.Optimizer]:
+def _optimizers(loss_module: PretrainLoss, config: PretrainConfig) -> list[torch.optim.Optimizer]:
     """AdamW for all; or Muon for the matrices inside the layers and AdamW for the rest.
 
     Muon (Jordan et al. 2024) orthogonalises its updates and needs fewer tokens; its scale is matched to AdamW's (Liu et al. 2025,
@@ -220,8 +221,8 @@ def _optimizers(lesson: Together, config: PretrainConfig) -> list[torch.optim.Op
     """
     rate, decay = config.learning_rate, config.weight_decay
     if config.optimizer == "adamw":
-        return [torch.optim.AdamW(lesson.groups(rate, decay), betas=config.betas)]
-    inside, rest = lesson.split()
+        return [torch.optim.AdamW(loss_module.groups(rate, decay), betas=config.betas)]
+    inside, rest = loss_module.split()
     muon = torch.optim.Muon(
         [{"params": inside, "lr": rate, "peak": rate}], weight_decay=decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
     )

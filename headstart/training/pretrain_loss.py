@@ -1,9 +1,9 @@
-"""A lesson in which a trunk learns to speak, and its heads with it from the first step.
+"""A loss_module in which a trunk learns to speak, and its heads with it from the first step.
 
     loss = CE(next token) + weight(progress) * sum over heads of (sum_d decay^(d-1) CE(token d places later) / sum_d decay^(d-1))
 
 Gradients of the heads reach the trunk through the states they read, with the memory of one
-head (`headstart.drafters.parts.losses.lean`). This
+head (`headstart.drafters.parts.losses.backward_by_part`). This
 file knows trunks, heads and terms. It refuses to know files, steps and methods.
 """
 
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from headstart.drafters.parts.heads import Heads
-from headstart.drafters.parts.losses import Metrics, Objective, Voice, chunked_loss, lean
-from headstart.target.embed_head import Ends
+from headstart.drafters.parts.losses import Metrics, Objective, OutputHead, backward_by_part, chunked_loss
+from headstart.target.embed_head import EmbedHead
 from headstart.target.hidden_states import asking_for
-from headstart.training.dataset import Padded
+from headstart.training.dataset import TextBatch
 from headstart.training.features import as_batch, layers
 from headstart.training.frozen_target import decaying
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 NEXT = Objective(hard=1.0)
 
 
-class Together(nn.Module):
+class PretrainLoss(nn.Module):
     """trunk: a causal LM that learns. heads: by method, bound to it. weight: of the heads' losses when a share of the run, in
     [0, 1], is done; `progress` is asked for it. decay: weight of each deeper guess over that of the one before.
 
@@ -44,14 +44,14 @@ class Together(nn.Module):
         self.weight = weight
         self.objective = Objective(hard=1.0, decay=decay)
         self.progress: Callable[[], float] = lambda: 0.0
-        self._ends = Ends(trunk)
+        self._embed_head = EmbedHead(trunk)
         self._num_layers = int(trunk.config.get_text_config().num_hidden_layers)
         taps = {tap for member in heads.values() for tap in member.taps}
         self._layers = layers(sorted(taps), self._num_layers)
-        ends = trunk.get_input_embeddings(), trunk.get_output_embeddings()
-        self._shared = [weight for end in ends for weight in end.parameters()]  # what heads speak through and learn, too
+        both_ends = trunk.get_input_embeddings(), trunk.get_output_embeddings()
+        self._shared = [weight for end in both_ends for weight in end.parameters()]  # what heads speak through and learn, too
 
-    def forward(self, texts: Padded) -> tuple[Tensor, Metrics]:
+    def forward(self, texts: TextBatch) -> tuple[Tensor, Metrics]:
         """The summed loss, a scalar, and metrics."""
         texts = texts.to(next(self.parameters()).device)
         states = self._states(texts.tokens)
@@ -69,20 +69,22 @@ class Together(nn.Module):
         out = self.trunk(input_ids=tokens, use_cache=False, logits_to_keep=1, output_hidden_states=wanted)
         return {layer: out.hidden_states[layer + 1] for layer in self._layers}
 
-    def _next(self, texts: Padded, finals: Tensor) -> tuple[Tensor, Tensor]:
+    def _next(self, texts: TextBatch, last_hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The trunk's own loss, and its column, [4, 1]."""
-        where = texts.counts[:, 1:].nonzero(as_tuple=True)
+        where = texts.loss_mask[:, 1:].nonzero(as_tuple=True)
         tokens = texts.tokens[where[0], where[1] + 1]
-        voice = Voice(self._ends.project, self._ends.parameters)
-        loss, hits = chunked_loss(voice, finals[where], tokens, None, NEXT, self._ends.project)
+        output_head = OutputHead(self._embed_head.logits, self._embed_head.parameters)
+        loss, hits = chunked_loss(output_head, last_hidden[where], tokens, None, NEXT, self._embed_head.logits)
         right = hits.sum().float()
         return loss, torch.stack([loss.detach(), torch.tensor(float(len(tokens))).to(right), right, right])[:, None]
 
-    def _later(self, drafter: Any, texts: Padded, states: dict[int, Tensor]) -> tuple[Tensor, Metrics]:
+    def _later(self, drafter: Any, texts: TextBatch, states: dict[int, Tensor]) -> tuple[Tensor, Metrics]:
         """The loss of one method's heads, on the scale of a single depth."""
         batch = as_batch(texts, states, [tap % self._num_layers for tap in drafter.taps])
         weights = [*drafter.parameters(), *self._shared]
-        loss, metrics = lean(lambda own: drafter.parts(replace(batch, features=own), self.objective), batch.features, weights)
+        loss, metrics = backward_by_part(
+            lambda own: drafter.parts(replace(batch, features=own), self.objective), batch.features, weights
+        )
         return loss / sum(self.objective.decay**depth for depth in range(drafter.depth)), metrics
 
     def measure(self, metrics: Metrics, loss: float, prefix: str) -> dict[str, Any]:

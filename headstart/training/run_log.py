@@ -35,7 +35,7 @@ def measures(metrics: Metrics, loss: float, prefix: str = "") -> dict[str, Any]:
 Measure = Callable[[Metrics, float, str], dict[str, Any]]  # (metrics, summed loss, prefix) -> what is told, by name
 
 
-class Report:
+class RunLog:
     """Lines of one run. Only the main process writes; the others hold one that is silent."""
 
     def __init__(self, out: Path, is_main: bool) -> None:

@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from headstart.text.conversations import read_examples
-from headstart.training.batching import Order, num_batches
-from headstart.training.dataset import Library, shelve
+from headstart.training.batching import BatchOrder, num_batches
+from headstart.training.dataset import Dataset, split
 from headstart.training.features import Online, Store
 from headstart.training.frozen_target import Source
-from headstart.training.loop import Course
+from headstart.training.loop import BatchPlan
 from headstart.training.packing import Packed
 from headstart.training.run_config import BUDGETS, RunConfig, TrainConfig
-from headstart.training.run_log import Report
+from headstart.training.run_log import RunLog
 from headstart.training.run_state import HOME
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from headstart.formats import TargetFacts
+    from headstart.formats import TargetInfo
 
 LENGTH = 512  # of a text, where the target takes as much
 
@@ -77,7 +77,7 @@ def start_accelerator(config: RunConfig) -> Accelerator:
         )
     except (ValueError, ImportError) as error:
         raise ValueError(f"accelerate refuses precision={config.precision}, tracker={config.tracker}: {error}") from None
-    # It warns of tied weights, which it saves once and restores; resumed runs are tested to the bit.
+    # It warns of tied weights, which it saves once and restores; resumed runs are held_out to the bit.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     set_seed(config.seed, device_specific=True)
     return accelerator
@@ -91,43 +91,43 @@ def fitting_length(length: int | None, model: PreTrainedModel) -> int:
     return length or min(LENGTH, context or LENGTH)
 
 
-def read_library(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, facts: TargetFacts, report: Report) -> Library:
+def read_dataset(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, target_info: TargetInfo, report: RunLog) -> Dataset:
     """The texts of `config.data`, and those held out."""
 
     def read(paths: Sequence[Path]) -> Any:
         examples, told = read_examples(
-            paths, tokenizer, facts.digest, config.length, any_target=config.any_target, vocab=facts.vocab
+            paths, tokenizer, target_info.digest, config.length, any_target=config.any_target, vocab=target_info.vocab
         )
         report.say(f"data: {told}")
         return examples
 
     held_out = read([config.held_out]) if isinstance(config.held_out, Path) else config.held_out
-    return shelve(read(config.data), held_out)
+    return split(read(config.data), held_out)
 
 
 def make_source(
-    config: TrainConfig, model: PreTrainedModel, taps: Sequence[int], library: Library, facts: TargetFacts,
-    accelerator: Accelerator, report: Report,
+    config: TrainConfig, model: PreTrainedModel, taps: Sequence[int], dataset: Dataset, target_info: TargetInfo,
+    accelerator: Accelerator, report: RunLog,
 ) -> Source:  # fmt: skip
     """Where a drafter's features come from: the model itself, or a store of what it said."""
     online = Online(model, taps)
     if config.features is None:
         return online
 
-    def tell(done: int, of: int) -> None:
+    def on_progress(done: int, of: int) -> None:
         report.say(f"features: shard {done + 1} of {of}")
 
     with accelerator.main_process_first():
-        Store.claim(config.features, online, library, str(facts.digest))
+        Store.claim(config.features, online, dataset, str(target_info.digest))
     share = (accelerator.process_index, accelerator.num_processes)
-    store = Store.filled(config.features, online, library, share, tell)
+    store = Store.filled(config.features, online, dataset, share, on_progress)
     accelerator.wait_for_everyone()
     return store
 
 
-def make_course(config: RunConfig, library: Library | Packed, num_processes: int) -> Course:
+def make_batch_plan(config: RunConfig, dataset: Dataset | Packed, num_processes: int) -> BatchPlan:
     """What is read in which step, to the end of the budget."""
-    order = Order([len(library.texts[index].tokens) for index in library.taught], config.rows, config.seed)
+    order = BatchOrder([len(dataset.texts[index].tokens) for index in dataset.train], config.rows, config.seed)
     per_step = config.accumulate * num_processes
     budget = {name: getattr(config, name) for name in BUDGETS}
-    return Course(library, order, num_batches(order, **budget, per_step=per_step), per_step)
+    return BatchPlan(dataset, order, num_batches(order, **budget, per_step=per_step), per_step)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from headstart.drafters.registry import method
-from headstart.formats import TargetFacts, describe, load
+from headstart.formats import TargetInfo, describe, load
 from headstart.training.config_file import validate
 
 
-def settings_of(name: str, given: Mapping[str, Any], start: str | Path | None, what: str) -> Any:
+def warm_start_settings(name: str, given: Mapping[str, Any], start: str | Path | None, what: str) -> Any:
     """The settings of a method, checked: those of the heads in `start`, if any, with what is given on top.
 
     what: is being made, for errors. Raises ValueError for an unknown method or setting, and for heads of another method.
@@ -28,9 +28,9 @@ def settings_of(name: str, given: Mapping[str, Any], start: str | Path | None, w
     return validate(kind.config_type, {**first.settings, **given}, what)
 
 
-def go_on(heads: Any, start: str | Path, facts: TargetFacts) -> None:
+def warm_start(heads: Any, start: str | Path, target_info: TargetInfo) -> None:
     """Give new heads the weights of those in `start`. Raises ValueError where their settings leave no place for them."""
-    first: Any = load(start, facts)
+    first: Any = load(start, target_info)
     try:
         heads.load_state_dict(first.state_dict())
     except RuntimeError:

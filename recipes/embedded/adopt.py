@@ -6,7 +6,7 @@ python -m recipes.embedded.adopt WORK/second/mtp-parallel headstart/embedded/mtp
 import argparse
 from pathlib import Path
 
-from headstart.formats import describe, facts_of, load, save
+from headstart.formats import describe, describe_target, load, save
 from headstart.target.loading import embedded, load_model
 from headstart.target.tokenizer_loading import load_tokenizer
 
@@ -19,7 +19,7 @@ def main() -> None:
     target = embedded("target")
     model = load_model(target)
     heads = load(args.heads).to(model.dtype)
-    save(args.out, heads, facts_of(model, load_tokenizer(target)), describe(args.heads).training)
+    save(args.out, heads, describe_target(model, load_tokenizer(target)), describe(args.heads).training)
 
 
 if __name__ == "__main__":

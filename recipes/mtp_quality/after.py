@@ -82,7 +82,7 @@ def table(members: Sequence[Member], documents: Sequence[np.ndarray], length: in
     for trunk in dict.fromkeys(one.trunk for one in members):
         runs = [one.run(depth) for one in members if one.trunk == trunk for depth in CHAINS]
         said |= decoded(trunk, runs, TEMPERATURES, max_tokens)
-    heats = ", ".join(f"{heat:g}" for heat in TEMPERATURES)
+    heats = ", ".join(f"{temperature:g}" for temperature in TEMPERATURES)
     chains = " | ".join(f"decoded tau, chain:{depth}, T = {heats}" for depth in CHAINS)
     lines = [
         f"| heads | learned | parameters | top-1 by depth | tau down to each depth | {chains} |",

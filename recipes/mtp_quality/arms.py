@@ -11,7 +11,7 @@ from typing import Any
 
 from headstart.training.pretrain import TRUNK, pretrain
 from headstart.training.run_config import PretrainConfig
-from recipes.mtp_quality.texts import taught
+from recipes.mtp_quality.texts import train
 
 PLAIN = "none"
 LENGTH = 257  # tokens of a block: 256 predictions
@@ -69,7 +69,7 @@ class Experiment:
         model.write_text(json.dumps(self.shape))
         return PretrainConfig(
             model=model, tokenizer=str(self.tokenizer), out=self.folder(arm, seed), seed=seed,
-            **KEYS | self.keys | {"length": self.length} | ARMS[arm] | taught(self.work, self.tokens),
+            **KEYS | self.keys | {"length": self.length} | ARMS[arm] | train(self.work, self.tokens),
         )  # fmt: skip
 
 

@@ -15,19 +15,19 @@ from headstart.bench import report, runner, suites
 from headstart.drafters.parts.losses import Metrics, Objective
 from headstart.formats import load
 from headstart.speculation.sampling import SamplingParams
-from headstart.target.embed_head import Ends
+from headstart.target.embed_head import EmbedHead
 from headstart.target.loading import load_model
 from headstart.target.target import Target
 from headstart.target.tokenizer_loading import load_tokenizer
 from headstart.text.tokenizer import encode_prompt
-from headstart.training.dataset import Padded
+from headstart.training.dataset import TextBatch
 from headstart.training.features import Online
 from headstart.training.packing import Blocks, Packed
 
 ROWS = 16
 
 
-def batches(documents: Sequence[np.ndarray], length: int) -> Iterator[tuple[list[int], Padded]]:
+def batches(documents: Sequence[np.ndarray], length: int) -> Iterator[tuple[list[int], TextBatch]]:
     """Documents in blocks of `length` tokens, those of similar length together; with the document of each row."""
     blocks = Blocks(documents, length)
     owners = [document for document in range(len(documents)) for _ in blocks.of(document)]
@@ -45,7 +45,7 @@ def by_document(trunk: Path, documents: Sequence[np.ndarray], length: int) -> np
     sums = torch.zeros(len(documents), 3, dtype=torch.float64)
     for owners, texts in batches(documents, length):
         logits = model(input_ids=texts.tokens, use_cache=False).logits[:, :-1]  # [rows, length - 1, vocab]
-        counts, tokens = texts.counts[:, 1:], texts.tokens[:, 1:]
+        counts, tokens = texts.loss_mask[:, 1:], texts.tokens[:, 1:]
         losses = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none") * counts
         found = [losses, (logits.argmax(-1) == tokens) & counts, counts]
         sums.index_add_(0, torch.tensor(owners), torch.stack([one.double().sum(1) for one in found], 1))
@@ -56,7 +56,7 @@ def by_document(trunk: Path, documents: Sequence[np.ndarray], length: int) -> np
 def by_depth(trunk: Path, heads: Path, documents: Sequence[np.ndarray], length: int) -> dict[str, Any]:
     """top1 by depth of heads that are told the true tokens, and tau of a chain of their best guesses down to each depth."""
     model = load_model(trunk, "float32", "cpu")
-    drafter = load(heads).float().bind(Ends(model)).eval()
+    drafter = load(heads).float().bind(EmbedHead(model)).eval()
     online, objective = Online(model, drafter.taps), Objective(hard=1.0)
     found = [drafter.loss(online(texts), objective)[1].stacked() for _, texts in batches(documents, length)]
     metrics = Metrics.of(torch.stack(found).sum(0))

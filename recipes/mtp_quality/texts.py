@@ -25,7 +25,7 @@ def sources(work: Path) -> dict[str, dict[str, Any]]:
     return {name: found[name] for name in SOURCES}
 
 
-def taught(work: Path, tokens: int) -> dict[str, Any]:
+def train(work: Path, tokens: int) -> dict[str, Any]:
     """`data`, `times` and `epochs` of a run that reads so many tokens, each source in its share."""
     return mix({}, sources(work), work / "tokens", tokens)
 
@@ -54,6 +54,6 @@ def split(stream: np.ndarray, end: int) -> list[np.ndarray]:
 def write_lines(packed: Packed, path: Path) -> None:
     """The very blocks of a pretraining run, as lines that `headstart train` reads: all tokens count."""
     with path.open("w") as file:
-        for index in packed.taught:
+        for index in packed.train:
             tokens = packed.texts[index].tokens.tolist()
             file.write(json.dumps({"tokens": tokens, "loss_mask": [1] * len(tokens)}) + "\n")

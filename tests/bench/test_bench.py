@@ -16,9 +16,9 @@ from headstart.bench.replay import Replay
 from headstart.cli import app
 from headstart.engine.engine import Engine
 from headstart.engine.stats import Stats
-from headstart.formats import facts_of, save
+from headstart.formats import describe_target, save
 from headstart.speculation.calibration import UNFITTED, HeadsPlan, Tree, save_plan
-from headstart.speculation.planner import Best, Chain, Measured, Shape
+from headstart.speculation.planner import Best, CalibratedTree, Chain, StaticTree
 from headstart.speculation.sampling import SamplingParams
 from headstart.speculation.verify import RULES
 from headstart.target.target import Target
@@ -40,7 +40,7 @@ def heads_folder(target, tmp_path_factory):
     """Heads that were trained and measured, by what their folder says."""
     folder = tmp_path_factory.mktemp("heads") / "medusa"
     told = {"tokens": 1234, "seconds": 90.0, "held_out_top1": [0.5, 0.25], "held_out_tau": 1.75}
-    save(folder, heads_for(target, "medusa, shared", num_heads=2), facts_of(target.model), told)
+    save(folder, heads_for(target, "medusa, shared", num_heads=2), describe_target(target.model), told)
     trees = {0.0: {2: Tree(((0,), (1,)), 1.5)}, 1.0: {2: Tree(((0,), (0, 0)), 1.25)}}
     save_plan(folder, HeadsPlan(UNFITTED, trees))
     return folder
@@ -119,7 +119,7 @@ def test_a_run_is_a_drafter_and_perhaps_a_planner():
     assert runner.split_spec("lookup@best:nodes=8") == ("lookup", Best(nodes=8))
     assert runner.split_spec("model:a@b/c@chain:4") == ("model:a@b/c", Chain(4))
     assert runner.split_spec("model:a@b/c") == ("model:a@b/c", None)
-    assert runner.split_spec("heads/medusa@tree:8") == ("heads/medusa", Measured(8))
+    assert runner.split_spec("heads/medusa@tree:8") == ("heads/medusa", CalibratedTree(8))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_a_run_is_called_by_the_last_name_of_its_folder(run, name):
 
 @pytest.mark.parametrize(("temperature", "paths"), [(0.3, ((0,), (1,))), (0.7, ((0,), (0, 0)))])
 def test_a_measured_tree_is_the_one_of_the_nearest_temperature(heads_folder, temperature, paths):
-    assert runner.read_spec(f"{heads_folder}@tree:2", temperature) == (str(heads_folder), Shape(paths))
+    assert runner.read_spec(f"{heads_folder}@tree:2", temperature) == (str(heads_folder), StaticTree(paths))
 
 
 def test_waiting_for_a_processor_only_grows():
@@ -318,7 +318,7 @@ def test_temperatures_and_prompt_sets_share_one_table(model_folder, heads_folder
     assert sum("medusa@tree:2" in line for line in tables) == 2 + 2 * 2  # temperatures, and prompt sets at each
     found = json.loads((tmp_path / "m").read_text())
     assert [(one["run"], one["temperature"]) for one in found["runs"]] == [
-        (name, heat) for heat in (0, 0.7) for name in ("plain", f"{heads_folder}@tree:2")
+        (name, temperature) for temperature in (0, 0.7) for name in ("plain", f"{heads_folder}@tree:2")
     ]
     assert all(one["kinds"].keys() == {"stories", "questions"} for one in found["runs"])
     assert found["settings"]["num_prompts"] == 2
@@ -337,7 +337,7 @@ def test_heads_say_what_their_training_wrote_down(model_folder, heads_folder, tm
 
 
 def test_heads_whose_training_said_nothing_leave_it_blank(target, tmp_path):
-    save(tmp_path, heads_for(target, "medusa, shared"), facts_of(target.model), {"held_out_top1": "good", "seconds": None})
+    save(tmp_path, heads_for(target, "medusa, shared"), describe_target(target.model), {"held_out_top1": "good", "seconds": None})
     (made,) = heads.trained([str(tmp_path), "lookup"], torch.float32)
     assert (made.tokens, made.minutes, made.top1, made.tau) == (None, None, [], None)
     assert heads.table([made]).row_count == 1

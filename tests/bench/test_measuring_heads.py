@@ -8,7 +8,15 @@ from tiny import VOCAB, tiny
 from typer.testing import CliRunner
 
 from headstart import formats as checkpoint
-from headstart.bench.calibrate import BEYOND, Recorder, Trial, calibrate, calibration_error, fit_warmth, observe
+from headstart.bench.calibrate import (
+    BEYOND,
+    DecodeTrial,
+    Recorder,
+    calibrate,
+    calibration_error,
+    fit_calibration_temperature,
+    observe,
+)
 from headstart.cli import app
 from headstart.drafters.eagle import Eagle, EagleConfig
 from headstart.drafters.eagle3 import Eagle3, Eagle3Config
@@ -17,7 +25,7 @@ from headstart.drafters.medusa import Medusa, MedusaConfig
 from headstart.engine.drafter_loading import heads_in
 from headstart.formats.model_card import with_section
 from headstart.speculation.calibration import load_plan, walk
-from headstart.speculation.planner import Chain, Shape
+from headstart.speculation.planner import Chain, StaticTree
 from headstart.target.target import Target
 
 PROMPTS = ((3, 1, 4, 1, 5), (9, 2, 6), (5, 3, 5, 8, 9, 7, 9))
@@ -34,9 +42,9 @@ def heads(name):
     """Heads with random weights: their first guesses are right now and then."""
     kind, config = METHODS[name]
     torch.manual_seed(0)
-    drafter = kind(config, 64, VOCAB).bind(tiny().ends)
-    drafter.survey(torch.arange(VOCAB) % 5, ())
-    drafter = drafter.start().double()
+    drafter = kind(config, 64, VOCAB).bind(tiny().embed_head)
+    drafter.choose_vocab(torch.arange(VOCAB) % 5, ())
+    drafter = drafter.init_from_target().double()
     with torch.no_grad():
         for weight in drafter.parameters():
             weight.add_(0.02 * torch.randn_like(weight))
@@ -44,7 +52,7 @@ def heads(name):
 
 
 def trial(max_tokens=24):
-    return Trial(tiny(), PROMPTS, max_tokens=max_tokens, seed=7)
+    return DecodeTrial(tiny(), PROMPTS, max_tokens=max_tokens, seed=7)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -55,7 +63,7 @@ def test_replayed_and_decoded_tau_are_the_same_number(name):
     for finding in found:
         assert finding.chain == pytest.approx(finding.chain_measured)
         for tree in plan.trees[finding.temperature].values():
-            assert trial().decode(drafter, Shape(tree.paths), finding.temperature).tau == pytest.approx(tree.tau)
+            assert trial().decode(drafter, StaticTree(tree.paths), finding.temperature).tau == pytest.approx(tree.tau)
     assert max(tree.tau for finding in found for tree in finding.trees.values()) > 1
 
 
@@ -64,31 +72,31 @@ def test_an_answer_that_stops_inside_a_kept_path_is_replayed_as_it_was():
     drafter, said = heads("hydra"), []
     trial().decode(drafter, Chain(3), 0.0, lambda place, done: said.append(done.output))
     for stop in list(dict.fromkeys(said[0]))[:8]:
-        stopped = Trial(tiny(), PROMPTS[:2], max_tokens=24, seed=7, stop_ids=(stop,))
+        stopped = DecodeTrial(tiny(), PROMPTS[:2], max_tokens=24, seed=7, stop_ids=(stop,))
         _, (found,) = calibrate(stopped, drafter, [0.0], sizes=(12,))
         assert found.chain == pytest.approx(found.chain_measured)
-        assert stopped.decode(drafter, Shape(found.trees[12].paths), 0.0).tau == pytest.approx(found.trees[12].tau)
+        assert stopped.decode(drafter, StaticTree(found.trees[12].paths), 0.0).tau == pytest.approx(found.trees[12].tau)
 
 
 def test_what_is_observed_is_what_the_drafter_proposes():
     """The ranks of one text, against the drafts of every round of a wide tree."""
     drafter, target = heads("medusa"), tiny()
-    student = drafter.twin().bind(target.ends).to(target.device, target.dtype)
+    student = drafter.clone().bind(target.embed_head).to(target.device, target.dtype)
     proposed = []
     drafter.propose, propose = lambda rows: note(propose(rows), rows), drafter.propose
 
     def note(drafts, rows):
-        proposed.append((rows.places[0], drafts.tokens[drafts.depths == 1].tolist()))
+        proposed.append((rows.root_positions[0], drafts.tokens[drafts.depths == 1].tolist()))
         return drafts
 
     recorder, seen = Recorder(drafter), []
 
-    def hear(place, done):
+    def on_answer(place, done):
         seen.append(observe(student, recorder.batch((*done.prompt, *done.output), 5), 0.7, done.seed, 99).ranks)
         texts.append((*done.prompt, *done.output))
 
     texts = []
-    Trial(target, PROMPTS[:1], 16).decode(recorder, Shape.full(VOCAB - 1), 0.7, hear)
+    DecodeTrial(target, PROMPTS[:1], 16).decode(recorder, StaticTree.full(VOCAB - 1), 0.7, on_answer)
     assert len(proposed) > 3
     for root, children in proposed:
         rank = seen[0][root - 5, 0]
@@ -98,8 +106,8 @@ def test_what_is_observed_is_what_the_drafter_proposes():
 def test_behind_the_end_of_an_answer_nothing_is_right():
     drafter, target = heads("hydra"), tiny()
     recorder, seen = Recorder(drafter), []
-    student = drafter.twin().bind(target.ends).to(target.device, target.dtype)
-    Trial(target, PROMPTS[:1], 4).decode(
+    student = drafter.clone().bind(target.embed_head).to(target.device, target.dtype)
+    DecodeTrial(target, PROMPTS[:1], 4).decode(
         recorder,
         Chain(2),
         0.0,
@@ -118,27 +126,27 @@ def test_the_fit_finds_the_warmth_that_made_the_tokens(tau):
     draw = torch.Generator().manual_seed(3)
     scores = 2 * torch.randn(20_000, 12, generator=draw)
     decided = torch.multinomial(torch.softmax(scores / tau, -1), 1, generator=draw).squeeze(-1)
-    assert fit_warmth(scores, decided) == pytest.approx(tau, rel=0.05)
+    assert fit_calibration_temperature(scores, decided) == pytest.approx(tau, rel=0.05)
 
 
 def test_the_fit_stays_within_bounds():
     scores = torch.tensor([[1.0, 0.0]]).expand(10, -1)
-    assert fit_warmth(scores, torch.zeros(10, dtype=torch.int64)) == pytest.approx(0.05, rel=0.01)
-    assert fit_warmth(scores, torch.ones(10, dtype=torch.int64)) == pytest.approx(20, rel=0.01)
+    assert fit_calibration_temperature(scores, torch.zeros(10, dtype=torch.int64)) == pytest.approx(0.05, rel=0.01)
+    assert fit_calibration_temperature(scores, torch.ones(10, dtype=torch.int64)) == pytest.approx(20, rel=0.01)
 
 
 def test_fitted_chances_are_truer_than_boastful_ones():
     draw = torch.Generator().manual_seed(4)
     scores = 2 * torch.randn(5_000, 12, generator=draw)
     decided = torch.multinomial(torch.softmax(scores / 2, -1), 1, generator=draw).squeeze(-1)
-    assert calibration_error([scores], [decided], [fit_warmth(scores, decided)]) < 0.02
+    assert calibration_error([scores], [decided], [fit_calibration_temperature(scores, decided)]) < 0.02
     assert calibration_error([scores], [decided], [0.6]) > 0.05
 
 
 @pytest.mark.parametrize(("temperatures", "prompts", "max_tokens"), [([], PROMPTS, 9), ([1.0], (), 9), ([1.0], PROMPTS, 2)])
 def test_what_cannot_be_measured_is_refused(temperatures, prompts, max_tokens):
     with pytest.raises(ValueError, match="give it more"):
-        calibrate(Trial(tiny(), prompts, max_tokens), heads("medusa"), temperatures)
+        calibrate(DecodeTrial(tiny(), prompts, max_tokens), heads("medusa"), temperatures)
 
 
 # -- from the command line --------------------------------------------------------------------------------------------------
@@ -149,9 +157,13 @@ def heads_folder(model_folder, tmp_path_factory):
     """Heads that say what the target's own head says: sometimes right."""
     target = Target.load(model_folder)
     torch.manual_seed(0)
-    drafter = Medusa(MedusaConfig(num_heads=2), target.ends.hidden, target.ends.vocab).bind(target.ends).start()
+    drafter = (
+        Medusa(MedusaConfig(num_heads=2), target.embed_head.hidden, target.embed_head.vocab)
+        .bind(target.embed_head)
+        .init_from_target()
+    )
     folder = tmp_path_factory.mktemp("heads") / "medusa"
-    checkpoint.save(folder, drafter, checkpoint.facts_of(target.model), {})
+    checkpoint.save(folder, drafter, checkpoint.describe_target(target.model), {})
     return folder
 
 
@@ -200,7 +212,7 @@ def test_what_a_user_did_wrong_is_one_sentence(arguments, word, model_folder, he
 def test_the_card_says_what_was_measured_once(model_folder, heads_folder):
     """Measured twice, it has the second table; a card that somebody deleted is written anew; the rest of it stays."""
     card = heads_folder / "README.md"
-    before = card.read_text().split("## Measured")[0].rstrip()
+    before = card.read_text().split("## CalibratedTree")[0].rstrip()
     ask = ["calibrate", str(heads_folder), "--model", str(model_folder), "--limit", "2", "--max-tokens", "16", "--raw"]
     result = CliRunner().invoke(app, [*ask, "--temperature", "0.7"])
     assert result.exit_code == 0, result.output
@@ -211,17 +223,20 @@ def test_the_card_says_what_was_measured_once(model_folder, heads_folder):
     assert second.startswith(before)
     assert "| 0.7 |" in first
     assert "| 0.7 |" not in second
-    assert second.count("## Measured") == 1
+    assert second.count("## CalibratedTree") == 1
     taus = [tree["decoded"] for tree in finding["trees"].values()]
     accepted = ", ".join(f"{shares[0]:.0%}" for shares in finding["table"])
     row = " | ".join(["0", accepted, *(f"{tau:.2f}" for tau in (finding["chain_measured"], *taus))])
     assert f"| {row} |" in second
     assert str(heads_folder) not in second
     card.unlink()
-    checkpoint.tell(heads_folder, "Measured", "again")
-    assert card.read_text() == f"{before}\n\n## Measured\n\nagain\n"
+    checkpoint.tell(heads_folder, "CalibratedTree", "again")
+    assert card.read_text() == f"{before}\n\n## CalibratedTree\n\nagain\n"
 
 
 def test_a_section_of_a_card_is_replaced_and_those_around_it_stay():
-    card = "# heads\n\n## Settings\n\n- a: 1\n\n## Measured\n\nold\n\n## Mine\n\nkeep\n"
-    assert with_section(card, "Measured", "new") == "# heads\n\n## Settings\n\n- a: 1\n\n## Mine\n\nkeep\n\n## Measured\n\nnew\n"
+    card = "# heads\n\n## Settings\n\n- a: 1\n\n## CalibratedTree\n\nold\n\n## Mine\n\nkeep\n"
+    assert (
+        with_section(card, "CalibratedTree", "new")
+        == "# heads\n\n## Settings\n\n- a: 1\n\n## Mine\n\nkeep\n\n## CalibratedTree\n\nnew\n"
+    )

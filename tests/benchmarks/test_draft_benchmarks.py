@@ -14,7 +14,7 @@ from heads import heads_for
 from headstart.bench import runner
 from headstart.drafters.parts import grow
 from headstart.engine.stats import Stats
-from headstart.formats import facts_of, save
+from headstart.formats import describe_target, save
 from headstart.speculation.sampling import Rows, SamplingParams
 from headstart.target.target import Target
 from headstart.target.tokenizer_loading import load_tokenizer
@@ -120,8 +120,8 @@ def test_parallel_heads_are_projected_level_by_level_before_any_choice():
 @pytest.mark.parametrize(("kind", "parents"), [("mtp", [1, 2, 2]), ("hydra", [1, 2, 2]), ("medusa", [1, 1, 1])])
 def test_every_level_of_a_drafter_is_seen(kind, parents, model_folder, tmp_path, monkeypatch, capsys):
     target = Target.load(model_folder)
-    save(tmp_path / kind, heads_for(target, kind), facts_of(target.model, load_tokenizer(model_folder)), {})
-    before = Rows.choose, grow._Growth.narrow
+    save(tmp_path / kind, heads_for(target, kind), describe_target(target.model, load_tokenizer(model_folder)), {})
+    before = Rows.choose, grow._TreeBuilder.narrow
     arguments = ["--model", model_folder, "--drafter", tmp_path / kind, "--planner", "full:2,1,1", "--temperature", "1"]
     found = result_of(draft_cost.main, monkeypatch, capsys, *arguments, "--limit", "2", "--max-tokens", "24", "--threads", "1")[
         "ms"
@@ -131,7 +131,7 @@ def test_every_level_of_a_drafter_is_seen(kind, parents, model_folder, tmp_path,
     assert all(found["levels"][level][what] > 0 for level in "123" for what in ("project", "noise", "choose", "tree"))
     assert all((found["levels"][level]["layers"] > 0) == (kind != "mtp" or level != "1") for level in "123")
     assert found["sum of these"] == pytest.approx(found["whole round"], rel=0.3)
-    assert (Rows.choose, grow._Growth.narrow) == before
+    assert (Rows.choose, grow._TreeBuilder.narrow) == before
 
 
 def test_a_drafter_without_logits_is_refused(model_folder, monkeypatch, capsys):

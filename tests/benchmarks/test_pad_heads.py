@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from headstart.engine.drafter_loading import heads_in
 from headstart.engine.engine import Engine
-from headstart.formats import describe, facts_of, save
+from headstart.formats import describe, describe_target, save
 from headstart.speculation.calibration import PLAN, Calibration, HeadsPlan, Tree, save_plan
 from headstart.speculation.sampling import SamplingParams
 from headstart.target.target import Target
@@ -43,8 +43,8 @@ def padded_folder(model_folder, tmp_path_factory):
 
 def saved(folder: Path, kind: str, model_folder: Path) -> Path:
     target = Target.load(model_folder)
-    facts = facts_of(target.model, load_tokenizer(model_folder))
-    save(folder, heads_for(target, kind), facts, {"steps": 3})
+    target_info = describe_target(target.model, load_tokenizer(model_folder))
+    save(folder, heads_for(target, kind), target_info, {"steps": 3})
     ranks = ((0.5,), (0.5,), (0.5,), (0.5,))
     save_plan(folder, HeadsPlan(Calibration((0.0,), ((0.7,),), (ranks,)), {0.0: {1: Tree(((0,),), 1.5)}}))
     return folder

@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 import headstart
 from headstart.bench.calibrate import SIZES
 from headstart.cli import app
-from headstart.formats import facts_of, save
+from headstart.formats import describe_target, save
 from headstart.speculation.sampling import SamplingParams
 from headstart.target.loading import load_model
 from headstart.target.target import Target
@@ -60,7 +60,12 @@ def own_model(model_folder, tmp_path):
 def own_heads(model_folder, tmp_path):
     """Heads that a test may break."""
     target = Target(load_model(model_folder))
-    save(tmp_path / "heads", heads_for(target, "medusa", num_heads=2), facts_of(target.model, load_tokenizer(model_folder)), {})
+    save(
+        tmp_path / "heads",
+        heads_for(target, "medusa", num_heads=2),
+        describe_target(target.model, load_tokenizer(model_folder)),
+        {},
+    )
     return tmp_path / "heads"
 
 

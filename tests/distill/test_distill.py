@@ -20,7 +20,7 @@ from headstart.speculation.noise import gumbel, mix, noise_key
 from headstart.target.loading import load_model
 from headstart.target.tokenizer_loading import load_tokenizer
 from headstart.text.conversations import read_examples
-from headstart.text.prompts import Opening, read_openings
+from headstart.text.prompts import ChatPrompt, read_prompts
 
 SETTINGS = Settings(temperature=0.8, max_tokens=40, seed=7)
 STOPS = tuple(range(0, 320, 8))  # a random model hardly ever ends by itself
@@ -32,7 +32,7 @@ def chat(*contents: str) -> tuple[dict[str, str], ...]:
 
 
 WORDS = ("the cat", "the sea was blue", "a fish", "give me a song and a fish", "Once upon a time", "take it", "so")
-OPENINGS = [Opening(f"p:{n}", n, chat(word, "so", "and then", "so", word)) for n, word in enumerate(WORDS)]
+OPENINGS = [ChatPrompt(f"p:{n}", n, chat(word, "so", "and then", "so", word)) for n, word in enumerate(WORDS)]
 
 
 def new_llm(folder, **settings) -> headstart.LLM:
@@ -113,7 +113,7 @@ def test_neither_batching_nor_drafter_changes_a_line(model_folder, teacher, tmp_
 
 
 def test_a_text_is_continued_as_it_stands(llm, teacher, tmp_path):
-    distill(teacher, [Opening("t:1", 0, text="the sea was")], SETTINGS, tmp_path / "out.jsonl")
+    distill(teacher, [ChatPrompt("t:1", 0, text="the sea was")], SETTINGS, tmp_path / "out.jsonl")
     [line] = read(tmp_path / "out.jsonl")
     prompt = llm.tokenizer.encode("the sea was")
     assert line["tokens"][: len(prompt)] == prompt
@@ -123,7 +123,7 @@ def test_a_text_is_continued_as_it_stands(llm, teacher, tmp_path):
 
 def test_of_a_long_text_the_beginning_can_be_the_prompt(llm, teacher, tmp_path):
     text = "the cat and the sea " * 90
-    distill(teacher, [Opening("t:1", 0, text=text)], Settings(beginning=6, max_tokens=9), tmp_path / "out.jsonl")
+    distill(teacher, [ChatPrompt("t:1", 0, text=text)], Settings(beginning=6, max_tokens=9), tmp_path / "out.jsonl")
     [line] = read(tmp_path / "out.jsonl")
     assert line["tokens"][:6] == llm.tokenizer.encode(text)[:6]
     assert line["loss_mask"] == [0] * 6 + [1] * (len(line["tokens"]) - 6)
@@ -142,14 +142,14 @@ def test_a_conversation_that_ends_for_length_is_dropped_if_asked_and_not_tried_a
 
 
 def test_a_prompt_without_room_is_skipped_and_counted(teacher, tmp_path):
-    long = [Opening(f"p:{n}", n, chat("the cat and the sea " * 90)) for n in range(8)]  # more than run at once
-    tally = distill(teacher, [*long, Opening("p:8", 8, chat("so"))], SETTINGS, tmp_path / "out.jsonl")
+    long = [ChatPrompt(f"p:{n}", n, chat("the cat and the sea " * 90)) for n in range(8)]  # more than run at once
+    tally = distill(teacher, [*long, ChatPrompt("p:8", 8, chat("so"))], SETTINGS, tmp_path / "out.jsonl")
     assert tally.skipped == {"there is no room for an answer in the context of 256 tokens": 8}
     assert [line["id"] for line in read(tmp_path / "out.jsonl")] == ["p:8"]
 
 
 def test_a_conversation_that_outgrows_the_context_keeps_what_was_said_and_is_counted(teacher, tmp_path):
-    long = [Opening(f"p:{n}", n, chat("so", "a", "the cat and the sea " * 90)) for n in range(4)]
+    long = [ChatPrompt(f"p:{n}", n, chat("so", "a", "the cat and the sea " * 90)) for n in range(4)]
     tally = distill(teacher, long, Settings(temperature=0.8, max_tokens=60, mode="chat"), tmp_path / "out.jsonl")
     ended = [line for line in read(tmp_path / "out.jsonl") if line["finish_reason"] == "stop"]
     assert tally.shortened.total() == len(ended) > 0
@@ -158,7 +158,7 @@ def test_a_conversation_that_outgrows_the_context_keeps_what_was_said_and_is_cou
 
 def test_what_is_distilled_can_be_read_for_training(llm, teacher, tmp_path):
     distill(teacher, OPENINGS, SETTINGS, tmp_path / "out.jsonl")
-    examples, report = read_examples([tmp_path / "out.jsonl"], llm.tokenizer, teacher.facts["digest"])
+    examples, report = read_examples([tmp_path / "out.jsonl"], llm.tokenizer, teacher.info["digest"])
     assert [list(example.tokens) for example in examples] == [line["tokens"] for line in read(tmp_path / "out.jsonl")]
     assert {(example.temperature, example.seed) for example in examples} == {(0.8, mix(7, n)) for n in range(len(OPENINGS))}
     assert report.num_foreign == 0
@@ -249,7 +249,7 @@ def test_a_file_is_not_continued_by_another_target_or_with_other_prompts(teacher
     with pytest.raises(ValueError, match=r"line 1 of .* was answered with digest"):
         distill(EngineTeacher(new_llm(draft_folder)), OPENINGS, SETTINGS, tmp_path / "out.jsonl")
     with pytest.raises(ValueError, match="answers another prompt than p:0 is now"):
-        distill(teacher, [Opening("p:0", 0, chat("the sea"))], SETTINGS, tmp_path / "out.jsonl")
+        distill(teacher, [ChatPrompt("p:0", 0, chat("the sea"))], SETTINGS, tmp_path / "out.jsonl")
 
 
 def test_a_file_of_something_else_is_left_alone(teacher, tmp_path):
@@ -279,14 +279,14 @@ def test_a_file_of_something_else_is_left_alone(teacher, tmp_path):
 )
 def test_prompts_are_read_under_the_names_they_have(tmp_path, record, messages):
     (tmp_path / "in.jsonl").write_text("\n" + json.dumps(record) + "\n")
-    assert read_openings(tmp_path / "in.jsonl") == [Opening("in.jsonl:2", 1, messages)]
+    assert read_prompts(tmp_path / "in.jsonl") == [ChatPrompt("in.jsonl:2", 1, messages)]
 
 
 def test_a_text_file_holds_a_prompt_a_line(tmp_path):
     (tmp_path / "in.txt").write_text("the cat\n\nthe sea\n")
-    assert [one.messages for one in read_openings(tmp_path / "in.txt")] == [chat("the cat"), chat("the sea")]
-    assert [one.text for one in read_openings(tmp_path / "in.txt", is_chat=False)] == ["the cat", "the sea"]
-    assert len(read_openings(tmp_path / "in.txt", limit=1)) == 1
+    assert [one.messages for one in read_prompts(tmp_path / "in.txt")] == [chat("the cat"), chat("the sea")]
+    assert [one.text for one in read_prompts(tmp_path / "in.txt", is_chat=False)] == ["the cat", "the sea"]
+    assert len(read_prompts(tmp_path / "in.txt", limit=1)) == 1
 
 
 @pytest.mark.parametrize(
@@ -302,19 +302,19 @@ def test_a_text_file_holds_a_prompt_a_line(tmp_path):
 def test_a_bad_prompt_is_named(tmp_path, content, words):
     (tmp_path / "in.jsonl").write_text(content)
     with pytest.raises(ValueError, match=words):
-        read_openings(tmp_path / "in.jsonl")
+        read_prompts(tmp_path / "in.jsonl")
 
 
 def test_conversations_need_a_chat_template(tmp_path):
     (tmp_path / "in.jsonl").write_text('{"turns": ["a", "b"]}\n')
     with pytest.raises(ValueError, match=r"line 1 of .* has no chat template"):
-        read_openings(tmp_path / "in.jsonl", is_chat=False)
+        read_prompts(tmp_path / "in.jsonl", is_chat=False)
 
 
 def test_who_speaks_first_may_be_the_system_and_the_assistant_only_where_it_is_answered():
     system, first, said, second = {"role": "system", "content": "s"}, *chat("a", "b", "c")
-    assert Opening("x", 0, (system, first, said, second)).cues() == [[system, first], [second]]
-    assert Opening("x", 0, (first, said)).cues() == [[first]]
+    assert ChatPrompt("x", 0, (system, first, said, second)).unanswered_turns() == [[system, first], [second]]
+    assert ChatPrompt("x", 0, (first, said)).unanswered_turns() == [[first]]
 
 
 # -- an endpoint --
@@ -348,7 +348,7 @@ def served(*replies: object):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever)
-    thread.start()
+    thread.init_from_target()
     try:
         yield f"http://127.0.0.1:{server.server_port}/v1", asked
     finally:
@@ -403,7 +403,7 @@ def test_a_short_illness_of_an_endpoint_is_survived_and_a_wrong_name_is_one_sent
 
 def test_a_text_cannot_be_sent_to_a_chat_endpoint(model_folder, tmp_path):
     teacher = EndpointTeacher("http://127.0.0.1:9/v1", "sea", load_tokenizer(model_folder))
-    tally = distill(teacher, [Opening("t:1", 0, text="the sea")], SETTINGS, tmp_path / "out.jsonl")
+    tally = distill(teacher, [ChatPrompt("t:1", 0, text="the sea")], SETTINGS, tmp_path / "out.jsonl")
     assert tally.skipped.total() == 1
 
 

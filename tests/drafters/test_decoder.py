@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from headstart.drafters.mtp import Mtp, MtpConfig
 from headstart.drafters.mtp_parallel import ParallelConfig, ParallelMtp
 from headstart.drafters.parts.decoder import block_of, decoder, norm_like, slot_bytes, unrolled
-from headstart.drafters.parts.llama_layer import Wide, bare, llama_block, plain_block, widened
+from headstart.drafters.parts.llama_layer import Wide, llama_block, plain_block, widened, without_norms
 from headstart.drafters.parts.losses import Batch
 from headstart.speculation.tree import Kept
 from headstart.target.cache import Seating
@@ -27,18 +27,18 @@ def made(kind, target):
     torch.manual_seed(1)
     config = {"mtp": MtpConfig(num_modules=2, depth=4), "mtp-parallel": ParallelConfig(num_heads=3)}[kind]
     of = {"mtp": Mtp, "mtp-parallel": ParallelMtp}[kind]
-    heads = of(of.fitted(config, target.model.config), target.ends.hidden, target.ends.vocab)
+    heads = of(of.resolve_config(config, target.model.config), target.embed_head.hidden, target.embed_head.vocab)
     for block in (module for module in heads.modules() if isinstance(module, PreTrainedModel)):
         block.set_experts_implementation("eager")  # there is no grouped product in fp64
     with torch.no_grad():
         for weight in heads.parameters():
             weight.add_(torch.randn_like(weight) * 0.2)
-    return heads.to(target.dtype).bind(target.ends).eval()
+    return heads.to(target.dtype).bind(target.embed_head).eval()
 
 
 def taught(heads, text, place, features):
     batch = Batch(torch.tensor([text]), torch.ones(1, len(text), dtype=torch.bool), features[None], features[None])
-    return [guess.project(guess.states[:, place - 1])[0].detach() for guess in heads.states(batch)]
+    return [guess.output_head(guess.states[:, place - 1])[0].detach() for guess in heads.states(batch)]
 
 
 @pytest.mark.parametrize("kind", ["mtp", "mtp-parallel"])
@@ -67,7 +67,7 @@ def test_drafting_says_what_training_said_whatever_the_family(family, kind):
 def test_a_text_that_is_forked_in_the_middle_goes_on_as_if_it_had_been_read_alone():
     target = tiny()
     torch.manual_seed(1)
-    heads = Mtp(MtpConfig(depth=3, block=llama_block(64)), 64, 97).to(target.dtype).bind(target.ends)
+    heads = Mtp(MtpConfig(depth=3, block=llama_block(64)), 64, 97).to(target.dtype).bind(target.embed_head)
     features = torch.randn(10, 64, dtype=target.dtype)
     text, seating = TEXTS[0], Seating(3, 64)
     for _ in range(3):
@@ -141,7 +141,7 @@ def test_a_wide_layer_whose_attention_ignores_the_embedding_is_transformers_own_
 def test_a_layer_that_is_not_plain_is_refused_by_its_type():
     for family in ("gemma2", "olmo2", "phi3", "cohere"):
         block = block_of(tiny(family).model.config)
-        for made_of in (bare, widened):
+        for made_of in (without_norms, widened):
             with pytest.raises(ValueError, match=f"plain decoder layer .* but its block is of '{family}'"):
                 made_of(decoder(block, 64))
 

@@ -104,8 +104,8 @@ def test_every_parent_has_the_line_of_the_law_its_children_were_drawn_from():
     rows = make_rows([SamplingParams(temperature=1.0)] * 3, range(3), VOCAB, depths=[3, 0, 2], beam=2, noise_rule="fresh")
     texts = [(0, 1), (2, 2), (3, 4)]
     drafts = drafting(TABLE)(rows, texts).by_row(3)
-    assert drafts.laws.shape == (3 + len(drafts), VOCAB)
-    assert drafts.laws[1].sum() == 0  # the row that does not draft
+    assert drafts.distributions.shape == (3 + len(drafts), VOCAB)
+    assert drafts.distributions[1].sum() == 0  # the row that does not draft
     parents = drafts.parents.tolist()
     for node, parent in enumerate(parents):
         row = int(drafts.rows[node])
@@ -116,10 +116,10 @@ def test_every_parent_has_the_line_of_the_law_its_children_were_drawn_from():
             tail.insert(0, int(drafts.tokens[walk]))
             walk = parents[walk]
         before, last = (path + tail)[-2:]
-        line = drafts.laws[row if parent == ROOT else 3 + parent]
+        line = drafts.distributions[row if parent == ROOT else 3 + parent]
         assert torch.allclose(line, TABLE[before, last].double().softmax(-1), atol=1e-6)
     leaves = [node for node in range(len(drafts)) if node not in parents]
-    assert float(drafts.laws[3:][leaves].sum()) == 0
+    assert float(drafts.distributions[3:][leaves].sum()) == 0
 
 
 def test_picked_children_have_no_law():
@@ -197,8 +197,8 @@ def test_growth_ends_where_the_tree_is_full_of_better_drafts():
 
 def test_a_row_goes_deeper_only_where_that_promises_enough():
     sure, unsure = torch.tensor([9.0, 0, 0, 0, 0]), torch.zeros(VOCAB)
-    for worth, expected in ((0.0, {0, 1}), (0.9, {0})):
-        rows = make_rows([SamplingParams()] * 2, [0, 1], VOCAB, depths=[2, 2], width=2, beam=2, worth=worth)
+    for min_gain, expected in ((0.0, {0, 1}), (0.9, {0})):
+        rows = make_rows([SamplingParams()] * 2, [0, 1], VOCAB, depths=[2, 2], width=2, beam=2, min_gain=min_gain)
         deeper = []
         grow(
             rows,

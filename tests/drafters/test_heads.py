@@ -15,12 +15,12 @@ import headstart
 from headstart import formats as checkpoint
 from headstart.drafters.medusa import Medusa, MedusaConfig
 from headstart.drafters.parts.heads import Heads
-from headstart.drafters.parts.losses import CHUNK, Batch, Metrics, Objective, Voice, chunked_loss
+from headstart.drafters.parts.losses import CHUNK, Batch, Metrics, Objective, OutputHead, chunked_loss
 from headstart.drafters.registry import METHODS
 from headstart.engine.drafter_loading import make
-from headstart.formats import facts_of, recognise
+from headstart.formats import describe_target, detect
 from headstart.speculation.calibration import UNFITTED
-from headstart.speculation.planner import Best, Chain, Shape
+from headstart.speculation.planner import Best, Chain, StaticTree
 from headstart.speculation.sampling import SamplingParams
 from headstart.target.cache import Seating
 from headstart.target.loading import embedded, load_model
@@ -38,7 +38,7 @@ def test_drafting_says_what_training_said(kind):
     trained = []
     for text, place in zip(TEXTS, places, strict=True):
         guesses = heads.eval().states(batch_of(torch.tensor([text]), taps=heads.taps))
-        trained.append([guess.project(guess.states[:, place - 1])[0].detach() for guess in guesses])
+        trained.append([guess.output_head(guess.states[:, place - 1])[0].detach() for guess in guesses])
     heads.attach(target, seating)
     hear(heads, TEXTS, places)
     rows = Forced(TEXTS, places, depths)
@@ -48,16 +48,16 @@ def test_drafting_says_what_training_said(kind):
         torch.testing.assert_close(line, trained[row][level - 1], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("planner", [Chain(4), Best(nodes=9, depth=4, width=3, beam=4), Shape.full(3, 2, 1)], ids=repr)
+@pytest.mark.parametrize("planner", [Chain(4), Best(nodes=9, depth=4, width=3, beam=4), StaticTree.full(3, 2, 1)], ids=repr)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_text_is_that_of_plain_decoding(kind, planner):
     target = tiny()
     heats = [(0.0, None), (0.7, None), (1.0, 0.9), (1.0, None), (0.0, None)]
     laws = [
-        SamplingParams(max_tokens=15 + 2 * i, temperature=heat, top_p=top_p, presence_penalty=0.1 * i, seed=i)
-        for i, (heat, top_p) in enumerate(heats)
+        SamplingParams(max_tokens=15 + 2 * i, temperature=temperature, top_p=top_p, presence_penalty=0.1 * i, seed=i)
+        for i, (temperature, top_p) in enumerate(heats)
     ]
-    asks = [Ask(tuple(range(3 + i, 9 + 3 * i)), law) for i, law in enumerate(laws)]
+    asks = [Ask(tuple(range(3 + i, 9 + 3 * i)), distribution) for i, distribution in enumerate(laws)]
     plain, _ = decode(target, asks)
     found, engine = decode(target, asks, heads_for(target, kind), planner, max_rows=3, chunk=4)
     assert found == plain
@@ -67,8 +67,8 @@ def test_the_text_is_that_of_plain_decoding(kind, planner):
 @pytest.mark.parametrize("kind", KINDS)
 def test_several_answers_to_one_prompt_fork_what_the_heads_have_read(kind):
     target = tiny()
-    law = SamplingParams(max_tokens=12, temperature=1.0, n=1)
-    asks = [Ask((4, 8, 15, 16, 23, 42), SamplingParams(**{**vars(law), "seed": seed})) for seed in (1, 2, 3)]
+    distribution = SamplingParams(max_tokens=12, temperature=1.0, n=1)
+    asks = [Ask((4, 8, 15, 16, 23, 42), SamplingParams(**{**vars(distribution), "seed": seed})) for seed in (1, 2, 3)]
     plain, _ = decode(target, asks)
     heads = heads_for(target, kind)
     from headstart.engine.engine import Engine
@@ -86,7 +86,7 @@ def test_untrained_medusa_heads_say_what_the_targets_own_head_says():
     heads = heads_for(target, "medusa", noise=0.0)
     batch = batch_of(torch.tensor(TEXTS[:1]))
     for guess in heads.states(batch):
-        torch.testing.assert_close(guess.project(guess.states), target.ends.project(batch.finals))
+        torch.testing.assert_close(guess.output_head(guess.states), target.embed_head.logits(batch.last_hidden))
 
 
 def test_hydra_heads_start_from_the_state_alone():
@@ -99,11 +99,13 @@ def test_hydra_heads_start_from_the_state_alone():
 def test_hydra_listens_to_its_path_and_medusa_does_not():
     one, other = torch.tensor(TEXTS[:1]), torch.tensor(TEXTS[:1])
     other[0, 6] = 90
-    finals = states_of(one)
+    last_hidden = states_of(one)
     counts = torch.ones_like(one, dtype=torch.bool)
     for kind, listens in (("medusa", False), ("hydra", True)):
         heads = heads_for(tiny(), kind)
-        said = [[guess.states[0, 4] for guess in heads.states(Batch(text, counts, finals, finals))] for text in (one, other)]
+        said = [
+            [guess.states[0, 4] for guess in heads.states(Batch(text, counts, last_hidden, last_hidden))] for text in (one, other)
+        ]
         assert torch.equal(said[0][0], said[1][0])  # depth 1 knows tokens up to 5
         assert torch.equal(said[0][1], said[1][1]) != listens
 
@@ -155,11 +157,11 @@ def test_a_loss_in_chunks_has_the_value_and_the_gradients_of_the_whole(objective
     count = 2 * CHUNK + 7
     linear, teacher = torch.nn.Linear(6, 11).double(), torch.nn.Linear(6, 11).double()
     states = torch.randn(count, 6, dtype=torch.float64, requires_grad=True)
-    finals, tokens = torch.randn(count, 6, dtype=torch.float64), torch.randint(11, (count,))
-    voice = Voice(linear, tuple(linear.parameters()))
-    loss, hits = chunked_loss(voice, states, tokens, finals, objective, teacher)
+    last_hidden, tokens = torch.randn(count, 6, dtype=torch.float64), torch.randint(11, (count,))
+    output_head = OutputHead(linear, tuple(linear.parameters()))
+    loss, hits = chunked_loss(output_head, states, tokens, last_hidden, objective, teacher)
     found = torch.autograd.grad(3 * loss, [states, *linear.parameters()])
-    whole = objective(linear(states), tokens, teacher(finals).detach()).sum()
+    whole = objective(linear(states), tokens, teacher(last_hidden).detach()).sum()
     wanted = torch.autograd.grad(3 * whole, [states, *linear.parameters()])
     torch.testing.assert_close(loss, whole)
     assert torch.equal(hits, linear(states).argmax(-1) == tokens)
@@ -196,7 +198,7 @@ def test_every_weight_learns():
 
 def test_heads_of_another_size_are_refused():
     with pytest.raises(ValueError, match="hidden size of 32 and a vocabulary of 97, the target has 64 and 97"):
-        type(heads_for(tiny(), "medusa"))(heads_for(tiny(), "medusa").config, 32, 97).bind(tiny().ends)
+        type(heads_for(tiny(), "medusa"))(heads_for(tiny(), "medusa").config, 32, 97).bind(tiny().embed_head)
 
 
 def test_heads_learn_the_targets_laws_unless_another_loss_is_asked_for():
@@ -212,11 +214,11 @@ def test_an_objective_without_a_loss_is_refused():
 
 def test_the_twin_says_the_same_and_learns_alone():
     heads = heads_for(tiny(), "hydra++")
-    twin = heads.twin().bind(tiny().ends)
-    assert all(torch.equal(one, other) for one, other in zip(heads.state_dict().values(), twin.state_dict().values(), strict=True))
+    clone = heads.clone().bind(tiny().embed_head)
+    assert all(torch.equal(one, other) for one, other in zip(heads.state_dict().values(), clone.state_dict().values(), strict=True))
     with torch.no_grad():
         next(heads.parameters()).add_(1)
-    assert not torch.equal(next(heads.parameters()), next(twin.parameters()))
+    assert not torch.equal(next(heads.parameters()), next(clone.parameters()))
 
 
 # -- by name ------------------------------------------------------------------------------------------------------------------
@@ -237,7 +239,7 @@ def test_the_embedded_models_heads_go_by_their_methods_name(name):
 
 def test_the_embedded_models_heads_are_used_without_naming_it():
     place = embedded("hydra")
-    assert recognise(place).command == f"headstart generate --drafter {place}"
+    assert detect(place).command == f"headstart generate --drafter {place}"
     assert "--model" not in (place / "README.md").read_text()
 
 
@@ -263,7 +265,7 @@ def test_heads_of_another_tokenizer_are_refused_even_where_all_sizes_agree(tmp_p
     model, other = write_model(tmp_path / "model"), write_model(tmp_path / "other")
     tokenizer = load_tokenizer(other)
     tokenizer.add_tokens(["<|new|>"])
-    facts = facts_of(load_model(other), tokenizer)
-    checkpoint.save(tmp_path / "heads", Medusa(MedusaConfig(), facts.hidden, facts.vocab), facts, {})
-    with pytest.raises(ValueError, match=f"a tokenizer of {facts.tokenizer}"):
+    target_info = describe_target(load_model(other), tokenizer)
+    checkpoint.save(tmp_path / "heads", Medusa(MedusaConfig(), target_info.hidden, target_info.vocab), target_info, {})
+    with pytest.raises(ValueError, match=f"a tokenizer of {target_info.tokenizer}"):
         make(str(tmp_path / "heads"), Target.load(model, device="cpu"))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from headstart.drafters import Drafter
 from headstart.drafters.lookup import Lookup, Record, SuffixAutomaton
-from headstart.speculation.sampling import Laws, Rows, SamplingParams
+from headstart.speculation.sampling import Rows, SamplingParams, SamplingTensors
 from headstart.speculation.tree import ROOT, Kept
 
 TEXTS = st.lists(st.integers(0, 2), max_size=30)
@@ -155,11 +155,11 @@ def test_a_next_best_is_only_judged_where_the_better_ones_failed():
 
 
 def rows_of(*texts: list[int], depth: int = 4, width: int = 4, beam: int = 4, nodes: int = 15) -> Rows:
-    laws = Laws.of([SamplingParams()] * len(texts), [0] * len(texts), "cpu")
+    sampling = SamplingTensors.of([SamplingParams()] * len(texts), [0] * len(texts), "cpu")
     return Rows(
         seats=tuple(range(len(texts))), roots=tuple(text[-1] for text in texts),
         places=tuple(len(text) - 1 for text in texts), depths=(depth,) * len(texts),
-        width=width, beam=beam, nodes=nodes, laws=laws, vocab=100,
+        width=width, beam=beam, nodes=nodes, sampling=sampling, vocab=100,
     )  # fmt: skip
 
 

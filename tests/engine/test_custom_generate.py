@@ -103,16 +103,16 @@ def test_samples_of_one_prompt_differ(model):
 
 
 def test_sampling_follows_generates_law(model):
-    """One token, many times: the frequencies are those of the truncated law, within five standard errors."""
+    """One token, many times: the frequencies are those of the truncated distribution, within five standard errors."""
     settings = {"max_new_tokens": 1, "do_sample": True, "temperature": 0.8, "top_k": 6}
     torch.manual_seed(3)
     count = 400
     tokens = ours(model, PROMPT.repeat(count, 1), **settings)[:, -1]
     with torch.inference_mode():
         best = (model(PROMPT).logits[0, -1] / 0.8).topk(6)
-    law = torch.zeros(VOCAB, dtype=torch.float64).scatter_(0, best.indices, best.values.softmax(-1))
+    distribution = torch.zeros(VOCAB, dtype=torch.float64).scatter_(0, best.indices, best.values.softmax(-1))
     seen = torch.bincount(tokens, minlength=VOCAB) / count
-    assert ((seen - law).abs() <= 5 * (law * (1 - law) / count).sqrt() + 1e-12).all()
+    assert ((seen - distribution).abs() <= 5 * (distribution * (1 - distribution) / count).sqrt() + 1e-12).all()
 
 
 REFUSED = [
@@ -376,13 +376,13 @@ def test_a_drafter_given_by_path_is_loaded_once_and_goes_with_its_model(model_fo
     for _ in range(3):
         assert torch.equal(ours(model, PROMPT, max_new_tokens=12, drafter=f"model:{path}"), expected)
     assert made == [f"model:{path}"]
-    twin = copy.deepcopy(model)
-    assert torch.equal(ours(twin, PROMPT, max_new_tokens=12, drafter=f"model:{path}"), expected)
+    clone = copy.deepcopy(model)
+    assert torch.equal(ours(clone, PROMPT, max_new_tokens=12, drafter=f"model:{path}"), expected)
     assert len(made) == 2  # a copy has its own
     os.utime(path / "model.safetensors", (1, 1))
     ours(model, PROMPT, max_new_tokens=12, drafter=f"model:{path}")
     assert len(made) == 3  # weights that changed are loaded again
-    assert checks.count(model) == checks.count(twin) == 1
+    assert checks.count(model) == checks.count(clone) == 1
     kept = [weakref.ref(drafter) for drafter in model._headstart.idle.values()] + [weakref.ref(model)]
     checks.clear()
     del model

@@ -16,7 +16,7 @@ from headstart.drafters.draft_model import ModelDrafter
 from headstart.drafters.lookup import Lookup
 from headstart.engine.engine import Engine
 from headstart.engine.generate_hook import custom_generate
-from headstart.speculation.planner import Best, Chain, Shape
+from headstart.speculation.planner import Best, Chain, StaticTree
 from headstart.speculation.sampling import SamplingParams
 from headstart.target.target import Target
 
@@ -30,13 +30,13 @@ LAWS = {
 }
 DRAFTERS = {
     "none": lambda draft, heads: (None, None),
-    "lookup": lambda draft, heads: (Lookup(floor=0.01, worth=0.01), Best(nodes=8, depth=3)),
+    "lookup": lambda draft, heads: (Lookup(floor=0.01, min_gain=0.01), Best(nodes=8, depth=3)),
     "chain": lambda draft, heads: (ModelDrafter(draft), Chain(3)),
     "best": lambda draft, heads: (ModelDrafter(draft), Best(nodes=5, depth=3, width=2, beam=2)),
-    "shape": lambda draft, heads: (ModelDrafter(draft), Shape.full(2, 1)),
+    "shape": lambda draft, heads: (ModelDrafter(draft), StaticTree.full(2, 1)),
     "medusa": lambda draft, heads: (heads, Best(nodes=5, depth=3, width=2, beam=2)),
     "hydra++": lambda draft, heads: (heads, Best(nodes=5, depth=3, width=2, beam=2)),
-    "eagle3.1, 40 tokens": lambda draft, heads: (heads, Best(nodes=5, depth=3, width=2, beam=2, worth=0.1)),
+    "eagle3.1, 40 tokens": lambda draft, heads: (heads, Best(nodes=5, depth=3, width=2, beam=2, min_gain=0.1)),
 }
 CASES = [
     ("all", "coupled", 3, "best"),
@@ -58,11 +58,11 @@ CASES = [
 ]
 
 
-def answers(target, draft, heads, law, accept, rows, name, pretence=None):
+def answers(target, draft, heads, distribution, accept, rows, name, pretence=None):
     """What is said, and in which rounds the host waited for what."""
     drafter, planner = DRAFTERS[name](draft, heads)
     engine = Engine(target, drafter, planner, max_rows=rows, accept=accept)
-    requests = [engine.add(ask.prompt, ask.params) for ask in asks(VOCAB, [5, 1, 12], [7, 5, 6], LAWS[law])]
+    requests = [engine.add(ask.prompt, ask.params) for ask in asks(VOCAB, [5, 1, 12], [7, 5, 6], LAWS[distribution])]
     waits = []
     while not engine.scheduler.is_idle:
         before = len(pretence.waits) if pretence else 0
@@ -71,18 +71,18 @@ def answers(target, draft, heads, law, accept, rows, name, pretence=None):
     return [request.output for request in requests], waits
 
 
-@pytest.mark.parametrize(("law", "accept", "rows", "name"), CASES)
-def test_the_device_says_what_the_host_says(law, accept, rows, name):
+@pytest.mark.parametrize(("distribution", "accept", "rows", "name"), CASES)
+def test_the_device_says_what_the_host_says(distribution, accept, rows, name):
     here = Target(copy.deepcopy(MODEL), check=False), Target(cut(MODEL, 2).release(), check=False)
     heads = heads_for(here[0], name) if name in KINDS else nn.Module()
-    there = copy.deepcopy(MODEL), cut(MODEL, 2).release(), heads.twin() if name in KINDS else heads
-    expected, _ = answers(*here, heads, law, accept, rows, name)
+    there = copy.deepcopy(MODEL), cut(MODEL, 2).release(), heads.clone() if name in KINDS else heads
+    expected, _ = answers(*here, heads, distribution, accept, rows, name)
     with pretending() as pretence:
         target, draft = (Target(send(model), check=False) for model in there[:2])
-        assert target.together
-        found, waits = answers(target, draft, send(there[2]), law, accept, rows, name, pretence)
+        assert target.pad_rows
+        found, waits = answers(target, draft, send(there[2]), distribution, accept, rows, name, pretence)
     assert found == expected
-    if accept != "rejection" and LAWS[law].logprobs is None:
+    if accept != "rejection" and LAWS[distribution].logprobs is None:
         allowed = Counter({"down: aten._to_copy": WAITS[name], "aten.bincount": rows > 1})
         assert all(wait <= allowed for wait in waits[2:]), f"the host waits too often: {waits}"
 

@@ -19,7 +19,7 @@ from headstart.drafters.lookup import Lookup
 from headstart.engine.engine import Engine
 from headstart.engine.llm import LLM
 from headstart.speculation.noise import mix
-from headstart.speculation.planner import Best, Chain, Shape
+from headstart.speculation.planner import Best, Chain, StaticTree
 from headstart.speculation.sampling import SamplingParams
 from headstart.speculation.tree import Drafts, merge
 from headstart.target.cache import Seating
@@ -136,7 +136,7 @@ def test_rejection_keeps_the_cache_sound_and_a_seed_repeats_its_answer():
     target, requests = tiny(), asks(VOCAB, [5, 11, 2], [25, 14, 20], SAMPLED)
     answers = []
     for _ in range(2):
-        engine = Engine(target, ModelDrafter(draft()), Shape.full(3, 2), max_rows=2, accept="rejection")
+        engine = Engine(target, ModelDrafter(draft()), StaticTree.full(3, 2), max_rows=2, accept="rejection")
         running = [engine.add(ask.prompt, ask.params) for ask in requests]
         while not engine.scheduler.is_idle:
             engine.step()
@@ -209,9 +209,11 @@ def test_guessed_tells_drafted_tokens_from_the_targets_own():
 # -- log-probabilities ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("law", [SamplingParams(), SamplingParams(temperature=0.7, top_k=5, repetition_penalty=1.3)], ids=str)
-def test_logprobs_are_the_models_own_whatever_the_law_and_the_drafts(law):
-    target, (ask,) = tiny(), asks(VOCAB, [6], [20], replace(law, logprobs=3))
+@pytest.mark.parametrize(
+    "distribution", [SamplingParams(), SamplingParams(temperature=0.7, top_k=5, repetition_penalty=1.3)], ids=str
+)
+def test_logprobs_are_the_models_own_whatever_the_law_and_the_drafts(distribution):
+    target, (ask,) = tiny(), asks(VOCAB, [6], [20], replace(distribution, logprobs=3))
     (plain,), _ = decode(target, [ask])
     engine = Engine(target, Scripted(random_trees(VOCAB, 12), texts([ask], [plain])), AsDrafted(12))
     request = engine.add(ask.prompt, ask.params)
@@ -371,13 +373,13 @@ def tensors():
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not tell how much memory a process has")
 def test_two_hundred_requests_leave_neither_tensors_nor_memory_behind():
     target = tiny("llama", torch.float32)
-    law = SamplingParams(temperature=1.0, repetition_penalty=1.1, top_p=0.9)
+    distribution = SamplingParams(temperature=1.0, repetition_penalty=1.1, top_p=0.9)
     engine = Engine(target, Lookup(), Best(nodes=8), max_rows=4)
 
     def crowd(seed, count):
         rng = random.Random(seed)
         lengths = [rng.randint(1, 60) for _ in range(count)]
-        for ask in asks(VOCAB, lengths, [rng.randint(5, 40) for _ in range(count)], law, seed):
+        for ask in asks(VOCAB, lengths, [rng.randint(5, 40) for _ in range(count)], distribution, seed):
             engine.add(ask.prompt, ask.params)
         finish(engine)
 

@@ -1,10 +1,10 @@
-"""Any drafter, tree, law and crowd says what plain decoding with the same seed says (DESIGN: exact by construction)."""
+"""Any drafter, tree, distribution and crowd says what plain decoding with the same seed says (DESIGN: exact by construction)."""
 
 import math
 
 import pytest
 import torch
-from cells import EMBEDDED, LAWS, cells, voices
+from cells import EMBEDDED, LAWS, cells, samplings
 from scripted import AsDrafted, Scripted, asks, decode, random_trees, right, right_then_wrong, texts, wrong
 from tiny import VOCAB, cut, random_model, tiny
 from transformers import LlamaConfig
@@ -13,7 +13,7 @@ from headstart.bench.identity import Split, _borders, find_split, tie_gap
 from headstart.drafters.draft_model import ModelDrafter
 from headstart.engine.engine import Engine
 from headstart.speculation.planner import Chain
-from headstart.speculation.sampling import Laws, SamplingParams, warp
+from headstart.speculation.sampling import SamplingParams, SamplingTensors, warp
 from headstart.target.target import Target
 
 TOKENS = {"tiny": 90, "stories260K": 90, "babyllama105": 90, "talk13M": 60, "embedded": 60}  # in each of 78 cells
@@ -27,32 +27,32 @@ def report(found):
     return splits
 
 
-@pytest.mark.parametrize("law", LAWS)
-def test_every_drafter_says_what_plain_decoding_says_in_fp64(law):
-    assert report(list(cells(voices()["tiny"](), law, TOKENS["tiny"]))) == []
+@pytest.mark.parametrize("distribution", LAWS)
+def test_every_drafter_says_what_plain_decoding_says_in_fp64(distribution):
+    assert report(list(cells(samplings()["tiny"](), distribution, TOKENS["tiny"]))) == []
 
 
-@pytest.fixture(scope="module", params=[name for name in voices() if name != "tiny"])
-def voice(request):
-    return voices()[request.param]()
+@pytest.fixture(scope="module", params=[name for name in samplings() if name != "tiny"])
+def sampling(request):
+    return samplings()[request.param]()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("law", LAWS)
-def test_a_trained_model_says_the_same_in_fp32_but_for_near_ties(voice, law):
-    splits = report(list(cells(voice, law, TOKENS[voice.name])))
+@pytest.mark.parametrize("distribution", LAWS)
+def test_a_trained_model_says_the_same_in_fp32_but_for_near_ties(sampling, distribution):
+    splits = report(list(cells(sampling, distribution, TOKENS[sampling.name])))
     assert all(split.is_near_tie for split in splits)
-    assert len(splits) <= (0 if voice.target.is_exact else 2)
+    assert len(splits) <= (0 if sampling.target.is_exact else 2)
 
 
 # -- the number of rounds ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
+@pytest.mark.parametrize("distribution", LAWS.values(), ids=LAWS)
 @pytest.mark.parametrize("depth", [1, 2, 5])
-def test_a_chain_right_to_depth_k_needs_one_round_for_k_plus_one_tokens(depth, law):
+def test_a_chain_right_to_depth_k_needs_one_round_for_k_plus_one_tokens(depth, distribution):
     """The round that ends the prompt emits one token; the last round may have less to say."""
-    target, requests = tiny(), asks(VOCAB, [6], [20], law)
+    target, requests = tiny(), asks(VOCAB, [6], [20], distribution)
     plain, _ = decode(target, requests)
     for script in (right(depth), right_then_wrong(depth, VOCAB)):
         drafted, engine = decode(target, requests, Scripted(script, texts(requests, plain)))
@@ -97,9 +97,9 @@ def test_equal_answers_have_no_split_and_a_short_one_is_no_tie():
     assert find_split(target, prompt, params, [4, 5], [4]) == Split(1, (5, None), math.inf)
 
 
-@pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
-def test_a_wrong_token_is_no_near_tie(law):
-    target, (ask,) = tiny(), asks(VOCAB, [6], [8], law)
+@pytest.mark.parametrize("distribution", LAWS.values(), ids=LAWS)
+def test_a_wrong_token_is_no_near_tie(distribution):
+    target, (ask,) = tiny(), asks(VOCAB, [6], [8], distribution)
     (plain,), _ = decode(target, [ask])
     for place in range(8):
         forged = [*plain]
@@ -129,8 +129,8 @@ def test_the_judge_reads_truncation_as_the_sampler_does(truncation):
     params = SamplingParams(temperature=0.8, **truncation)
     for seed in range(50):
         logits = torch.randn(12, generator=torch.Generator().manual_seed(seed)).double()
-        law = warp(logits[None], Laws.of([params], [0]))[0]
-        assert torch.equal(law > 0, _borders(logits, params) > 0)
+        distribution = warp(logits[None], SamplingTensors.of([params], [0]))[0]
+        assert torch.equal(distribution > 0, _borders(logits, params) > 0)
 
 
 def test_a_token_at_the_border_of_top_p_is_a_near_tie_though_its_score_is_not():
@@ -151,8 +151,8 @@ def test_an_exact_target_decides_by_the_same_bits_whatever_was_drafted(dtype, ex
         target = Target.load(exact_folder, dtype=dtype, device="cpu", exact=True)
     except ValueError as error:
         pytest.skip(str(error))
-    law = SamplingParams(temperature=1.0, logprobs=0)
-    requests = asks(target.vocab, [5, 1, 40, 17], [20, 12, 25, 30], law)
+    distribution = SamplingParams(temperature=1.0, logprobs=0)
+    requests = asks(target.vocab, [5, 1, 40, 17], [20, 12, 25, 30], distribution)
     plain = logprobs(Engine(target), requests)
     answers = texts(requests, [[token for token, _ in answer] for answer in plain])
     drafter = Scripted(random_trees(target.vocab, 14, skill=0.8), answers)
@@ -180,7 +180,7 @@ def test_the_first_token_behind_a_prompt_has_the_same_bits_alone_and_in_a_crowd(
     config = LlamaConfig(vocab_size=97, num_hidden_layers=1, max_position_embeddings=128, tie_word_embeddings=False, **wide)
     target = Target(random_model(config, torch.float32), check=False)
     try:
-        target.equip(True)
+        target.choose_kernels(True)
     except ValueError as error:
         pytest.skip(str(error))
     requests = asks(target.vocab, [30, 7, 45, 3], [3, 3, 3, 3], SamplingParams(logprobs=0))

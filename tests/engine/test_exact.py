@@ -95,7 +95,7 @@ def test_by_default_a_trained_model_keeps_every_bit(name, dtype):
 def test_where_a_prompt_is_cut_changes_no_bit(dtype):
     """A crowd shares the prompt tokens of a round, so a prompt is cut where the load says; here once, in blocks, and in crumbs."""
     target = Target(random_model(hf.LlamaConfig(**SHAPE), dtype), check=False)
-    target.equip(True)
+    target.choose_kernels(True)
     prompts = [torch.randint(0, 97, (size,), generator=torch.Generator().manual_seed(size)).tolist() for size in (300, 131)]
     wanted = answers(target, None, prompts, 0.7, tokens=3)
     for max_rows, chunk in ((1, 512), (2, 512), (2, 200), (2, 37)):
@@ -123,10 +123,10 @@ def test_the_choice_reads_no_clock(model_folder, monkeypatch):
     for clock in ("time", "perf_counter", "process_time", "thread_time", "monotonic", "perf_counter_ns", "thread_time_ns"):
         monkeypatch.setattr(time, clock, forbidden)
     target = Target(model)
-    target.equip()
-    first = target.equipment
-    target.equip()
-    assert first == target.equipment
+    target.choose_kernels()
+    first = target.kernel_choice
+    target.choose_kernels()
+    assert first == target.kernel_choice
     assert target.is_exact
 
 
@@ -136,7 +136,7 @@ def test_attention_is_in_order_where_the_order_is_proven_else_in_fp64(monkeypatc
         choice._is_order_proof.cache_clear()
         monkeypatch.setattr(choice, "is_order_proof", lambda *_, answer=is_proof: answer)
         target = Target(model, check=False)
-        target.equip()
+        target.choose_kernels()
         assert target.kernel is kernel
         assert target.is_exact
     choice._is_order_proof.cache_clear()
@@ -146,9 +146,9 @@ def test_a_model_that_ordered_attention_does_not_serve_is_served_in_fp64(monkeyp
     """The order of addition was proven for shapes, and the whole model does not hold: then the other kernel is tried."""
     monkeypatch.setattr(target_module, "holds_to_the_bit", lambda target: target.kernel is wide)
     target = Target(random_model(ARCHITECTURES["llama"](), torch.float32), check=False)
-    target.equip()
+    target.choose_kernels()
     assert target.kernel is wide
-    assert target.equipment.kernel is wide
+    assert target.kernel_choice.kernel is wide
     assert target.is_exact
 
 
@@ -158,13 +158,13 @@ def test_a_model_that_ordered_attention_does_not_serve_is_served_in_fp64(monkeyp
 )
 def test_what_stands_against_it_is_named_at_load(name, dtype, why):
     target = Target(random_model(ARCHITECTURES[name](), dtype))
-    target.equip()
+    target.choose_kernels()
     assert not target.is_exact
-    assert why in target.equipment.why_not
+    assert why in target.kernel_choice.why_not
     assert why in repr(target)
     with pytest.raises(ValueError, match=rf"exact=True is not to be had: .*{why}"):
-        target.equip(True)
-    target.equip(False)
+        target.choose_kernels(True)
+    target.choose_kernels(False)
     assert "exact=False was asked for" in repr(target)
 
 

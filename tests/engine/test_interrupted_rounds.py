@@ -91,7 +91,7 @@ def scripted():
 def engine_with(kind: str) -> Engine:
     made = {
         "none": lambda: None,
-        "lookup": lambda: Lookup(floor=0.01, worth=0.0),
+        "lookup": lambda: Lookup(floor=0.01, min_gain=0.0),
         "scripted": scripted,
         "model": lambda: ModelDrafter(cut(target().model, 2)),
     }
@@ -218,7 +218,7 @@ class Careless(Lookup):
     """Learns a part of what it is told, then runs out of memory: once in a while, or from some time on always."""
 
     def __init__(self, fails: Callable[[int], bool]) -> None:
-        super().__init__(floor=0.01, worth=0.0)
+        super().__init__(floor=0.01, min_gain=0.0)
         self.fails, self.num_told = fails, 0
 
     def extend(self, kept: Kept) -> None:

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 import headstart
 from headstart.engine.stats import Stats
-from headstart.speculation.planner import Best, Chain, Shape
+from headstart.speculation.planner import Best, Chain, StaticTree
 from headstart.target.tokenizer_loading import load_tokenizer
 
 QUESTION = "What did the cat say?"
@@ -108,7 +108,7 @@ def test_the_first_example_of_the_readme_runs_with_the_embedded_model(capsys):
 
 @pytest.mark.parametrize(
     ("spec", "planner"),
-    [("chain:5", Chain(5)), ("best:nodes=4", Best(nodes=4)), ("full:2,1", Shape.full(2, 1)), (Chain(2), Chain(2))],
+    [("chain:5", Chain(5)), ("best:nodes=4", Best(nodes=4)), ("full:2,1", StaticTree.full(2, 1)), (Chain(2), Chain(2))],
 )
 def test_a_planner_is_taken_as_an_object_or_as_the_command_line_writes_it(model_folder, spec, planner):
     llm = headstart.load(model_folder, drafter="lookup", planner=spec, device="cpu")
@@ -140,11 +140,11 @@ def test_a_planner_that_does_not_fit_is_refused_before_a_model_is_loaded(setting
 
 
 def test_a_measured_tree_needs_the_name_of_its_heads(llm):
-    class Guess:
+    class HeadOutput:
         name = "guess"
 
     with pytest.raises(ValueError, match="planner tree:8 needs trees that were measured, and a drafter object"):
-        headstart.load(drafter=Guess(), planner="tree:8")
+        headstart.load(drafter=HeadOutput(), planner="tree:8")
 
 
 # -- giving the model back --------------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def test_an_llm_shows_itself_in_one_line(model_folder):
     plain = headstart.load(model_folder, drafter=None, dtype="float32", device="cpu", exact=True)
     assert repr(plain) == f"<LLM {model_folder.name}, drafter None, exact, float32, cpu>"
     tree = headstart.load(drafter="medusa", planner="tree:16", device="cpu")
-    assert "planner Shape," in repr(tree)
+    assert "planner StaticTree," in repr(tree)
 
 
 def test_an_answer_shows_its_beginning_and_prints_as_its_text(llm):

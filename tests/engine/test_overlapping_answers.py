@@ -27,7 +27,7 @@ def model(model_folder):
 @pytest.fixture
 def llm(model):
     """An engine of its own, for two rows: others wait."""
-    return LLM(Engine(model.engine.target, type(model.engine.drafter)(floor=0.01, worth=0.0), max_rows=2), model.tokenizer)
+    return LLM(Engine(model.engine.target, type(model.engine.drafter)(floor=0.01, min_gain=0.0), max_rows=2), model.tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -151,7 +151,7 @@ def test_inspect_names_what_keeps_heads_from_being_brought_in(tmp_path):
 )
 def test_heads_that_are_not_whole_are_still_called_by_their_name(tmp_path, kind, names, config):
     write(tmp_path, "model.safetensors", {name: torch.zeros(2, 4) for name in names}, **config)
-    known = checkpoint.recognise(tmp_path)
+    known = checkpoint.detect(tmp_path)
     assert (known.kind, known.command) == (kind, None)
     assert known.problems
 
@@ -169,14 +169,14 @@ def test_heads_that_are_not_whole_are_still_called_by_their_name(tmp_path, kind,
 )
 def test_heads_that_are_known_by_name_only_are_called_by_it(tmp_path, kind, names, config):
     write(tmp_path, "model.safetensors", {name: torch.zeros(2) for name in names}, **config)
-    known = checkpoint.recognise(tmp_path)
+    known = checkpoint.detect(tmp_path)
     assert (known.kind, known.command) == (kind, None)
     assert known.notes == ("they cannot be imported yet",)
     assert known.is_target == (config.get("model_type") == "llama")
 
 
 def test_a_model_is_a_target(target):
-    known = checkpoint.recognise(target)
+    known = checkpoint.detect(target)
     assert (known.kind, known.is_target, known.hidden) == ("target", True, HIDDEN)
 
 

@@ -52,9 +52,9 @@ def shared(tmp_path, monkeypatch):
 
 
 def heads_for(model_folder, folder):
-    facts = checkpoint.facts_of(load_model(model_folder), load_tokenizer(model_folder))
+    target_info = checkpoint.describe_target(load_model(model_folder), load_tokenizer(model_folder))
     torch.manual_seed(0)
-    checkpoint.save(folder, Medusa(MedusaConfig(num_heads=2), facts.hidden, facts.vocab), facts, {})
+    checkpoint.save(folder, Medusa(MedusaConfig(num_heads=2), target_info.hidden, target_info.vocab), target_info, {})
     (folder / "evil.py").write_text("raise SystemExit")
     (folder / "pytorch_model.bin").write_bytes(b"never fetched")
     return folder

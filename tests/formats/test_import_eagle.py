@@ -36,11 +36,11 @@ def test_heads_say_what_the_formula_says_at_every_unrolled_step(trial, tmp_path,
 
 
 def test_an_embedding_that_is_the_targets_is_left_out(trial, tmp_path):
-    table = trial.ends.table.half()
+    table = trial.embed_head.embed_weight.half()
     write(tmp_path, "model.safetensors", heads() | {"embed_tokens.weight": table}, **SIZES, num_key_value_heads=2)
-    found = checkpoint.published_in(tmp_path).suited(trial.facts, lambda: trial.ends)
+    found = checkpoint.published_in(tmp_path).suited(trial.target_info, lambda: trial.embed_head)
     assert "their embedding is the target's, and left out" in found.notes
-    assert found.read(trial.facts, trial.model.config).config.embedding == "shared"
+    assert found.read(trial.target_info, trial.model.config).config.embedding == "shared"
 
 
 def test_another_embedding_is_kept(trial, tmp_path):
@@ -52,8 +52,14 @@ def test_another_embedding_is_kept(trial, tmp_path):
 
 
 def test_an_embedding_is_kept_where_no_target_is_at_hand(trial, tmp_path):
-    write(tmp_path, "model.safetensors", heads() | {"embed_tokens.weight": trial.ends.table}, **SIZES, num_key_value_heads=2)
-    assert checkpoint.published_in(tmp_path).read(trial.facts, trial.model.config).config.embedding == "own"
+    write(
+        tmp_path,
+        "model.safetensors",
+        heads() | {"embed_tokens.weight": trial.embed_head.embed_weight},
+        **SIZES,
+        num_key_value_heads=2,
+    )
+    assert checkpoint.published_in(tmp_path).read(trial.target_info, trial.model.config).config.embedding == "own"
 
 
 def test_names_may_begin_with_model(trial, tmp_path):
@@ -72,8 +78,8 @@ def test_what_is_brought_in_is_saved_and_loaded_bit_for_bit(trial, tmp_path):
     tensors = heads(bias=True) | {"embed_tokens.weight": random(VOCAB, HIDDEN)}
     write(tmp_path / "theirs", "pytorch_model.bin", tensors, **SIZES, num_key_value_heads=2)
     brought = trial.read(tmp_path / "theirs")
-    checkpoint.save(tmp_path / "ours", brought, trial.facts, {})
-    loaded = checkpoint.load(tmp_path / "ours", trial.facts)
+    checkpoint.save(tmp_path / "ours", brought, trial.target_info, {})
+    loaded = checkpoint.load(tmp_path / "ours", trial.target_info)
     assert loaded.config == brought.config
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in brought.state_dict().items())
 
@@ -81,7 +87,7 @@ def test_what_is_brought_in_is_saved_and_loaded_bit_for_bit(trial, tmp_path):
 def test_what_a_folder_holds_is_told_with_the_command(tmp_path):
     config = SIZES | {"num_key_value_heads": 2, "bias": True, "base_model_name_or_path": "org/talker"}
     write(tmp_path, "model.safetensors", heads() | {"embed_tokens.weight": random(VOCAB, HIDDEN)}, **config)
-    known = checkpoint.recognise(tmp_path)
+    known = checkpoint.detect(tmp_path)
     assert (known.kind, known.layout, known.hidden, known.vocab) == ("eagle", "EAGLE heads", HIDDEN, VOCAB)
     assert known.parameters == sum(tensor.numel() for tensor in heads().values()) + VOCAB * HIDDEN
     assert known.command == f"headstart import {tmp_path} --target org/talker --out FOLDER"
@@ -159,7 +165,7 @@ def test_a_tensor_that_does_not_fit_is_named(trial, tmp_path, change, words):
 def test_a_layer_that_cannot_be_made_is_refused_with_the_reason(trial, tmp_path, config, words):
     write(tmp_path, "model.safetensors", heads(), **SIZES | {"num_key_value_heads": 2} | config)
     assert words in trial.refusal(tmp_path)
-    assert any(words in problem for problem in checkpoint.recognise(tmp_path).problems)
+    assert any(words in problem for problem in checkpoint.detect(tmp_path).problems)
 
 
 def test_taps_are_not_for_heads_that_read_the_last_state(trial, tmp_path):

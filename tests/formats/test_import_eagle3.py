@@ -124,7 +124,7 @@ def test_an_embedding_of_their_own(trial, tmp_path):
 
 def test_an_embedding_that_is_the_targets_is_left_out(trial, tmp_path):
     tensors = heads(draft=SOME)
-    write(tmp_path, "model.safetensors", tensors | {"embed_tokens.weight": trial.ends.table.float()}, **SIZES)
+    write(tmp_path, "model.safetensors", tensors | {"embed_tokens.weight": trial.embed_head.embed_weight.float()}, **SIZES)
     assert_says(trial, tmp_path, by_formula(trial, tensors))
     assert trial.read(tmp_path).config.embedding == "shared"
 
@@ -158,7 +158,7 @@ def test_heads_without_a_head_speak_by_the_targets(trial, tmp_path):
     tensors = heads()
     del tensors["lm_head.weight"]
     write(tmp_path, "model.safetensors", tensors, **SIZES, draft_vocab_size=None)
-    assert_says(trial, tmp_path, by_formula(trial, tensors | {"lm_head.weight": trial.ends.weight}))
+    assert_says(trial, tmp_path, by_formula(trial, tensors | {"lm_head.weight": trial.embed_head.lm_head_weight}))
 
 
 def test_a_list_that_nobody_reads_may_be_empty(trial, tmp_path):
@@ -167,7 +167,7 @@ def test_a_list_that_nobody_reads_may_be_empty(trial, tmp_path):
     tensors["t2d"].fill_(False)
     assert not tensors["d2t"].any()
     write(tmp_path, "model.safetensors", tensors, **of_speculators(norm_before_residual=False))
-    assert checkpoint.recognise(tmp_path).problems == ()
+    assert checkpoint.detect(tmp_path).problems == ()
     assert trial.read(tmp_path).config.draft_vocab is None
     assert_says(trial, tmp_path, by_formula(trial, tensors, prefix="layers.0."))
 
@@ -193,7 +193,7 @@ def test_two_lists_of_tokens_must_agree(trial, tmp_path):
     tensors["t2d"][SOME[7]] = False
     write(tmp_path, "model.safetensors", tensors, **SIZES)
     assert f"d2t and t2d do not agree on whether token {SOME[7]} can be said" in trial.refusal(tmp_path)
-    assert checkpoint.recognise(tmp_path).command is None
+    assert checkpoint.detect(tmp_path).command is None
 
 
 # -- layers of the target --
@@ -272,7 +272,7 @@ def test_four_layers_must_be_said(trial, tmp_path):
 
 def test_what_a_folder_holds_is_told_with_the_command(tmp_path):
     write(tmp_path, "model.safetensors", heads("layers.0.", draft=SOME), **of_speculators())
-    known = checkpoint.recognise(tmp_path)
+    known = checkpoint.detect(tmp_path)
     assert (known.kind, known.layout) == ("eagle3", "EAGLE-3 heads as speculators stores them")
     assert (known.hidden, known.vocab, known.draft_vocab) == (HIDDEN, VOCAB, 60)
     assert known.command == f"headstart import {tmp_path} --target org/talker --out FOLDER"
@@ -285,7 +285,7 @@ def test_what_a_folder_holds_is_told_with_the_command(tmp_path):
 def test_what_the_configuration_miscounts_is_noted(tmp_path):
     config = SIZES | {"draft_vocab_size": 64, "fc_norm": False, "rope_theta": 1e4}
     write(tmp_path, "model.safetensors", heads(draft=SOME) | {f"fc_norm.{i}.weight": random(HIDDEN) for i in range(3)}, **config)
-    assert checkpoint.recognise(tmp_path).notes == (
+    assert checkpoint.detect(tmp_path).notes == (
         "their config.json says fc_norm = false, but there is fc_norm.0.weight; the tensors count",
         "their config.json says draft_vocab_size = 64, their tensors 60; the tensors count",
     )
@@ -294,15 +294,15 @@ def test_what_the_configuration_miscounts_is_noted(tmp_path):
 def test_what_is_brought_in_is_saved_and_loaded_bit_for_bit(trial, tmp_path):
     write(tmp_path / "theirs", "model.safetensors", heads(draft=SOME), **SIZES)
     brought = trial.read(tmp_path / "theirs")
-    checkpoint.save(tmp_path / "ours", brought, trial.facts, {})
-    loaded = checkpoint.load(tmp_path / "ours", trial.facts)
+    checkpoint.save(tmp_path / "ours", brought, trial.target_info, {})
+    loaded = checkpoint.load(tmp_path / "ours", trial.target_info)
     assert (loaded.config, loaded.taps) == (brought.config, THREE)
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in brought.state_dict().items())
 
 
 def test_the_command_brings_them_in(trial, tmp_path):
     target, theirs = write_model(tmp_path / "talker", layers=LAYERS), tmp_path / "theirs"
-    stored = heads(draft=SOME) | {"embed_tokens.weight": trial.ends.table.float()}
+    stored = heads(draft=SOME) | {"embed_tokens.weight": trial.embed_head.embed_weight.float()}
     write(theirs, "model.safetensors", stored, **SIZES, eagle_aux_hidden_state_layer_ids=[0, 2, 5])
     asked = ["import", str(theirs), "--target", str(target), "--out", str(tmp_path / "ours")]
     refused = CliRunner().invoke(app, asked)
@@ -344,7 +344,7 @@ def test_layers_are_numbers(tmp_path):
 )
 def test_saved_tokens_that_cannot_be_right_are_refused(trial, tmp_path, ids, words):
     write(tmp_path / "theirs", "model.safetensors", heads(draft=[3, 5, 9]), **SIZES)
-    checkpoint.save(tmp_path / "ours", trial.read(tmp_path / "theirs"), trial.facts, {})
+    checkpoint.save(tmp_path / "ours", trial.read(tmp_path / "theirs"), trial.target_info, {})
     file = tmp_path / "ours" / "model.safetensors"
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()

@@ -51,7 +51,7 @@ def test_heads_without_a_bias_in_their_projection(trial, tmp_path):
 
 def test_one_block_under_several_names_becomes_several_equal_blocks(trial, tmp_path):
     write(tmp_path, "hydra_lm_head.pt", heads_of(2, 4, 1))
-    heads = checkpoint.published_in(tmp_path).read(trial.facts, trial.model.config)
+    heads = checkpoint.published_in(tmp_path).read(trial.target_info, trial.model.config)
     blocks = [block.linear.weight for block in heads.heads[0].blocks]
     assert len({block.data_ptr() for block in blocks}) == 3
     assert all(torch.equal(block, blocks[0]) for block in blocks)
@@ -67,9 +67,9 @@ def test_distinct_blocks_stay_distinct(trial, tmp_path):
 @pytest.mark.parametrize("kind", ["mlp", "prefix-mlp"])
 def test_what_is_brought_in_is_saved_and_loaded_bit_for_bit(trial, tmp_path, kind):
     write(tmp_path / "theirs", "hydra_lm_head.pt", heads_of(2, 2, 1) | (prefix_of() if kind == "prefix-mlp" else {}))
-    heads = checkpoint.published_in(tmp_path / "theirs").read(trial.facts, trial.model.config)
-    checkpoint.save(tmp_path / "ours", heads, trial.facts, {})
-    loaded = checkpoint.load(tmp_path / "ours", trial.facts)
+    heads = checkpoint.published_in(tmp_path / "theirs").read(trial.target_info, trial.model.config)
+    checkpoint.save(tmp_path / "ours", heads, trial.target_info, {})
+    loaded = checkpoint.load(tmp_path / "ours", trial.target_info)
     assert loaded.config == heads.config
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in heads.state_dict().items())
 
@@ -77,7 +77,7 @@ def test_what_is_brought_in_is_saved_and_loaded_bit_for_bit(trial, tmp_path, kin
 def test_the_tensors_count_not_the_configuration(tmp_path):
     config = {"hydra_head_arch": "prefix-mlp", "hydra_num_heads": 3, "base_model_name_or_path": "org/talker-7b"}
     write(tmp_path, "hydra_lm_head.pt", heads_of(2, 4, 1) | prefix_of(), **config)
-    known = checkpoint.recognise(tmp_path)
+    known = checkpoint.detect(tmp_path)
     assert (known.kind, known.layout) == ("hydra++", "Hydra++ heads (prefix-mlp)")
     assert (known.num_heads, known.num_layers, known.hidden, known.vocab) == (2, 4, HIDDEN, VOCAB)
     assert known.notes == ("their config.json says hydra_num_heads = 3, their tensors 2; the tensors count",)
@@ -128,7 +128,7 @@ def test_a_tensor_that_does_not_fit_is_named(trial, tmp_path, change, words):
 def test_kinds_that_cannot_be_brought_in_are_refused_by_name(trial, tmp_path, config, words):
     write(tmp_path, "hydra_lm_head.pt", heads_of(2, 1, 0), **config)
     assert words in trial.refusal(tmp_path)
-    assert any(words in problem for problem in checkpoint.recognise(tmp_path).problems)
+    assert any(words in problem for problem in checkpoint.detect(tmp_path).problems)
 
 
 def test_a_file_without_blocks_is_refused(trial, tmp_path):

@@ -75,7 +75,7 @@ def test_heads_are_taken_out_of_a_whole_model(trial, tmp_path, shards):
     else:
         write_shards(folder, [heads, trunk], shards)
     assert_same(trial.logits(folder), by_formula(trial, made))
-    known = checkpoint.recognise(folder)
+    known = checkpoint.detect(folder)
     assert (known.kind, known.is_target, known.target) == ("medusa", True, str(folder))
 
 
@@ -94,7 +94,7 @@ def test_one_block_under_several_names_becomes_several_blocks(trial, tmp_path):
     [(blocks, projection)] = parts(1, 1)
     made = [(blocks * 3, projection)]
     write(tmp_path, "medusa_lm_head.pt", numbered(made))
-    heads = checkpoint.published_in(tmp_path).read(trial.facts, trial.model.config)
+    heads = checkpoint.published_in(tmp_path).read(trial.target_info, trial.model.config)
     storages = {parameter.untyped_storage().data_ptr() for parameter in heads.parameters()}
     assert len(storages) == len(list(heads.parameters())) == 7
     assert_same(trial.logits(tmp_path), by_formula(trial, made))
@@ -109,7 +109,7 @@ def test_a_file_written_before_torch_1_6_is_read(trial, tmp_path):
 def test_the_tensors_count_not_the_configuration(tmp_path):
     """As published: the 13B heads' configuration says 2, the file has 5."""
     write(tmp_path, "medusa_lm_head.pt", numbered(parts(5, 1)), medusa_num_heads=2, base_model_name_or_path="org/talker-13b")
-    known = checkpoint.recognise(tmp_path)
+    known = checkpoint.detect(tmp_path)
     assert (known.num_heads, known.num_layers, known.hidden, known.vocab) == (5, 1, HIDDEN, VOCAB)
     assert known.parameters == 5 * (HIDDEN * HIDDEN + HIDDEN + VOCAB * HIDDEN)
     assert known.notes == ("their config.json says medusa_num_heads = 2, their tensors 5; the tensors count",)
@@ -119,9 +119,9 @@ def test_the_tensors_count_not_the_configuration(tmp_path):
 def test_what_is_brought_in_is_saved_and_loaded_bit_for_bit(trial, tmp_path):
     made = parts(2, 1)
     write(tmp_path / "theirs", "medusa_lm_head.pt", {name: tensor.half() for name, tensor in numbered(made).items()})
-    heads = checkpoint.published_in(tmp_path / "theirs").read(trial.facts, trial.model.config)
-    checkpoint.save(tmp_path / "ours", heads, trial.facts, {})
-    loaded = checkpoint.load(tmp_path / "ours", trial.facts).state_dict()
+    heads = checkpoint.published_in(tmp_path / "theirs").read(trial.target_info, trial.model.config)
+    checkpoint.save(tmp_path / "ours", heads, trial.target_info, {})
+    loaded = checkpoint.load(tmp_path / "ours", trial.target_info).state_dict()
     assert torch.equal(loaded["heads.1.projection.weight"], made[1][1].half())
     assert all(torch.equal(loaded[name], tensor) for name, tensor in heads.state_dict().items())
 
@@ -147,7 +147,7 @@ def changed(tmp_path, change, **config):
 )
 def test_a_tensor_that_does_not_fit_is_named(trial, tmp_path, change, words):
     assert words in trial.refusal(changed(tmp_path, change))
-    assert any(words in problem for problem in checkpoint.recognise(tmp_path).problems)
+    assert any(words in problem for problem in checkpoint.detect(tmp_path).problems)
 
 
 def test_another_hidden_size_is_refused_with_both(trial, tmp_path):

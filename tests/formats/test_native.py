@@ -18,13 +18,11 @@ from torch import nn
 
 from headstart import formats as checkpoint
 from headstart.drafters.registry import METHODS
-from headstart.formats import TargetFacts, facts_of, native
+from headstart.formats import TargetInfo, describe_target, native
 from headstart.target.loading import digest, load_model
 from headstart.target.target import Target
 
-FACTS = TargetFacts(
-    name="org/talker", architecture="LlamaForCausalLM", hidden=4, vocab=6, layers=2, digest="0123", tokenizer="abcd"
-)
+FACTS = TargetInfo(name="org/talker", architecture="LlamaForCausalLM", hidden=4, vocab=6, layers=2, digest="0123", tokenizer="abcd")
 
 
 class ToyConfig(BaseModel, extra="forbid"):
@@ -296,22 +294,28 @@ def test_what_nobody_knows_is_not_held_against_anyone(heads):
         checkpoint.load(heads, FACTS.model_copy(update={"digest": None, "tokenizer": None}))
 
 
-# -- facts --
+# -- target_info --
 
 
 def test_the_facts_are_the_targets_own(tmp_path):
     model = load_model(write_model(tmp_path / "talker"), device="cpu")
-    facts = facts_of(model, write_tokenizer(tmp_path / "talker"))
-    assert (facts.name, facts.architecture, facts.hidden, facts.vocab, facts.layers) == ("talker", "LlamaForCausalLM", 32, 320, 2)
-    assert re.fullmatch("[0-9a-f]{16}", facts.digest)
-    assert facts.tokenizer != facts_of(model, write_tokenizer(tmp_path, vocab=300)).tokenizer
+    target_info = describe_target(model, write_tokenizer(tmp_path / "talker"))
+    assert (target_info.name, target_info.architecture, target_info.hidden, target_info.vocab, target_info.layers) == (
+        "talker",
+        "LlamaForCausalLM",
+        32,
+        320,
+        2,
+    )
+    assert re.fullmatch("[0-9a-f]{16}", target_info.digest)
+    assert target_info.tokenizer != describe_target(model, write_tokenizer(tmp_path, vocab=300)).tokenizer
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral"])
 def test_the_digest_does_not_see_the_kernels(name):
     model = random_model(ARCHITECTURES[name](), torch.float32)
     before = digest(model)
-    Target(model).equip()
+    Target(model).choose_kernels()
     assert digest(model) == before
 
 

@@ -23,7 +23,7 @@ from headstart.engine.drafter_loading import make
 from headstart.engine.engine import Engine
 from headstart.speculation.planner import Chain
 from headstart.speculation.sampling import SamplingParams
-from headstart.target.embed_head import Ends
+from headstart.target.embed_head import EmbedHead
 from headstart.target.hidden_states import TAKES_A_LIST
 from headstart.target.target import Target
 
@@ -52,7 +52,7 @@ def publish(tmp_path_factory):
 
 def drafter_of(model):
     """What is made of the modules in a model's folder."""
-    return checkpoint.inside(model.name_or_path).read(checkpoint.facts_of(model), model.config).bind(Ends(model))
+    return checkpoint.inside(model.name_or_path).read(checkpoint.describe_target(model), model.config).bind(EmbedHead(model))
 
 
 # -- the same guesses --
@@ -69,7 +69,7 @@ def guesses(published, drafter_from):
         known = torch.cat([tokens, drafted], 1)
         features = torch.nn.functional.pad(states, (0, 0, 0, published.count))
         batch = Batch(known, torch.ones_like(known, dtype=torch.bool), features, features)
-        found = [guess.project(guess.states[0, length - 2]) for guess in drafter_from(model).states(batch)]
+        found = [guess.output_head(guess.states[0, length - 2]) for guess in drafter_from(model).states(batch)]
     return wanted[0], torch.stack(found[: published.count]), len(found)
 
 
@@ -148,7 +148,7 @@ def test_experts_in_one_tensor_are_read_like_experts_one_by_one(publish, tmp_pat
     fused |= {f"model.layers.3.{name}": tensor for name, tensor in state.items() if ".experts." in name}
     rewritten(published, tmp_path / "fused", fused)
     model = published.reloaded()
-    found = checkpoint.inside(tmp_path / "fused").read(checkpoint.facts_of(model), model.config).state_dict()
+    found = checkpoint.inside(tmp_path / "fused").read(checkpoint.describe_target(model), model.config).state_dict()
     for name, tensor in drafter_of(model).state_dict().items():
         assert torch.equal(found[name], tensor), name
 
@@ -162,7 +162,7 @@ def test_copies_of_the_embedding_and_the_head_are_compared_and_left_out(publish,
     }
     folder = rewritten(published, tmp_path, published.tensors | copies)
     assert read(published, folder).config.num_modules == 1
-    assert checkpoint.recognise(folder).parameters == checkpoint.recognise(published.folder).parameters
+    assert checkpoint.detect(folder).parameters == checkpoint.detect(published.folder).parameters
 
 
 def rewritten(published, folder, tensors, **config):
@@ -175,7 +175,7 @@ def rewritten(published, folder, tensors, **config):
 
 
 def read(published, folder):
-    return checkpoint.inside(folder).read(checkpoint.facts_of(published.model), published.model.config)
+    return checkpoint.inside(folder).read(checkpoint.describe_target(published.model), published.model.config)
 
 
 # -- what is wrong is named --
@@ -269,7 +269,7 @@ def test_a_norm_that_all_modules_share_is_refused(publish):
 def test_a_miscounting_configuration_is_noted(publish, tmp_path):
     published = publish("deepseek_v3", 2)
     folder = rewritten(published, tmp_path, published.tensors, num_nextn_predict_layers=1)
-    assert checkpoint.recognise(folder).notes == (
+    assert checkpoint.detect(folder).notes == (
         "their config.json says num_nextn_predict_layers = 1, their tensors 2; the tensors count",
     )
 
@@ -281,7 +281,7 @@ def test_a_model_whose_modules_were_lost_says_where_to_get_them(publish, tmp_pat
     with pytest.raises(ValueError, match="transformers leaves them out when it saves a model") as error:
         make("mtp", Target(model))
     assert f"`headstart import ORIGINAL --target {tmp_path / 'saved'} --out FOLDER`" in str(error.value)
-    assert "says num_nextn_predict_layers = 1" in checkpoint.recognise(tmp_path / "saved").notes[0]
+    assert "says num_nextn_predict_layers = 1" in checkpoint.detect(tmp_path / "saved").notes[0]
 
 
 def test_a_model_that_never_had_modules_says_so():

@@ -22,7 +22,7 @@ from headstart.speculation.calibration import (
     sparse_tree,
     walk,
 )
-from headstart.speculation.planner import Shape
+from headstart.speculation.planner import StaticTree
 
 FITTED = Calibration((0.0, 1.0), ((0.5, 0.8), (1.0, 2.0)), (((0.6, 0.2), (0.4, 0.1)), ((0.4, 0.2), (0.2, 0.1))))
 shares = st.floats(0, 1, allow_subnormal=False)
@@ -89,7 +89,7 @@ def test_no_tree_of_that_size_has_a_larger_expected_tau(table, nodes):
 def test_a_sparse_tree_is_a_shape_that_the_planner_takes(table, nodes):
     paths = sparse_tree(table, nodes)
     assert 1 <= len(paths) <= nodes
-    assert Shape(paths).paths == paths
+    assert StaticTree(paths).paths == paths
 
 
 def test_expected_tau_is_one_and_the_sum_of_the_paths_products():
@@ -132,7 +132,7 @@ def test_a_plan_comes_back_from_its_file(tmp_path):
 
 def test_a_size_that_was_not_measured_is_refused_with_those_that_were():
     plan = HeadsPlan(FITTED, {0.0: {2: Tree(((0,), (1,)), 1.5)}, 0.7: {1: Tree(((0,),), 1.25), 4: Tree(((0,),), 1.25)}})
-    assert plan.shape(2, 0.3) == Shape(((0,), (1,)))
+    assert plan.shape(2, 0.3) == StaticTree(((0,), (1,)))
     with pytest.raises(ValueError, match="no tree of 2 drafts was measured; there are tree:1, tree:4"):
         plan.shape(2, 0.4)
     with pytest.raises(ValueError, match="there are none"):

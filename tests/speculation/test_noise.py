@@ -45,7 +45,7 @@ def test_neighbours_are_independent(axis, lag):
     one = sample.narrow(axis, 0, sample.shape[axis] - lag).flatten()
     other = sample.narrow(axis, lag, sample.shape[axis] - lag).flatten()
     assert abs(float(torch.corrcoef(torch.stack([one, other]))[0, 1])) < 4.5 / math.sqrt(len(one))
-    cells = (one * 32).long() * 32 + (other * 32).long()  # joint law on a 2-D grid
+    cells = (one * 32).long() * 32 + (other * 32).long()  # joint distribution on a 2-D grid
     assert stats.chisquare(torch.bincount(cells, minlength=1024).numpy()).pvalue > 1e-4
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tables import drafting, make_rows
 
 from headstart.drafters.parts.grow import Level, grow
-from headstart.speculation.planner import Best, Chain, Shape, rank_paths
+from headstart.speculation.planner import Best, Chain, StaticTree, rank_paths
 from headstart.speculation.sampling import SamplingParams
 from headstart.speculation.tree import ROOT, Drafts
 
@@ -69,22 +69,22 @@ def test_rows_compete_for_one_budget():
 
 def test_rows_that_do_not_draft_bring_no_budget():
     assert Best(nodes=7).plan([3, 0, 1]).nodes == 14
-    assert Shape.full(2, 1).plan([3, 0, 1]).nodes == 8
+    assert StaticTree.full(2, 1).plan([3, 0, 1]).nodes == 8
 
 
 def test_a_full_shape_has_every_node_of_every_level():
-    assert Shape.full(2, 1).paths == ((0,), (1,), (0, 0), (1, 0))
-    assert len(Shape.full(3, 2, 1).paths) == 3 + 6 + 6
+    assert StaticTree.full(2, 1).paths == ((0,), (1,), (0, 0), (1, 0))
+    assert len(StaticTree.full(3, 2, 1).paths) == 3 + 6 + 6
 
 
 @pytest.mark.parametrize("rule", ["shared", "fresh"])
 @pytest.mark.parametrize(
     "shape",
     [
-        Shape(((0,), (1,), (0, 0), (0, 1), (0, 0, 0))),
-        Shape(((0,), (1,), (1, 0), (1, 1), (1, 1, 0))),  # through the less likely children
-        Shape.full(3, 2, 1),
-        Shape.full(2),
+        StaticTree(((0,), (1,), (0, 0), (0, 1), (0, 0, 0))),
+        StaticTree(((0,), (1,), (1, 0), (1, 1), (1, 1, 0))),  # through the less likely children
+        StaticTree.full(3, 2, 1),
+        StaticTree.full(2),
     ],
     ids=["top", "bottom", "full", "flat"],
 )
@@ -120,11 +120,11 @@ def test_a_shape_is_drafted_whole_and_nothing_else_is_kept(shape, rule):
         (lambda: Best(beam=-1), "beam is -1"),
         (lambda: Best(floor=1.0), "floor is 1.0"),
         (lambda: Best(floor=-0.1), "floor is -0.1"),
-        (lambda: Shape(()), "at least one path"),
-        (lambda: Shape(((),)), "is not a tuple of ranks"),
-        (lambda: Shape(((-1,),)), "is not a tuple of ranks"),
-        (lambda: Shape(((0,), (1, 0))), r"\(1, 0\) of a tree shape lacks its parent \(1,\)"),
-        (lambda: Shape.full(2, 0), "width is 0"),
+        (lambda: StaticTree(()), "at least one path"),
+        (lambda: StaticTree(((),)), "is not a tuple of ranks"),
+        (lambda: StaticTree(((-1,),)), "is not a tuple of ranks"),
+        (lambda: StaticTree(((0,), (1, 0))), r"\(1, 0\) of a tree shape lacks its parent \(1,\)"),
+        (lambda: StaticTree.full(2, 0), "width is 0"),
     ],
 )
 def test_a_plan_that_makes_no_sense_is_refused_in_a_sentence(make, sentence):
@@ -135,7 +135,7 @@ def test_a_plan_that_makes_no_sense_is_refused_in_a_sentence(make, sentence):
 PLANNERS = st.one_of(
     st.builds(Chain, st.integers(1, 5)),
     st.builds(Best, *[st.integers(1, high) for high in (12, 5, 3, 4)]),
-    st.builds(lambda widths: Shape.full(*widths), st.lists(st.integers(1, 3), min_size=1, max_size=4)),
+    st.builds(lambda widths: StaticTree.full(*widths), st.lists(st.integers(1, 3), min_size=1, max_size=4)),
 )
 
 

@@ -1,4 +1,4 @@
-"""Laws, penalties and the choice that target and drafter share."""
+"""SamplingTensors, penalties and the choice that target and drafter share."""
 
 import math
 
@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from headstart.speculation.calibration import Calibration
-from headstart.speculation.sampling import History, Laws, SamplingParams, Truncation, penalise, warp
+from headstart.speculation.sampling import History, SamplingParams, SamplingTensors, Truncation, penalise, warp
 
 VOCAB = 50
 ROOT_LEVEL = range(1)
@@ -83,7 +83,8 @@ def test_limits_themselves_are_accepted():
     assert SamplingParams(stop="a").stop == ("a",)
 
 
-# -- the law ----------------------------------------------------------------------------------------------------------------
+# -- the distribution
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def by_transformers(logits: torch.Tensor, params: SamplingParams, ids: torch.Tensor) -> torch.Tensor:
@@ -112,9 +113,9 @@ def test_the_law_is_that_of_transformers(params, seed, repetition):
         min_p=params.min_p,
         repetition_penalty=repetition,
     )
-    laws = Laws.of([params], [0])
+    sampling = SamplingTensors.of([params], [0])
     mask = torch.zeros(3, VOCAB, dtype=torch.bool).scatter_(1, seen, True)
-    found = warp(penalise(logits, laws, mask, torch.zeros(3, VOCAB, dtype=torch.int32)), laws)
+    found = warp(penalise(logits, sampling, mask, torch.zeros(3, VOCAB, dtype=torch.int32)), sampling)
     assert torch.allclose(found, by_transformers(logits, params, seen), atol=1e-6)
 
 
@@ -128,15 +129,15 @@ def test_asking_for_one_token_says_what_the_whole_law_says(params, seed, kind):
         "coarse": (logits * 2).round() / 2,
         "uniform": torch.zeros_like(logits),
     }[kind]
-    laws = Laws.of([params], [0])
-    truncation = Truncation(logits, laws)
+    sampling = SamplingTensors.of([params], [0])
+    truncation = Truncation(logits, sampling)
     asked = torch.stack([truncation.admits(torch.full((4,), token)) for token in range(VOCAB)], -1)
-    law = warp(logits, laws)
+    distribution = warp(logits, sampling)
     matters = truncation.scaled > -80  # what has no mass in float32 is never asked for
     assert torch.equal(asked[matters], truncation.members()[matters])
     if params.temperature > 1e-6:
-        assert torch.equal(asked[matters], (law > 0)[matters])
-    assert law.sum(-1).tolist() == pytest.approx([1.0] * 4)
+        assert torch.equal(asked[matters], (distribution > 0)[matters])
+    assert distribution.sum(-1).tolist() == pytest.approx([1.0] * 4)
 
 
 @pytest.mark.parametrize(
@@ -144,27 +145,27 @@ def test_asking_for_one_token_says_what_the_whole_law_says(params, seed, kind):
     [({"top_k": 3}, [0, 1, 2]), ({"top_p": 0.25}, [0, 1]), ({"top_p": 0.26}, [0, 1, 2]), ({"top_k": 4, "top_p": 0.5}, [0, 1])],
 )
 def test_ties_at_the_border_go_to_the_lower_ids(setting, inside):
-    laws = Laws.of([SamplingParams(temperature=1.0, **setting)], [0])
-    law = warp(torch.zeros(1, 8), laws)
-    assert law.nonzero()[:, 1].tolist() == inside
-    assert law[law > 0].tolist() == pytest.approx([1 / len(inside)] * len(inside))
+    sampling = SamplingTensors.of([SamplingParams(temperature=1.0, **setting)], [0])
+    distribution = warp(torch.zeros(1, 8), sampling)
+    assert distribution.nonzero()[:, 1].tolist() == inside
+    assert distribution[distribution > 0].tolist() == pytest.approx([1 / len(inside)] * len(inside))
 
 
 def test_lines_of_several_rows_and_of_one_row_are_judged_alike():
     """One row's settings stand for all lines; every line still has its own top-k mass."""
     logits = random_logits(6) * torch.tensor([0.1, 0.5, 1, 2, 3, 4])[:, None]
     params = SamplingParams(temperature=1.0, top_k=20, top_p=0.5)
-    one, several = Laws.of([params], [0]).rows(zeros(6)), Laws.of([params] * 2, [0, 0]).rows(zeros(6))
+    one, several = SamplingTensors.of([params], [0]).rows(zeros(6)), SamplingTensors.of([params] * 2, [0, 0]).rows(zeros(6))
     for token in range(VOCAB):
         asked = torch.full((6,), token)
         assert torch.equal(Truncation(logits, one).admits(asked), Truncation(logits, several).admits(asked))
 
 
 def test_a_greedy_line_is_one_hot_at_the_first_of_the_best():
-    laws = Laws.of([SamplingParams(top_k=1), SamplingParams(temperature=1.0)], [0, 0])
-    law = warp(torch.tensor([[1.0, 2.0, 2.0], [0.0, 0.0, 0.0]]), laws)
-    assert law[0].tolist() == [0, 1, 0]
-    assert law[1].tolist() == pytest.approx([1 / 3] * 3)
+    sampling = SamplingTensors.of([SamplingParams(top_k=1), SamplingParams(temperature=1.0)], [0, 0])
+    distribution = warp(torch.tensor([[1.0, 2.0, 2.0], [0.0, 0.0, 0.0]]), sampling)
+    assert distribution[0].tolist() == [0, 1, 0]
+    assert distribution[1].tolist() == pytest.approx([1 / 3] * 3)
 
 
 # -- deciding ---------------------------------------------------------------------------------------------------------------
@@ -178,10 +179,10 @@ def test_a_sure_decision_is_the_full_one(params, seed, tries):
     tokens, is_sure = rows.decide(logits, zeros(len(logits)), ROOT_LEVEL, paths, tries)
     full = rows.decide_fully(logits, zeros(len(logits)), ROOT_LEVEL, paths)
     assert torch.equal(tokens[is_sure], full[is_sure])
-    law = warp(logits, rows.laws.rows(paths.rows))
+    distribution = warp(logits, rows.sampling.rows(paths.rows))
     for line in range(len(logits)):
-        if rows.laws.temperature[paths.rows[line]] > 1e-6:
-            assert law[line, full[line]] > 0
+        if rows.sampling.temperature[paths.rows[line]] > 1e-6:
+            assert distribution[line, full[line]] > 0
 
 
 def test_rows_of_all_kinds_together_decide_as_each_alone_bit_for_bit():
@@ -244,9 +245,12 @@ def test_decided_tokens_follow_the_law(params):
         rows = make_rows([params] * 1000, range(1000), 5, places=[place] * 1000)
         tokens = rows.decide_fully(logits.expand(1000, -1), zeros(1000), ROOT_LEVEL, paths_of(range(1000)))
         counts += torch.bincount(tokens, minlength=5)
-    law = warp(logits, Laws.of([params], [0]))[0]
-    assert counts[law == 0].sum() == 0
-    assert stats.chisquare(counts[law > 0].numpy(), 40_000 * law[law > 0].numpy(), sum_check=False).pvalue > 1e-3
+    distribution = warp(logits, SamplingTensors.of([params], [0]))[0]
+    assert counts[distribution == 0].sum() == 0
+    assert (
+        stats.chisquare(counts[distribution > 0].numpy(), 40_000 * distribution[distribution > 0].numpy(), sum_check=False).pvalue
+        > 1e-3
+    )
 
 
 # -- history and bias -------------------------------------------------------------------------------------------------------
@@ -323,9 +327,9 @@ def test_a_reduced_vocabulary_chooses_what_the_full_one_would_with_the_rest_forb
     if rule == "shared":
         assert torch.equal(found.tokens, expected.tokens)
         assert torch.allclose(found.chances, expected.chances)
-    else:  # fresh noise counts places in the law, but the law is the same
+    else:  # fresh noise counts places in the distribution, but the distribution is the same
         assert torch.isin(found.tokens, ids).all()
-        assert torch.allclose(found.law, expected.law)
+        assert torch.allclose(found.distribution, expected.distribution)
 
 
 def test_the_best_child_of_a_perfect_drafter_is_what_the_target_decides():
@@ -355,13 +359,13 @@ def test_children_drawn_with_fresh_noise_are_drawn_without_replacement():
     rows = make_rows([params], [0], 4, noise_rule="fresh")
     logits = torch.tensor([[1.0, 0.0, -0.5, 0.3]])
     choice = rows.choose(logits.expand(40_000, -1), 1, paths_of([0] * 40_000), 2)
-    law = warp(logits, rows.laws)[0]
-    expected = law[:, None] * law / (1 - law[:, None])
+    distribution = warp(logits, rows.sampling)[0]
+    expected = distribution[:, None] * distribution / (1 - distribution[:, None])
     counts = torch.bincount(choice.tokens[:, 0] * 4 + choice.tokens[:, 1], minlength=16).reshape(4, 4)
     assert counts.diagonal().sum() == 0
     off = ~torch.eye(4, dtype=torch.bool)
     assert stats.chisquare(counts[off].numpy(), 40_000 * expected[off].numpy(), sum_check=False).pvalue > 1e-3
-    assert torch.equal(choice.law, law.expand(40_000, -1))
+    assert torch.equal(choice.distribution, distribution.expand(40_000, -1))
 
 
 def test_a_position_that_is_drafted_again_meets_fresh_noise():

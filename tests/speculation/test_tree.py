@@ -56,7 +56,7 @@ def test_by_row_sorts_the_rows_and_keeps_every_path(shape):
 
 @given(SHAPES, st.data())
 def test_taken_drafts_keep_their_ancestors_and_all_that_is_theirs(shape, data):
-    drafts = replace(drafts_of(shape), laws=torch.arange(4 + len(shape))[:, None].float())
+    drafts = replace(drafts_of(shape), distributions=torch.arange(4 + len(shape))[:, None].float())
     wanted = data.draw(st.lists(st.sampled_from(range(len(drafts))))) if len(drafts) else []
     order = sorted({ancestor for node in wanted for ancestor in path(drafts, node)})
     taken = drafts.take(torch.tensor(order, dtype=torch.int64), 4)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from headstart.bench import report, runner
 from headstart.cli import app
 from headstart.engine.engine import Engine
-from headstart.speculation.planner import Shape
+from headstart.speculation.planner import StaticTree
 from headstart.speculation.sampling import SamplingParams, warp
 from headstart.speculation.tree import ROOT, Drafts
 from headstart.speculation.verify import RULES, asked_nodes, deepest, parse_rule, typical, verify
@@ -37,12 +37,12 @@ def siblings(tokens):
 @given(st.integers(0, 999), st.floats(0.1, 2), THRESHOLDS, THRESHOLDS)
 def test_a_draft_is_accepted_by_the_formula(seed, temperature, epsilon, delta):
     logits = 2 * torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(seed))
-    law = [math.exp(z / temperature) for z in logits[0].tolist()]
-    law = [mass / sum(law) for mass in law]
-    threshold = min(epsilon, delta * math.exp(sum(p * math.log(p) for p in law if p)))
+    distribution = [math.exp(z / temperature) for z in logits[0].tolist()]
+    distribution = [mass / sum(distribution) for mass in distribution]
+    threshold = min(epsilon, delta * math.exp(sum(p * math.log(p) for p in distribution if p)))
     for token in range(VOCAB):
-        ruling = judged(logits, siblings([token]), SamplingParams(temperature=temperature), typical(epsilon, delta))
-        assert bool(ruling.ok[0]) == (law[token] > threshold)
+        decisions = judged(logits, siblings([token]), SamplingParams(temperature=temperature), typical(epsilon, delta))
+        assert bool(decisions.ok[0]) == (distribution[token] > threshold)
 
 
 def test_where_the_target_is_undecided_more_is_accepted():
@@ -115,7 +115,8 @@ def test_drafters_choose_without_noise():
     assert drafts.tokens.tolist() == [0, 1]
 
 
-# -- the law ----------------------------------------------------------------------------------------------------------------
+# -- the distribution
+# ----------------------------------------------------------------------------------------------------------------
 
 DRAW = torch.Generator().manual_seed(0)
 TARGET = torch.randn(3, 3, 3, generator=DRAW)
@@ -125,7 +126,7 @@ def law_test(params, rule):
     texts = []
     for forest in range(8):
         seeds = range(250 * forest, 250 * forest + 250)
-        texts += rounds(TARGET, drafting(TARGET), RULES[rule], Shape.full(2, 1), [params] * 250, seeds, 3)
+        texts += rounds(TARGET, drafting(TARGET), RULES[rule], StaticTree.full(2, 1), [params] * 250, seeds, 3)
     return p_value(texts, joint_law(TARGET, params, 3), 3)
 
 
@@ -137,7 +138,7 @@ def test_it_changes_the_law_where_the_coupled_rule_does_not():
 
 def test_a_greedy_row_says_what_plain_decoding_says():
     assert law_test(SamplingParams(), "typical") == 1.0
-    assert warp(TARGET[0], make_rows([SamplingParams()], [0], 3).laws).max(-1).values.tolist() == [1.0] * 3
+    assert warp(TARGET[0], make_rows([SamplingParams()], [0], 3).sampling).max(-1).values.tolist() == [1.0] * 3
 
 
 # -- its name, and the word lossy -------------------------------------------------------------------------------------------

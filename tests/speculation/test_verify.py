@@ -1,4 +1,4 @@
-"""The walk against naive walks; the rules against the law they promise, with the mistakes that such a test must catch."""
+"""The walk against naive walks; the rules against the distribution they promise, with the mistakes that such a test must catch."""
 
 from dataclasses import replace
 
@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tables import asked_logits, drafting, forest_of, joint_law, make_rows, p_value, parallel, paths_of, rounds
 
-from headstart.speculation.planner import Best, Chain, Shape
+from headstart.speculation.planner import Best, Chain, StaticTree
 from headstart.speculation.sampling import Rows, SamplingParams
 from headstart.speculation.tree import ROOT, Drafts, merge
-from headstart.speculation.verify import RULES, Rule, Ruling, asked_nodes, coupled_as_reached, coupled_at_once, verify
+from headstart.speculation.verify import RULES, Decisions, Rule, asked_nodes, coupled_as_reached, coupled_at_once, verify
 
 VOCAB = 4
 NODES = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3), st.integers(0, VOCAB - 1)), max_size=24)
@@ -64,7 +64,7 @@ def test_the_walk_keeps_the_path_of_wanted_tokens_of_every_whole_row(nodes, whol
 
     def judge(forest, asked, logits, rows, in_full):
         assert len(logits) == len(asked.rows)  # dead nodes are asked, but nobody listens
-        return Ruling(wanted, wanted[asked.parents] == forest.drafts.tokens, torch.ones_like(wanted, dtype=torch.bool))
+        return Decisions(wanted, wanted[asked.parents] == forest.drafts.tokens, torch.ones_like(wanted, dtype=torch.bool))
 
     rows = make_rows([SamplingParams()] * 4, [0] * 4, VOCAB)
     verdict = verify(forest, torch.zeros(len(forest.asked), VOCAB), rows, Rule(judge, "shared"))
@@ -92,7 +92,7 @@ def test_the_coupled_rule_keeps_what_the_target_decides_alone(nodes, seed):
     verdict = verify(forest, logits, rows, RULES["coupled"])
     wanted = []
     for line, (row, level) in enumerate(zip(asked.rows.tolist(), asked.levels.tolist(), strict=True)):
-        alone = make_rows([PARAMS[row]], [seed + row], VOCAB, places=[rows.places[row] + level])
+        alone = make_rows([PARAMS[row]], [seed + row], VOCAB, places=[rows.root_positions[row] + level])
         wanted.append(alone.decide_fully(logits[line : line + 1], torch.tensor([0]), range(1), paths_of([0])).item())
     first = 0
     for row in range(4):
@@ -103,7 +103,7 @@ def test_the_coupled_rule_keeps_what_the_target_decides_alone(nodes, seed):
 @pytest.mark.parametrize("tries", [1, 2])
 @given(NODES, st.lists(st.booleans(), min_size=4, max_size=4), st.integers(0, 999))
 def test_deciding_at_once_keeps_what_deciding_as_reached_keeps(tries, nodes, whole, seed):
-    """What a GPU does and what a CPU does, with a shortcut that often does not reach: after one try at a truncated law."""
+    """What a GPU does and what a CPU does, with a shortcut that often does not reach: after one try at a truncated distribution."""
     drafts = drafts_of(nodes, tuple(whole))
     forest = merge([[0]] * 4, [3, 0, 8, 5], whole, drafts, num_nodes=30)
     logits = torch.randn(len(forest.asked), VOCAB, generator=torch.Generator().manual_seed(seed))
@@ -121,12 +121,12 @@ def in_full(forest, asked, logits, rows, _):
 
 
 def test_a_node_off_the_kept_path_may_be_unsure():
-    """The law is laid out in full, with a sort, only where the answer depends on it."""
+    """The distribution is laid out in full, with a sort, only where the answer depends on it."""
     asked_in_full = []
 
     def judge(forest, asked, logits, rows, in_full):
         asked_in_full.append(in_full)
-        return Ruling(torch.tensor([1, 2, 3]), torch.tensor([True, False]), torch.tensor([True, True, False]))
+        return Decisions(torch.tensor([1, 2, 3]), torch.tensor([True, False]), torch.tensor([True, True, False]))
 
     drafts = Drafts.of([1, 2], [ROOT, ROOT], [0, 0], [1, 1], [0.5, 0.5])
     rows = make_rows(PARAMS[:1], [0], VOCAB)
@@ -155,7 +155,7 @@ def test_penalties_see_the_ancestors_of_a_node():
         assert verify(forest_of(drafts, [[3]]), logits, rows, rule).emitted == ((1, 0, 2),)
 
 
-# -- laws -------------------------------------------------------------------------------------------------------------------
+# -- sampling -------------------------------------------------------------------------------------------------------------------
 
 GENERATOR = torch.Generator().manual_seed(0)
 TARGET = torch.randn(3, 3, 3, generator=GENERATOR)
@@ -183,7 +183,7 @@ def picked(table: torch.Tensor):
 
 
 def law_test(draft, rule="rejection", planner=TREE, params=SETTINGS["T=1"], forests=16, target=TARGET) -> float:
-    """How well 4,000 texts of three tokens fit the joint law; every forest has 250 rows, and they take several rounds."""
+    """How well 4,000 texts of three tokens fit the joint distribution; every forest has 250 rows, and they take several rounds."""
     rule = RULES[rule] if isinstance(rule, str) else rule
     texts = []
     for forest in range(forests):
@@ -202,14 +202,14 @@ def test_rejection_follows_the_targets_law_whatever_is_picked(drafter):
     assert law_test(picked(DRAFTERS[drafter]), params=SETTINGS["T=0.7, top-p"]) > 1e-3
 
 
-@pytest.mark.parametrize("planner", [TREE, Shape.full(2, 2)], ids=str)
+@pytest.mark.parametrize("planner", [TREE, StaticTree.full(2, 2)], ids=str)
 @pytest.mark.parametrize("drafter", ["good", "adversarial"])
 def test_rejection_follows_the_targets_law_where_parents_share_what_was_drawn(drafter, planner):
     """Parallel heads draw once per depth: all parents of a level have the same children, and a text passes one of them."""
     assert law_test(parallel(DRAFTERS[drafter]), planner=planner) > 1e-3
 
 
-@pytest.mark.parametrize("planner", [Chain(2), Shape.full(2, 1), Best(nodes=3, depth=2, width=3, beam=1)], ids=str)
+@pytest.mark.parametrize("planner", [Chain(2), StaticTree.full(2, 1), Best(nodes=3, depth=2, width=3, beam=1)], ids=str)
 def test_the_law_does_not_depend_on_the_shape(planner):
     assert law_test(drafting(DRAFTERS["bad"]), planner=planner) > 1e-3
 
@@ -234,18 +234,19 @@ def test_rows_of_different_laws_share_a_forest_under_rejection():
         assert p_value(texts[kind::3], joint_law(TARGET, params, 2), 3) > 1e-3
 
 
-# -- mistakes that a law test must catch ------------------------------------------------------------------------------------
+# -- mistakes that a distribution test must catch
+# ------------------------------------------------------------------------------------
 
 
 def with_laws(draft, table: torch.Tensor):
-    """Picked children with the drafter's softmax as the law they were drawn from: a lie."""
+    """Picked children with the drafter's softmax as the distribution they were drawn from: a lie."""
 
     def propose(rows: Rows, texts) -> Drafts:
         drafts = draft(rows, texts)
         forest = forest_of(drafts.by_row(len(rows)), texts)
         softmax = asked_logits(table, forest, texts).softmax(-1).double()
         asked = asked_nodes(forest)
-        return replace(drafts.by_row(len(rows)), laws=torch.cat([softmax[asked.roots], softmax[asked.drafts]]))
+        return replace(drafts.by_row(len(rows)), sampling=torch.cat([softmax[asked.roots], softmax[asked.drafts]]))
 
     return propose
 
@@ -270,14 +271,14 @@ def test_a_planner_that_peeks_at_what_was_drawn_is_noticed():
 
     class Peeking(Chain):
         def prune(self, drafts, plan, num_rows):
-            own = drafts.laws[drafts.rows].gather(1, drafts.tokens[:, None]).squeeze(1)
+            own = drafts.distributions[drafts.rows].gather(1, drafts.tokens[:, None]).squeeze(1)
             return drafts.take((own > 0.4).nonzero().flatten(), num_rows).by_row(num_rows)
 
     assert law_test(drafting(DRAFTERS["bad"]), planner=Peeking(1)) < 1e-9
 
 
 def test_a_law_that_is_not_updated_after_a_refusal_is_noticed():
-    """The second child judged as if the first had been put back: its law still holds the first one's token."""
+    """The second child judged as if the first had been put back: its distribution still holds the first one's token."""
     from headstart.speculation import verify as room
 
     with pytest.MonkeyPatch.context() as patch:

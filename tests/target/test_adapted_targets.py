@@ -15,21 +15,21 @@ from transformers import AutoModelForCausalLM
 
 import headstart
 from headstart.drafters.parts.losses import Objective
-from headstart.formats import describe, facts_of
-from headstart.target.embed_head import Ends
+from headstart.formats import describe, describe_target
+from headstart.target.embed_head import EmbedHead
 from headstart.target.loading import digest, load_model
 from headstart.target.target import Target
 from headstart.target.tokenizer_loading import load_tokenizer
-from headstart.training.dataset import Padded
+from headstart.training.dataset import TextBatch
 from headstart.training.features import Online
-from headstart.training.frozen_target import Frozen
+from headstart.training.frozen_target import FrozenTarget
 from headstart.training.train import resolve, train
 
 pytestmark = pytest.mark.usefixtures("one_accelerator_at_a_time")
 
 PROMPT = [5, 9, 31, 77, 12, 40]
 LAYERS = ["q_proj", "down_proj"]
-TEXTS = Padded(torch.tensor([[5, 9, 3, 77, 12, 40, 8, 21, 33, 60]]), torch.tensor([[False] * 3 + [True] * 7]), (0,))
+TEXTS = TextBatch(torch.tensor([[5, 9, 3, 77, 12, 40, 8, 21, 33, 60]]), torch.tensor([[False] * 3 + [True] * 7]), (0,))
 
 
 def write_adapter(base: Path, folder: Path, targets: list[str] = LAYERS) -> Path:
@@ -84,7 +84,7 @@ def test_an_adapter_becomes_part_of_ordinary_weights(adapter, model_folder):
 
 def test_an_adapter_is_another_model_than_its_own(adapter, model_folder):
     assert digest(load_model(adapter)) != digest(load_model(model_folder))
-    assert facts_of(load_model(adapter)).name == "lora"
+    assert describe_target(load_model(adapter)).name == "lora"
 
 
 def test_an_adapter_without_a_tokenizer_has_that_of_its_model(adapter, model_folder, tmp_path):
@@ -222,7 +222,7 @@ def test_a_quantised_target_says_what_it_says_alone(few_bits, model_folder):
 @needs_torchao
 def test_kernels_leave_quantised_linears_as_they_are(few_bits):
     before = [type(linear.weight) for linear in few_bits.modules() if isinstance(linear, torch.nn.Linear)]
-    Target(few_bits).equip()
+    Target(few_bits).choose_kernels()
     assert [type(linear.weight) for linear in few_bits.modules() if isinstance(linear, torch.nn.Linear)] == before
 
 
@@ -237,7 +237,7 @@ def test_heads_learn_from_a_quantised_target_and_draft_its_text(few_bits, model_
     target = Target(few_bits)
     heads = heads_for(target, kind)
     target.release()
-    loss, _ = Frozen(heads, Objective(), Online(few_bits, heads.taps))(TEXTS)
+    loss, _ = FrozenTarget(heads, Objective(), Online(few_bits, heads.taps))(TEXTS)
     loss.backward()
     assert all(weight.grad.abs().sum() > 0 for weight in heads.parameters())
     llm = headstart.load(few_bits, tokenizer=load_tokenizer(model_folder), drafter=heads)
@@ -246,9 +246,11 @@ def test_heads_learn_from_a_quantised_target_and_draft_its_text(few_bits, model_
 
 @needs_torchao
 def test_heads_of_ones_own_begin_as_the_quantised_head(few_bits):
-    ends = Ends(few_bits)
-    states = torch.randn(3, ends.hidden)
-    torch.testing.assert_close(torch.nn.functional.linear(states, ends.weight), ends.project(states), rtol=1e-4, atol=1e-4)
+    embed_head = EmbedHead(few_bits)
+    states = torch.randn(3, embed_head.hidden)
+    torch.testing.assert_close(
+        torch.nn.functional.linear(states, embed_head.lm_head_weight), embed_head.logits(states), rtol=1e-4, atol=1e-4
+    )
 
 
 @needs_torchao

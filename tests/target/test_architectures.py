@@ -23,9 +23,9 @@ def target(request):
     return tiny(request.param)
 
 
-@pytest.mark.parametrize("law", [GREEDY, SAMPLED], ids=["greedy", "T=1"])
-def test_random_trees_over_ragged_rows_say_what_plain_decoding_says(target, law):
-    requests = asks(VOCAB, LENGTHS, TOKENS, law)
+@pytest.mark.parametrize("distribution", [GREEDY, SAMPLED], ids=["greedy", "T=1"])
+def test_random_trees_over_ragged_rows_say_what_plain_decoding_says(target, distribution):
+    requests = asks(VOCAB, LENGTHS, TOKENS, distribution)
     plain, _ = decode(target, requests)
     drafter = Scripted(random_trees(VOCAB, 12), texts(requests, plain))
     drafted, engine = decode(target, requests, drafter, AsDrafted(12, 6), max_rows=3, chunk=11)
@@ -125,10 +125,10 @@ def test_a_model_that_hands_its_attention_something_unknown_is_refused(monkeypat
 
 
 def test_windows_are_really_in_play():
-    reaches = {name: {(reach.window, reach.chunk) for reach in tiny(name).reaches} for name in ARCHITECTURES}
-    windowed = {name for name, kinds in reaches.items() if (WINDOW, None) in kinds}
+    windows = {name: {(window.sliding, window.chunk) for window in tiny(name).windows} for name in ARCHITECTURES}
+    windowed = {name for name, kinds in windows.items() if (WINDOW, None) in kinds}
     assert windowed == {"mistral", "gemma2", "gemma3", "gpt_oss", "cohere2", "afmoe"}
-    assert reaches["llama4"] == {(None, WINDOW), (None, None)}
+    assert windows["llama4"] == {(None, WINDOW), (None, None)}
     assert tiny("gpt2").context == 128 == hf.GPT2Config(n_positions=128).n_positions
 
 

@@ -52,7 +52,7 @@ def test_a_released_model_has_every_weight_as_before(name, dtype):
     before, kinds = bits(model), [type(module) for module in model.modules()]
     parameters = [(name, weight.shape, weight.stride(), weight.requires_grad) for name, weight in model.named_parameters()]
     target = Target(model)
-    target.equip(False)
+    target.choose_kernels(False)
     assert any(isinstance(module, PackedLinear) for module in model.modules())
     assert target.release() is model
     assert_same_bits(model.state_dict(), before)
@@ -84,7 +84,7 @@ def test_a_model_generates_with_packed_weights_too():
     model = model_of()
     before = own_answer(model)
     target = Target(model)
-    target.equip(False)
+    target.choose_kernels(False)
     assert torch.equal(own_answer(model), before)
     target.release()
     assert torch.equal(own_answer(model), before)
@@ -107,7 +107,7 @@ def test_weights_are_freed_while_packed_and_tied_again_afterwards(tied):
     layer = weakref.ref(model.model.layers[0].self_attn.o_proj.weight)
     head = weakref.ref(model.lm_head.weight)
     target = Target(model)
-    target.equip(False)
+    target.choose_kernels(False)
     gc.collect()
     assert layer() is None
     assert (head() is None) is not tied
@@ -124,7 +124,7 @@ def test_linears_that_are_tied_to_each_other_are_tied_again():
     expected = first.weight.detach().clone()
     del first, second
     target = Target(model)
-    target.equip(False)
+    target.choose_kernels(False)
     target.release()
     first, second = (layer.self_attn.o_proj for layer in model.model.layers[:2])
     assert first.weight is second.weight
@@ -137,7 +137,7 @@ def test_an_optimizer_that_was_made_before_goes_on_with_the_very_same_weights():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     weights = list(model.parameters())
     target = Target(model)
-    target.equip(False)
+    target.choose_kernels(False)
     assert not model.training
     with torch.inference_mode():
         target.release()
@@ -155,7 +155,7 @@ def test_a_model_whose_weights_were_freed_learns_after_its_release():
     model = model_of()
     model.model.embed_tokens.weight.requires_grad_(False)
     target = Target(model)
-    target.equip(False)
+    target.choose_kernels(False)
     with torch.inference_mode():
         target.release()
     model(PROMPTS, labels=PROMPTS).loss.backward()
@@ -168,7 +168,7 @@ def test_a_released_model_is_saved_and_loaded_as_ever(tmp_path):
     model = model_of("qwen2", torch.bfloat16 if torch.bfloat16 in DTYPES else torch.float32)
     before = bits(model)
     target = Target(model)
-    target.equip(False)
+    target.choose_kernels(False)
     target.release()
     model.save_pretrained(tmp_path)
     assert_same_bits(hf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=model.dtype).state_dict(), before)
@@ -179,7 +179,7 @@ def test_the_last_of_several_targets_puts_the_weights_back():
     model = model_of()
     before = bits(model)
     first = Target(model)
-    first.equip(False)
+    first.choose_kernels(False)
     second = Target(model)
     expected = score(first, STEMS).logits
     model.generate(PROMPTS[1:], custom_generate=headstart.custom_generate, max_new_tokens=3)
@@ -193,7 +193,7 @@ def test_the_last_of_several_targets_puts_the_weights_back():
 
 def test_a_target_that_was_dropped_holds_nothing_any_more():
     model = model_of()
-    Target(model).equip(False)
+    Target(model).choose_kernels(False)
     gc.collect()
     Target(model).release()
     assert not any(isinstance(module, StandIn) for module in model.modules())
@@ -203,13 +203,13 @@ def test_a_target_that_was_dropped_holds_nothing_any_more():
 def test_a_model_can_be_packed_again_after_it_learned_something_else():
     model = model_of()
     target = Target(model)
-    target.equip(False)
+    target.choose_kernels(False)
     target.release()
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(1.5)
     before = bits(model)
     again = Target(model)
-    again.equip(False)
+    again.choose_kernels(False)
     again.release()
     assert_same_bits(model.state_dict(), before)

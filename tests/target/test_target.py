@@ -9,7 +9,7 @@ from tiny import ARCHITECTURES, VOCAB, WINDOW, random_model, tiny
 
 from headstart.target import attention, hidden_states
 from headstart.target import target as target_module
-from headstart.target.attention import Manner, Reach, Sight, fused, plain
+from headstart.target.attention import AttentionParams, RowMask, Window, fused, plain
 from headstart.target.cache import KVCache, Seating
 from headstart.target.target import Target
 
@@ -57,7 +57,9 @@ def test_only_the_asked_nodes_get_logits():
     logits = target.score(forest, cache, seats).logits
     assert logits.shape == (2 * len(PATHS), VOCAB)
     everything = torch.arange(len(forest))
-    in_full = target.forward(forest.tokens, forest.positions, target_module.sights(forest, cache, seats), cache, everything).logits
+    in_full = target.forward(
+        forest.tokens, forest.positions, target_module.row_masks(forest, cache, seats), cache, everything
+    ).logits
     torch.testing.assert_close(logits, in_full[forest.asked], atol=1e-12, rtol=0)
 
 
@@ -84,48 +86,48 @@ def test_without_taps_there_are_no_features():
 # -- kernels ----------------------------------------------------------------------------------------------------------------
 
 
-def by_hand(query, keys, values, sight, manner):
+def by_hand(query, keys, values, row_mask, params):
     """One head and one node at a time."""
     out = query.new_zeros(query.shape[0], query.shape[1], values.shape[-1])
-    visible, group = sight.visible(manner.reach), query.shape[0] // keys.shape[0]
+    visible, group = row_mask.visible(params.window), query.shape[0] // keys.shape[0]
     for head in range(query.shape[0]):
         for node in range(query.shape[1]):
             slots = visible[node].nonzero()[:, 0]
-            scores = keys[head // group, slots] @ query[head, node] * manner.scaling
-            if manner.softcap is not None:
-                scores = manner.softcap * torch.tanh(scores / manner.softcap)
+            scores = keys[head // group, slots] @ query[head, node] * params.scaling
+            if params.softcap is not None:
+                scores = params.softcap * torch.tanh(scores / params.softcap)
             weights = scores.exp()
-            sink = 0 if manner.sinks is None else manner.sinks[head].exp()
+            sink = 0 if params.sinks is None else params.sinks[head].exp()
             out[head, node] = weights @ values[head // group, slots] / (weights.sum() + sink)
     return out
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("reach", [Reach(), Reach(window=6), Reach(chunk=6)], ids=str)
+@pytest.mark.parametrize("window", [Window(), Window(sliding=6), Window(chunk=6)], ids=str)
 @pytest.mark.parametrize("extra", ["", "softcap", "sinks"])
-def test_kernels_attend_as_by_hand(kv_heads, reach, extra):
+def test_kernels_attend_as_by_hand(kv_heads, window, extra):
     generator = torch.Generator().manual_seed(0)
     forest = forest_of([[1, 2]])
     nodes, committed = len(forest), 9
     positions = forest.positions + committed
     seen = target_module._seen(forest.lineage, 2)
-    sight = Sight(0, nodes, 0, committed, seen, positions)
+    row_mask = RowMask(0, nodes, 0, committed, seen, positions)
     query = torch.randn(4, nodes, 5, generator=generator).double()
-    keys, values = (torch.randn(kv_heads, sight.context, size, generator=generator).double() for size in (5, 3))
+    keys, values = (torch.randn(kv_heads, row_mask.context, size, generator=generator).double() for size in (5, 3))
     sinks = torch.randn(4, generator=generator).double() if extra == "sinks" else None
-    manner = Manner(0.7, reach, 1.5 if extra == "softcap" else None, sinks)
-    expected = by_hand(query, keys, values, sight, manner)
+    params = AttentionParams(0.7, window, 1.5 if extra == "softcap" else None, sinks)
+    expected = by_hand(query, keys, values, row_mask, params)
     for kernel in (plain, fused):
-        torch.testing.assert_close(kernel(query, keys, values, sight, manner), expected, atol=1e-12, rtol=0)
+        torch.testing.assert_close(kernel(query, keys, values, row_mask, params), expected, atol=1e-12, rtol=0)
 
 
 def test_a_window_is_measured_in_positions_not_in_slots():
     """Two siblings at position 3 behind three committed slots: with a window of 3 both see slots 1 and 2, and themselves."""
     seen = torch.eye(2, dtype=torch.bool)
-    sight = Sight(0, 2, 0, 3, seen, torch.tensor([3, 3]))
-    assert sight.visible(Reach(window=3)).int().tolist() == [[0, 1, 1, 1, 0], [0, 1, 1, 0, 1]]
-    assert sight.visible(Reach(chunk=2)).int().tolist() == [[0, 0, 1, 1, 0], [0, 0, 1, 0, 1]]
-    assert sight.visible(Reach(chunk=3)).int().tolist() == [[0, 0, 0, 1, 0], [0, 0, 0, 0, 1]]
+    row_mask = RowMask(0, 2, 0, 3, seen, torch.tensor([3, 3]))
+    assert row_mask.visible(Window(sliding=3)).int().tolist() == [[0, 1, 1, 1, 0], [0, 1, 1, 0, 1]]
+    assert row_mask.visible(Window(chunk=2)).int().tolist() == [[0, 0, 1, 1, 0], [0, 0, 1, 0, 1]]
+    assert row_mask.visible(Window(chunk=3)).int().tolist() == [[0, 0, 0, 1, 0], [0, 0, 0, 0, 1]]
 
 
 # -- the self-check notices -------------------------------------------------------------------------------------------------
@@ -160,13 +162,13 @@ def test_the_self_check_notices_siblings_that_see_each_other(sound, monkeypatch)
 
 
 def test_the_self_check_notices_nodes_that_see_too_little(sound, monkeypatch):
-    by_the_book = Sight.visible
+    by_the_book = RowMask.visible
 
-    def forgetful(sight, reach):
-        visible = by_the_book(sight, reach)
-        return visible.index_fill(1, torch.tensor([2]), False) if sight.committed else visible
+    def forgetful(row_mask, window):
+        visible = by_the_book(row_mask, window)
+        return visible.index_fill(1, torch.tensor([2]), False) if row_mask.committed else visible
 
-    monkeypatch.setattr(Sight, "visible", forgetful)
+    monkeypatch.setattr(RowMask, "visible", forgetful)
     with refused():
         sound.check()
 
@@ -183,7 +185,7 @@ def test_the_self_check_notices_positions_counted_in_nodes(sound, monkeypatch):
 
 
 def test_the_self_check_notices_rows_that_read_each_others_slots(sound, monkeypatch):
-    monkeypatch.setattr(Sight, "start", property(lambda sight: 0, lambda sight, value: None), raising=False)
+    monkeypatch.setattr(RowMask, "start", property(lambda row_mask: 0, lambda row_mask, value: None), raising=False)
     with refused():
         sound.check()
 
@@ -191,12 +193,12 @@ def test_the_self_check_notices_rows_that_read_each_others_slots(sound, monkeypa
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3", "gpt_oss", "cohere2", "llama4"])
 def test_the_self_check_notices_a_forgotten_window_or_chunk(name, monkeypatch):
     model = random_model(ARCHITECTURES[name]())
-    monkeypatch.setattr(target_module, "_reach", lambda config, layer, window: Reach())
+    monkeypatch.setattr(target_module, "_reach", lambda config, layer, window: Window())
     with refused():
         Target(model)
 
 
-@pytest.mark.parametrize("wrong", [Reach(window=WINDOW - 1), Reach(window=WINDOW + 1)], ids=str)
+@pytest.mark.parametrize("wrong", [Window(sliding=WINDOW - 1), Window(sliding=WINDOW + 1)], ids=str)
 def test_the_self_check_notices_a_window_that_is_off_by_one(wrong, monkeypatch):
     model = random_model(ARCHITECTURES["mistral"]())
     monkeypatch.setattr(target_module, "_reach", lambda config, layer, window: wrong)
@@ -207,8 +209,8 @@ def test_the_self_check_notices_a_window_that_is_off_by_one(wrong, monkeypatch):
 def test_the_self_check_notices_a_forgotten_soft_cap_or_sink(monkeypatch):
     by_the_book = attention.plain
 
-    def forgetful(query, keys, values, sight, manner):
-        return by_the_book(query, keys, values, sight, Manner(manner.scaling, manner.reach))
+    def forgetful(query, keys, values, row_mask, params):
+        return by_the_book(query, keys, values, row_mask, AttentionParams(params.scaling, params.window))
 
     for name in ("gemma2", "gpt_oss"):
         model = random_model(ARCHITECTURES[name]())
@@ -270,9 +272,9 @@ def test_a_layer_that_mixes_its_rows_ends_the_promise_of_equal_bits():
         return Target(model, check=False)
 
     with pytest.raises(ValueError, match=r"exact=True is not to be had: .* other bits"):
-        mixing().equip(True)
+        mixing().choose_kernels(True)
     target = mixing()
-    target.equip("auto")
+    target.choose_kernels("auto")
     assert not target.is_exact
 
 

@@ -8,7 +8,7 @@ from tiny import ARCHITECTURES, random_model
 
 from headstart.target.target import Target
 from headstart.training import features
-from headstart.training.dataset import Library, Text
+from headstart.training.dataset import Dataset, Text
 from headstart.training.features import Online, Store
 
 TAPS = (0, -1)
@@ -18,7 +18,7 @@ def text(*tokens: int) -> Text:
     return Text(tokens, (False, *[True] * (len(tokens) - 1)))
 
 
-LIBRARY = Library((text(5, 3, 9, 1, 4, 1, 5), text(2, 7, 1), text(8, 2, 8, 1, 8), text(6, 6)), (0, 1, 2), (3,))
+LIBRARY = Dataset((text(5, 3, 9, 1, 4, 1, 5), text(2, 7, 1), text(8, 2, 8, 1, 8), text(6, 6)), (0, 1, 2), (3,))
 
 
 @pytest.fixture
@@ -33,9 +33,9 @@ def store(online, tmp_path, monkeypatch) -> Store:
     return filled(tmp_path / "store", online)
 
 
-def filled(folder, online, library=LIBRARY, target="talk", **more) -> Store:
-    Store.claim(folder, online, library, target)
-    return Store.filled(folder, online, library, **more)
+def filled(folder, online, dataset=LIBRARY, target="talk", **more) -> Store:
+    Store.claim(folder, online, dataset, target)
+    return Store.filled(folder, online, dataset, **more)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt2"])
@@ -47,7 +47,7 @@ def test_padding_on_the_right_changes_no_state_of_a_text(name):
         alone = online(LIBRARY.pad([row]))
         length = len(LIBRARY.texts[row].tokens)
         torch.testing.assert_close(batch.features[row, :length], alone.features[0])
-        torch.testing.assert_close(batch.finals[row, :length], alone.finals[0])
+        torch.testing.assert_close(batch.last_hidden[row, :length], alone.last_hidden[0])
 
 
 def test_states_are_those_that_the_target_hands_to_a_drafter(online):
@@ -57,7 +57,7 @@ def test_states_are_those_that_the_target_hands_to_a_drafter(online):
     with torch.no_grad():
         out = online.model(tokens, output_hidden_states=True)
     torch.testing.assert_close(batch.features[0], torch.cat([out.hidden_states[1], out.hidden_states[3]], -1)[0])
-    torch.testing.assert_close(online.model.lm_head(batch.finals), out.logits)
+    torch.testing.assert_close(online.model.lm_head(batch.last_hidden), out.logits)
     target = Target(online.model)
     assert features.layers(TAPS, target.num_layers) == (0, 2)
     target.release()
@@ -65,30 +65,30 @@ def test_states_are_those_that_the_target_hands_to_a_drafter(online):
 
 def test_a_store_gives_what_the_model_gives(online, store):
     batch = LIBRARY.pad([0, 2])
-    for read, computed in ((store(batch).features, online(batch).features), (store(batch).finals, online(batch).finals)):
-        torch.testing.assert_close(read[batch.counts], computed[batch.counts])
+    for read, computed in ((store(batch).features, online(batch).features), (store(batch).last_hidden, online(batch).last_hidden)):
+        torch.testing.assert_close(read[batch.loss_mask], computed[batch.loss_mask])
     assert len(list(store.folder.glob("shard-*"))) == 3
 
 
 def test_a_store_in_bfloat16_keeps_every_bit(tmp_path):
     online = Online(random_model(ARCHITECTURES["llama"](), torch.bfloat16), TAPS)
     batch = LIBRARY.pad([2])
-    assert torch.equal(filled(tmp_path / "store", online)(batch).finals, online(batch).finals)
+    assert torch.equal(filled(tmp_path / "store", online)(batch).last_hidden, online(batch).last_hidden)
 
 
 def test_a_second_run_asks_the_target_nothing(online, store, monkeypatch):
     monkeypatch.setattr(Online, "states", lambda *_: pytest.fail("the target was asked"))
     again = filled(store.folder, online)
-    assert torch.equal(again(LIBRARY.pad([1])).finals, store(LIBRARY.pad([1])).finals)
+    assert torch.equal(again(LIBRARY.pad([1])).last_hidden, store(LIBRARY.pad([1])).last_hidden)
 
 
 def test_a_pass_that_was_cut_short_goes_on_where_it_ended(online, store):
-    whole = store(LIBRARY.pad([0, 1, 2, 3])).finals
+    whole = store(LIBRARY.pad([0, 1, 2, 3])).last_hidden
     (store.folder / "shard-00001.safetensors").unlink()
     told = []
-    again = filled(store.folder, online, tell=lambda done, of: told.append((done, of)))
+    again = filled(store.folder, online, on_progress=lambda done, of: told.append((done, of)))
     assert told == [(0, 1)]
-    assert torch.equal(again(LIBRARY.pad([0, 1, 2, 3])).finals, whole)
+    assert torch.equal(again(LIBRARY.pad([0, 1, 2, 3])).last_hidden, whole)
 
 
 def test_two_processes_write_a_store_together(online, store, tmp_path):
@@ -105,7 +105,7 @@ def test_two_processes_write_a_store_together(online, store, tmp_path):
 def test_a_store_of_something_else_is_refused(online, store):
     with pytest.raises(ValueError, match="of another run: target talk instead of walk; name another folder, or delete it"):
         filled(store.folder, online, target="walk")
-    other = Library((text(5, 3, 9), *LIBRARY.texts[1:]), (0, 1, 2), (3,))
+    other = Dataset((text(5, 3, 9), *LIBRARY.texts[1:]), (0, 1, 2), (3,))
     with pytest.raises(ValueError, match=r"of another run: texts \w+ instead of \w+"):
         filled(store.folder, online, other)
     with pytest.raises(ValueError, match=r"layers \[0, 2\] instead of \[2\]"):

@@ -9,7 +9,7 @@ from training_runs import killed, weights
 from typer.testing import CliRunner
 
 from headstart.cli import app
-from headstart.formats import describe, recognise
+from headstart.formats import describe, detect
 from headstart.training.run_state import HOME
 from headstart.training.train import resolve, train
 
@@ -28,7 +28,7 @@ def test_the_last_checkpoint_of_a_killed_run_becomes_heads(asked, tmp_path):
     result = CliRunner().invoke(app, ["train", "--finish", "--out", str(out), "--json"])
     assert result.exit_code == 0, result.output
     assert {"steps": 6, "steps_planned": 9}.items() <= json.loads(result.stdout).items()
-    assert recognise(out).kind == "native"
+    assert detect(out).kind == "native"
     found = weights(out)
     assert found.keys() == kept.keys()
     assert all(torch.equal(found[name], tensor.to(found[name].dtype)) for name, tensor in kept.items())

@@ -12,94 +12,94 @@ import headstart
 from headstart.drafters.parts.losses import Objective
 from headstart.target.loading import load_model
 from headstart.target.target import Target
-from headstart.training.dataset import Padded
+from headstart.training.dataset import TextBatch
 from headstart.training.features import as_batch
-from headstart.training.medusa2 import Joint, JointConfig
+from headstart.training.medusa2 import Medusa2, Medusa2Config
 from headstart.training.train import resolve, train
 
 TOKENS = torch.tensor([[5, 9, 3, 77, 12, 40, 8, 21, 33, 60]])
-TEXTS = Padded(TOKENS, torch.tensor([[False] * 3 + [True] * 7]), (0,))
+TEXTS = TextBatch(TOKENS, torch.tensor([[False] * 3 + [True] * 7]), (0,))
 
 
 def joint(kind="medusa", **settings):
-    """A joint lesson on a tiny model of its own, in float32."""
+    """A joint loss_module on a tiny model of its own, in float32."""
     model = random_model(ARCHITECTURES["llama"](), torch.float32)
     target = Target(model)
     heads = heads_for(target, kind)
     target.release()
-    return Joint(heads, model, Objective(hard=1.0), JointConfig(dropout=0.0, **settings))
+    return Medusa2(heads, model, Objective(hard=1.0), Medusa2Config(dropout=0.0, **settings))
 
 
-def entropy_of_the_text(lesson):
-    logits = lesson.trunk.project_before(lesson.trunk.finals_before(TOKENS))[0, 2:-1]
+def entropy_of_the_text(loss_module):
+    logits = loss_module.trunk.logits_before(loss_module.trunk.last_hidden_before(TOKENS))[0, 2:-1]
     return -(logits.softmax(-1) * logits.log_softmax(-1)).sum()
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_a_trunk_that_has_not_moved_is_as_surprised_as_its_own_law(mode):
-    lesson = joint(mode=mode, base="kl").eval()
-    batch_loss, metrics = lesson(TEXTS)
-    heads_loss = batch_loss - lesson.config.weight * metrics.losses.sum()
-    torch.testing.assert_close(heads_loss, entropy_of_the_text(lesson), rtol=1e-4, atol=1e-3)
+    loss_module = joint(mode=mode, base="kl").eval()
+    batch_loss, metrics = loss_module(TEXTS)
+    heads_loss = batch_loss - loss_module.config.weight * metrics.losses.sum()
+    torch.testing.assert_close(heads_loss, entropy_of_the_text(loss_module), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_the_divergence_from_what_it_was_pulls_a_trunk_back(mode):
     """At the start the base term has no slope; away from it, it has."""
-    lesson = joint(mode=mode, base="kl", weight=1e-9).eval()
-    loss, _ = lesson(TEXTS)
+    loss_module = joint(mode=mode, base="kl", weight=1e-9).eval()
+    loss, _ = loss_module(TEXTS)
     loss.backward()
-    weights = [weight for weight in lesson.trunk.parameters() if weight.requires_grad]
+    weights = [weight for weight in loss_module.trunk.parameters() if weight.requires_grad]
     assert max(float(weight.grad.abs().max()) for weight in weights if weight.grad is not None) < 1e-3
     with torch.no_grad():
         for weight in weights:
             weight.add_(0.05 * torch.randn_like(weight))
-    moved, _ = lesson(TEXTS)
+    moved, _ = loss_module(TEXTS)
     assert moved > loss + 0.01
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_heads_pull_at_the_trunk(mode):
-    lesson = joint(mode=mode, base="kl", weight=1.0)
-    loss, _ = lesson(TEXTS)
+    loss_module = joint(mode=mode, base="kl", weight=1.0)
+    loss, _ = loss_module(TEXTS)
     loss.backward()
-    pulled = [weight for weight in lesson.trunk.parameters() if weight.grad is not None and weight.grad.abs().max() > 1e-3]
+    pulled = [weight for weight in loss_module.trunk.parameters() if weight.grad is not None and weight.grad.abs().max() > 1e-3]
     assert pulled
 
 
 def test_the_model_as_it_came_is_remembered_whatever_is_learned():
     for mode in ("lora", "full"):
-        lesson = joint(mode=mode)
-        before = lesson.trunk.finals_before(TOKENS).clone()
+        loss_module = joint(mode=mode)
+        before = loss_module.trunk.last_hidden_before(TOKENS).clone()
         with torch.no_grad():
-            for weight in lesson.trunk.parameters():
+            for weight in loss_module.trunk.parameters():
                 if weight.requires_grad:
                     weight.add_(0.1)
-        assert torch.equal(lesson.trunk.finals_before(TOKENS), before)
-        assert not torch.allclose(lesson.trunk.states(TOKENS, [2])[2], before)
+        assert torch.equal(loss_module.trunk.last_hidden_before(TOKENS), before)
+        assert not torch.allclose(loss_module.trunk.states(TOKENS, [2])[2], before)
 
 
 def test_the_whole_trunk_learns_what_the_model_alone_would_learn():
     """Its head, too: the gradients of the base term are those of the model's own cross-entropy."""
-    lesson = joint(mode="full", base="ce")
-    batch = as_batch(TEXTS, lesson.trunk.states(TOKENS, [2]), [2])
-    lesson.base(batch).backward()
-    weights = list(lesson.trunk.model.parameters())
-    logits = lesson.trunk.model(TOKENS).logits[0, 2:-1]
+    loss_module = joint(mode="full", base="ce")
+    batch = as_batch(TEXTS, loss_module.trunk.states(TOKENS, [2]), [2])
+    loss_module.base(batch).backward()
+    weights = list(loss_module.trunk.model.parameters())
+    logits = loss_module.trunk.model(TOKENS).logits[0, 2:-1]
     wanted = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, TOKENS[0, 3:], reduction="sum"), weights)
     for weight, gradient in zip(weights, wanted, strict=True):
         torch.testing.assert_close(weight.grad, gradient, rtol=1e-3, atol=1e-4)
 
 
 def test_heads_that_speak_through_the_targets_head_teach_it_where_it_learns():
-    lesson = joint("medusa, shared", mode="full", weight=1.0)
-    loss, _ = lesson.drafter.loss(as_batch(TEXTS, lesson.trunk.states(TOKENS, [2]), [2]), Objective(hard=1.0))
+    loss_module = joint("medusa, shared", mode="full", weight=1.0)
+    loss, _ = loss_module.drafter.loss(as_batch(TEXTS, loss_module.trunk.states(TOKENS, [2]), [2]), Objective(hard=1.0))
     loss.backward()
-    assert lesson.trunk.model.lm_head.weight.grad.abs().sum() > 0
+    assert loss_module.trunk.model.lm_head.weight.grad.abs().sum() > 0
 
 
 def test_ramps_lead_from_nothing_to_the_whole_weight():
-    constant, sine = JointConfig(weight=0.2), JointConfig(weight=0.2, ramp="sine", ramp_share=0.5)
+    constant, sine = Medusa2Config(weight=0.2), Medusa2Config(weight=0.2, ramp="sine", ramp_share=0.5)
     assert [constant.lambda0(done) for done in (0.0, 0.3, 1.0)] == [0.2, 0.2, 0.2]
     assert [sine.lambda0(done) for done in (0.0, 0.25, 0.5, 1.0)] == pytest.approx([0.0, 0.2 * math.sin(math.pi / 4), 0.2, 0.2])
 
@@ -148,10 +148,10 @@ def test_what_is_wrong_with_a_joint_run_is_said_in_one_sentence(asked, changes, 
 
 
 def test_the_surprise_of_the_trunk_is_its_own_cross_entropy():
-    lesson = joint()
-    loss, count = lesson.surprise(TEXTS)
-    with lesson.trunk.model.disable_adapter(), torch.no_grad():
-        logits = lesson.trunk.model(TOKENS).logits[0, 2:-1]
+    loss_module = joint()
+    loss, count = loss_module.cross_entropy(TEXTS)
+    with loss_module.trunk.model.disable_adapter(), torch.no_grad():
+        logits = loss_module.trunk.model(TOKENS).logits[0, 2:-1]
     wanted = torch.nn.functional.cross_entropy(logits, TOKENS[0, 3:], reduction="sum")
     assert count == 7
     assert loss == pytest.approx(float(wanted), rel=1e-4)

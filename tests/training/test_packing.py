@@ -83,14 +83,14 @@ def digest(stream: list[int], kind: type = np.uint16, length: int = 5) -> str:
 def test_the_digest_changes_with_what_is_read_how_often_and_what_is_held_out():
     blocks = Blocks([np.arange(9)], 3)
     indices = [((0, 1, 2, 3), ()), ((0, 1, 2), (3,)), ((0, 1, 2, 2, 3), ()), ((0, 1, 3, 2), ())]
-    assert len({Packed(blocks, taught, tested).digest() for taught, tested in indices}) == 4
+    assert len({Packed(blocks, train, held_out).digest() for train, held_out in indices}) == 4
 
 
 def test_a_batch_is_padded_behind_its_short_blocks_which_do_not_count():
     packed = Packed(Blocks([np.array([1, 2, 3, 4, 5, 6])], 4), (0, 1), ())
     padded = packed.pad([1, 0])
     assert padded.tokens.tolist() == [[4, 5, 6, 0], [1, 2, 3, 4]]
-    assert padded.counts.tolist() == [[True, True, True, False], [True] * 4]
+    assert padded.loss_mask.tolist() == [[True, True, True, False], [True] * 4]
     assert (packed.nothing().tokens.tolist(), packed.nothing().counts.any().item()) == ([[4, 5, 6]], False)
 
 
@@ -119,7 +119,7 @@ def test_documents_of_all_kinds_are_chained_each_ended_once(read, tokenizer):
     expected = [[token for text in part for token in tokenizer.encode(text + END)] for part in parts] + [[5, 6, 7]]
     assert [chained(packed, packed.texts.of(place)) for place in range(4)] == expected
     assert told.startswith(
-        f"4 files with 7 documents of {sum(map(len, expected))} tokens; an epoch reads {len(packed.taught)} blocks"
+        f"4 files with 7 documents of {sum(map(len, expected))} tokens; an epoch reads {len(packed.train)} blocks"
     )
 
 
@@ -139,8 +139,8 @@ def test_tokens_are_kept_small_and_those_of_a_file_on_the_disk(read):
 def test_times_says_how_often_an_epoch_reads_a_file(read, tmp_path):
     files = {"a.npy": list(range(15)), "b.npy": list(range(71)), "c.npy": list(range(8))}  # 2, 10 and 1 blocks of 8
     packed, _ = read(files, times={"a.npy": 3, str(tmp_path / "b.npy"): 1.3})
-    assert packed.taught == (*(0, 1) * 3, *range(2, 12), 2, 5, 8, 12)
-    assert read(files, times={"b.npy": 0.2})[0].taught == (0, 1, 2, 7, 12)
+    assert packed.train == (*(0, 1) * 3, *range(2, 12), 2, 5, 8, 12)
+    assert read(files, times={"b.npy": 0.2})[0].train == (0, 1, 2, 7, 12)
 
 
 # -- what is held out --
@@ -149,36 +149,36 @@ def test_times_says_how_often_an_epoch_reads_a_file(read, tmp_path):
 def test_whole_documents_are_held_out_and_equal_ones_together(read, tokenizer):
     documents = [f"{number} {TEXT[number % 3]}" for number in range(60)]
     packed, _ = read({"a.jsonl": texts(*documents, *documents)}, held_out=0.2)
-    taught, tested = (set(tokenizer.decode(chained(packed, part)).split(END)) - {""} for part in (packed.taught, packed.tested))
-    assert taught | tested == set(documents)
-    assert not taught & tested
-    assert 4 <= len(tested) <= 20
+    train, held_out = (set(tokenizer.decode(chained(packed, part)).split(END)) - {""} for part in (packed.train, packed.held_out))
+    assert train | held_out == set(documents)
+    assert not train & held_out
+    assert 4 <= len(held_out) <= 20
 
 
 def test_whether_a_document_is_held_out_does_not_depend_on_the_others(read, tokenizer):
     documents = [f"{number} the cat" for number in range(50)]
     found = [read({"a.jsonl": texts(*part)}, held_out=0.3)[0] for part in (documents, documents[20:], ["a song", *documents])]
-    tested = [set(tokenizer.decode(chained(packed, packed.tested)).split(END)) & set(documents[20:]) for packed in found]
-    assert tested[0] == tested[1] == tested[2] != set()
+    held_out = [set(tokenizer.decode(chained(packed, packed.held_out)).split(END)) & set(documents[20:]) for packed in found]
+    assert held_out[0] == held_out[1] == held_out[2] != set()
 
 
 def test_one_document_is_held_out_where_the_share_of_so_few_is_none(read):
     packed, _ = read({"a.jsonl": texts(*TEXT)}, held_out=0.0001)
-    assert packed.tested
-    assert read({"a.jsonl": texts(*TEXT)}, held_out=0.0)[0].tested == ()
+    assert packed.held_out
+    assert read({"a.jsonl": texts(*TEXT)}, held_out=0.0)[0].held_out == ()
 
 
 def test_of_a_file_whose_documents_nobody_knows_the_end_is_held_out(read):
     packed, _ = read({"a.npy": list(range(100)), "b.txt": TEXT[0]}, held_out=0.2)
     assert chained(packed, packed.texts.of(0)) == list(range(80))
     assert chained(packed, packed.texts.of(2)) == list(range(80, 100))
-    assert set(packed.tested) == {*packed.texts.of(2), *packed.texts.of(3)}
+    assert set(packed.held_out) == {*packed.texts.of(2), *packed.texts.of(3)}
 
 
 def test_held_out_may_be_a_file(read, tmp_path):
     write(tmp_path / "other.npy", [9, 8, 7])
     packed, _ = read({"a.npy": list(range(8))}, held_out=tmp_path / "other.npy")
-    assert (packed.taught, packed.tested) == ((0,), (1,))
+    assert (packed.train, packed.held_out) == ((0,), (1,))
     assert packed.texts[1].tokens.tolist() == [9, 8, 7]
 
 
@@ -214,7 +214,7 @@ def test_a_tokenizer_that_ends_nothing_is_refused_unless_nothing_is_to_be_ended(
     with pytest.raises(ValueError, match="has no end-of-text token, which must end each document; set its eos_token"):
         read_packed([tmp_path / "a.txt"], tokenizer, length=8, vocab=VOCAB)
     write(tmp_path / "a.npy", [1, 2])
-    assert read_packed([tmp_path / "a.npy"], tokenizer, length=8, vocab=VOCAB)[0].taught == (0,)
+    assert read_packed([tmp_path / "a.npy"], tokenizer, length=8, vocab=VOCAB)[0].train == (0,)
 
 
 def test_a_file_that_is_no_array_is_refused(tmp_path, tokenizer):

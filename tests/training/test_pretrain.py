@@ -39,7 +39,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 def stop_after(monkeypatch, step):
     """As Ctrl-C after that step."""
     whole = Loop._is_pulled
-    monkeypatch.setattr(Loop, "_is_pulled", lambda self, brake: self.state.step == step or whole(self, brake))
+    monkeypatch.setattr(Loop, "_is_pulled", lambda self, interrupt: self.state.step == step or whole(self, interrupt))
 
 
 def test_the_trunk_is_a_model_folder_and_its_heads_draft_for_it(asked, tmp_path):

@@ -8,13 +8,13 @@ from torch import nn
 from headstart.drafters.mtp import Mtp, MtpConfig
 from headstart.drafters.mtp_parallel import ParallelConfig, ParallelMtp
 from headstart.drafters.parts.decoder import block_of
-from headstart.drafters.parts.losses import Batch, Metrics, lean
-from headstart.target.embed_head import Ends
-from headstart.training.dataset import Padded
-from headstart.training.pretrain_loss import Together
+from headstart.drafters.parts.losses import Batch, Metrics, backward_by_part
+from headstart.target.embed_head import EmbedHead
+from headstart.training.dataset import TextBatch
+from headstart.training.pretrain_loss import PretrainLoss
 
 TOKENS = torch.tensor([[5, 9, 3, 77, 12, 40, 8, 21, 33, 60], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]])
-TEXTS = Padded(TOKENS, torch.ones_like(TOKENS, dtype=torch.bool), (0, 1))
+TEXTS = TextBatch(TOKENS, torch.ones_like(TOKENS, dtype=torch.bool), (0, 1))
 KINDS = {"mtp": (Mtp, MtpConfig(num_modules=2, depth=3)), "mtp-parallel": (ParallelMtp, ParallelConfig(num_heads=3))}
 
 
@@ -22,24 +22,24 @@ def together(*names, weight=0.5, decay=0.8, architecture="llama"):
     """A tiny trunk and its heads, in float64."""
     trunk = random_model(ARCHITECTURES[architecture](), torch.float64).train()
     torch.manual_seed(3)
-    ends, heads = Ends(trunk), {}
+    embed_head, heads = EmbedHead(trunk), {}
     for name in names:
         kind, config = KINDS[name]
-        heads[name] = kind(kind.fitted(config, trunk.config), ends.hidden, ends.vocab).double().bind(ends)
-    return Together(trunk, heads, lambda progress: weight, decay)
+        heads[name] = kind(kind.resolve_config(config, trunk.config), embed_head.hidden, embed_head.vocab).double().bind(embed_head)
+    return PretrainLoss(trunk, heads, lambda progress: weight, decay)
 
 
-def by_the_book(lesson):
+def by_the_book(loss_module):
     """The same loss as one graph, each guess's law from the model's own logits and no chunks."""
-    out = lesson.trunk(TOKENS, output_hidden_states=True, use_cache=False)
+    out = loss_module.trunk(TOKENS, output_hidden_states=True, use_cache=False)
     flat = nn.functional.cross_entropy
     total = flat(out.logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten(), reduction="sum")
-    for heads in lesson.heads.values():
+    for heads in loss_module.heads.values():
         features = out.hidden_states[-1 if heads.taps == (-1,) else -2]
         batch = Batch(TOKENS, TEXTS.counts, features, features)
         losses = []
         for depth, guess in enumerate(heads.states(batch), 1):
-            said = lesson.trunk.lm_head(guess.states[:, : -depth - 1])
+            said = loss_module.trunk.lm_head(guess.states[:, : -depth - 1])
             losses.append(flat(said.flatten(0, 1), TOKENS[:, depth + 1 :].flatten(), reduction="sum") * 0.8 ** (depth - 1))
         total = total + 0.5 * sum(losses) / sum(0.8**depth for depth in range(len(losses)))
     return total
@@ -47,22 +47,22 @@ def by_the_book(lesson):
 
 @pytest.mark.parametrize("names", [("mtp",), ("mtp-parallel",), ("mtp", "mtp-parallel"), ()], ids=str)
 def test_the_lean_lesson_has_the_value_and_the_gradients_of_the_whole(names):
-    lesson = together(*names)
-    loss, _ = lesson(TEXTS)
-    weights = list(lesson.parameters())
+    loss_module = together(*names)
+    loss, _ = loss_module(TEXTS)
+    weights = list(loss_module.parameters())
     found = torch.autograd.grad(loss, weights)
-    wanted = torch.autograd.grad(by_the_book(lesson), weights)
-    torch.testing.assert_close(loss, by_the_book(lesson).float(), rtol=1e-6, atol=1e-5)
+    wanted = torch.autograd.grad(by_the_book(loss_module), weights)
+    torch.testing.assert_close(loss, by_the_book(loss_module).float(), rtol=1e-6, atol=1e-5)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)  # cross-entropies are float32
 
 
 def test_under_autocast_every_weight_still_learns():
-    lesson = together("mtp", "mtp-parallel").float()
+    loss_module = together("mtp", "mtp-parallel").float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss, _ = lesson(TEXTS)
+        loss, _ = loss_module(TEXTS)
     loss.backward()
-    assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in lesson.parameters())
+    assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in loss_module.parameters())
 
 
 def test_parts_are_differentiated_one_after_another():
@@ -82,7 +82,7 @@ def test_parts_are_differentiated_one_after_another():
             part.register_hook(lambda grad: counted(-1))
             yield part, torch.ones(4, 1)
 
-    loss, metrics = lean(parts, torch.randn(5, 3, requires_grad=True), linear.parameters())
+    loss, metrics = backward_by_part(parts, torch.randn(5, 3, requires_grad=True), linear.parameters())
     assert most == 1
     assert isinstance(metrics, Metrics)
     assert metrics.counts.shape == (4,)
@@ -90,9 +90,9 @@ def test_parts_are_differentiated_one_after_another():
 
 
 def test_without_gradients_nothing_is_kept():
-    lesson = together("mtp").eval()
+    loss_module = together("mtp").eval()
     with torch.no_grad():
-        loss, metrics = lesson(TEXTS)
+        loss, metrics = loss_module(TEXTS)
     assert not loss.requires_grad
     assert metrics.counts.tolist() == [18, 16, 14, 12]  # pairs of neighbours, then guesses one, two and three tokens further
 
@@ -101,17 +101,17 @@ def test_heads_pull_at_the_trunk_as_hard_as_they_weigh():
     """The trunk's gradient is that of its own loss plus the weight times that of the heads'."""
     grads = []
     for weight in (0.0, 0.5, 1.0):
-        lesson = together("mtp-parallel", weight=weight)
-        lesson(TEXTS)[0].backward()
-        grads.append(lesson.trunk.model.layers[0].self_attn.q_proj.weight.grad)
+        loss_module = together("mtp-parallel", weight=weight)
+        loss_module(TEXTS)[0].backward()
+        grads.append(loss_module.trunk.model.layers[0].self_attn.q_proj.weight.grad)
     torch.testing.assert_close(grads[1] - grads[0], (grads[2] - grads[0]) / 2, rtol=1e-4, atol=1e-5)
     assert (grads[1] - grads[0]).abs().max() > 0
 
 
 def test_what_is_told_has_the_next_token_and_every_methods_depths():
-    lesson = together("mtp", "mtp-parallel")
-    loss, metrics = lesson(TEXTS)
-    told = lesson.measure(metrics, float(loss.detach()), "held_out_")
+    loss_module = together("mtp", "mtp-parallel")
+    loss, metrics = loss_module(TEXTS)
+    told = loss_module.measure(metrics, float(loss.detach()), "held_out_")
     assert len(told["held_out_mtp_top1"]) == len(told["held_out_mtp-parallel_top1"]) == 3
     assert told["held_out_loss"] == pytest.approx(float(metrics.losses[0] / 18), rel=1e-6)
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from headstart.cli import app
 from headstart.training.config_file import resolve
-from headstart.training.lr_schedule import pace
+from headstart.training.lr_schedule import lr_schedule
 from headstart.training.run_config import WATCHING, PretrainConfig, RunConfig, TrainConfig
 
 BASE = {"data": ["a.jsonl"], "out": "o", "model": "config.json", "steps": 3}
@@ -94,10 +94,10 @@ def test_what_names_no_path_stays_as_it_is():
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_the_floor_is_what_is_left_of_the_rate_at_the_end(schedule):
     def rates(floor: float) -> list[float]:
-        return [pace(step, 20, 0.2, schedule, floor) for step in range(21)]
+        return [lr_schedule(step, 20, 0.2, schedule, floor) for step in range(21)]
 
     assert rates(0.25) == pytest.approx([r if step < 4 else 0.25 + 0.75 * r for step, r in enumerate(rates(0.0))])
-    assert rates(0.0) == [pace(step, 20, 0.2, schedule) for step in range(21)]
+    assert rates(0.0) == [lr_schedule(step, 20, 0.2, schedule) for step in range(21)]
 
 
 # -- the command --

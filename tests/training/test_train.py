@@ -13,21 +13,21 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from training_runs import assert_same_bits, killed, library_of, log
+from training_runs import assert_same_bits, dataset_of, killed, log
 from typer.testing import CliRunner
 
 from headstart import formats as checkpoint
 from headstart.cli import app
 from headstart.drafters.parts.losses import Objective
-from headstart.target.embed_head import Ends
+from headstart.target.embed_head import EmbedHead
 from headstart.target.loading import load_model
 from headstart.training import loop as loops
 from headstart.training import run_state as resumes
-from headstart.training.batching import Order, num_batches
+from headstart.training.batching import BatchOrder, num_batches
 from headstart.training.dataset import Text
 from headstart.training.features import Online
-from headstart.training.frozen_target import Frozen
-from headstart.training.lr_schedule import pace
+from headstart.training.frozen_target import FrozenTarget
+from headstart.training.lr_schedule import lr_schedule
 from headstart.training.train import resolve, train
 
 KILLED = 9
@@ -70,10 +70,10 @@ def test_two_processes_learn_what_one_learns_with_twice_the_batches(asked, tmp_p
 def test_held_out_measures_are_those_of_each_text_alone(asked, tmp_path, model_folder, data):
     told = train(resolve(None, asked(held_out=data, rows=5)))
     heads, model = checkpoint.load(tmp_path / "heads"), load_model(model_folder, device="cpu")
-    library = library_of(model_folder, data)
-    lesson = Frozen(heads.bind(Ends(model)), Objective(), Online(model, heads.taps))
+    dataset = dataset_of(model_folder, data)
+    loss_module = FrozenTarget(heads.bind(EmbedHead(model)), Objective(), Online(model, heads.taps))
     with torch.no_grad():
-        found = [lesson(library.pad([index])) for index in range(16)]
+        found = [loss_module(dataset.pad([index])) for index in range(16)]
     loss, count = sum(float(loss) for loss, _ in found), sum(float(metrics.counts[0]) for _, metrics in found)
     assert told["held_out_loss"] == pytest.approx(loss / count, rel=1e-5)
 
@@ -299,24 +299,24 @@ def test_heads_that_are_there_are_not_overwritten(asked):
 
 
 def test_an_epoch_reads_every_text_once_in_an_order_of_its_own():
-    order = Order([5, 9, 2, 7, 7, 3, 8], rows=2, seed=1)
+    order = BatchOrder([5, 9, 2, 7, 7, 3, 8], rows=2, seed=1)
     epochs = [[order[epoch * len(order) + place] for place in range(len(order))] for epoch in range(5)]
     assert all(sorted(index for batch in epoch for index in batch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
-    again = Order([5, 9, 2, 7, 7, 3, 8], rows=2, seed=1)
+    again = BatchOrder([5, 9, 2, 7, 7, 3, 8], rows=2, seed=1)
     assert [again[place] for place in (17, 3, 9)] == [order[place] for place in (17, 3, 9)]
 
 
 def test_texts_of_a_batch_are_of_similar_length():
     dice = random.Random(0)
     lengths = [dice.randint(1, 500) for _ in range(640)]
-    order = Order(lengths, rows=8, seed=0)
+    order = BatchOrder(lengths, rows=8, seed=0)
     padding = [8 * max(lengths[i] for i in order[place]) - order.num_tokens(place) for place in range(len(order))]
     assert sum(padding) < 0.05 * sum(lengths)
 
 
 def test_a_budget_of_tokens_ends_with_the_batch_that_reaches_it():
-    order = Order([10] * 6, rows=2, seed=0)
+    order = BatchOrder([10] * 6, rows=2, seed=0)
     buys = {tokens: num_batches(order, tokens=tokens, epochs=None, steps=None, per_step=3) for tokens in (1, 20, 21, 100)}
     assert buys == {1: 1, 20: 1, 21: 2, 100: 5}
     assert num_batches(order, tokens=None, epochs=2, steps=None, per_step=3) == 6
@@ -324,19 +324,19 @@ def test_a_budget_of_tokens_ends_with_the_batch_that_reaches_it():
 
 
 def test_the_pace_rises_and_falls():
-    assert [pace(step, 10, 0.2, "linear") for step in (0, 1, 2, 6, 9)] == [0.5, 1, 1, 0.5, 0.125]
-    assert [round(pace(step, 10, 0.2, "cosine"), 3) for step in (2, 6, 10)] == [1, 0.5, 0]
-    assert pace(9, 10, 0, "constant") == 1
+    assert [lr_schedule(step, 10, 0.2, "linear") for step in (0, 1, 2, 6, 9)] == [0.5, 1, 1, 0.5, 0.125]
+    assert [round(lr_schedule(step, 10, 0.2, "cosine"), 3) for step in (2, 6, 10)] == [1, 0.5, 0]
+    assert lr_schedule(9, 10, 0, "constant") == 1
 
 
 def test_equal_texts_are_held_out_together():
-    from headstart.training.dataset import shelve
+    from headstart.training.dataset import split
 
     class Example:
         def __init__(self, *tokens):
             self.tokens, self.mask = tokens, [1] * len(tokens)
 
-    shelf = shelve([Example(1, 2, 3), Example(4, 5, 6), Example(1, 2, 3), Example(7, 8, 9), Example(1, 2)], 0.25)
-    held = {shelf.texts[index] for index in shelf.tested}
-    assert not held & {shelf.texts[index] for index in shelf.taught}
+    shelf = split([Example(1, 2, 3), Example(4, 5, 6), Example(1, 2, 3), Example(7, 8, 9), Example(1, 2)], 0.25)
+    held = {shelf.texts[index] for index in shelf.held_out}
+    assert not held & {shelf.texts[index] for index in shelf.train}
     assert Text((1, 2), (True, True)) not in shelf.texts  # no guess counts in it

@@ -10,7 +10,7 @@ from heads import heads_for
 from safetensors.torch import load_file
 from teacher_forcing import TEXTS, batch_of
 from tiny import tiny
-from training_runs import assert_same_bits, killed, library_of, log
+from training_runs import assert_same_bits, dataset_of, killed, log
 
 import headstart
 from headstart import formats as checkpoint
@@ -96,8 +96,8 @@ def ids_of(folder):
 
 def test_it_holds_the_special_tokens_and_what_answers_say_most(asked, tmp_path, model_folder, data):
     train(resolve(None, asked(**EAGLE3, steps=1)))
-    library, special = library_of(model_folder, data), special_ids(load_tokenizer(model_folder))
-    said = Counter(token for text in library.texts for token, is_said in zip(text.tokens, text.mask, strict=True) if is_said)
+    dataset, special = dataset_of(model_folder, data), special_ids(load_tokenizer(model_folder))
+    said = Counter(token for text in dataset.texts for token, is_said in zip(text.tokens, text.mask, strict=True) if is_said)
     ids = ids_of(tmp_path / "heads")
     assert ids == sorted(set(ids))
     assert len(ids) == 60
@@ -107,8 +107,8 @@ def test_it_holds_the_special_tokens_and_what_answers_say_most(asked, tmp_path, 
 
 def test_how_much_of_the_answers_it_covers_is_told_and_kept(asked, tmp_path, model_folder, data, capsys):
     train(resolve(None, asked(**EAGLE3, steps=1)))
-    ids, library = set(ids_of(tmp_path / "heads")), library_of(model_folder, data)
-    said = [token for text in library.texts for token, is_said in zip(text.tokens, text.mask, strict=True) if is_said]
+    ids, dataset = set(ids_of(tmp_path / "heads")), dataset_of(model_folder, data)
+    said = [token for text in dataset.texts for token, is_said in zip(text.tokens, text.mask, strict=True) if is_said]
     share = sum(token in ids for token in said) / len(said)
     assert 0 < share < 1
     assert checkpoint.describe(tmp_path / "heads").training["coverage"] == pytest.approx(share, abs=1e-5)
@@ -146,9 +146,12 @@ def test_heads_that_go_on_keep_the_vocabulary_they_have(asked, tmp_path):
 
 def test_heads_of_fewer_words_than_there_are_special_tokens_go_on_too(asked, tmp_path, model_folder):
     model, tokenizer = load_model(model_folder), load_tokenizer(model_folder)
-    facts, config = checkpoint.facts_of(model, tokenizer), Eagle3.fitted(Eagle3Config(draft_vocab=2), model.config)
+    target_info, config = (
+        checkpoint.describe_target(model, tokenizer),
+        Eagle3.resolve_config(Eagle3Config(draft_vocab=2), model.config),
+    )
     assert len(special_ids(tokenizer)) > 2
-    checkpoint.save(tmp_path / "few", Eagle3(config, facts.hidden, facts.vocab), facts, {})
+    checkpoint.save(tmp_path / "few", Eagle3(config, target_info.hidden, target_info.vocab), target_info, {})
     train(resolve(None, asked(method="eagle3", settings={}, start=str(tmp_path / "few"), steps=1, out=tmp_path / "more")))
     assert ids_of(tmp_path / "more") == [0, 1]
 
@@ -176,7 +179,7 @@ def test_a_token_that_cannot_be_said_is_never_a_hit_and_teaches_hard_loss_nothin
     ids = heads.ids.tolist()
     missing = next(token for token in range(97) if token not in ids)
     tokens, states = torch.tensor([missing, ids[5]]), torch.randn(2, heads.width, dtype=torch.float64, requires_grad=True)
-    loss, hits = chunked_loss(heads.speech(0), states, tokens, None, Objective(hard=1.0), heads.ends.project)
+    loss, hits = chunked_loss(heads.output_head(0), states, tokens, None, Objective(hard=1.0), heads.embed_head.logits)
     (gradient,) = torch.autograd.grad(loss, states)
     assert not hits[0]
     assert gradient[0].abs().max() == 0 < gradient[1].abs().max()
@@ -190,12 +193,12 @@ def test_an_unrolled_step_sees_what_was_there_and_its_own_chain(kind):
     """Behind each place t, the chain literally: the pairs up to t, then one pair after another of what it made itself."""
     heads = heads_for(tiny(), kind).eval()
     batch = batch_of(torch.tensor(TEXTS[:1]), taps=heads.taps)
-    guesses, embedded, received = list(heads.states(batch)), heads.embed(batch.tokens), heads.received(batch.features)
+    guesses, embedded, received = list(heads.states(batch)), heads.embed(batch.tokens), heads.project_taps(batch.features)
     for place in range(5):
         states = received[:, : place + 1]
         for step, guess in enumerate(guesses):
-            pairs = heads.read(states, embedded[:, 1 : place + step + 2])
-            made = heads.handed(heads.block(inputs_embeds=pairs, use_cache=False).last_hidden_state)
+            pairs = heads.layer_input(states, embedded[:, 1 : place + step + 2])
+            made = heads.next_state(heads.block(inputs_embeds=pairs, use_cache=False).last_hidden_state)
             torch.testing.assert_close(made[:, -1], guess.states[:, place], rtol=0, atol=1e-12)
             states = torch.cat([states, made[:, -1:]], 1)
 
@@ -231,7 +234,7 @@ def test_the_distance_is_smooth_l1_to_the_state_that_the_target_will_have():
     apart = torch.zeros(())
     for depth, guess in enumerate(heads.states(batch), 1):
         for place in range(3, 10 - depth - 1):  # the root is token place + 1, the guess is token place + 1 + depth
-            gap = (guess.states[0, place] - batch.finals[0, place + depth]).float().abs()
+            gap = (guess.states[0, place] - batch.last_hidden[0, place + depth]).float().abs()
             apart = apart + 0.5 ** (depth - 1) * torch.where(gap < 1, gap.square() / 2, gap - 0.5).mean()
     laws = F.cross_entropy(*_said(heads, batch, 1), reduction="sum") + 0.5 * F.cross_entropy(
         *_said(heads, batch, 2), reduction="sum"
@@ -243,14 +246,16 @@ def test_the_distance_is_smooth_l1_to_the_state_that_the_target_will_have():
 def _said(heads, batch, depth):
     """Logits and tokens of a depth where both root and guesses are an answer's."""
     guess = list(heads.states(batch))[depth - 1]
-    return guess.project(guess.states[0, 3 : 9 - depth]), batch.tokens[0, 4 + depth :]
+    return guess.output_head(guess.states[0, 3 : 9 - depth]), batch.tokens[0, 4 + depth :]
 
 
 def test_a_distance_of_weight_nothing_is_none():
     heads, batch = heads_for(tiny(), "eagle").eval(), batch_of(torch.tensor(TEXTS[:1]))
-    bare = type(heads)(heads.config.model_copy(update={"regression": 0.0}), heads.hidden, heads.vocab).double().bind(heads.ends)
-    bare.load_state_dict(heads.state_dict())
-    loss, metrics = bare.eval().loss(batch, Objective())
+    without_norms = (
+        type(heads)(heads.config.model_copy(update={"regression": 0.0}), heads.hidden, heads.vocab).double().bind(heads.embed_head)
+    )
+    without_norms.load_state_dict(heads.state_dict())
+    loss, metrics = without_norms.eval().loss(batch, Objective())
     torch.testing.assert_close(loss, metrics.losses.sum())
     assert heads.loss(batch, Objective())[0] > loss
 
@@ -258,9 +263,9 @@ def test_a_distance_of_weight_nothing_is_none():
 def test_the_distance_never_pulls_at_the_target():
     """The states to come are what is learned from, where the target learns as well."""
     heads, batch = heads_for(tiny(), "eagle").eval(), batch_of(torch.tensor(TEXTS[:1]))
-    finals = batch.finals.clone().requires_grad_()
-    loss, _ = heads.loss(type(batch)(batch.tokens, batch.counts, batch.features, finals), Objective(hard=1.0))
-    pulled, learned = torch.autograd.grad(loss, [finals, heads.fc.weight], allow_unused=True)
+    last_hidden = batch.last_hidden.clone().requires_grad_()
+    loss, _ = heads.loss(type(batch)(batch.tokens, batch.loss_mask, batch.features, last_hidden), Objective(hard=1.0))
+    pulled, learned = torch.autograd.grad(loss, [last_hidden, heads.fc.weight], allow_unused=True)
     assert pulled is None
     assert learned.abs().sum() > 0
 
@@ -269,9 +274,9 @@ def test_layers_of_another_width_than_what_they_read_are_refused():
     narrow = llama_block(32)
     with pytest.raises(ValueError, match="hidden size of 32, the target and its embedding, which it reads, one of 64"):
         Eagle3(Eagle3Config(block=narrow, taps=(0,)), 64, 97)
-    heads = Eagle3(Eagle3Config(block=narrow, taps=(0,), embedding="own"), 64, 97).double().bind(tiny().ends)
+    heads = Eagle3(Eagle3Config(block=narrow, taps=(0,), embedding="own"), 64, 97).double().bind(tiny().embed_head)
     with pytest.raises(ValueError, match="an embedding 32 wide cannot begin as the target's of 64"):
-        heads.start()
+        heads.init_from_target()
 
 
 def test_a_target_without_the_layers_that_are_read_is_refused_before_it_drafts():

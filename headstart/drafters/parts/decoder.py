@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from headstart.drafters.parts.grow import Level
 from headstart.drafters.parts.llama_layer import is_plain, plainly, width_of
 from headstart.target import attention
-from headstart.target.attention import Gaze, Probe, Reach, Sight
+from headstart.target.attention import AttentionMetadata, Probe, RowMask, Window
 from headstart.target.cache import KVCache, LayerShape, Seating
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _window(config: Any) -> int | None:
     return getattr(config, "sliding_window", None) if kinds is None or kinds[0] == "sliding_attention" else None
 
 
-def memory_shapes(model: Any) -> tuple[tuple[LayerShape, ...], tuple[Reach, ...]]:
+def memory_shapes(model: Any) -> tuple[tuple[LayerShape, ...], tuple[Window, ...]]:
     """What each layer of a decoder stores per token, and how far back it looks: heard from the layers themselves."""
     attention.register()
     before, probe = model.config._attn_implementation, Probe()
@@ -129,7 +129,7 @@ def memory_shapes(model: Any) -> tuple[tuple[LayerShape, ...], tuple[Reach, ...]
     finally:
         model.set_attn_implementation(before)
     places = range(len(probe.shapes))
-    return tuple(LayerShape(*probe.shapes[i]) for i in places), tuple(Reach(probe.windows[i]) for i in places)
+    return tuple(LayerShape(*probe.shapes[i]) for i in places), tuple(Window(probe.windows[i]) for i in places)
 
 
 def slot_bytes(model: Any) -> int:
@@ -157,26 +157,26 @@ class Memory:
     def extend(self, inputs: Tensor, positions: Tensor, seats: Sequence[int], lengths: Sequence[int]) -> Tensor:
         """Read more of each seat's text. inputs: [n, hidden], `lengths` of them for each of `seats`; positions: [n]. Returns
         [n, hidden]."""
-        sights, first = [], 0
+        row_masks, first = [], 0
         for seat, length in zip(seats, lengths, strict=True):
             held = self.length(seat)
             slots = torch.arange(held, held + length, device=inputs.device)
-            sights.append(Sight(first, first + length, self._cache.seating[seat].start, held, None, slots))
+            row_masks.append(RowMask(first, first + length, self._cache.seating[seat].start, held, None, slots))
             first += length
-        states = self._run(inputs, positions, sights)
+        states = self._run(inputs, positions, row_masks)
         self._cache.commit(seats, lengths, [()] * len(seats))
         return states
 
     def level(self, inputs: Tensor, positions: Tensor, seats: Sequence[int], level: Level) -> Tensor:
         """Read one level of a tree, behind what each row's seat and the levels before hold. inputs: [rows * width, hidden], seats:
         of the level's rows; positions: [rows * width]. Returns [rows * width, hidden]."""
-        width, sights = level.width, []
+        width, row_masks = level.width, []
         for place, seat in enumerate(seats):
             held = self.length(seat)
             slots = held - 1 + level.depths
             start = self._cache.seating[seat].start
-            sights.append(Sight(place * width, (place + 1) * width, start, held, level.seen[place], slots, level.earlier))
-        return self._run(inputs, positions, sights)
+            row_masks.append(RowMask(place * width, (place + 1) * width, start, held, level.seen[place], slots, level.earlier))
+        return self._run(inputs, positions, row_masks)
 
     def fork(self, source: int, seat: int, length: int) -> None:
         """Copy the first `length` entries, or as many as there are."""
@@ -192,11 +192,11 @@ class Memory:
     def restore(self, lengths: list[int]) -> None:
         self._cache.lengths[:] = lengths
 
-    def _run(self, inputs: Tensor, positions: Tensor, sights: Sequence[Sight]) -> Tensor:
-        gaze = Gaze(sights, self._cache, attention.fused, self._reaches, self._together)
+    def _run(self, inputs: Tensor, positions: Tensor, row_masks: Sequence[RowMask]) -> Tensor:
+        metadata = AttentionMetadata(row_masks, self._cache, attention.fused, self._reaches, self._together)
         if is_plain(self._model):
-            return plainly(self._model, inputs[None], positions[None], gaze)[0]
-        out = self._model(inputs_embeds=inputs[None], position_ids=positions[None], use_cache=False, headstart=gaze)
+            return plainly(self._model, inputs[None], positions[None], metadata)[0]
+        out = self._model(inputs_embeds=inputs[None], position_ids=positions[None], use_cache=False, headstart=metadata)
         states: Tensor = out.last_hidden_state[0]
         return states
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from headstart.drafters.parts.decoder import Memory, block_of, slot_bytes
 from headstart.drafters.parts.heads import Heads
-from headstart.drafters.parts.losses import Voice
+from headstart.drafters.parts.losses import OutputHead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -26,10 +26,10 @@ class Layered(Heads):
     """
 
     joins_pretraining = True
-    worth = 0.5  # a level costs a whole layer and the way to the vocabulary (docs/log.md)
+    min_gain = 0.5  # a level costs a whole layer and the way to the vocabulary (docs/log.md)
 
     @classmethod
-    def fitted(cls, config: Any, target: PreTrainedConfig) -> Any:
+    def resolve_config(cls, config: Any, target: PreTrainedConfig) -> Any:
         return config if config.block else config.model_copy(update={"block": block_of(target)})
 
     @property
@@ -38,7 +38,7 @@ class Layered(Heads):
         raise NotImplementedError
 
     @property
-    def remembered(self) -> int:
+    def state_width(self) -> int:
         """What each decoder made of the last token."""
         return self.hidden * len(self.decoders)
 
@@ -47,12 +47,12 @@ class Layered(Heads):
         """Keys and values of all decoders, in the precision that they have now."""
         return sum(map(slot_bytes, self.decoders))
 
-    def start(self) -> Self:
+    def init_from_target(self) -> Self:
         """Nothing of the target's is copied: it is all shared."""
         return self
 
-    def speech(self, depth: int) -> Voice:
-        return Voice(self.ends.project, self.ends.parameters)
+    def output_head(self, depth: int) -> OutputHead:
+        return OutputHead(self.embed_head.logits, self.embed_head.parameters)
 
     def attach(self, target: Target, seating: Seating) -> None:
         super().attach(target, seating)

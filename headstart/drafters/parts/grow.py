@@ -62,14 +62,14 @@ def grow(
     for none. The plan's depth, width and beam are in `rows`. A row ends early where another level cannot pay; on a CPU only, since
     a device would have to be asked.
     """
-    growth = _Growth(rows, ids, logits.device, calibration)
-    grown = growth.plant(drafting_rows(rows), logits)
+    builder = _TreeBuilder(rows, ids, logits.device, calibration)
+    candidates = builder.add_roots(drafting_rows(rows), logits)
     for depth in range(1, min(rows.max_depth, deepest or rows.max_depth)):
-        if not (going := growth.going(grown, depth)):
+        if not (active_rows := builder.active_rows(candidates, depth)):
             break
-        beam = growth.narrow(grown, going, depth)
-        grown = growth.expand(beam, growth.choose(beam, depth, expand(beam.level)))
-    return growth.drafts(source)
+        beam = builder.select_beam(candidates, active_rows, depth)
+        candidates = builder.expand(beam, builder.choose(beam, depth, expand(beam.level)))
+    return builder.drafts(source)
 
 
 def compose(rows: Rows, logits: Sequence[Tensor], calibration: Calibration = UNFITTED, source: int = 0) -> Drafts:
@@ -79,12 +79,12 @@ def compose(rows: Rows, logits: Sequence[Tensor], calibration: Calibration = UNF
     share their draw: a text has one of them at most.
     """
     drafting = drafting_rows(rows)
-    growth = _Growth(rows, None, logits[0].device, calibration)
-    grown = growth.plant(drafting, logits[0])
+    builder = _TreeBuilder(rows, None, logits[0].device, calibration)
+    candidates = builder.add_roots(drafting, logits[0])
     for depth, said in enumerate(logits[1 : rows.max_depth], 1):
-        beam = growth.narrow(grown, growth.allowed(grown, depth), depth)
-        grown = growth.expand(beam, growth.repeat(beam, drafting, growth.choose_once(drafting, depth, said)))
-    return growth.drafts(source)
+        beam = builder.select_beam(candidates, builder.may_go_deeper(candidates, depth), depth)
+        candidates = builder.expand(beam, builder.repeat(beam, drafting, builder.choose_once(drafting, depth, said)))
+    return builder.drafts(source)
 
 
 def drafting_rows(rows: Rows) -> tuple[int, ...]:
@@ -96,13 +96,13 @@ def of_parents(made: Tensor, rows: tuple[int, ...], level: Level) -> Tensor:
     """What was made of each node's parent, [level's rows, width, ...]. made: [rows, width above, ...], of the nodes of the level
     above, which was run for `rows`: of those, some may have ended."""
     if level.rows != rows:
-        going = torch.tensor([rows.index(row) for row in level.rows])
-        made = made[going.to(made.device, non_blocking=True)]
+        active_rows = torch.tensor([rows.index(row) for row in level.rows])
+        made = made[active_rows.to(made.device, non_blocking=True)]
     return _picked(made, level.origins)
 
 
 @dataclass(frozen=True, eq=False)
-class _Grown:
+class _Candidates:
     """A level of candidates, `size` per row of `rows`. ids: [rows, 1] the rows, on the device; tokens, chances, places: [rows,
     size], places among all drafts. Of their parents, each of which has as many of them: paths [rows, parents, depth - 1] tokens;
     seen [rows, parents, run so far] bool, what each sees."""
@@ -115,13 +115,13 @@ class _Grown:
     paths: Tensor
     seen: Tensor
 
-    def of(self, going: Sequence[int]) -> _Grown:
+    def of(self, active_rows: Sequence[int]) -> _Candidates:
         """The same of some of its rows."""
-        if len(going) == len(self.rows):
+        if len(active_rows) == len(self.rows):
             return self
-        at = torch.tensor(going).to(self.ids.device, non_blocking=True)
+        at = torch.tensor(active_rows).to(self.ids.device, non_blocking=True)
         tensors = (self.ids, self.tokens, self.chances, self.places, self.paths, self.seen)
-        return _Grown(tuple(self.rows[place] for place in going), *(tensor[at] for tensor in tensors))
+        return _Candidates(tuple(self.rows[place] for place in active_rows), *(tensor[at] for tensor in tensors))
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +135,7 @@ class _Beam:
     paths: Tensor
 
 
-class _Growth:
+class _TreeBuilder:
     """The candidates so far."""
 
     def __init__(self, rows: Rows, ids: Tensor | None, device: torch.device, calibration: Calibration) -> None:
@@ -147,61 +147,61 @@ class _Growth:
         self.parents: list[Tensor] = []
         self.row_ids: list[Tensor] = []
         self.chances: list[Tensor] = []
-        self.laws: list[tuple[Tensor, Tensor]] = []  # lines of `Drafts.laws` and their content
+        self.distributions: list[tuple[Tensor, Tensor]] = []  # lines of `Drafts.distributions` and their content
         self.size = 0
         self.ranks: list[tuple[int, ...]] = []  # paths of ranks of the last level's candidates, the same for all rows of a shape
         self.run_depths = torch.empty(0, dtype=torch.int64, device=device)
 
-    def plant(self, drafting: tuple[int, ...], logits: Tensor) -> _Grown:
+    def add_roots(self, drafting: tuple[int, ...], logits: Tensor) -> _Candidates:
         """The children of the roots."""
         row_ids = torch.tensor(drafting).to(self.device, non_blocking=True)
         choice = self.choose_once(drafting, 0, logits)
-        if choice.law is not None:
-            self.laws.append((row_ids, choice.law))
+        if choice.distribution is not None:
+            self.distributions.append((row_ids, choice.distribution))
         self.ranks = [(rank,) for rank in range(choice.tokens.shape[1])]
         places = self._add(choice.tokens, torch.full_like(choice.tokens, ROOT), row_ids[:, None], choice.chances)
         nothing = row_ids.new_empty(len(drafting), 1, 0)
-        return _Grown(drafting, row_ids[:, None], choice.tokens, choice.chances, places, nothing, nothing.bool())
+        return _Candidates(drafting, row_ids[:, None], choice.tokens, choice.chances, places, nothing, nothing.bool())
 
-    def allowed(self, grown: _Grown, depth: int) -> list[int]:
+    def may_go_deeper(self, candidates: _Candidates, depth: int) -> list[int]:
         """Which rows of a level may go deeper at all."""
-        return [place for place, row in enumerate(grown.rows) if self.rows.depths[row] > depth]
+        return [place for place, row in enumerate(candidates.rows) if self.rows.depths[row] > depth]
 
-    def going(self, grown: _Grown, depth: int) -> list[int]:
+    def active_rows(self, candidates: _Candidates, depth: int) -> list[int]:
         """Which of them shall."""
-        allowed = self.allowed(grown, depth)
-        is_open = self.rows.worth == 0 and self.size < self.rows.nodes  # whatever comes is welcome
+        may_go_deeper = self.may_go_deeper(candidates, depth)
+        is_open = self.rows.min_gain == 0 and self.size < self.rows.nodes  # whatever comes is welcome
         if is_open or self.rows.parents or self.device.type != "cpu":
-            return allowed
-        pays = self._pays(grown.chances).tolist()
-        return [place for place in allowed if pays[place]]
+            return may_go_deeper
+        pays = self._pays(candidates.chances).tolist()
+        return [place for place in may_go_deeper if pays[place]]
 
     def _pays(self, chances: Tensor) -> Tensor:
         """[rows] bool: whether what would be expanded promises enough, and may be among the drafts that are verified: no child has
         a better chance than its parent, so that a level below the last of these changes nothing. chances: [rows, size]."""
         best = chances.topk(min(self.rows.beam, chances.shape[1]), -1).values
-        pays = best.sum(-1) >= self.rows.worth
+        pays = best.sum(-1) >= self.rows.min_gain
         if self.size < self.rows.nodes:
             return pays
         last = torch.cat(self.chances).topk(self.rows.nodes).values[-1]
         return pays & (best[:, 0] > last)
 
-    def narrow(self, grown: _Grown, going: Sequence[int], depth: int) -> _Beam:
+    def select_beam(self, candidates: _Candidates, active_rows: Sequence[int], depth: int) -> _Beam:
         """The most promising nodes of each row that goes deeper."""
-        grown = grown.of(going)
-        best = self._shaped(len(going)) if self.rows.parents else self._likeliest(grown)  # [rows, width], ascending
-        origins = best // (grown.tokens.shape[1] // grown.paths.shape[1])
-        tokens = grown.tokens.gather(1, best)
-        paths = torch.cat([_picked(grown.paths, origins), tokens[..., None]], -1)
-        own = torch.eye(best.shape[1], dtype=torch.bool, device=self.device).expand(len(going), -1, -1)
-        seen = torch.cat([_picked(grown.seen, origins), own], -1)
+        candidates = candidates.of(active_rows)
+        best = self._shaped(len(active_rows)) if self.rows.parents else self._likeliest(candidates)  # [rows, width], ascending
+        origins = best // (candidates.tokens.shape[1] // candidates.paths.shape[1])
+        tokens = candidates.tokens.gather(1, best)
+        paths = torch.cat([_picked(candidates.paths, origins), tokens[..., None]], -1)
+        own = torch.eye(best.shape[1], dtype=torch.bool, device=self.device).expand(len(active_rows), -1, -1)
+        seen = torch.cat([_picked(candidates.seen, origins), own], -1)
         self.run_depths = torch.cat([self.run_depths, torch.full((best.shape[1],), depth, device=self.device)])
-        level = Level(grown.rows, tokens, seen, self.run_depths, origins)
-        return _Beam(level, grown.ids, grown.places.gather(1, best), grown.chances.gather(1, best), paths)
+        level = Level(candidates.rows, tokens, seen, self.run_depths, origins)
+        return _Beam(level, candidates.ids, candidates.places.gather(1, best), candidates.chances.gather(1, best), paths)
 
-    def _likeliest(self, grown: _Grown) -> Tensor:
-        width = min(self.rows.beam, grown.places.shape[1])
-        return grown.chances.topk(width, -1).indices.sort(-1).values
+    def _likeliest(self, candidates: _Candidates) -> Tensor:
+        width = min(self.rows.beam, candidates.places.shape[1])
+        return candidates.chances.topk(width, -1).indices.sort(-1).values
 
     def _shaped(self, num_rows: int) -> Tensor:
         wanted = [place for place, path in enumerate(self.ranks) if path in self.rows.parents]
@@ -223,20 +223,22 @@ class _Growth:
         """The choice of each node's row, for every node of a beam."""
         lines = torch.tensor([drafting.index(row) for row in beam.level.rows]).to(self.device, non_blocking=True)
         lines = lines.repeat_interleave(beam.level.width)
-        return Choice(choice.tokens[lines], choice.chances[lines], None if choice.law is None else choice.law[lines])
+        return Choice(
+            choice.tokens[lines], choice.chances[lines], None if choice.distribution is None else choice.distribution[lines]
+        )
 
-    def expand(self, beam: _Beam, choice: Choice) -> _Grown:
+    def expand(self, beam: _Beam, choice: Choice) -> _Candidates:
         """The children of a beam, chosen [rows * width, k]."""
         count, width = beam.places.shape
         children = choice.tokens.shape[1]
-        if choice.law is not None:
-            self.laws.append((len(self.rows) + beam.places.reshape(-1), choice.law))
+        if choice.distribution is not None:
+            self.distributions.append((len(self.rows) + beam.places.reshape(-1), choice.distribution))
         if self.rows.parents:
             self.ranks = [(*path, rank) for path in self.ranks for rank in range(children)]
         chances = (beam.chances.reshape(-1, 1) * choice.chances).reshape(count, width * children)
         tokens = choice.tokens.reshape(count, width * children)
         places = self._add(tokens, beam.places.repeat_interleave(children, 1), beam.ids, chances)
-        return _Grown(beam.level.rows, beam.ids, tokens, chances, places, beam.paths, beam.level.seen)
+        return _Candidates(beam.level.rows, beam.ids, tokens, chances, places, beam.paths, beam.level.seen)
 
     def _add(self, tokens: Tensor, parents: Tensor, ids: Tensor, chances: Tensor) -> Tensor:
         """Append a level of candidates, all [rows, size] but for ids, [rows, 1]; returns their places."""
@@ -249,12 +251,12 @@ class _Growth:
 
     def drafts(self, source: int) -> Drafts:
         tokens = torch.cat(self.tokens)
-        laws = None
-        if self.laws:
-            first = self.laws[0][1]
-            laws = first.new_zeros(len(self.rows) + self.size, first.shape[1])
-            for lines, law in self.laws:
-                laws[lines] = law
+        distributions = None
+        if self.distributions:
+            first = self.distributions[0][1]
+            distributions = first.new_zeros(len(self.rows) + self.size, first.shape[1])
+            for lines, distribution in self.distributions:
+                distributions[lines] = distribution
         sizes = torch.tensor([len(level) for level in self.tokens])
         depths = torch.arange(1, len(sizes) + 1).repeat_interleave(sizes)
         return Drafts(
@@ -264,7 +266,7 @@ class _Growth:
             depths.to(self.device, non_blocking=True),
             torch.cat(self.chances).float(),
             torch.full_like(tokens, source),
-            laws,
+            distributions,
             max_depth=len(self.tokens),
         )
 

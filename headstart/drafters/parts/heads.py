@@ -1,4 +1,4 @@
-"""What drafters made of heads behind the target's last layer have in common: ends, seats, loss, and their facts.
+"""What drafters made of heads behind the target's last layer have in common: embed_head, seats, loss, and their facts.
 
 A method's own file says what a head computes; this one what is the same for all of them. It refuses to know any method.
 """
@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from headstart.drafters.parts.losses import Batch, Guess, Metrics, Objective, Voice, learn
+from headstart.drafters.parts.losses import Batch, HeadOutput, Metrics, Objective, OutputHead, drafter_loss
 from headstart.speculation.calibration import UNFITTED, Calibration
 from headstart.speculation.planner import Best, Planner
 from headstart.speculation.sampling import Rows
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from headstart.drafters.parts.decoder import Memory
     from headstart.target.cache import Seating
-    from headstart.target.embed_head import Ends
+    from headstart.target.embed_head import EmbedHead
     from headstart.target.target import Target
 
 
@@ -62,7 +62,7 @@ class Heads(nn.Module):
     config_type: ClassVar[type[BaseModel]]
     taps: tuple[int, ...] = (-1,)
     joins_pretraining: ClassVar[bool] = False  # whether a trunk may learn with them from the start
-    worth: ClassVar[float] = 0.0  # kept tokens that another level must promise; see `Best`
+    min_gain: ClassVar[float] = 0.0  # kept tokens that another level must promise; see `Best`
     memories: Sequence[Memory] = ()  # of decoders that read whole texts, once attached
     loss_defaults: ClassVar[dict[str, float]] = {}  # what their `Objective` is, where nothing else is said
     heads: nn.ModuleList  # one per depth
@@ -73,17 +73,17 @@ class Heads(nn.Module):
         self.hidden = hidden
         self.vocab = vocab
         self.calibration: Calibration = UNFITTED
-        self.planner: Planner = Best(nodes=10, depth=self.depth, width=4, beam=6, worth=self.worth)
-        self._ends: Ends | None = None
+        self.planner: Planner = Best(nodes=10, depth=self.depth, width=4, beam=6, min_gain=self.min_gain)
+        self._embed_head: EmbedHead | None = None
         self._states = torch.empty(0)  # [seats, remembered] what each seat's next draft starts from
 
     @classmethod
-    def fitted(cls, config: Any, target: PreTrainedConfig) -> Any:
+    def resolve_config(cls, config: Any, target: PreTrainedConfig) -> Any:
         """The settings with everything filled in that the target's own configuration decides."""
         return config
 
     @property
-    def remembered(self) -> int:
+    def state_width(self) -> int:
         """Width of what a seat's next draft starts from: a state, unless a method says otherwise."""
         return self.hidden
 
@@ -98,43 +98,44 @@ class Heads(nn.Module):
         return int(self.config.num_heads)
 
     @property
-    def ends(self) -> Ends:
-        assert self._ends is not None, "bind the drafter to its target first"
-        return self._ends
+    def embed_head(self) -> EmbedHead:
+        assert self._embed_head is not None, "bind the drafter to its target first"
+        return self._embed_head
 
-    def bind(self, ends: Ends) -> Self:
+    def bind(self, embed_head: EmbedHead) -> Self:
         """Borrow the target's embedding and head. Raises ValueError where the sizes differ."""
-        if (self.hidden, self.vocab) != (ends.hidden, ends.vocab):
+        if (self.hidden, self.vocab) != (embed_head.hidden, embed_head.vocab):
             raise ValueError(
                 f"these {self.name} heads are for a hidden size of {self.hidden} and a vocabulary of {self.vocab}, the target has "
-                f"{ends.hidden} and {ends.vocab}; train heads for this target, or name theirs"
+                f"{embed_head.hidden} and {embed_head.vocab}; train heads for this target, or name theirs"
             )
-        self._ends = ends
+        self._embed_head = embed_head
         return self
 
-    def survey(self, counts: Tensor, special: Sequence[int]) -> None:
-        """Before training and before `start`: how often an assistant says each token, [vocab] int64, and which tokens are special.
+    def choose_vocab(self, counts: Tensor, special: Sequence[int]) -> None:
+        """Before training and before `init_from_target`: how often an assistant says each token, [vocab] int64, and which tokens
+        are special.
         For those that can say some tokens only."""
 
     def coverage(self, counts: Tensor) -> float | None:
-        """Share of these tokens, as in `survey`, that it can say; None where that is all."""
+        """Share of these tokens, as in `choose_vocab`, that it can say; None where that is all."""
         return None
 
-    def start(self) -> Self:
+    def init_from_target(self) -> Self:
         """Before training: own projections begin as the target's head."""
         if self.config.projection == "own":
             for depth in range(self.depth):
                 with torch.no_grad():
-                    self.head(depth).projection.weight.copy_(self.ends.weight)
+                    self.head(depth).projection.weight.copy_(self.embed_head.lm_head_weight)
         return self
 
-    def twin(self) -> Self:
+    def clone(self) -> Self:
         """The same heads once more, unbound, to be attached while these go on learning."""
         weight = next(self.parameters())
-        twin = type(self)(self.config, self.hidden, self.vocab).to(weight.device, weight.dtype)
-        twin.load_state_dict(self.state_dict())
-        twin.calibration, twin.planner = self.calibration, self.planner
-        return twin
+        clone = type(self)(self.config, self.hidden, self.vocab).to(weight.device, weight.dtype)
+        clone.load_state_dict(self.state_dict())
+        clone.calibration, clone.planner = self.calibration, self.planner
+        return clone
 
     def head(self, depth: int) -> Any:
         """The head of a depth (from 0), which has a `projection` if that is its own."""
@@ -142,27 +143,28 @@ class Heads(nn.Module):
 
     # -- learning --
 
-    def states(self, batch: Batch) -> Iterator[Guess]:
+    def states(self, batch: Batch) -> Iterator[HeadOutput]:
         """Per depth what the heads say at every position, given the features and true tokens so far: the numbers of drafting."""
         raise NotImplementedError
 
     def loss(self, batch: Batch, objective: Objective) -> tuple[Tensor, Metrics]:
-        """Summed over the positions that count, and metrics; see `headstart.drafters.parts.losses.learn`."""
-        return learn(self.states(batch), batch, objective, self.ends.project)
+        """Summed over the positions that count, and metrics; see `headstart.drafters.parts.losses.drafter_loss`."""
+        return drafter_loss(self.states(batch), batch, objective, self.embed_head.logits)
 
     def parts(self, batch: Batch, objective: Objective) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same loss in parts that share nothing but features and weights, for `headstart.drafters.parts.losses.lean`; one
+        """The same loss in parts that share nothing but features and weights, for
+        `headstart.drafters.parts.losses.backward_by_part`; one
         part is always
         right."""
         loss, metrics = self.loss(batch, objective)
         yield loss, metrics.stacked()
 
-    def speech(self, depth: int) -> Voice:
+    def output_head(self, depth: int) -> OutputHead:
         """From a head's states to logits, [n, hidden] -> [n, vocab]; depth counts from 0."""
         if self.config.projection == "shared":
-            return Voice(self.ends.project, self.ends.parameters)
+            return OutputHead(self.embed_head.logits, self.embed_head.parameters)
         own = self.head(depth).projection
-        return Voice(lambda states: self.ends.finish(own(states)), tuple(own.parameters()))
+        return OutputHead(lambda states: self.embed_head.scale_logits(own(states)), tuple(own.parameters()))
 
     # -- drafting --
 
@@ -172,15 +174,15 @@ class Heads(nn.Module):
 
     def attach(self, target: Target, seating: Seating) -> None:
         """Raises ValueError where the sizes differ, and for a target without the layers that are read."""
-        self.bind(target.ends)
+        self.bind(target.embed_head)
         if deep := [tap for tap in self.taps if not -target.num_layers <= tap < target.num_layers]:
             raise ValueError(
                 f"these {self.name} heads read layer {deep[0]}, counted from 0, and {target.name} has {target.num_layers}; use "
                 "them with the model that they were made for"
             )
         self.requires_grad_(False).eval().to(target.device, target.dtype)
-        target.hasten(self)
-        self._states = torch.zeros(seating.num_seats, self.remembered, device=target.device, dtype=target.dtype)
+        target.pack_drafter(self)
+        self._states = torch.zeros(seating.num_seats, self.state_width, device=target.device, dtype=target.dtype)
 
     @torch.inference_mode()
     def extend(self, kept: Kept) -> None:
@@ -188,9 +190,9 @@ class Heads(nn.Module):
         lasts = torch.tensor(kept.lengths).cumsum(0) - 1
         seats = torch.tensor([kept.seats, lasts.tolist()]).to(self.device, non_blocking=True)
         # Replaced, not written to: a snapshot holds the states as they were.
-        self._states = self._states.index_copy(0, seats[0], self.digest(kept)[seats[1]].to(self._states))
+        self._states = self._states.index_copy(0, seats[0], self.encode(kept)[seats[1]].to(self._states))
 
-    def digest(self, kept: Kept) -> Tensor:
+    def encode(self, kept: Kept) -> Tensor:
         """What drafts start from at each kept token, [kept, remembered]: the features, unless something stands between."""
         assert kept.features is not None
         return kept.features

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from headstart.target.attention import Gaze
+    from headstart.target.attention import AttentionMetadata
 
 # Families whose decoders are nothing but angles, then layers of a normed attention and a normed MLP, then a norm.
 PLAIN = ("llama", "mistral", "qwen2", "qwen3")
@@ -101,7 +101,7 @@ class Wide(nn.Module):
         return result
 
 
-def bare(model: Any) -> Any:
+def without_norms(model: Any) -> Any:
     """A decoder whose first layer has no norm before its attention, and which ends without one (EAGLE, arXiv 2401.15077)."""
     _require_plain(model)
     model.layers[0].input_layernorm = nn.Identity()
@@ -127,13 +127,13 @@ def is_plain(model: Any) -> bool:
     return model.config.model_type in PLAIN
 
 
-def plainly(model: Any, inputs: Tensor, positions: Tensor, gaze: Gaze) -> Tensor:
+def plainly(model: Any, inputs: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
     """What a plain decoder makes of its input [1, n, its width], [1, n, hidden], without asking for masks, caches and outputs of
     which it has none: that takes as long as a good part of a small layer."""
     angles = model.rotary_emb(inputs, positions)
     for layer in model.layers:
-        # Families differ in which of these have a default; the mask, which is in `gaze`, has none in Qwen's and Mistral's.
-        inputs = layer(inputs, attention_mask=None, position_ids=positions, position_embeddings=angles, headstart=gaze)
+        # Families differ in which of these have a default; the mask, which is in `metadata`, has none in Qwen's and Mistral's.
+        inputs = layer(inputs, attention_mask=None, position_ids=positions, position_embeddings=angles, headstart=metadata)
     states: Tensor = model.norm(inputs)
     return states
 

@@ -24,22 +24,22 @@ CHUNK = 256  # positions whose logits exist at once: 8 MiB of float32 at a vocab
 class Batch:
     """Texts and what the target made of them.
 
-    tokens: [rows, length] int64, padded on the right. counts: [rows, length] bool, the tokens that an assistant said: neither
-    prompt nor padding. features: [rows, length, taps * hidden], what the drafter reads. finals: [rows, length, hidden], the
+    tokens: [rows, length] int64, padded on the right. loss_mask: [rows, length] bool, the tokens that an assistant said: neither
+    prompt nor padding. features: [rows, length, taps * hidden], what the drafter reads. last_hidden: [rows, length, hidden], the
     target's final, normed states: the teacher's logits are their projection.
     """
 
     tokens: Tensor
-    counts: Tensor
+    loss_mask: Tensor
     features: Tensor
-    finals: Tensor
+    last_hidden: Tensor
 
     def counted(self, depth: int) -> Tensor:
         """[rows, length] bool: positions t at which a guess of this depth counts: the root and all guesses are an assistant's."""
         length = self.tokens.shape[1]
-        result = torch.zeros_like(self.counts)
+        result = torch.zeros_like(self.loss_mask)
         if length > depth + 1:
-            windows = self.counts[:, 1:].unfold(1, depth + 1, 1)  # [rows, length - 1 - depth, depth + 1]
+            windows = self.loss_mask[:, 1:].unfold(1, depth + 1, 1)  # [rows, length - 1 - depth, depth + 1]
             result[:, : length - 1 - depth] = windows.all(-1)
         return result
 
@@ -48,8 +48,10 @@ class Objective(BaseModel):
     """How much each loss weighs, and how much less each deeper guess counts.
 
     Where a drafter's vocabulary is reduced, all sums are over the tokens that it has, with the teacher's own masses: a position
-    counts by the mass that its law has there (EAGLE-3 renormalises, and leaves out those whose best token is not among them).
-    hard: cross-entropy with the text's own token. soft: with the teacher's law (KL but for a constant), which is all there is where
+    counts by the mass that its distribution has there (EAGLE-3 renormalises, and leaves out those whose best token is not among
+    them).
+    hard: cross-entropy with the text's own token. soft: with the teacher's distribution (KL but for a constant), which is all
+    there is where
     no loss is given a weight. tv: total variation,
     1 - alpha, where alpha = sum(min(p, q)) is the chance that a drawn guess is accepted. alpha: -log alpha. lk: KL and tv mixed
     by exp(-3 alpha), KL first and acceptance later (LK losses, arXiv 2602.23881). decay: weight of each depth over that of the
@@ -69,7 +71,7 @@ class Objective(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _is_soft(cls, given: Any) -> Any:
-        """A teacher's law says more per token than its token: heads learn in half the steps (docs/log.md)."""
+        """A teacher's distribution says more per token than its token: heads learn in half the steps (docs/log.md)."""
         return given if not isinstance(given, dict) or LOSSES & given.keys() else {**given, "soft": 1.0}
 
     @model_validator(mode="after")
@@ -83,32 +85,32 @@ class Objective(BaseModel):
         """Whether the target's own laws are needed."""
         return self.soft + self.tv + self.alpha + self.lk > 0
 
-    def __call__(self, logits: Tensor, tokens: Tensor, taught: Tensor | None, ids: Tensor | None = None) -> Tensor:
+    def __call__(self, logits: Tensor, tokens: Tensor, teacher_logits: Tensor | None, ids: Tensor | None = None) -> Tensor:
         """Loss of each position, [n]. logits: [n, vocab], or [n, len(ids)] with `ids` the ascending target ids of its columns;
-        taught: [n, vocab], may be None without a teacher; tokens: [n] int64."""
+        teacher_logits: [n, vocab], may be None without a teacher; tokens: [n] int64."""
         loss = logits.new_zeros(logits.shape[0], dtype=torch.float32)
         if self.hard:
             loss = loss + self.hard * F.cross_entropy(logits.float(), columns(tokens, ids), reduction="none", ignore_index=NONE)
         if not self.has_teacher:
             return loss
-        assert taught is not None, "this objective needs a teacher"
-        own = torch.log_softmax(self._heated(logits), -1)
-        law = torch.softmax(self._heated(taught), -1)
-        law = law if ids is None else law[:, ids]
+        assert teacher_logits is not None, "this objective needs a teacher"
+        own = torch.log_softmax(self._tempered(logits), -1)
+        distribution = torch.softmax(self._tempered(teacher_logits), -1)
+        distribution = distribution if ids is None else distribution[:, ids]
         if self.soft:
-            loss = loss - self.soft * (law * own).sum(-1)
+            loss = loss - self.soft * (distribution * own).sum(-1)
         if self.tv + self.alpha + self.lk:
-            alpha = torch.minimum(own.exp(), law).sum(-1)
+            alpha = torch.minimum(own.exp(), distribution).sum(-1)
             loss = loss + self.tv * (1 - alpha)
             if self.alpha:
                 loss = loss - self.alpha * alpha.clamp(min=1e-6).log()
             if self.lk:
                 share = torch.exp(-3 * alpha.detach())
-                divergence = (torch.special.entr(law) * -1 - law * own).sum(-1)
+                divergence = (torch.special.entr(distribution) * -1 - distribution * own).sum(-1)
                 loss = loss + self.lk * (share * divergence + (1 - share) * (1 - alpha))
         return loss
 
-    def _heated(self, logits: Tensor) -> Tensor:
+    def _tempered(self, logits: Tensor) -> Tensor:
         return logits.float() if self.temperature == 1 else logits.float() / self.temperature
 
 
@@ -124,23 +126,23 @@ def columns(tokens: Tensor, ids: Tensor | None) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class Voice:
+class OutputHead:
     """From states to logits, [n, width] -> [n, vocab], and the weights on that way which may learn. ids: where the vocabulary is
     reduced, the ascending target ids of the logits' columns, [draft vocab]."""
 
-    project: Callable[[Tensor], Tensor]
+    to_logits: Callable[[Tensor], Tensor]
     weights: Sequence[nn.Parameter] = ()
     ids: Tensor | None = None
 
     def __call__(self, states: Tensor) -> Tensor:
-        return self.project(states)
+        return self.to_logits(states)
 
 
-class Guess(NamedTuple):
-    """What a drafter says at one depth, teacher-forced. states: [rows, length, width]; project: to [n, vocab]."""
+class HeadOutput(NamedTuple):
+    """What a drafter says at one depth, teacher-forced. states: [rows, length, width]; output_head: to [n, vocab]."""
 
     states: Tensor
-    project: Voice
+    output_head: OutputHead
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,29 +181,29 @@ class Metrics:
         return Metrics.of(self.stacked() + other.stacked())
 
 
-def learn(
-    guesses: Iterator[Guess], batch: Batch, objective: Objective, teach: Callable[[Tensor], Tensor]
+def drafter_loss(
+    guesses: Iterator[HeadOutput], batch: Batch, objective: Objective, teach: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Metrics]:
     """The loss of all depths, summed over the positions that count (divide by the first of `Metrics.counts`), and metrics.
 
     guesses: one per depth, from 1. teach: final states [n, hidden] -> the target's logits [n, vocab]; called only where the
     objective has a teacher.
     """
-    losses, columns = zip(*depths(guesses, batch, objective, teach), strict=True)
+    losses, columns = zip(*loss_by_depth(guesses, batch, objective, teach), strict=True)
     return torch.stack(losses).sum(), Metrics.of(torch.stack(columns, 1))
 
 
-def depths(
-    guesses: Iterator[Guess], batch: Batch, objective: Objective, teach: Callable[[Tensor], Tensor]
+def loss_by_depth(
+    guesses: Iterator[HeadOutput], batch: Batch, objective: Objective, teach: Callable[[Tensor], Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Depth after depth, its summed loss with the weight it has, and its column of `Metrics.stacked`."""
-    run = torch.ones_like(batch.counts)
+    run = torch.ones_like(batch.loss_mask)
     for depth, guess in enumerate(guesses, 1):
         where = batch.counted(depth).nonzero(as_tuple=True)
         later = (where[0], where[1] + depth)
         tokens = batch.tokens[where[0], where[1] + depth + 1]
-        finals = batch.finals[later] if objective.has_teacher else None
-        loss, hits = chunked_loss(guess.project, guess.states[where], tokens, finals, objective, teach)
+        last_hidden = batch.last_hidden[later] if objective.has_teacher else None
+        loss, hits = chunked_loss(guess.output_head, guess.states[where], tokens, last_hidden, objective, teach)
         held = torch.zeros_like(run)
         held[where] = hits
         run = run & held
@@ -214,18 +216,18 @@ def depths(
 Parts = Callable[[Tensor], Iterator[tuple[Tensor, Tensor]]]
 
 
-def lean(parts: Parts, features: Tensor, weights: Iterable[nn.Parameter]) -> tuple[Tensor, Metrics]:
+def backward_by_part(parts: Parts, features: Tensor, weights: Iterable[nn.Parameter]) -> tuple[Tensor, Metrics]:
     """The sum of the parts' losses, and metrics, with the memory of one part.
 
     Each part is run and differentiated before the next one begins; what is kept are the gradients of features and weights, which
     go on into the trunk when the sum is differentiated (Gloeckle et al. 2024, section 2). weights: all that may learn in any part.
     """
     learned = list({id(weight): weight for weight in weights if weight.requires_grad}.values())
-    loss, stacked = _Lean.apply(parts, features, *learned)  # type: ignore[no-untyped-call]
+    loss, stacked = _BackwardByPart.apply(parts, features, *learned)  # type: ignore[no-untyped-call]
     return loss, Metrics.of(stacked)
 
 
-class _Lean(torch.autograd.Function):
+class _BackwardByPart(torch.autograd.Function):
     """Forward and backward of each part at once."""
 
     @staticmethod
@@ -258,28 +260,29 @@ def _add(sums: Sequence[Tensor], more: Sequence[Tensor | None]) -> None:
 
 
 def chunked_loss(
-    project: Voice,
+    output_head: OutputHead,
     states: Tensor,
     tokens: Tensor,
-    finals: Tensor | None,
+    last_hidden: Tensor | None,
     objective: Objective,
     teach: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
     """The summed loss of many positions, and which best guesses were right ([n] bool), a few positions at a time.
 
-    states: [n, width]; tokens: [n]; finals: [n, hidden] or None. Gradients are taken chunk by chunk while the logits are there,
+    states: [n, width]; tokens: [n]; last_hidden: [n, hidden] or None. Gradients are taken chunk by chunk while the logits are
+    there,
     so that neither they nor a second forward are needed later.
     """
 
     def piece(part: Tensor, chunk: slice) -> tuple[Tensor, Tensor]:
-        logits = project(part)
+        logits = output_head(part)
         with torch.no_grad():
-            taught = None if finals is None else teach(finals[chunk])
+            teacher_logits = None if last_hidden is None else teach(last_hidden[chunk])
         best = logits.detach().float().argmax(-1)  # the same as in bf16, where a CPU takes four times as long
-        best = best if project.ids is None else project.ids[best]
-        return objective(logits, tokens[chunk], taught, project.ids).sum(), best == tokens[chunk]
+        best = best if output_head.ids is None else output_head.ids[best]
+        return objective(logits, tokens[chunk], teacher_logits, output_head.ids).sum(), best == tokens[chunk]
 
-    learned = [weight for weight in project.weights if weight.requires_grad]
+    learned = [weight for weight in output_head.weights if weight.requires_grad]
     found: tuple[Tensor, Tensor] = _Chunked.apply(piece, states, *learned)  # type: ignore[no-untyped-call]
     return found
 

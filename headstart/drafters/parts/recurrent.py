@@ -19,7 +19,7 @@ from headstart.drafters.parts.decoder import unrolled
 from headstart.drafters.parts.decoder_heads import Layered
 from headstart.drafters.parts.grow import Level, drafting_rows, grow, of_parents
 from headstart.drafters.parts.llama_layer import llama_block, plain_block
-from headstart.drafters.parts.losses import Batch, Guess
+from headstart.drafters.parts.losses import Batch, HeadOutput
 from headstart.speculation.sampling import Rows
 from headstart.speculation.tree import Drafts, Kept
 
@@ -59,7 +59,7 @@ class Recurrent(Layered):
             self.embedding = nn.Embedding(vocab, self.width).requires_grad_(False)
 
     @classmethod
-    def fitted(cls, config: Any, target: Any) -> Any:
+    def resolve_config(cls, config: Any, target: Any) -> Any:
         return config if config.block else config.model_copy(update={"block": plain_block(target)})
 
     @property
@@ -71,27 +71,27 @@ class Recurrent(Layered):
         return [self.block]
 
     @property
-    def remembered(self) -> int:
+    def state_width(self) -> int:
         return self.width
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[...] int64 -> [..., width]"""
-        embedded: Tensor = self.ends.embed(tokens) if self.config.embedding == "shared" else self.embedding(tokens)
+        embedded: Tensor = self.embed_head.embed(tokens) if self.config.embedding == "shared" else self.embedding(tokens)
         return embedded
 
-    def received(self, features: Tensor) -> Tensor:
+    def project_taps(self, features: Tensor) -> Tensor:
         """The states that come from the target: [..., taps * hidden] -> [..., width]."""
         return features
 
-    def read(self, states: Tensor, embedded: Tensor) -> Tensor:
+    def layer_input(self, states: Tensor, embedded: Tensor) -> Tensor:
         """What the decoder reads of pairs: [..., width] twice -> [..., its input]."""
         raise NotImplementedError
 
-    def handed(self, states: Tensor) -> Tensor:
+    def next_state(self, states: Tensor) -> Tensor:
         """What is handed on of the decoder's output, [..., width] -> the same."""
         return states
 
-    def start(self) -> Self:
+    def init_from_target(self) -> Self:
         """Raises ValueError for an embedding of its own that cannot begin as the target's, for it never learns."""
         if self.config.embedding == "own":
             if self.width != self.hidden:
@@ -100,30 +100,30 @@ class Recurrent(Layered):
                     "size, or go on from heads that have one"
                 )
             with torch.no_grad():
-                self.embedding.weight.copy_(self.ends.table)
+                self.embedding.weight.copy_(self.embed_head.embed_weight)
         return self
 
     # -- learning --
 
-    def states(self, batch: Batch) -> Iterator[Guess]:
+    def states(self, batch: Batch) -> Iterator[HeadOutput]:
         """One guess per unrolled step, all `depth` of them while nothing is learned (training-time test, arXiv 2503.01840)."""
         from transformers import DynamicCache
 
         count = min(self.config.steps, self.depth) if self.training else self.depth
         cache = DynamicCache() if count > 1 else None
-        embedded, states = self.embed(batch.tokens), self.received(batch.features)
+        embedded, states = self.embed(batch.tokens), self.project_taps(batch.features)
         positions = torch.arange(batch.tokens.shape[1], device=states.device)
         for step in range(count):
-            read = self.read(states, embedded.roll(-(step + 1), 1))  # what is rolled in at the end never counts
-            states = self.handed(unrolled(self.block, read, step, positions + step, cache))
-            yield Guess(states, self.speech(step))
+            read = self.layer_input(states, embedded.roll(-(step + 1), 1))  # what is rolled in at the end never counts
+            states = self.next_state(unrolled(self.block, read, step, positions + step, cache))
+            yield HeadOutput(states, self.output_head(step))
 
     # -- drafting --
 
-    def digest(self, kept: Kept) -> Tensor:
-        states = self.received(super().digest(kept))
-        read = self.read(states, self.embed(kept.nexts))
-        return self.handed(self.memories[0].extend(read, kept.positions, kept.seats, kept.lengths))
+    def encode(self, kept: Kept) -> Tensor:
+        states = self.project_taps(super().encode(kept))
+        read = self.layer_input(states, self.embed(kept.nexts))
+        return self.next_state(self.memories[0].extend(read, kept.positions, kept.seats, kept.lengths))
 
     @torch.inference_mode()
     def propose(self, rows: Rows) -> Drafts:
@@ -155,16 +155,16 @@ class _Walk:
 
     def logits(self) -> Tensor:
         """[rows * width, draft vocab] behind the nodes of this level."""
-        return self.drafter.speech(self.depth)(self.states.flatten(0, 1))
+        return self.drafter.output_head(self.depth)(self.states.flatten(0, 1))
 
     def step(self, level: Level) -> Tensor:
         """The next level's nodes: each is read with what was made of its parent."""
         drafter, memory = self.drafter, self.drafter.memories[0]
         parents, self.rows = of_parents(self.states, self.rows, level), level.rows
-        read = drafter.read(parents, drafter.embed(level.tokens)).flatten(0, 1)
+        read = drafter.layer_input(parents, drafter.embed(level.tokens)).flatten(0, 1)
         seats = [self.seats[row] for row in level.rows]
         behind = torch.tensor([memory.length(seat) for seat in seats]).to(read.device, non_blocking=True)
         positions = (behind[:, None] + self.depth).expand(-1, level.width).flatten()
-        self.states = drafter.handed(memory.level(read, positions, seats, level)).unflatten(0, level.tokens.shape)
+        self.states = drafter.next_state(memory.level(read, positions, seats, level)).unflatten(0, level.tokens.shape)
         self.depth += 1
         return self.logits()

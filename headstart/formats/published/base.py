@@ -18,8 +18,8 @@ from headstart.formats.weights import Weights
 
 if TYPE_CHECKING:
     from headstart.drafters.parts.heads import Heads
-    from headstart.formats.target_info import TargetFacts
-    from headstart.target.embed_head import Ends
+    from headstart.formats.target_info import TargetInfo
+    from headstart.target.embed_head import EmbedHead
 
 MAX = 64  # heads, and layers of a head; more can only be a mistake in a name
 PREFIX = "prefix."  # tensors of a decoder layer whose sizes only the target's configuration tells
@@ -100,42 +100,46 @@ class Published:
         made: Heads = self.kind(self.kind.config_type.model_validate(settings), self.hidden, self.vocab or 1)
         return made
 
-    def suited(self, facts: TargetFacts, ends: Callable[[], Ends] | None = None, taps: Sequence[int] = ()) -> Self:
+    def suited(self, target_info: TargetInfo, embed_head: Callable[[], EmbedHead] | None = None, taps: Sequence[int] = ()) -> Self:
         """The same, once their target is known, and what only that can settle is settled.
 
-        ends: makes those of the target, asked only where they matter; None where it is not at hand. taps: layers of the target that
+        embed_head: makes those of the target, asked only where they matter; None where it is not at hand. taps: layers of the
+        target that
         a person says they read, by their outputs, from 0. Raises ValueError where that is not for a person to say.
         """
         if taps:
             raise ValueError(f"--taps names layers of the target, but {self.layout} read its last one; leave --taps out")
         return self
 
-    def check(self, facts: TargetFacts, target_config: Any) -> None:
+    def check(self, target_info: TargetInfo, target_config: Any) -> None:
         """Raise ValueError where they do not fit the target, or are not whole."""
         if not self.refused:
-            self.check_sizes(facts)
+            self.check_sizes(target_info)
         for problem in self.problems(target_config):
             raise self.error(problem)
 
-    def check_sizes(self, facts: TargetFacts) -> None:
+    def check_sizes(self, target_info: TargetInfo) -> None:
         """Raise ValueError where they are for a target of other sizes."""
-        for what, theirs, its in (("a hidden size", self.hidden, facts.hidden), ("a vocabulary", self.vocab, facts.vocab)):
+        for what, theirs, its in (
+            ("a hidden size", self.hidden, target_info.hidden),
+            ("a vocabulary", self.vocab, target_info.vocab),
+        ):
             if theirs is not None and theirs != its:
                 where = self.weights.files[0]
-                raise ValueError(f"the heads in {where} have {what} of {theirs}, but the target {facts.name} has {its}")
+                raise ValueError(f"the heads in {where} have {what} of {theirs}, but the target {target_info.name} has {its}")
 
     def error(self, problem: str) -> ValueError:
         """What is raised where a problem keeps them from being brought in."""
         return ValueError(f"the heads in {self.weights.files[0]} cannot be brought in: {problem}")
 
-    def read(self, facts: TargetFacts, target_config: Any) -> Heads:
+    def read(self, target_info: TargetInfo, target_config: Any) -> Heads:
         """The drafter, for that target. Raises ValueError where they do not fit the target, or are not whole."""
-        self.check(facts, target_config)
+        self.check(target_info, target_config)
         with torch.device("meta"):
             shapes = self._empty(target_config).state_dict()
         with torch.random.fork_rng(devices=[]):
             drafter = self._empty(target_config)
-        drafter.vocab = facts.vocab
+        drafter.vocab = target_info.vocab
         drafter.load_state_dict({name: self._tensor(name, like) for name, like in shapes.items()}, assign=True)
         return drafter.eval()
 

@@ -21,22 +21,22 @@ from headstart.formats.weights import Weights
 
 if TYPE_CHECKING:
     from headstart.drafters.parts.heads import Heads
-    from headstart.formats.target_info import TargetFacts
-    from headstart.target.embed_head import Ends
+    from headstart.formats.target_info import TargetInfo
+    from headstart.target.embed_head import EmbedHead
 
 EMBEDDING, TABLE = "embedding.weight", "embed_tokens.weight"  # ours, theirs
 _ANGLES = re.compile(r"(.*\.)?rotary_emb\.inv_freq")  # of older checkpoints; made anew, never read
 Renames = Sequence[tuple[str, str]]  # beginnings of names, ours and theirs
 
 
-class Bare:
+class Unprefixed:
     """Names of tensors without the `model.` that some files put before them."""
 
     def __init__(self, weights: Weights) -> None:
         self.full: dict[str, str] = {}
         for name in weights.shapes:
             self.full.setdefault(name.removeprefix("model."), name)
-        self.shapes = {bare: weights.shapes[name] for bare, name in self.full.items()}
+        self.shapes = {unprefixed: weights.shapes[name] for unprefixed, name in self.full.items()}
 
     def sized(self, name: str, dims: int) -> Shape:
         """Shape of a tensor that is there. Raises ValueError where it has another number of dimensions, or is empty."""
@@ -54,8 +54,8 @@ class Bare:
         found = {}
         for name in wanted:
             ours, theirs = next((pair for pair in renames if name.startswith(pair[0])), ("", ""))
-            bare = theirs + name.removeprefix(ours)
-            found[name] = self.full.get(bare, bare)
+            unprefixed = theirs + name.removeprefix(ours)
+            found[name] = self.full.get(unprefixed, unprefixed)
         return found
 
     def angles(self) -> dict[str, Shape]:
@@ -67,14 +67,14 @@ class Bare:
 class EagleHead(Published):
     """Heads whose embedding may turn out to be the target's."""
 
-    def suited(self, facts: TargetFacts, ends: Callable[[], Ends] | None = None, taps: Sequence[int] = ()) -> Self:
+    def suited(self, target_info: TargetInfo, embed_head: Callable[[], EmbedHead] | None = None, taps: Sequence[int] = ()) -> Self:
         """Their embedding is left out where it is the target's, once both are rounded to the coarser type."""
-        found = super().suited(facts, ends, taps)
-        if self.refused or ends is None or EMBEDDING not in self.names:
+        found = super().suited(target_info, embed_head, taps)
+        if self.refused or embed_head is None or EMBEDDING not in self.names:
             return found
-        self.check_sizes(facts)
+        self.check_sizes(target_info)
         theirs = self._plain(str(self.names[EMBEDDING]))
-        table = ends().table
+        table = embed_head().embed_weight
         is_same = theirs.shape == table.shape and (
             torch.equal(theirs.to(table.dtype), table) or torch.equal(theirs, table.to(theirs.dtype))
         )
@@ -93,19 +93,19 @@ class EagleHead(Published):
     def _noted(self, note: str) -> Self:
         return replace(self, notes=(*self.notes, note))
 
-    def read(self, facts: TargetFacts, target_config: Any) -> Heads:
+    def read(self, target_info: TargetInfo, target_config: Any) -> Heads:
         """The drafter, for that target. Raises ValueError where they do not fit the target, or are not whole."""
-        return Published.read(self.suited(facts), facts, target_config)
+        return Published.read(self.suited(target_info), target_info, target_config)
 
 
 def understand(weights: Weights, config: Mapping[str, Any]) -> Published | None:
     """What these EAGLE heads are; None where there are none."""
-    bare = Bare(weights)
-    if not _is_eagle(bare, config):
+    unprefixed = Unprefixed(weights)
+    if not _is_eagle(unprefixed, config):
         return None
-    hidden, layer = height(weights, [bare.full["fc.weight"]]), bare.inside("layers.0.")
-    vocab = height(weights, [bare.full[TABLE]]) if TABLE in bare.full else None
-    has_bias = "fc.bias" in bare.full
+    hidden, layer = height(weights, [unprefixed.full["fc.weight"]]), unprefixed.inside("layers.0.")
+    vocab = height(weights, [unprefixed.full[TABLE]]) if TABLE in unprefixed.full else None
+    has_bias = "fc.bias" in unprefixed.full
     found = EagleHead(
         weights=weights,
         method="eagle",
@@ -115,7 +115,7 @@ def understand(weights: Weights, config: Mapping[str, Any]) -> Published | None:
         vocab=vocab,
         names={},
         ours=tuple(weights.shapes),
-        unused=bare.angles(),
+        unused=unprefixed.angles(),
         base=base_of(config),
     )
     try:
@@ -126,7 +126,7 @@ def understand(weights: Weights, config: Mapping[str, Any]) -> Published | None:
             "embedding": "shared" if vocab is None else "own",
         }
         notes = [*blocks.doubts(config, layer), *_doubts(config, has_bias, hidden, vocab)]
-        names = bare.named(wanted("eagle", settings, hidden, vocab), [("block.", ""), ("embedding.", "embed_tokens.")])
+        names = unprefixed.named(wanted("eagle", settings, hidden, vocab), [("block.", ""), ("embedding.", "embed_tokens.")])
     except ValueError as error:
         return replace(found, refused=str(error))
     return replace(found, settings=settings, names=names, notes=tuple(notes))
@@ -139,20 +139,20 @@ def wanted(kind: str, settings: Mapping[str, Any], hidden: int, vocab: int | Non
         return [*drafter(drafter.config_type.model_validate(dict(settings)), hidden, vocab or 1).state_dict()]
 
 
-def is_other(bare: Bare, config: Mapping[str, Any]) -> bool:
+def is_other(unprefixed: Unprefixed, config: Mapping[str, Any]) -> bool:
     """Whether they are of a method that came after EAGLE and has names in common with it, as DFlash."""
     kind = config.get("speculators_model_type")
     called = " ".join(map(str, config.get("architectures") or ()))
     is_called = "dflash_config" in config or re.search("dflash|dspark", called, re.IGNORECASE) is not None
-    return is_called or kind not in (None, "eagle", "eagle3", "peagle") or "hidden_norm.weight" in bare.full
+    return is_called or kind not in (None, "eagle", "eagle3", "peagle") or "hidden_norm.weight" in unprefixed.full
 
 
-def _is_eagle(bare: Bare, config: Mapping[str, Any]) -> bool:
+def _is_eagle(unprefixed: Unprefixed, config: Mapping[str, Any]) -> bool:
     """A projection of [embedding, state], or one beside a layer. A whole model may have an `fc` too."""
-    fc = bare.shapes.get("fc.weight")
-    if fc is None or is_other(bare, config) or ("norm.weight" in bare.full and bare.inside("layers.1.")):
+    fc = unprefixed.shapes.get("fc.weight")
+    if fc is None or is_other(unprefixed, config) or ("norm.weight" in unprefixed.full and unprefixed.inside("layers.1.")):
         return False
-    return (len(fc) == 2 and fc[1] == 2 * fc[0]) or bool(bare.inside("layers.0."))
+    return (len(fc) == 2 and fc[1] == 2 * fc[0]) or bool(unprefixed.inside("layers.0."))
 
 
 def _doubts(config: Mapping[str, Any], has_bias: bool, hidden: int, vocab: int | None) -> Iterator[str]:

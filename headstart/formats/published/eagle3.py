@@ -20,14 +20,14 @@ from torch import Tensor
 from headstart.formats.draft_vocab import fault, unlike
 from headstart.formats.published import layer_config as blocks
 from headstart.formats.published.base import MAX, Published, Shape, base_of, disagreements
-from headstart.formats.published.eagle import TABLE, Bare, EagleHead, is_other, wanted
+from headstart.formats.published.eagle import TABLE, EagleHead, Unprefixed, is_other, wanted
 from headstart.formats.published.layer_config import section
 from headstart.formats.published.taps import checked, taps_of, told
 from headstart.formats.weights import Weights
 
 if TYPE_CHECKING:
-    from headstart.formats.target_info import TargetFacts
-    from headstart.target.embed_head import Ends
+    from headstart.formats.target_info import TargetInfo
+    from headstart.target.embed_head import EmbedHead
 
 HEAD = "lm_head.weight"
 OFFSETS, KEPT = "d2t", "t2d"
@@ -53,21 +53,21 @@ class Eagle3Head(EagleHead):
         if not found and (wrong := self._wrong_ids()):
             yield wrong
 
-    def suited(self, facts: TargetFacts, ends: Callable[[], Ends] | None = None, taps: Sequence[int] = ()) -> Self:
+    def suited(self, target_info: TargetInfo, embed_head: Callable[[], EmbedHead] | None = None, taps: Sequence[int] = ()) -> Self:
         """Layers are counted as here, and what is the target's own is found there. Raises ValueError where it cannot be told which
         layers they read."""
         if self.refused or (self.is_suited and not taps):
             return self
-        self.check_sizes(facts)
+        self.check_sizes(target_info)
         try:
-            named = self._taps(facts.layers, taps)
+            named = self._taps(target_info.layers, taps)
         except ValueError as error:
             raise self.error(str(error)) from None
-        found = replace(self, settings={**self.settings, "taps": named}, vocab=self.vocab or facts.vocab, is_suited=True)
-        if self.names[HEAD] is None and ends is not None:
-            lent = ends()
-            found = replace(found, head=lent.weight * lent.scale)
-        return super(Eagle3Head, found).suited(facts, ends)
+        found = replace(self, settings={**self.settings, "taps": named}, vocab=self.vocab or target_info.vocab, is_suited=True)
+        if self.names[HEAD] is None and embed_head is not None:
+            lent = embed_head()
+            found = replace(found, head=lent.lm_head_weight * lent.scale)
+        return super(Eagle3Head, found).suited(target_info, embed_head)
 
     def _taps(self, num_layers: int, named: Sequence[int]) -> tuple[int, ...]:
         if named:
@@ -89,7 +89,7 @@ class Eagle3Head(EagleHead):
     @property
     def offsets(self) -> str | None:
         """The name of their list of tokens."""
-        return Bare(self.weights).full.get(OFFSETS)
+        return Unprefixed(self.weights).full.get(OFFSETS)
 
     def _ids(self) -> Tensor:
         """[draft vocab] of the target's tokens, in their order."""
@@ -106,15 +106,17 @@ class Eagle3Head(EagleHead):
         if wrong := fault(self._ids(), vocab):
             are_ids = fault(stored.long(), vocab) is None
             return f"{self.offsets} is wrong: {wrong}" + ("; it holds ids themselves, and should hold offsets" if are_ids else "")
-        table = Bare(self.weights).full.get(KEPT) if self.settings["draft_vocab"] is not None else None  # read by nobody there
+        table = (
+            Unprefixed(self.weights).full.get(KEPT) if self.settings["draft_vocab"] is not None else None
+        )  # read by nobody there
         token = None if table is None else unlike(self._ids(), self.weights[table])
         return None if token is None else f"{self.offsets} and {table} do not agree on whether token {token} can be said"
 
 
 def understand(weights: Weights, config: Mapping[str, Any]) -> Published | None:
     """What these EAGLE-3 heads are; None where there are none."""
-    bare = Bare(weights)
-    if not _is_eagle3(bare, config):
+    unprefixed = Unprefixed(weights)
+    if not _is_eagle3(unprefixed, config):
         return None
     found = Eagle3Head(
         weights=weights,
@@ -128,8 +130,8 @@ def understand(weights: Weights, config: Mapping[str, Any]) -> Published | None:
         base=_base(config),
     )
     try:
-        _require_known(bare, config)
-        return _File(bare, config).fill(found)
+        _require_known(unprefixed, config)
+        return _File(unprefixed, config).fill(found)
     except ValueError as error:
         return replace(found, refused=str(error))
 
@@ -137,13 +139,13 @@ def understand(weights: Weights, config: Mapping[str, Any]) -> Published | None:
 class _File:
     """Sizes and settings, from tensors first and then from the configuration."""
 
-    def __init__(self, bare: Bare, config: Mapping[str, Any]) -> None:
-        self.bare, self.config = bare, config
+    def __init__(self, unprefixed: Unprefixed, config: Mapping[str, Any]) -> None:
+        self.unprefixed, self.config = unprefixed, config
         self.inner = section(config, "transformer_layer_config") or config
-        self.first = "midlayer." if bare.inside("midlayer.") else "layers.0."
-        self.width, columns = bare.sized("fc.weight", 2)
-        self.norms = [name for name in _fc_norms(bare) if f"{name}weight" in bare.full]
-        norm = bare.shapes.get(f"{self.norms[0]}weight") if self.norms else None
+        self.first = "midlayer." if unprefixed.inside("midlayer.") else "layers.0."
+        self.width, columns = unprefixed.sized("fc.weight", 2)
+        self.norms = [name for name in _fc_norms(unprefixed) if f"{name}weight" in unprefixed.full]
+        norm = unprefixed.shapes.get(f"{self.norms[0]}weight") if self.norms else None
         self.hidden = _number(config, "target_hidden_size") or (norm[0] if norm else self.width)
         if columns % self.hidden:
             raise ValueError(f"fc.weight has {columns} columns, no multiple of the {self.hidden} of a target's states")
@@ -153,13 +155,13 @@ class _File:
         """The heads, with everything that is known without their target. Raises ValueError for what cannot be brought in."""
         vocab, weights = self._vocab(), found.weights
         settings = self._settings(vocab)
-        names: dict[str, str | None] = dict(self.bare.named(wanted("eagle3", settings, self.hidden, vocab), self._renames()))
+        names: dict[str, str | None] = dict(self.unprefixed.named(wanted("eagle3", settings, self.hidden, vocab), self._renames()))
         return replace(
             found,
             settings=settings,
             hidden=self.hidden,
             vocab=vocab,
-            names=names if HEAD in self.bare.full else {**names, HEAD: None},
+            names=names if HEAD in self.unprefixed.full else {**names, HEAD: None},
             ours=tuple(weights.shapes),
             unused=self._unused(vocab, settings),
             notes=tuple(self._doubts(vocab)),
@@ -171,18 +173,18 @@ class _File:
     def _vocab(self) -> int | None:
         """Of the target, where anything tells it."""
         for name, dims in ((TABLE, 2), (KEPT, 1)):
-            if name in self.bare.full:
-                return self.bare.sized(name, dims)[0]
+            if name in self.unprefixed.full:
+                return self.unprefixed.sized(name, dims)[0]
         said = _number(self.inner, "vocab_size") or _number(self.config, "vocab_size")
-        return said or (None if OFFSETS in self.bare.full else self._rows())
+        return said or (None if OFFSETS in self.unprefixed.full else self._rows())
 
     def _rows(self) -> int | None:
-        return self.bare.sized(HEAD, 2)[0] if HEAD in self.bare.full else None
+        return self.unprefixed.sized(HEAD, 2)[0] if HEAD in self.unprefixed.full else None
 
     def _draft_vocab(self, vocab: int | None) -> int | None:
         """How many tokens they can say; None for all."""
-        if OFFSETS in self.bare.full:
-            (count,) = self.bare.sized(OFFSETS, 1)
+        if OFFSETS in self.unprefixed.full:
+            (count,) = self.unprefixed.sized(OFFSETS, 1)
             if self._rows() is None:
                 raise ValueError(f"{HEAD} is missing, and only theirs can say the {count} tokens of {OFFSETS}")
             return None if count == vocab else count
@@ -196,17 +198,17 @@ class _File:
         return None
 
     def _settings(self, vocab: int | None) -> dict[str, Any]:
-        if TABLE not in self.bare.full and self.width != self.hidden:
+        if TABLE not in self.unprefixed.full and self.width != self.hidden:
             raise ValueError(f"{TABLE} is missing, and the target's own is {self.hidden} wide, but their layer {self.width}")
-        layer = self.bare.inside(self.first)
+        layer = self.unprefixed.inside(self.first)
         settings = {
             "taps": tuple(range(self.count)),  # until the target is known
             "draft_vocab": self._draft_vocab(vocab),
-            "embedding": "own" if TABLE in self.bare.full else "shared",
+            "embedding": "own" if TABLE in self.unprefixed.full else "shared",
             "block": blocks.block(self.inner, layer, self.width, self._num_layers()),
             "context": blocks.limit(self.inner),
-            "fc_bias": "fc.bias" in self.bare.full,
-            "norm_before_fc": bool(self._said("norm_before_fc")) or "input_norm.weight" in self.bare.full,
+            "fc_bias": "fc.bias" in self.unprefixed.full,
+            "norm_before_fc": bool(self._said("norm_before_fc")) or "input_norm.weight" in self.unprefixed.full,
             "fc_norm": bool(self._said("fc_norm")) or bool(self.norms),
             "norm_output": bool(self._said("norm_output")),
             "norm_before_residual": bool(self._said("norm_before_residual")),
@@ -216,7 +218,7 @@ class _File:
         return settings
 
     def _num_layers(self) -> int:
-        numbers = [int(found[1]) for name in self.bare.full if (found := _LAYERS.fullmatch(name))]
+        numbers = [int(found[1]) for name in self.unprefixed.full if (found := _LAYERS.fullmatch(name))]
         count = 1 + max([0, *numbers])
         if count > MAX:
             raise ValueError(f"their layers count to {count}; {MAX} is the most")
@@ -231,23 +233,23 @@ class _File:
         return said
 
     def _renames(self) -> list[tuple[str, str]]:
-        norms = [(f"fc_norms.{place}.", name) for place, name in enumerate(_fc_norms(self.bare))]
+        norms = [(f"fc_norms.{place}.", name) for place, name in enumerate(_fc_norms(self.unprefixed))]
         return [("block.layers.0.", self.first), ("block.", ""), ("embedding.", "embed_tokens."), ("ids", OFFSETS), *norms]
 
     def _unused(self, vocab: int | None, settings: Mapping[str, Any]) -> dict[str, Shape]:
-        found = {name: self.bare.shapes[name] for name in _LEFT_OUT if name in self.bare.full}
+        found = {name: self.unprefixed.shapes[name] for name in _LEFT_OUT if name in self.unprefixed.full}
         if KEPT in found and vocab is not None:
             found[KEPT] = (vocab,)
-        if OFFSETS in self.bare.full and settings["draft_vocab"] is None:
-            found[OFFSETS] = self.bare.shapes[OFFSETS]
-        return self.bare.angles() | {self.bare.full[name]: shape for name, shape in found.items()}
+        if OFFSETS in self.unprefixed.full and settings["draft_vocab"] is None:
+            found[OFFSETS] = self.unprefixed.shapes[OFFSETS]
+        return self.unprefixed.angles() | {self.unprefixed.full[name]: shape for name, shape in found.items()}
 
     def _doubts(self, vocab: int | None) -> Iterator[str]:
-        yield from blocks.doubts(self.inner, self.bare.inside(self.first))
+        yield from blocks.doubts(self.inner, self.unprefixed.inside(self.first))
         if _is_of_speculators(self.config) and self._said("norm_before_residual") is None:
             yield "their config.json says no norm_before_residual: false, as speculators has it, where vLLM takes true"
         for key, name in (("fc_norm", "fc_norm.0.weight"), ("norm_before_fc", "input_norm.weight"), ("bias", "fc.bias")):
-            is_there = name in self.bare.full
+            is_there = name in self.unprefixed.full
             if self._said(key) is False and is_there:
                 yield f"their config.json says {key} = false, but there is {name}; the tensors count"
         counted = {"hidden_size": self.width, "vocab_size": vocab, "num_hidden_layers": self._num_layers()}
@@ -256,14 +258,14 @@ class _File:
             yield from disagreements(self.config, {"draft_vocab_size": rows})
 
 
-def _is_eagle3(bare: Bare, config: Mapping[str, Any]) -> bool:
+def _is_eagle3(unprefixed: Unprefixed, config: Mapping[str, Any]) -> bool:
     """By tensors that only such heads have, or by what their configuration calls them."""
-    if is_other(bare, config) or config.get("speculators_model_type") == "eagle":
+    if is_other(unprefixed, config) or config.get("speculators_model_type") == "eagle":
         return False
     called = " ".join(map(str, (config.get("speculators_model_type"), *(config.get("architectures") or ()))))
     is_called = re.search(r"eagle3|peagle", called, re.IGNORECASE) is not None
     own = ("midlayer.", "layers.0.hidden_norm.", OFFSETS, "fc_norm.0.", "mask_hidden", *_OLD_NORMS)
-    return is_called or any(name.startswith(own) for name in bare.full)
+    return is_called or any(name.startswith(own) for name in unprefixed.full)
 
 
 def _is_of_speculators(config: Mapping[str, Any]) -> bool:
@@ -275,23 +277,23 @@ def _base(config: Mapping[str, Any]) -> str | None:
     return base_of({"base_model_name_or_path": verifier.get("name_or_path")}) or base_of(config)
 
 
-def _require_known(bare: Bare, config: Mapping[str, Any]) -> None:
+def _require_known(unprefixed: Unprefixed, config: Mapping[str, Any]) -> None:
     """Raise ValueError, by name, for relatives that compute something else."""
-    if "mask_hidden" in bare.full or config.get("speculators_model_type") == "peagle" or config.get("parallel_drafting"):
+    if "mask_hidden" in unprefixed.full or config.get("speculators_model_type") == "peagle" or config.get("parallel_drafting"):
         raise ValueError("they are P-EAGLE's, which guess all tokens at once from mask_hidden, and not one after another")
-    if latent := next((name for name in bare.full if re.search(r"self_attn\.(q_a|kv_a)_proj", name)), None):
+    if latent := next((name for name in unprefixed.full if re.search(r"self_attn\.(q_a|kv_a)_proj", name)), None):
         raise ValueError(f"{latent} belongs to latent attention, and only layers like a Llama's can be brought in")
-    if expert := next((name for name in bare.full if ".mlp.experts." in name), None):
+    if expert := next((name for name in unprefixed.full if ".mlp.experts." in name), None):
         raise ValueError(f"{expert} belongs to a mixture of experts, and only layers like a Llama's can be brought in")
     if section(config, "eagle_config").get("use_aux_hidden_state") is False:
         raise ValueError("their config.json says use_aux_hidden_state = false: they read the last state only, without fc.weight")
-    if "fc.weight" not in bare.full:
+    if "fc.weight" not in unprefixed.full:
         raise ValueError("fc.weight is missing, without which nothing leads from the target's states to their layer")
 
 
-def _fc_norms(bare: Bare) -> Iterator[str]:
+def _fc_norms(unprefixed: Unprefixed) -> Iterator[str]:
     """Beginnings of the norms of taps, in their order."""
-    if any(name.startswith(_OLD_NORMS) for name in bare.full):
+    if any(name.startswith(_OLD_NORMS) for name in unprefixed.full):
         return iter(_OLD_NORMS)
     return (f"fc_norm.{place}." for place in range(MAX))
 

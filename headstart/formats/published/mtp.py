@@ -21,7 +21,7 @@ from headstart.formats.weights import Weights
 
 if TYPE_CHECKING:
     from headstart.drafters.parts.heads import Heads
-    from headstart.formats.target_info import TargetFacts
+    from headstart.formats.target_info import TargetInfo
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # of the model around
 COPIES = {"embed_tokens.weight": EMBEDDING, "shared_head.head.weight": HEAD}  # that some modules keep
@@ -130,15 +130,15 @@ class Modules(Published):
         settings = {**self.settings, "block": _block(target_config)}
         return self.kind(self.kind.config_type.model_validate(settings), self.hidden, self.vocab or 1)
 
-    def read(self, facts: TargetFacts, target_config: Any) -> Heads:
+    def read(self, target_info: TargetInfo, target_config: Any) -> Heads:
         """The drafter, for that target. Raises ValueError where they do not fit the target, are not whole, or speak through
         another head than the model's own."""
-        self.check(facts, target_config)
+        self.check(target_info, target_config)
         for copy in self.unused:
             self._compare(copy)
         with torch.device("meta"):
             drafter = self._empty(target_config)
-        drafter.vocab = facts.vocab
+        drafter.vocab = target_info.vocab
         layers = self._layers(target_config)
         with torch.random.fork_rng(devices=[]):
             for stage, module in zip(self.stages, drafter.stages, strict=True):
@@ -179,7 +179,7 @@ def understand(weights: Weights, config: Mapping[str, Any]) -> Published | None:
     return _modules(NAMINGS[0], weights, text, [], strange, refused) if strange else None
 
 
-def promised(config: Mapping[str, Any]) -> str | None:
+def declared_modules(config: Mapping[str, Any]) -> str | None:
     """Where a `config.json` says that a model has MTP modules: how it says so."""
     text = config.get("text_config") or config
     return next((f"{key} = {text[key]}" for key in COUNTS if isinstance(text.get(key), int) and text[key] > 0), None)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from headstart.target.attention import Manner, Reach, Sight, plain
+from headstart.target.attention import AttentionParams, RowMask, Window, plain
 
 BLOCK = 128  # positions added in one matrix product
 MAX_SLOTS = 192  # a longer sum is split by MKL; measured, as are the next two
@@ -33,7 +33,7 @@ MIN_ROWS = 8  # fewer rows take another kernel, and in heads wider than 128 fewe
 MIN_WORK = 400  # rows * width below which torch multiplies by itself
 
 
-def ordered(query: Tensor, keys: Tensor, values: Tensor, sight: Sight, manner: Manner) -> Tensor:
+def ordered(query: Tensor, keys: Tensor, values: Tensor, row_mask: RowMask, params: AttentionParams) -> Tensor:
     """Attention with one order of addition: the same bits whether an ancestor is committed or drafted.
 
     query: [heads, nodes, dim]; keys: [kv_heads, context, dim]; values: [kv_heads, context, value_dim], in any float dtype.
@@ -46,17 +46,17 @@ def ordered(query: Tensor, keys: Tensor, values: Tensor, sight: Sight, manner: M
         keys, values = keys.expand(batch, -1, -1), values.expand(batch, -1, -1)
     rows = query.reshape(batch, -1, width).float()  # groups of query heads become query rows: no key is repeated
     num_rows, least = rows.shape[1], max(_least(width), _least(values.shape[-1]))
-    scores = _scores(_lengthen(rows, least), keys.float(), manner)
-    _hide(scores, sight, manner.reach, num_rows)
-    sinks = None if manner.sinks is None else manner.sinks.reshape(batch, -1, 1).repeat_interleave(nodes, 1)
+    scores = _scores(_lengthen(rows, least), keys.float(), params)
+    _hide(scores, row_mask, params.window, num_rows)
+    sinks = None if params.sinks is None else params.sinks.reshape(batch, -1, 1).repeat_interleave(nodes, 1)
     weights, total = _weigh(scores, None if sinks is None else _lengthen(sinks.float(), least))
-    out = _add_up(weights, values.float(), sight).div_(total)
+    out = _add_up(weights, values.float(), row_mask).div_(total)
     return out[:, :num_rows].reshape(heads, nodes, -1).to(query.dtype)
 
 
-def wide(query: Tensor, keys: Tensor, values: Tensor, sight: Sight, manner: Manner) -> Tensor:
+def wide(query: Tensor, keys: Tensor, values: Tensor, row_mask: RowMask, params: AttentionParams) -> Tensor:
     """The same in fp64: any order of addition, equal after rounding but for a chance of about 1e-9 per value."""
-    return plain(query.double(), keys.double(), values.double(), sight, manner).to(query.dtype)
+    return plain(query.double(), keys.double(), values.double(), row_mask, params).to(query.dtype)
 
 
 def _lengthen(x: Tensor, least: int) -> Tensor:
@@ -65,24 +65,24 @@ def _lengthen(x: Tensor, least: int) -> Tensor:
     return F.pad(x, (0, 0, 0, missing)) if missing > 0 else x
 
 
-def _scores(rows: Tensor, keys: Tensor, manner: Manner) -> Tensor:
+def _scores(rows: Tensor, keys: Tensor, params: AttentionParams) -> Tensor:
     """[batch, rows, dim], [batch, context, dim] -> [batch, rows, context], nothing hidden yet."""
     context = keys.shape[1]
-    rows, keys = rows * manner.scaling, _lengthen(keys, MIN_KEYS)  # before the product: `alpha` would round otherwise
+    rows, keys = rows * params.scaling, _lengthen(keys, MIN_KEYS)  # before the product: `alpha` would round otherwise
     scores = torch.bmm(rows, keys.mT)[..., :context]
-    return scores if manner.softcap is None else scores.div_(manner.softcap).tanh_().mul_(manner.softcap)
+    return scores if params.softcap is None else scores.div_(params.softcap).tanh_().mul_(params.softcap)
 
 
-def _hide(scores: Tensor, sight: Sight, reach: Reach, num_rows: int) -> None:
+def _hide(scores: Tensor, row_mask: RowMask, window: Window, num_rows: int) -> None:
     """Add the mask, where there is something to hide: without a window, among this forward's nodes only."""
-    key = ("mask", reach, scores.shape[1])
-    if key not in sight.notes:
-        mask = sight.mask(reach, torch.float32)
+    key = ("mask", window, scores.shape[1])
+    if key not in row_mask.notes:
+        mask = row_mask.mask(window, torch.float32)
         if mask is not None:
-            first = 0 if reach.hides(sight.context) else sight.committed
-            mask = _lengthen(mask[None, :, first:].repeat(1, num_rows // sight.nodes, 1), scores.shape[1])
-        sight.notes[key] = mask
-    mask = sight.notes[key]
+            first = 0 if window.hides(row_mask.context) else row_mask.committed
+            mask = _lengthen(mask[None, :, first:].repeat(1, num_rows // row_mask.nodes, 1), scores.shape[1])
+        row_mask.notes[key] = mask
+    mask = row_mask.notes[key]
     if mask is not None:
         scores[..., -mask.shape[-1] :].add_(mask)
 
@@ -99,10 +99,10 @@ def _weigh(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
     return weights, total.float()
 
 
-def _add_up(weights: Tensor, values: Tensor, sight: Sight) -> Tensor:
+def _add_up(weights: Tensor, values: Tensor, row_mask: RowMask) -> Tensor:
     """[batch, rows, context], [batch, context, dim] -> [batch, rows, dim]: block after block, in the order of positions."""
     out: Tensor | None = None
-    for first, last, members in _blocks(sight):
+    for first, last, members in _blocks(row_mask):
         part = weights[..., first:last]
         product = _product(part if members is None else part * members, values[:, first:last])
         out = product if out is None else out.add_(product)
@@ -110,25 +110,25 @@ def _add_up(weights: Tensor, values: Tensor, sight: Sight) -> Tensor:
     return out
 
 
-def _blocks(sight: Sight) -> list[tuple[int, int, Tensor | None]]:
+def _blocks(row_mask: RowMask) -> list[tuple[int, int, Tensor | None]]:
     """`_runs`, once for all layers of a forward."""
-    if "runs" not in sight.notes:
-        sight.notes["runs"] = _runs(sight)
-    found: list[tuple[int, int, Tensor | None]] = sight.notes["runs"]
+    if "runs" not in row_mask.notes:
+        row_mask.notes["runs"] = _runs(row_mask)
+    found: list[tuple[int, int, Tensor | None]] = row_mask.notes["runs"]
     return found
 
 
-def _runs(sight: Sight) -> list[tuple[int, int, Tensor | None]]:
+def _runs(row_mask: RowMask) -> list[tuple[int, int, Tensor | None]]:
     """Per block of positions, ascending: the run of slots [first, last) that holds it.
 
     Around a border the run also holds slots of other blocks, as drafts of all depths are mixed: then [last - first] bool,
     true for the slots of this block; else None.
     """
-    straight = sight.context if sight.seen is None else sight.committed  # so many slots are their positions
+    straight = row_mask.context if row_mask.tree_mask is None else row_mask.committed  # so many slots are their positions
     runs = {first // BLOCK: (first, min(first + BLOCK, straight)) for first in range(0, straight, BLOCK)}
-    if sight.seen is None:
+    if row_mask.tree_mask is None:
         return [(first, last, None) for first, last in runs.values()]
-    drafts: list[int] = (sight.positions // BLOCK).tolist()
+    drafts: list[int] = (row_mask.positions // BLOCK).tolist()
     for slot, block in enumerate(drafts, straight):
         runs[block] = (runs.get(block, (slot, slot))[0], slot + 1)
     if len(set(drafts)) == 1:  # no border among the drafts
@@ -165,7 +165,7 @@ def is_order_proof(heads: int, kv_heads: int, width: int, value_width: int, dtyp
     stem, and among the drafts of a tree with a stranger before every ancestor.
     """
     generator = torch.Generator().manual_seed(width)
-    length, manner = 300, Manner(0.1, Reach())  # no power of two: scaling rounds
+    length, params = 300, AttentionParams(0.1, Window())  # no power of two: scaling rounds
 
     def draw(count: int, size: int) -> Tensor:
         return torch.randn(count, length, size, generator=generator)
@@ -174,18 +174,18 @@ def is_order_proof(heads: int, kv_heads: int, width: int, value_width: int, dtyp
     query, keys, values = draw(heads, width), draw(kv_heads, width).to(dtype), draw(kv_heads, value_width).to(dtype)
     for last in (20, 129, 299):
         text = slice(0, last + 1)
-        alone = Sight(0, 1, 0, last, None, torch.tensor([last]))
-        wanted = ordered(query[:, last : last + 1], keys[:, text], values[:, text], alone, manner)[:, 0]
+        alone = RowMask(0, 1, 0, last, None, torch.tensor([last]))
+        wanted = ordered(query[:, last : last + 1], keys[:, text], values[:, text], alone, params)[:, 0]
         for num_drafted in (1, 3, 8, 17):
             committed = last + 1 - num_drafted
             order = [*range(committed), *(slot for own in range(committed, last + 1) for slot in (last - own, own))]
             positions = torch.tensor([own for own in range(committed, last + 1) for _ in range(2)])
             lineage = torch.eye(2 * num_drafted, dtype=torch.bool)
             lineage[1::2, 1::2] |= torch.ones(num_drafted, num_drafted, dtype=torch.bool).tril()
-            tree = Sight(0, 2 * num_drafted, 0, committed, lineage, positions)
-            found = ordered(query[:, order[committed:]], keys[:, order], values[:, order], tree, manner)[:, -1]
-            stem = Sight(0, last + 1 - committed, 0, committed, None, positions[::2])
-            behind = ordered(query[:, committed : last + 1], keys[:, text], values[:, text], stem, manner)[:, -1]
+            tree = RowMask(0, 2 * num_drafted, 0, committed, lineage, positions)
+            found = ordered(query[:, order[committed:]], keys[:, order], values[:, order], tree, params)[:, -1]
+            stem = RowMask(0, last + 1 - committed, 0, committed, None, positions[::2])
+            behind = ordered(query[:, committed : last + 1], keys[:, text], values[:, text], stem, params)[:, -1]
             if not (torch.equal(wanted, found) and torch.equal(wanted, behind)):
                 return False
     return True

@@ -24,7 +24,7 @@ EXACT_DTYPES = (torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True)
-class Equipment:
+class KernelChoice:
     """What a target runs with. min_nodes: dead nodes fill a forest up to it. is_exact: whether equality to the bit is promised.
 
     why_not: what stands against exactness, or None. grouped: plain linears that were told to multiply their rows in groups.
@@ -37,7 +37,9 @@ class Equipment:
     grouped: tuple[nn.Module, ...] = ()
 
 
-def equip(model: nn.Module, heads: int, shapes: Sequence[LayerShape], exact: bool | str, pack: bool = True) -> Equipment:
+def choose_kernels(
+    model: nn.Module, heads: int, shapes: Sequence[LayerShape], exact: bool | str, pack: bool = True
+) -> KernelChoice:
     """Choose kernels. pack: pack the model's linears in place first.
 
     heads: query heads. exact: True, False, or "auto" for wherever it can be had. Raises ValueError where exactness is demanded
@@ -48,7 +50,7 @@ def equip(model: nn.Module, heads: int, shapes: Sequence[LayerShape], exact: boo
         fuse(model)
         prepack(model)
     if exact is False:
-        return Equipment(fused, 1, False, why_not="exact=False was asked for")
+        return KernelChoice(fused, 1, False, why_not="exact=False was asked for")
     if parameter.device.type != "cpu" or parameter.dtype not in EXACT_DTYPES:
         dtype = str(parameter.dtype).removeprefix("torch.")
         return inexact(exact, f"it is for CPU in bfloat16 or float32, and the model is in {dtype} on {parameter.device.type}")
@@ -58,19 +60,19 @@ def equip(model: nn.Module, heads: int, shapes: Sequence[LayerShape], exact: boo
     threads = torch.get_num_threads()
     is_proof = all(_is_order_proof(heads, shape, parameter.dtype, threads) for shape in dict.fromkeys(shapes))
     min_nodes = max((own.least for own in ranges.values()), default=1)
-    return Equipment(ordered if is_proof else wide, min_nodes, True, grouped=_group(model, ranges))
+    return KernelChoice(ordered if is_proof else wide, min_nodes, True, grouped=_group(model, ranges))
 
 
-def inexact(exact: bool | str, why_not: str) -> Equipment:
+def inexact(exact: bool | str, why_not: str) -> KernelChoice:
     """Kernels without exactness, and the reason. Raises ValueError where exactness is demanded."""
     if exact is True:
         raise ValueError(f"exact=True is not to be had: {why_not}; leave exact at its default, or see docs/concepts.md")
-    return Equipment(fused, 1, False, why_not=why_not)
+    return KernelChoice(fused, 1, False, why_not=why_not)
 
 
-def ungroup(equipment: Equipment) -> None:
+def ungroup(kernel_choice: KernelChoice) -> None:
     """Let the plain linears multiply all their rows at once again."""
-    for linear in equipment.grouped:
+    for linear in kernel_choice.grouped:
         vars(linear).pop("forward", None)
 
 

@@ -1,4 +1,4 @@
-"""Does a row of a linear come out with the same bits whatever the other rows are? Measured, for linears of given shapes.
+"""Does a row of a linear come out with the same bits whatever the other rows are? CalibratedTree, for linears of given shapes.
 
 Random numbers hide the difference: two orders of addition differ in the eighth digit, and bf16 shows three. The sums tested
 here cancel to nothing but their rounding errors, so that any change of order shows in almost every value.

@@ -180,7 +180,7 @@ def prepack(model: nn.Module) -> int:
     """Replace every plain linear of the model, in place, and return how many were replaced; `restore` puts them back.
 
     The plain weight is freed unless something else holds it, as an embedding holds a tied head: lookup needs it plain.
-    A linear that is subclassed, hooked, not on the CPU, or whose packed twin disagrees with it stays as it is.
+    A linear that is subclassed, hooked, not on the CPU, or whose packed clone disagrees with it stays as it is.
     """
     count = 0
     for parent in list(model.modules()):

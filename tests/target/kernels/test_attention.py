@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from headstart.target.attention import Manner, Reach, Sight, plain
+from headstart.target.attention import AttentionParams, RowMask, Window, plain
 from headstart.target.kernels import attention
 from headstart.target.kernels.attention import is_order_proof, ordered, wide
 
@@ -28,7 +28,7 @@ def seen_by(parents: list[int]) -> torch.Tensor:
     return seen
 
 
-def three_ways(kernel, shape, dtype, manner, committed, parents, depths, seed):
+def three_ways(kernel, shape, dtype, params, committed, parents, depths, seed):
     """One node of a tree: among its siblings, alone behind its committed past, and at the end of a long stem."""
     heads, kv_heads, width = shape
     size, text = len(parents), torch.Generator().manual_seed(seed)
@@ -39,13 +39,13 @@ def three_ways(kernel, shape, dtype, manner, committed, parents, depths, seed):
     node = size - 1
     path = [*range(committed), *(committed + seen[node].nonzero()[:, 0]).tolist()]
     last = len(path) - 1
-    tree = Sight(0, size, 0, committed, seen, positions)
-    alone = Sight(0, 1, 0, last, None, positions[-1:])
-    stem = Sight(0, last + 1, 0, 0, None, torch.arange(last + 1))
+    tree = RowMask(0, size, 0, committed, seen, positions)
+    alone = RowMask(0, 1, 0, last, None, positions[-1:])
+    stem = RowMask(0, last + 1, 0, 0, None, torch.arange(last + 1))
     return (
-        kernel(query[:, committed:], keys, values, tree, manner)[:, node],
-        kernel(query[:, path[-1:]], keys[:, path], values[:, path], alone, manner)[:, 0],
-        kernel(query[:, path], keys[:, path], values[:, path], stem, manner)[:, -1],
+        kernel(query[:, committed:], keys, values, tree, params)[:, node],
+        kernel(query[:, path[-1:]], keys[:, path], values[:, path], alone, params)[:, 0],
+        kernel(query[:, path], keys[:, path], values[:, path], stem, params)[:, -1],
     )
 
 
@@ -58,8 +58,8 @@ def test_a_node_has_the_same_bits_drafted_committed_and_in_a_prompt(shape, dtype
     rng = random.Random(1)
     for seed in range(12):
         parents, depths = random_tree(rng, rng.randint(1, 20))
-        manner = Manner(shape[2] ** -0.5, Reach(window=rng.choice([None, 50])), rng.choice([None, 20.0]))
-        drafted, alone, behind = three_ways(ordered, shape, dtype, manner, rng.randint(0, 280), parents, depths, seed)
+        params = AttentionParams(shape[2] ** -0.5, Window(sliding=rng.choice([None, 50])), rng.choice([None, 20.0]))
+        drafted, alone, behind = three_ways(ordered, shape, dtype, params, rng.randint(0, 280), parents, depths, seed)
         assert torch.equal(drafted, alone)
         assert torch.equal(alone, behind)
 
@@ -69,7 +69,7 @@ def test_a_tree_too_large_for_one_product_keeps_its_bits():
     if not is_order_proof(4, 2, 64, 64, torch.float32):
         pytest.skip("this machine's matrix library adds in another order")
     parents, depths = random_tree(random.Random(2), 300)
-    drafted, alone, behind = three_ways(ordered, (4, 2, 64), torch.float32, Manner(0.1, Reach()), 100, parents, depths, 0)
+    drafted, alone, behind = three_ways(ordered, (4, 2, 64), torch.float32, AttentionParams(0.1, Window()), 100, parents, depths, 0)
     assert torch.equal(drafted, alone)
     assert torch.equal(alone, behind)
 
@@ -78,14 +78,14 @@ def test_a_tree_too_large_for_one_product_keeps_its_bits():
 @pytest.mark.parametrize("kernel", [ordered, wide])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("sinks", [False, True])
-@pytest.mark.parametrize("reach", [Reach(), Reach(window=7), Reach(chunk=16)])
-def test_it_is_the_attention_that_is_written_in_the_book(kernel, softcap, sinks, reach):
+@pytest.mark.parametrize("window", [Window(), Window(sliding=7), Window(chunk=16)])
+def test_it_is_the_attention_that_is_written_in_the_book(kernel, softcap, sinks, window):
     parents, depths = random_tree(random.Random(3), 12)
     query, keys, values = torch.randn(6, 12, 32), torch.randn(2, 142, 32), torch.randn(2, 142, 48)
-    sight = Sight(0, 12, 0, 130, seen_by(parents), torch.tensor(depths) + 130)
-    manner = Manner(0.2, reach, softcap, torch.randn(6) if sinks else None)
-    wanted = plain(query, keys, values, sight, manner)
-    torch.testing.assert_close(kernel(query, keys, values, sight, manner), wanted, rtol=1e-5, atol=1e-5)
+    row_mask = RowMask(0, 12, 0, 130, seen_by(parents), torch.tensor(depths) + 130)
+    params = AttentionParams(0.2, window, softcap, torch.randn(6) if sinks else None)
+    wanted = plain(query, keys, values, row_mask, params)
+    torch.testing.assert_close(kernel(query, keys, values, row_mask, params), wanted, rtol=1e-5, atol=1e-5)
 
 
 @torch.inference_mode()
@@ -93,8 +93,8 @@ def test_the_measurement_is_not_blinded_by_the_rounding_of_bf16(monkeypatch):
     """What differs in fp32 alone differs in the model somewhere; a result in bf16 hides most of it."""
     by_the_book = attention._add_up
 
-    def noisy(weights, values, sight):
-        return by_the_book(weights, values, sight) * (1 + 2**-20 * (sight.nodes > 1))
+    def noisy(weights, values, row_mask):
+        return by_the_book(weights, values, row_mask) * (1 + 2**-20 * (row_mask.nodes > 1))
 
     monkeypatch.setattr(attention, "_add_up", noisy)
     assert not is_order_proof(4, 4, 64, 64, torch.bfloat16)
