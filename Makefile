@@ -24,12 +24,13 @@ lint: $(READY)  ## ruff
 types: $(READY)  ## mypy, strict, on the package
 	$(BIN)/mypy
 
+# One process per core, and one thread in each: threads that wait for each other would spin.
 pytest: $(READY)  ## all tests, the slow ones too
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 # The package is installed from its wheel and runs elsewhere, so that nothing of this folder is found by chance.
 lower: $(LOWER_READY)  ## a few tests and the demo from a wheel, with the oldest versions that are allowed
-	$(LOWER)/bin/python -m pytest -q -m "not slow" -p no:cacheprovider $(LOWER_TESTS)
+	OMP_NUM_THREADS=1 $(LOWER)/bin/python -m pytest -q -m "not slow" -p no:cacheprovider $(LOWER_TESTS)
 	rm -rf $(LOWER)/wheel $(LOWER)/elsewhere
 	mkdir $(LOWER)/elsewhere
 	$(LOWER)/bin/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(LOWER)/wheel .
