@@ -35,7 +35,8 @@ from headstart.cli.options import Model
 from headstart.drafters.parts import grow
 from headstart.engine import engine as rounds
 from headstart.engine.engine import Engine
-from headstart.speculation.sampling import Rows, SamplingParams
+from headstart.speculation.params import SamplingParams
+from headstart.speculation.rows import Rows
 
 PARTS = ("propose", "prune", "merge", "score", "verify", "commit", "extend", "host")
 INSIDE = ("layers", "walk", "project", "noise", "choose", "tree")

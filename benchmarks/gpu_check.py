@@ -35,8 +35,8 @@ from headstart.drafters.lookup import Lookup
 from headstart.drafters.registry import METHODS, method
 from headstart.engine.drafter_loading import folder_of, make
 from headstart.engine.engine import Engine
+from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Best
-from headstart.speculation.sampling import SamplingParams
 from headstart.speculation.tree import ROOT, Drafts, merge
 from headstart.target.cache import Seating
 from headstart.target.loading import embedded

@@ -26,8 +26,8 @@ from headstart.cli.bench import as_tasks
 from headstart.cli.options import Model
 from headstart.engine.stats import Stats
 from headstart.speculation.calibration import UNFITTED, Calibration
+from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Chain, StaticTree
-from headstart.speculation.sampling import SamplingParams
 from headstart.speculation.verify import RULES
 
 RULE_OF = {"coupled": RULES["coupled"], "rejection": RULES["rejection"], "picked": replace(RULES["coupled"], noise="none")}

@@ -24,8 +24,9 @@ from transformers.utils import logging
 from headstart.bench import report, runner, suites
 from headstart.bench.replay import Replay
 from headstart.engine.engine import Engine
+from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Best
-from headstart.speculation.sampling import Rows, SamplingParams
+from headstart.speculation.rows import Rows
 from headstart.speculation.tree import ROOT, Drafts, Kept
 from headstart.speculation.verify import RULES
 from headstart.target.cache import Seating

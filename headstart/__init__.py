@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from headstart.engine.generate_hook import custom_generate
     from headstart.engine.llm import LLM, load
     from headstart.engine.scheduler import Request
-    from headstart.speculation.sampling import SamplingParams
+    from headstart.speculation.params import SamplingParams
 
 __version__ = "0.1.0"
 
@@ -33,7 +33,7 @@ _ROOMS = {
     "Drafter": "headstart.drafters",
     "Engine": "headstart.engine.engine",
     "Request": "headstart.engine.scheduler",
-    "SamplingParams": "headstart.speculation.sampling",
+    "SamplingParams": "headstart.speculation.params",
     "custom_generate": "headstart.engine.generate_hook",
     "load": "headstart.engine.llm",
 }

@@ -20,8 +20,8 @@ from headstart.drafters import Drafter
 from headstart.drafters.draft_model import ModelDrafter
 from headstart.drafters.lookup import Lookup
 from headstart.engine.drafter_loading import heads_in
+from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Best, Chain, Planner, StaticTree
-from headstart.speculation.sampling import SamplingParams
 from headstart.target.loading import load_model
 from headstart.target.target import Target
 from headstart.target.tokenizer_loading import load_tokenizer

@@ -14,7 +14,7 @@ from headstart.drafters.medusa import Medusa, MedusaConfig
 from headstart.drafters.mtp import Mtp, MtpConfig
 from headstart.drafters.mtp_parallel import ParallelConfig, ParallelMtp
 from headstart.drafters.parts.heads import Heads
-from headstart.speculation.sampling import Choice
+from headstart.speculation.rows import Choice
 from headstart.target.target import Target
 
 KINDS = ("medusa", "medusa, shared", "hydra", "hydra++", "mtp", "mtp, 3 modules", "mtp, hidden first", "mtp-parallel", "eagle",

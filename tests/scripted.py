@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from headstart.drafters import Drafter
 from headstart.engine.engine import Engine
 from headstart.engine.scheduler import Request
+from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Plan, Planner
-from headstart.speculation.sampling import Rows, SamplingParams
+from headstart.speculation.rows import Rows
 from headstart.speculation.tree import ROOT, Drafts, Kept
 from headstart.target.cache import Seating
 from headstart.target.target import Target

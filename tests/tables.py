@@ -7,8 +7,10 @@ from scipy import stats
 from torch import Tensor
 
 from headstart.drafters.parts.grow import Level, compose, grow
+from headstart.speculation.distribution import History, SamplingTensors, warp
+from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Planner
-from headstart.speculation.sampling import History, Paths, Rows, SamplingParams, SamplingTensors, warp
+from headstart.speculation.rows import Paths, Rows
 from headstart.speculation.tree import ROOT, Drafts, Forest, merge
 from headstart.speculation.verify import Rule, verify
 
@@ -20,7 +22,7 @@ def make_rows(
     seeds: Sequence[int],
     vocab: int,
     *,
-    places: Sequence[int] | None = None,
+    root_positions: Sequence[int] | None = None,
     roots: Sequence[int] | None = None,
     depths: Sequence[int] | None = None,
     width: int = 2,
@@ -35,7 +37,7 @@ def make_rows(
     return Rows(
         seats=tuple(range(count)),
         roots=tuple(roots or [0] * count),
-        places=tuple(places or [0] * count),
+        root_positions=tuple(root_positions or [0] * count),
         depths=tuple(depths or [1] * count),
         width=width,
         beam=beam,
@@ -122,7 +124,7 @@ def rounds(
             params,
             seeds,
             target.shape[-1],
-            places=[len(text) - 1 for text in texts],
+            root_positions=[len(text) - 1 for text in texts],
             roots=[text[-1] for text in texts],
             depths=[min(plan.depth, depth)] * len(texts),
             width=plan.width,

@@ -31,8 +31,9 @@ from headstart.speculation.calibration import (
     walk,
 )
 from headstart.speculation.noise import gumbel, mix, noise_keys, signed
+from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Chain, Planner
-from headstart.speculation.sampling import Rows, SamplingParams
+from headstart.speculation.rows import Rows
 from headstart.speculation.tree import Drafts, Kept
 from headstart.target.cache import Seating
 from headstart.target.embed_head import EmbedHead

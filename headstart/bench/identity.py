@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headstart.speculation.sampling import History, Paths, Rows, SamplingParams, SamplingTensors
+from headstart.speculation.distribution import History, SamplingTensors
+from headstart.speculation.params import SamplingParams
+from headstart.speculation.rows import Paths, Rows
 from headstart.speculation.tree import Drafts, merge
 from headstart.target.cache import Seating
 from headstart.target.target import Target

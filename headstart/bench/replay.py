@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from headstart.speculation.sampling import Rows
+from headstart.speculation.rows import Rows
 from headstart.speculation.tree import Forest
 from headstart.speculation.verify import Asked, Decisions, Rule
 

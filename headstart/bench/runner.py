@@ -17,8 +17,8 @@ from headstart.engine.engine import Engine
 from headstart.engine.scheduler import Request
 from headstart.engine.stats import Stats
 from headstart.speculation.noise import mix
+from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import CalibratedTree, Planner, parse
-from headstart.speculation.sampling import SamplingParams
 from headstart.speculation.verify import parse_rule
 from headstart.target.target import Target
 

@@ -48,7 +48,7 @@ def demo(
     Example: headstart demo --max-tokens 96
     """
     from headstart.bench import report, runner, suites
-    from headstart.speculation.sampling import SamplingParams
+    from headstart.speculation.params import SamplingParams
 
     cases = [*suites.SUITES["stories"][:3], suites.SUITES["questions"][0]]
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)

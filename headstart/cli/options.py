@@ -18,7 +18,7 @@ from headstart.cli import completion as complete
 
 if TYPE_CHECKING:
     from headstart.engine.llm import LLM
-    from headstart.speculation.sampling import SamplingParams
+    from headstart.speculation.params import SamplingParams
 
 _MODEL, _SAMPLING = "Model and decoding", "Sampling"
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -170,7 +170,7 @@ class Sampling:
 
     def params(self, **more: Any) -> "SamplingParams":
         """Checked, before anything is loaded. more: fields that only one command has."""
-        from headstart.speculation.sampling import SamplingParams
+        from headstart.speculation.params import SamplingParams
 
         settings = {field.name: getattr(self, field.name) for field in fields(self)}
         settings["max_tokens"] = 256 if self.max_tokens is None else self.max_tokens

@@ -138,7 +138,7 @@ def _embedded() -> str:
 def _decoder(config: "TrainConfig") -> "Callable[[Any, Any, Sequence[Sequence[int]]], float]":
     """What `headstart.training.train` may not know: how heads are used."""
     from headstart.engine.engine import Engine
-    from headstart.speculation.sampling import SamplingParams
+    from headstart.speculation.params import SamplingParams
     from headstart.target.target import Target
 
     def decode(model: Any, heads: Any, prompts: Sequence[Sequence[int]]) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headstart.drafters.parts.grow import Level, grow
 from headstart.speculation.planner import Best, Planner
-from headstart.speculation.sampling import Rows
+from headstart.speculation.rows import Rows
 from headstart.speculation.tree import Drafts, Kept, merge
 from headstart.target.attention import RowMask
 from headstart.target.cache import KVCache, Seating

@@ -18,7 +18,7 @@ from headstart.drafters.parts.grow import Level, drafting_rows, grow, of_parents
 from headstart.drafters.parts.heads import Block, Heads, HeadsConfig
 from headstart.drafters.parts.llama_layer import llama_block
 from headstart.drafters.parts.losses import Batch, HeadOutput
-from headstart.speculation.sampling import Rows
+from headstart.speculation.rows import Rows
 from headstart.speculation.tree import Drafts, Kept
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
 from headstart.speculation.planner import Best, Planner
-from headstart.speculation.sampling import Rows
+from headstart.speculation.rows import Rows
 from headstart.speculation.tree import ROOT, Drafts, Kept
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from headstart.drafters.parts.grow import compose
 from headstart.drafters.parts.heads import Block, Heads, HeadsConfig
 from headstart.drafters.parts.losses import Batch, HeadOutput
-from headstart.speculation.sampling import Rows
+from headstart.speculation.rows import Rows
 from headstart.speculation.tree import Drafts
 
 

@@ -18,7 +18,7 @@ from headstart.drafters.parts.decoder_heads import Layered
 from headstart.drafters.parts.grow import compose
 from headstart.drafters.parts.llama_layer import llama_block
 from headstart.drafters.parts.losses import Batch, HeadOutput, Objective, loss_by_depth
-from headstart.speculation.sampling import Rows
+from headstart.speculation.rows import Rows
 from headstart.speculation.tree import Drafts, Kept
 
 

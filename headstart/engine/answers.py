@@ -15,7 +15,7 @@ from headstart.engine.engine import Engine
 from headstart.engine.events import Event, EventQueue
 from headstart.engine.scheduler import Request, Stream
 from headstart.engine.stats import Stats
-from headstart.speculation.sampling import SamplingParams
+from headstart.speculation.params import SamplingParams
 
 
 @dataclass(frozen=True)

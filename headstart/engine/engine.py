@@ -21,9 +21,11 @@ from headstart.engine.exclusive import Exclusive
 from headstart.engine.savepoint import Savepoint
 from headstart.engine.scheduler import Request, Scheduler, Stream, Turn
 from headstart.engine.stats import Part, Stats
+from headstart.speculation.distribution import History, SamplingTensors
 from headstart.speculation.noise import draw_seed
+from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Plan, Planner
-from headstart.speculation.sampling import History, Rows, SamplingParams, SamplingTensors
+from headstart.speculation.rows import Rows
 from headstart.speculation.tree import Drafts, Forest, Kept, merge
 from headstart.speculation.verify import Rule, Verdict, parse_rule, verify
 from headstart.target.cache import Seating

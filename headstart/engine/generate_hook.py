@@ -19,8 +19,8 @@ from headstart.drafters import Drafter
 from headstart.engine.drafter_loading import make, read_planner
 from headstart.engine.engine import Engine
 from headstart.engine.scheduler import Request
+from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Planner
-from headstart.speculation.sampling import SamplingParams
 from headstart.target.cache import Seating
 from headstart.target.target import Target
 from headstart.text.tokenizer import stop_token_ids

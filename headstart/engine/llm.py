@@ -20,8 +20,8 @@ from headstart.engine.engine import Engine
 from headstart.engine.scheduler import Request
 from headstart.engine.stats import Stats
 from headstart.speculation.noise import draw_seed, mix
+from headstart.speculation.params import SamplingParams, SamplingSettings, read_settings
 from headstart.speculation.planner import Planner
-from headstart.speculation.sampling import SamplingParams, SamplingSettings, read_settings
 from headstart.target.loading import check_folder, embedded
 from headstart.target.target import Target
 from headstart.target.tokenizer_loading import load_tokenizer

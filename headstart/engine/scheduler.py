@@ -13,7 +13,7 @@ from typing import Protocol
 
 from headstart.engine.events import EventQueue
 from headstart.engine.stats import Part, Stats
-from headstart.speculation.sampling import SamplingParams
+from headstart.speculation.params import SamplingParams
 from headstart.target.cache import Seating
 
 

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from headstart.speculation.distribution import warp
 from headstart.speculation.noise import gumbel, noise_keys, uniform
-from headstart.speculation.sampling import Paths, Rows, warp
+from headstart.speculation.rows import Paths, Rows
 from headstart.speculation.tree import ROOT, Forest
 
 

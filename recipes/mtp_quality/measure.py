@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from headstart.bench import report, runner, suites
 from headstart.drafters.parts.losses import Metrics, Objective
 from headstart.formats import load
-from headstart.speculation.sampling import SamplingParams
+from headstart.speculation.params import SamplingParams
 from headstart.target.embed_head import EmbedHead
 from headstart.target.loading import load_model
 from headstart.target.target import Target

@@ -18,8 +18,8 @@ from headstart.engine.engine import Engine
 from headstart.engine.stats import Stats
 from headstart.formats import describe_target, save
 from headstart.speculation.calibration import UNFITTED, HeadsPlan, Tree, save_plan
+from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Best, CalibratedTree, Chain, StaticTree
-from headstart.speculation.sampling import SamplingParams
 from headstart.speculation.verify import RULES
 from headstart.target.target import Target
 

@@ -15,7 +15,8 @@ from headstart.bench import runner
 from headstart.drafters.parts import grow
 from headstart.engine.stats import Stats
 from headstart.formats import describe_target, save
-from headstart.speculation.sampling import Rows, SamplingParams
+from headstart.speculation.params import SamplingParams
+from headstart.speculation.rows import Rows
 from headstart.target.target import Target
 from headstart.target.tokenizer_loading import load_tokenizer
 

@@ -16,7 +16,7 @@ from headstart.engine.drafter_loading import heads_in
 from headstart.engine.engine import Engine
 from headstart.formats import describe, describe_target, save
 from headstart.speculation.calibration import PLAN, Calibration, HeadsPlan, Tree, save_plan
-from headstart.speculation.sampling import SamplingParams
+from headstart.speculation.params import SamplingParams
 from headstart.target.target import Target
 from headstart.target.tokenizer_loading import load_tokenizer
 

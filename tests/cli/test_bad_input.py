@@ -20,7 +20,7 @@ import headstart
 from headstart.bench.calibrate import SIZES
 from headstart.cli import app
 from headstart.formats import describe_target, save
-from headstart.speculation.sampling import SamplingParams
+from headstart.speculation.params import SamplingParams
 from headstart.target.loading import load_model
 from headstart.target.target import Target
 from headstart.target.tokenizer_loading import load_tokenizer

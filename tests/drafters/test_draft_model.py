@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 from headstart.drafters.draft_model import ModelDrafter
 from headstart.engine.drafter_loading import make
 from headstart.engine.engine import Engine
+from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Best, Chain
-from headstart.speculation.sampling import SamplingParams
 from headstart.target.target import Target
 
 TOKENS = 320  # of the tokenizer

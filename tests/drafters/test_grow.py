@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from tables import drafting, make_rows, paths_of
 
 from headstart.drafters.parts.grow import Level, compose, grow
+from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Best
-from headstart.speculation.sampling import Rows, SamplingParams
+from headstart.speculation.rows import Rows
 from headstart.speculation.tree import ROOT, Drafts
 
 VOCAB = 5

@@ -20,8 +20,8 @@ from headstart.drafters.registry import METHODS
 from headstart.engine.drafter_loading import make
 from headstart.formats import describe_target, detect
 from headstart.speculation.calibration import UNFITTED
+from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Best, Chain, StaticTree
-from headstart.speculation.sampling import SamplingParams
 from headstart.target.cache import Seating
 from headstart.target.loading import embedded, load_model
 from headstart.target.target import Target

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from headstart.drafters import Drafter
 from headstart.drafters.lookup import Lookup, Record, SuffixAutomaton
-from headstart.speculation.sampling import Rows, SamplingParams, SamplingTensors
+from headstart.speculation.distribution import SamplingTensors
+from headstart.speculation.params import SamplingParams
+from headstart.speculation.rows import Rows
 from headstart.speculation.tree import ROOT, Kept
 
 TEXTS = st.lists(st.integers(0, 2), max_size=30)
@@ -158,7 +160,7 @@ def rows_of(*texts: list[int], depth: int = 4, width: int = 4, beam: int = 4, no
     sampling = SamplingTensors.of([SamplingParams()] * len(texts), [0] * len(texts), "cpu")
     return Rows(
         seats=tuple(range(len(texts))), roots=tuple(text[-1] for text in texts),
-        places=tuple(len(text) - 1 for text in texts), depths=(depth,) * len(texts),
+        root_positions=tuple(len(text) - 1 for text in texts), depths=(depth,) * len(texts),
         width=width, beam=beam, nodes=nodes, sampling=sampling, vocab=100,
     )  # fmt: skip
 

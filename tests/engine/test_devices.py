@@ -16,8 +16,8 @@ from headstart.drafters.draft_model import ModelDrafter
 from headstart.drafters.lookup import Lookup
 from headstart.engine.engine import Engine
 from headstart.engine.generate_hook import custom_generate
+from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Best, Chain, StaticTree
-from headstart.speculation.sampling import SamplingParams
 from headstart.target.target import Target
 
 MODEL = random_model(ARCHITECTURES["llama"](), torch.float64)

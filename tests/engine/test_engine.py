@@ -19,8 +19,8 @@ from headstart.drafters.lookup import Lookup
 from headstart.engine.engine import Engine
 from headstart.engine.llm import LLM
 from headstart.speculation.noise import mix
+from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Best, Chain, StaticTree
-from headstart.speculation.sampling import SamplingParams
 from headstart.speculation.tree import Drafts, merge
 from headstart.target.cache import Seating
 from headstart.target.target import Target

@@ -12,8 +12,9 @@ from transformers import LlamaConfig
 from headstart.bench.identity import Split, _borders, find_split, tie_gap
 from headstart.drafters.draft_model import ModelDrafter
 from headstart.engine.engine import Engine
+from headstart.speculation.distribution import SamplingTensors, warp
+from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Chain
-from headstart.speculation.sampling import SamplingParams, SamplingTensors, warp
 from headstart.target.target import Target
 
 TOKENS = {"tiny": 90, "stories260K": 90, "babyllama105": 90, "talk13M": 60, "embedded": 60}  # in each of 78 cells

@@ -11,7 +11,7 @@ from tiny import ARCHITECTURES, random_model
 import headstart
 from headstart.engine.drafter_loading import heads_in, make
 from headstart.engine.engine import Engine
-from headstart.speculation.sampling import SamplingParams
+from headstart.speculation.params import SamplingParams
 from headstart.target import target as target_module
 from headstart.target.kernels import choice
 from headstart.target.kernels.attention import ordered, wide

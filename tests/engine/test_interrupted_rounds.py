@@ -18,8 +18,8 @@ import headstart
 from headstart.drafters.draft_model import ModelDrafter
 from headstart.drafters.lookup import Lookup
 from headstart.engine.engine import Engine
+from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Best
-from headstart.speculation.sampling import SamplingParams
 from headstart.speculation.tree import Kept
 from headstart.text.tokenizer import Piece
 

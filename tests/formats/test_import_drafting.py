@@ -12,8 +12,8 @@ from published import HIDDEN, Trial, random, write
 
 from headstart import formats as checkpoint
 from headstart.engine.engine import Engine
+from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Best, Chain
-from headstart.speculation.sampling import SamplingParams
 from headstart.target.loading import load_model
 from headstart.target.target import Target
 

@@ -21,8 +21,8 @@ from headstart.drafters.parts.decoder import block_of, decoder
 from headstart.drafters.parts.losses import Batch
 from headstart.engine.drafter_loading import make
 from headstart.engine.engine import Engine
+from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Chain
-from headstart.speculation.sampling import SamplingParams
 from headstart.target.embed_head import EmbedHead
 from headstart.target.hidden_states import TAKES_A_LIST
 from headstart.target.target import Target

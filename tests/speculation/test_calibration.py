@@ -34,7 +34,7 @@ tables = st.lists(st.lists(shares, min_size=1, max_size=2), min_size=1, max_size
     [(0.0, 1, 0.5), (0.25, 1, 0.625), (1.0, 2, 2.0), (5.0, 1, 1.0), (0.5, 2, 1.4), (0.5, 9, 1.4)],
 )
 def test_a_temperature_between_two_measured_ones_is_interpolated(temperature, level, tau):
-    assert FITTED.heat(torch.tensor([temperature]), level).item() == pytest.approx(tau)
+    assert FITTED.calibration_temperature_at(torch.tensor([temperature]), level).item() == pytest.approx(tau)
 
 
 def test_every_row_gets_the_chances_of_its_own_temperature():
@@ -44,7 +44,7 @@ def test_every_row_gets_the_chances_of_its_own_temperature():
 
 def test_without_a_measurement_chances_are_those_of_the_log():
     temperatures = torch.tensor([0.0, 0.7, 3.0])
-    assert UNFITTED.heat(temperatures, 4).tolist() == pytest.approx([0.6] * 3)
+    assert UNFITTED.calibration_temperature_at(temperatures, 4).tolist() == pytest.approx([0.6] * 3)
     assert UNFITTED.of_ranks(temperatures, 2, 4)[1].tolist() == pytest.approx([0.6 * 0.4**rank for rank in range(4)])
 
 

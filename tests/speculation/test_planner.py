@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tables import drafting, make_rows
 
 from headstart.drafters.parts.grow import Level, grow
+from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Best, Chain, StaticTree, rank_paths
-from headstart.speculation.sampling import SamplingParams
 from headstart.speculation.tree import ROOT, Drafts
 
 VOCAB = 5

@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from headstart.speculation.calibration import Calibration
-from headstart.speculation.sampling import History, SamplingParams, SamplingTensors, Truncation, penalise, warp
+from headstart.speculation.distribution import History, SamplingTensors, Truncation, penalise, warp
+from headstart.speculation.params import SamplingParams
 
 VOCAB = 50
 ROOT_LEVEL = range(1)
@@ -199,12 +200,12 @@ def test_rows_of_all_kinds_together_decide_as_each_alone_bit_for_bit():
         history.start(seat, [1, 2, seat], [seat, seat + 1])
     places, seeds = [5, 9, 2, 40, 7, 1], [0, 1, 2, 2**64 - 1, -1, 5]
     logits, levels = random_logits(18), torch.arange(3).repeat(6)
-    together = make_rows(kinds, seeds, VOCAB, places=places, history=history)
+    together = make_rows(kinds, seeds, VOCAB, root_positions=places, history=history)
     lines = paths_of([row for row in range(6) for _ in range(3)])
     tokens, sure = together.decide(logits, levels, range(3), lines)
     children = together.choose(logits, 1, lines, 4)
     for row, params in enumerate(kinds):
-        alone = make_rows([params], seeds[row : row + 1], VOCAB, places=places[row : row + 1], history=history)
+        alone = make_rows([params], seeds[row : row + 1], VOCAB, root_positions=places[row : row + 1], history=history)
         alone.seats = (row,)
         own = slice(3 * row, 3 * row + 3)
         found, is_sure = alone.decide(logits[own], levels[own], range(3), paths_of([0] * 3))
@@ -220,10 +221,10 @@ def test_rows_of_all_kinds_together_decide_as_each_alone_bit_for_bit():
 def test_the_depth_of_a_node_and_the_place_of_its_row_name_the_same_noise():
     params = SamplingParams(temperature=1.0)
     logits = random_logits(1).expand(4, -1)
-    tree = make_rows([params], [3], VOCAB, places=[10])
+    tree = make_rows([params], [3], VOCAB, root_positions=[10])
     tokens, _ = tree.decide(logits, torch.arange(4), range(4), paths_of([0] * 4))
     for level in range(4):
-        row = make_rows([params], [3], VOCAB, places=[10 + level])
+        row = make_rows([params], [3], VOCAB, root_positions=[10 + level])
         assert row.decide(logits[:1], zeros(1), ROOT_LEVEL, paths_of([0]))[0].item() == tokens[level]
         assert tree.choose(logits[:1], level + 1, paths_of([0]), 1).tokens.item() == tokens[level]
 
@@ -242,7 +243,7 @@ def test_decided_tokens_follow_the_law(params):
     logits = torch.tensor([[1.0, 0.2, 0.0, -0.5, 0.8]])
     counts = torch.zeros(5)
     for place in range(40):  # of many seeds, at several positions
-        rows = make_rows([params] * 1000, range(1000), 5, places=[place] * 1000)
+        rows = make_rows([params] * 1000, range(1000), 5, root_positions=[place] * 1000)
         tokens = rows.decide_fully(logits.expand(1000, -1), zeros(1000), ROOT_LEVEL, paths_of(range(1000)))
         counts += torch.bincount(tokens, minlength=5)
     distribution = warp(logits, SamplingTensors.of([params], [0]))[0]
@@ -334,7 +335,7 @@ def test_a_reduced_vocabulary_chooses_what_the_full_one_would_with_the_rest_forb
 
 def test_the_best_child_of_a_perfect_drafter_is_what_the_target_decides():
     params = [SamplingParams(temperature=1.0, top_k=8), SamplingParams(), SamplingParams(temperature=0.6)]
-    rows = make_rows(params, [4, 5, 6], VOCAB, places=[3, 1, 4])
+    rows = make_rows(params, [4, 5, 6], VOCAB, root_positions=[3, 1, 4])
     logits, lines = random_logits(30), paths_of([0, 1, 2] * 10)
     tokens, _ = rows.decide(logits, zeros(30), ROOT_LEVEL, lines)
     choice = rows.choose(logits, 1, lines, VOCAB)
@@ -370,8 +371,8 @@ def test_children_drawn_with_fresh_noise_are_drawn_without_replacement():
 
 def test_a_position_that_is_drafted_again_meets_fresh_noise():
     params = SamplingParams(temperature=1.0)
-    before = make_rows([params], [0], VOCAB, places=[10], noise_rule="fresh")
-    after = make_rows([params], [0], VOCAB, places=[11], noise_rule="fresh")
+    before = make_rows([params], [0], VOCAB, root_positions=[10], noise_rule="fresh")
+    after = make_rows([params], [0], VOCAB, root_positions=[11], noise_rule="fresh")
     logits = torch.zeros(1, VOCAB).expand(100, -1)
     one, other = before.choose(logits, 2, paths_of([0] * 100), 1), after.choose(logits, 1, paths_of([0] * 100), 1)
     assert int((one.tokens == other.tokens).sum()) < 15

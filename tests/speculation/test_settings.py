@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import headstart
-from headstart.speculation.sampling import SYNONYMS, SamplingParams, SamplingSettings, read_settings
+from headstart.speculation.params import SYNONYMS, SamplingParams, SamplingSettings, read_settings
 
 NAMES = {field.name for field in fields(SamplingParams)}
 

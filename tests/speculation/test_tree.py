@@ -63,7 +63,7 @@ def test_taken_drafts_keep_their_ancestors_and_all_that_is_theirs(shape, data):
     taken.check()
     for place, node in enumerate(order):
         assert taken.tokens[path(taken, place)].tolist() == drafts.tokens[path(drafts, node)].tolist()
-    assert taken.laws.flatten().tolist() == [0, 1, 2, 3, *(4 + node for node in order)]
+    assert taken.distributions.flatten().tolist() == [0, 1, 2, 3, *(4 + node for node in order)]
 
 
 @given(

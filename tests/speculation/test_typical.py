@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 from headstart.bench import report, runner
 from headstart.cli import app
 from headstart.engine.engine import Engine
+from headstart.speculation.distribution import warp
+from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import StaticTree
-from headstart.speculation.sampling import SamplingParams, warp
 from headstart.speculation.tree import ROOT, Drafts
 from headstart.speculation.verify import RULES, asked_nodes, deepest, parse_rule, typical, verify
 
@@ -102,7 +103,7 @@ def test_a_round_emits_the_kept_drafts_and_then_the_targets_own_choice():
     """Both children are typical; only the second has a typical child of its own."""
     drafts = Drafts.of([0, 1, 2], [ROOT, ROOT, 1], [0] * 3, [1, 1, 2], [0.5] * 3)
     logits = torch.tensor([[1.0, 1.0, -9, -9], [0, 0, 0, 0.0], [-9, -9, 2.0, -9], [0, 0, 0, 0.0]])
-    rows = make_rows([WARM], [3], VOCAB, places=[5])
+    rows = make_rows([WARM], [3], VOCAB, root_positions=[5])
     verdict = verify(forest_of(drafts, [[0]]), logits, rows, RULES["typical"])
     own = (logits[3] + 0.7 * rows.noise(3)[0]).argmax().item()  # a node at position 7 decides index 8, three after the root
     assert (verdict.emitted, verdict.kept, verdict.asked) == (((1, 2, own),), ((1, 2),), ((0, 2, 3),))

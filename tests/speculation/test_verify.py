@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tables import asked_logits, drafting, forest_of, joint_law, make_rows, p_value, parallel, paths_of, rounds
 
+from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Best, Chain, StaticTree
-from headstart.speculation.sampling import Rows, SamplingParams
+from headstart.speculation.rows import Rows
 from headstart.speculation.tree import ROOT, Drafts, merge
 from headstart.speculation.verify import RULES, Decisions, Rule, asked_nodes, coupled_as_reached, coupled_at_once, verify
 
@@ -88,11 +89,11 @@ def test_the_coupled_rule_keeps_what_the_target_decides_alone(nodes, seed):
     forest = merge([[0]] * 4, [3, 0, 8, 5], [True] * 4, drafts)
     asked = asked_nodes(forest)
     logits = torch.randn(len(asked.rows), VOCAB, generator=torch.Generator().manual_seed(seed))
-    rows = make_rows(PARAMS, range(seed, seed + 4), VOCAB, places=[3, 0, 8, 5])
+    rows = make_rows(PARAMS, range(seed, seed + 4), VOCAB, root_positions=[3, 0, 8, 5])
     verdict = verify(forest, logits, rows, RULES["coupled"])
     wanted = []
     for line, (row, level) in enumerate(zip(asked.rows.tolist(), asked.levels.tolist(), strict=True)):
-        alone = make_rows([PARAMS[row]], [seed + row], VOCAB, places=[rows.root_positions[row] + level])
+        alone = make_rows([PARAMS[row]], [seed + row], VOCAB, root_positions=[rows.root_positions[row] + level])
         wanted.append(alone.decide_fully(logits[line : line + 1], torch.tensor([0]), range(1), paths_of([0])).item())
     first = 0
     for row in range(4):
@@ -107,7 +108,7 @@ def test_deciding_at_once_keeps_what_deciding_as_reached_keeps(tries, nodes, who
     drafts = drafts_of(nodes, tuple(whole))
     forest = merge([[0]] * 4, [3, 0, 8, 5], whole, drafts, num_nodes=30)
     logits = torch.randn(len(forest.asked), VOCAB, generator=torch.Generator().manual_seed(seed))
-    rows = make_rows(PARAMS, range(seed, seed + 4), VOCAB, places=[3, 0, 8, 5])
+    rows = make_rows(PARAMS, range(seed, seed + 4), VOCAB, root_positions=[3, 0, 8, 5])
     decide = Rows.decide
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Rows, "decide", lambda *args: decide(*args, tries=tries))
@@ -143,7 +144,7 @@ def test_nothing_is_decided_where_every_stem_is_cut():
 
 def test_penalties_see_the_ancestors_of_a_node():
     """The target wants 1 for ever; with a strong penalty it wants it only once on a path."""
-    from headstart.speculation.sampling import History
+    from headstart.speculation.distribution import History
 
     history = History(1, VOCAB, "cpu")
     history.start(0, [3])
@@ -238,7 +239,7 @@ def test_rows_of_different_laws_share_a_forest_under_rejection():
 # ------------------------------------------------------------------------------------
 
 
-def with_laws(draft, table: torch.Tensor):
+def with_distributions(draft, table: torch.Tensor):
     """Picked children with the drafter's softmax as the distribution they were drawn from: a lie."""
 
     def propose(rows: Rows, texts) -> Drafts:
@@ -253,14 +254,14 @@ def with_laws(draft, table: torch.Tensor):
 
 def test_picked_children_judged_by_the_drafters_softmax_are_noticed():
     table = DRAFTERS["bad"]
-    assert law_test(with_laws(picked(table), table)) < 1e-9
+    assert law_test(with_distributions(picked(table), table)) < 1e-9
 
 
 def test_proposal_noise_that_is_reused_across_rounds_is_noticed():
     """Keyed by level only: the second round's draws meet the first's noise, which the text already depends on."""
 
     def propose(rows: Rows, texts) -> Drafts:
-        rows = replace(rows, places=(0,) * len(rows), _noise={})
+        rows = replace(rows, root_positions=(0,) * len(rows), _noise={})
         return drafting(DRAFTERS["good"])(rows, texts)
 
     assert law_test(propose, planner=Chain(1)) < 1e-9

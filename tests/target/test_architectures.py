@@ -6,7 +6,7 @@ import transformers as hf
 from scripted import AsDrafted, Scripted, asks, decode, random_trees, texts
 from tiny import ARCHITECTURES, REFUSED, VOCAB, WINDOW, random_model, tiny
 
-from headstart.speculation.sampling import SamplingParams
+from headstart.speculation.params import SamplingParams
 from headstart.target import attention, selfcheck
 from headstart.target import target as target_module
 from headstart.target.target import Target

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from headstart.speculation.calibration import UNFITTED, Calibration
-from headstart.speculation.sampling import Choice, Paths, Rows
+from headstart.speculation.rows import Choice, Paths, Rows
 from headstart.speculation.tree import ROOT, Drafts
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from headstart.drafters.parts.losses import Batch, HeadOutput, Metrics, Objective, OutputHead, drafter_loss
 from headstart.speculation.calibration import UNFITTED, Calibration
 from headstart.speculation.planner import Best, Planner
-from headstart.speculation.sampling import Rows
+from headstart.speculation.rows import Rows
 from headstart.speculation.tree import Drafts, Kept
 
 if TYPE_CHECKING:
