@@ -111,7 +111,7 @@ class Scripted:
         parents: list[int] = []
         row_ids: list[int] = []
         depths: list[int] = []
-        for row in (row for row, depth in enumerate(rows.depths) if depth):
+        for row in rows.drafting:
             text, first = self.texts[rows.seats[row]], len(tokens)
             assert (len(text) - 1, text[-1]) == (rows.root_positions[row], rows.roots[row]), "the root is the last of what is known"
             for token, parent in self.script(self.coming(text), rows.depths[row]):

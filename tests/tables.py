@@ -9,7 +9,7 @@ from torch import Tensor
 from headstart.drafters.parts.grow import Level, compose, grow
 from headstart.speculation.distribution import History, SamplingTensors, warp
 from headstart.speculation.params import SamplingParams
-from headstart.speculation.planner import Planner
+from headstart.speculation.planner import Plan, Planner
 from headstart.speculation.rows import Paths, Rows
 from headstart.speculation.tree import ROOT, Drafts, Forest, merge
 from headstart.speculation.verify import Rule, verify
@@ -39,15 +39,11 @@ def make_rows(
         roots=tuple(roots or [0] * count),
         root_positions=tuple(root_positions or [0] * count),
         depths=tuple(depths or [1] * count),
-        width=width,
-        beam=beam,
-        nodes=nodes,
-        min_gain=min_gain,
+        plan=Plan(max(depths or [1]), width, beam, nodes, parents, min_gain),
         sampling=SamplingTensors.of(params, seeds),
         vocab=vocab,
         noise_rule=noise_rule,
         history=history,
-        parents=parents,
     )
 
 
@@ -90,7 +86,7 @@ def drafting(table: Tensor) -> Draft:
             before, last = torch.tensor(lines).T
             return table[before, last]
 
-        before, last = torch.tensor([text[-2:] for text, depth in zip(texts, rows.depths, strict=True) if depth]).T
+        before, last = torch.tensor([texts[row][-2:] for row in rows.drafting]).T
         return grow(rows, table[before, last], expand)
 
     return propose
@@ -100,7 +96,7 @@ def parallel(table: Tensor) -> Draft:
     """A drafter of parallel heads: head `d` guesses from the text's end alone, whatever stands between."""
 
     def propose(rows: Rows, texts: Sequence[Sequence[int]]) -> Drafts:
-        before, last = torch.tensor([text[-2:] for text, depth in zip(texts, rows.depths, strict=True) if depth]).T
+        before, last = torch.tensor([texts[row][-2:] for row in rows.drafting]).T
         return compose(rows, [table.roll(depth, 0)[before, last] for depth in range(rows.max_depth)])
 
     return propose

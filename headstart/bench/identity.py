@@ -15,6 +15,7 @@ from torch import Tensor
 
 from headstart.speculation.distribution import History, SamplingTensors
 from headstart.speculation.params import SamplingParams
+from headstart.speculation.planner import NO_DRAFTS
 from headstart.speculation.rows import Paths, Rows
 from headstart.speculation.tree import Drafts, merge
 from headstart.target.cache import Seating
@@ -83,7 +84,7 @@ def _decision(target: Target, text: Sequence[int], num_prompt: int, params: Samp
     sampling = SamplingTensors.of([params], [params.seed or 0], target.device)
     history = History(1, target.vocab, target.device)
     history.start(0, text[:num_prompt], text[num_prompt:])
-    rows = Rows((0,), (text[-1],), (len(text) - 1,), (0,), 0, 0, 0, sampling, target.vocab, history=history)
+    rows = Rows((0,), (text[-1],), (len(text) - 1,), (0,), NO_DRAFTS, sampling, target.vocab, history=history)
     paths = Paths(torch.zeros(1, dtype=torch.int64, device=target.device), sampling.seeds.new_empty(1, 0), sampling.seeds)
     logits = rows.adjust(_next_logits(target, text), paths)
     scores = logits.double() + params.temperature * rows.noise(1).double()

@@ -83,11 +83,10 @@ class ModelDrafter:
         # Where the draft model's context is shorter than the target's, a row stops drafting when it has outgrown it.
         fitting = [depth if self._fits(seat, 1 + depth) else 0 for seat, depth in zip(rows.seats, rows.depths, strict=True)]
         rows = replace(rows, depths=tuple(fitting))
-        drafting = [row for row, depth in enumerate(fitting) if depth > 0]
-        if not drafting:
+        if not rows.drafting:
             return Drafts.none(self.model.device)
-        seats = [rows.seats[row] for row in drafting]
-        roots = self._known([rows.roots[row] for row in drafting])
+        seats = [rows.seats[row] for row in rows.drafting]
+        roots = self._known([rows.roots[row] for row in rows.drafting])
         stems = [[*self._pending.get(seat, []), root] for seat, root in zip(seats, roots, strict=True)]
         logits = self._score_stems(seats, stems)
         return grow(rows, logits, lambda level: self._score_level(level, rows), self._ids)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from headstart.drafters.parts.decoder import Memory, decoder, slot_bytes
-from headstart.drafters.parts.grow import Level, drafting_rows, grow, of_parents
+from headstart.drafters.parts.grow import Level, grow, of_parents
 from headstart.drafters.parts.heads import Block, Heads, HeadsConfig
 from headstart.drafters.parts.llama_layer import llama_block
 from headstart.drafters.parts.losses import Batch, HeadOutput
@@ -147,9 +147,8 @@ class Hydra(Heads):
 
     @torch.inference_mode()
     def propose(self, rows: Rows) -> Drafts:
-        going = [(root, depth) for root, depth in zip(rows.roots, rows.depths, strict=True) if depth > 0]
-        roots = torch.tensor([root for root, _ in going]).to(self.device, non_blocking=True)
-        walk = _Walk(self, drafting_rows(rows), torch.cat([self.drafting(rows), self.embed_head.embed(roots)], -1)[:, None])
+        roots = torch.tensor([rows.roots[row] for row in rows.drafting]).to(self.device, non_blocking=True)
+        walk = _Walk(self, rows.drafting, torch.cat([self.drafting(rows), self.embed_head.embed(roots)], -1)[:, None])
         return grow(rows, walk.logits(), walk.step, calibration=self.calibration, deepest=self.depth)
 
     def fork(self, source: int, seat: int, length: int) -> None:

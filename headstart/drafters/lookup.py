@@ -192,13 +192,13 @@ class _Text:
         heap: list[_Draft] = []
         grown: list[_Draft] = []
         expanded = [0] * depth
-        self._push_children(heap, _Draft(-1.0, 0, -1, ROOT, 0, self.automaton.end), ROOT, rows.width, floor)
-        while heap and len(grown) < rows.nodes:
+        self._push_children(heap, _Draft(-1.0, 0, -1, ROOT, 0, self.automaton.end), ROOT, rows.plan.width, floor)
+        while heap and len(grown) < rows.plan.nodes:
             draft = heappop(heap)
             grown.append(draft)
-            if draft.depth < depth and expanded[draft.depth] < rows.beam:
+            if draft.depth < depth and expanded[draft.depth] < rows.plan.beam:
                 expanded[draft.depth] += 1
-                self._push_children(heap, draft, len(grown) - 1, rows.width, floor)
+                self._push_children(heap, draft, len(grown) - 1, rows.plan.width, floor)
         return grown
 
     def _push_children(self, heap: list[_Draft], draft: _Draft, number: int, width: int, floor: float) -> None:
@@ -244,12 +244,10 @@ class Lookup:
 
     def propose(self, rows: Rows) -> Drafts:
         drafts: list[tuple[int, int, int, int, float]] = []  # token, parent, row, depth, chance
-        for row, depth in enumerate(rows.depths):
-            if depth <= 0:
-                continue
+        for row in rows.drafting:
             text = self._texts[rows.seats[row]]
             text.is_answer = True
-            grown = text.grow(depth, rows, self.floor)
+            grown = text.grow(rows.depths[row], rows, self.floor)
             if -sum(draft.doubt for draft in grown) < self.min_gain:
                 continue
             first = len(drafts)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from headstart.drafters.parts.decoder import Memory, decoder, norm_like, unrolled
 from headstart.drafters.parts.decoder_heads import Layered
-from headstart.drafters.parts.grow import Level, drafting_rows, grow, of_parents
+from headstart.drafters.parts.grow import Level, grow, of_parents
 from headstart.drafters.parts.llama_layer import llama_block
 from headstart.drafters.parts.losses import Batch, HeadOutput
 from headstart.speculation.rows import Rows
@@ -174,7 +174,7 @@ class _Walk:
     deeper level asks are left out."""
 
     def __init__(self, mtp: Mtp, rows: Rows) -> None:
-        self.mtp, self.rows = mtp, drafting_rows(rows)
+        self.mtp, self.rows = mtp, rows.drafting
         self.seats = {row: rows.seats[row] for row in self.rows}
         states = mtp.drafting(rows).unflatten(-1, (len(mtp.stages), mtp.hidden))
         self.made = {place: states[:, place, None] for place in range(len(mtp.stages))}

@@ -24,7 +24,7 @@ from headstart.engine.stats import Part, Stats
 from headstart.speculation.distribution import History, SamplingTensors
 from headstart.speculation.noise import draw_seed
 from headstart.speculation.params import SamplingParams
-from headstart.speculation.planner import Plan, Planner
+from headstart.speculation.planner import NO_DRAFTS, Planner
 from headstart.speculation.rows import Rows
 from headstart.speculation.tree import Drafts, Forest, Kept, merge
 from headstart.speculation.verify import Rule, Verdict, parse_rule, verify
@@ -281,10 +281,10 @@ class Engine:
         if not turns:
             return
         seats = [turn.request.seat for turn in turns if turn.request.seat is not None]
-        rows, plan = self._rows(turns, seats)
+        rows = self._rows(turns, seats)
         with _clock(seconds, "draft"):
             self._remind(turns)
-            drafts = self._draft(rows, plan)
+            drafts = self._draft(rows)
         with _clock(seconds, "host"):
             forest = merge(
                 [turn.stem for turn in turns],
@@ -341,26 +341,21 @@ class Engine:
                 self.drafter.extend(Kept((request.seat,), (text,), (start,), (0,), (0,), None, self.target.device))
             request.is_lost = False
 
-    def _rows(self, turns: Sequence[Turn], seats: Sequence[int]) -> tuple[Rows, Plan | None]:
+    def _rows(self, turns: Sequence[Turn], seats: Sequence[int]) -> Rows:
         requests = [turn.request for turn in turns]
         limits = [self._depth_limit(turn) for turn in turns] if self.drafter else [0] * len(turns)
-        plan = self.planner.plan(limits) if self.planner and any(limits) else None
-        rows = Rows(
+        plan = self.planner.plan(limits) if self.planner and any(limits) else NO_DRAFTS
+        return Rows(
             seats=tuple(seats),
             roots=tuple(turn.stem[-1] for turn in turns),
             root_positions=tuple(r.length - 1 for r in requests),
-            depths=tuple(min(limit, plan.depth) if plan else 0 for limit in limits),
-            width=plan.width if plan else 0,
-            beam=plan.beam if plan else 0,
-            nodes=plan.nodes if plan else 0,
-            parents=plan.parents if plan else frozenset(),
-            min_gain=plan.min_gain if plan else 0.0,
+            depths=tuple(min(limit, plan.depth) for limit in limits),
+            plan=plan,
             sampling=self._sampling_of(requests),
             vocab=self.target.vocab,
             noise_rule=self.rule.noise,
             history=self.history,
         )
-        return rows, plan
 
     def _depth_limit(self, turn: Turn) -> int:
         """A round emits one token more than the deepest kept draft. Rows still in their prompt, be it of one token or forked
@@ -375,11 +370,11 @@ class Engine:
             self._sampling = key, sampling
         return self._sampling[1]
 
-    def _draft(self, rows: Rows, plan: Plan | None) -> Drafts:
-        if plan is None or self.drafter is None or self.planner is None:
+    def _draft(self, rows: Rows) -> Drafts:
+        if not rows.drafting or self.drafter is None or self.planner is None:
             return Drafts.none(self.target.device)
         drafts = self.drafter.propose(rows)
-        return self.planner.prune(drafts, plan, len(rows))
+        return self.planner.prune(drafts, rows.plan, len(rows))
 
     def _follow(self, turns: Sequence[Turn], forest: Forest, scored: Scored, verdict: Verdict) -> None:
         """Tell the drafter what became certain, of the rows for which it drafts."""

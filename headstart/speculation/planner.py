@@ -30,6 +30,9 @@ class Plan:
     min_gain: float = 0.0
 
 
+NO_DRAFTS = Plan(depth=0, width=0, beam=0, nodes=0)  # of a round in which no row drafts
+
+
 class Planner(Protocol):
     """Decides the size of a round's speculation."""
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from headstart.speculation.calibration import UNFITTED, Calibration
 from headstart.speculation.distribution import History, SamplingTensors, Truncation, penalise, warp
 from headstart.speculation.noise import gumbel, noise_key, noise_keys
+from headstart.speculation.planner import Plan
 
 
 class Choice(NamedTuple):
@@ -40,32 +41,37 @@ class Paths:
 
 @dataclass(eq=False)
 class Rows:
-    """The rows that draft in a round, and everything that depends on their sampling.
+    """The rows of a round, and everything that depends on their sampling.
 
-    seats, roots, root_positions: on the host, per row: its seat, the root's token and the root's position. depths: how deep each
-    row may
-    draft (0 = not). width: children per parent at most; beam: parents expanded per level and row; nodes: how
-    many drafts can be verified in all.
-    vocab: the target's logits width. noise_rule: "shared" for `coupled`, "fresh" for `rejection`, "none" for `typical`.
+    seats: per row, its seat; on the host, as the next three.
+    roots: per row, the token of its root.
+    root_positions: per row, the position of its root.
+    depths: per row, how deep it may draft, at most `plan.depth`; 0: it does not draft.
+    plan: how wide to draft and how many drafts can be verified; `NO_DRAFTS` where no row drafts.
+    sampling: the rows' sampling settings.
+    vocab: number of logits of the target.
+    noise_rule: "shared" for `coupled`, "fresh" for `rejection`, "none" for `typical`.
+    history: token counts of the seats; needed only where a row has penalties.
     """
 
     seats: tuple[int, ...]
     roots: tuple[int, ...]
     root_positions: tuple[int, ...]
     depths: tuple[int, ...]
-    width: int
-    beam: int
-    nodes: int
+    plan: Plan
     sampling: SamplingTensors
     vocab: int
     noise_rule: str = "shared"
     history: History | None = None
-    parents: frozenset[tuple[int, ...]] = frozenset()  # paths of ranks to expand, where the plan is a fixed shape
-    min_gain: float = 0.0  # kept tokens that the nodes of another level must promise together
     _noise: dict[int, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.seats)
+
+    @cached_property
+    def drafting(self) -> tuple[int, ...]:
+        """Indices of the rows that draft, ascending, on the host."""
+        return tuple(row for row, depth in enumerate(self.depths) if depth > 0)
 
     @property
     def max_depth(self) -> int:

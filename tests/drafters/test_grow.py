@@ -30,7 +30,7 @@ def children(rows: Rows, row: int, text: Path, path: Path) -> list[tuple[int, fl
     """What `choose` gives for one parent, alone."""
     before, last = (*text, *path)[-2:]
     place = paths_of([row], [[*path]] if path else None)
-    choice = rows.choose(TABLE[before, last][None], len(path) + 1, place, rows.width)
+    choice = rows.choose(TABLE[before, last][None], len(path) + 1, place, rows.plan.width)
     return list(zip(choice.tokens[0].tolist(), choice.chances[0].tolist(), strict=True))
 
 
@@ -39,7 +39,7 @@ def grow_naively(rows: Rows, row: int, text: Path) -> dict[Path, float]:
     found: dict[Path, float] = {}
     level: dict[Path, float] = {(): 1.0}
     for _ in range(rows.depths[row]):
-        beam = sorted(level, key=lambda path: -level[path])[: rows.beam]
+        beam = sorted(level, key=lambda path: -level[path])[: rows.plan.beam]
         level = {(*path, token): level[path] * chance for path in beam for token, chance in children(rows, row, text, path)}
         found |= level
     return found

@@ -13,6 +13,7 @@ from headstart.drafters import Drafter
 from headstart.drafters.lookup import Lookup, Record, SuffixAutomaton
 from headstart.speculation.distribution import SamplingTensors
 from headstart.speculation.params import SamplingParams
+from headstart.speculation.planner import Plan
 from headstart.speculation.rows import Rows
 from headstart.speculation.tree import ROOT, Kept
 
@@ -161,7 +162,7 @@ def rows_of(*texts: list[int], depth: int = 4, width: int = 4, beam: int = 4, no
     return Rows(
         seats=tuple(range(len(texts))), roots=tuple(text[-1] for text in texts),
         root_positions=tuple(len(text) - 1 for text in texts), depths=(depth,) * len(texts),
-        width=width, beam=beam, nodes=nodes, sampling=sampling, vocab=100,
+        plan=Plan(depth, width, beam, nodes), sampling=sampling, vocab=100,
     )  # fmt: skip
 
 

@@ -177,7 +177,8 @@ def picked(table: torch.Tensor):
     """The same trees with the most likely tokens as children, as Medusa or lookup propose them: nothing was drawn."""
 
     def propose(rows: Rows, texts) -> Drafts:
-        greedy = make_rows([SamplingParams()] * len(rows), [0] * len(rows), 3, depths=rows.depths, width=rows.width, beam=rows.beam)
+        params, seeds = [SamplingParams()] * len(rows), [0] * len(rows)
+        greedy = make_rows(params, seeds, 3, depths=rows.depths, width=rows.plan.width, beam=rows.plan.beam)
         return drafting(table)(greedy, texts)
 
     return propose
@@ -247,7 +248,7 @@ def with_distributions(draft, table: torch.Tensor):
         forest = forest_of(drafts.by_row(len(rows)), texts)
         softmax = asked_logits(table, forest, texts).softmax(-1).double()
         asked = asked_nodes(forest)
-        return replace(drafts.by_row(len(rows)), sampling=torch.cat([softmax[asked.roots], softmax[asked.drafts]]))
+        return replace(drafts.by_row(len(rows)), distributions=torch.cat([softmax[asked.roots], softmax[asked.drafts]]))
 
     return propose
 

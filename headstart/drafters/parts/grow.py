@@ -59,11 +59,11 @@ def grow(
 
     logits: [drafting rows, vocab] after each root, in the order of the rows; expand: runs one level and returns what follows each
     of its nodes. ids: target ids where the drafter's vocabulary is reduced. deepest: the level at which the drafter must end, None
-    for none. The plan's depth, width and beam are in `rows`. A row ends early where another level cannot pay; on a CPU only, since
+    for none. Depth, width and beam: `rows.plan`. A row ends early where another level cannot pay; on a CPU only, since
     a device would have to be asked.
     """
     builder = _TreeBuilder(rows, ids, logits.device, calibration)
-    candidates = builder.add_roots(drafting_rows(rows), logits)
+    candidates = builder.add_roots(rows.drafting, logits)
     for depth in range(1, min(rows.max_depth, deepest or rows.max_depth)):
         if not (active_rows := builder.active_rows(candidates, depth)):
             break
@@ -78,18 +78,13 @@ def compose(rows: Rows, logits: Sequence[Tensor], calibration: Calibration = UNF
     logits: per depth [drafting rows, vocab], in the order of the rows. Under a rule that draws children, parents of one level
     share their draw: a text has one of them at most.
     """
-    drafting = drafting_rows(rows)
+    drafting = rows.drafting
     builder = _TreeBuilder(rows, None, logits[0].device, calibration)
     candidates = builder.add_roots(drafting, logits[0])
     for depth, said in enumerate(logits[1 : rows.max_depth], 1):
         beam = builder.select_beam(candidates, builder.may_go_deeper(candidates, depth), depth)
         candidates = builder.expand(beam, builder.repeat(beam, drafting, builder.choose_once(drafting, depth, said)))
     return builder.drafts(source)
-
-
-def drafting_rows(rows: Rows) -> tuple[int, ...]:
-    """The rows of the round that draft, on the host."""
-    return tuple(row for row, depth in enumerate(rows.depths) if depth > 0)
 
 
 def of_parents(made: Tensor, rows: tuple[int, ...], level: Level) -> Tensor:
@@ -170,8 +165,8 @@ class _TreeBuilder:
     def active_rows(self, candidates: _Candidates, depth: int) -> list[int]:
         """Which of them shall."""
         may_go_deeper = self.may_go_deeper(candidates, depth)
-        is_open = self.rows.min_gain == 0 and self.size < self.rows.nodes  # whatever comes is welcome
-        if is_open or self.rows.parents or self.device.type != "cpu":
+        is_open = self.rows.plan.min_gain == 0 and self.size < self.rows.plan.nodes  # whatever comes is welcome
+        if is_open or self.rows.plan.parents or self.device.type != "cpu":
             return may_go_deeper
         pays = self._pays(candidates.chances).tolist()
         return [place for place in may_go_deeper if pays[place]]
@@ -179,17 +174,17 @@ class _TreeBuilder:
     def _pays(self, chances: Tensor) -> Tensor:
         """[rows] bool: whether what would be expanded promises enough, and may be among the drafts that are verified: no child has
         a better chance than its parent, so that a level below the last of these changes nothing. chances: [rows, size]."""
-        best = chances.topk(min(self.rows.beam, chances.shape[1]), -1).values
-        pays = best.sum(-1) >= self.rows.min_gain
-        if self.size < self.rows.nodes:
+        best = chances.topk(min(self.rows.plan.beam, chances.shape[1]), -1).values
+        pays = best.sum(-1) >= self.rows.plan.min_gain
+        if self.size < self.rows.plan.nodes:
             return pays
-        last = torch.cat(self.chances).topk(self.rows.nodes).values[-1]
+        last = torch.cat(self.chances).topk(self.rows.plan.nodes).values[-1]
         return pays & (best[:, 0] > last)
 
     def select_beam(self, candidates: _Candidates, active_rows: Sequence[int], depth: int) -> _Beam:
         """The most promising nodes of each row that goes deeper."""
         candidates = candidates.of(active_rows)
-        best = self._shaped(len(active_rows)) if self.rows.parents else self._likeliest(candidates)  # [rows, width], ascending
+        best = self._shaped(len(active_rows)) if self.rows.plan.parents else self._likeliest(candidates)  # [rows, width], ascending
         origins = best // (candidates.tokens.shape[1] // candidates.paths.shape[1])
         tokens = candidates.tokens.gather(1, best)
         paths = torch.cat([_picked(candidates.paths, origins), tokens[..., None]], -1)
@@ -200,11 +195,11 @@ class _TreeBuilder:
         return _Beam(level, candidates.ids, candidates.places.gather(1, best), candidates.chances.gather(1, best), paths)
 
     def _likeliest(self, candidates: _Candidates) -> Tensor:
-        width = min(self.rows.beam, candidates.places.shape[1])
+        width = min(self.rows.plan.beam, candidates.places.shape[1])
         return candidates.chances.topk(width, -1).indices.sort(-1).values
 
     def _shaped(self, num_rows: int) -> Tensor:
-        wanted = [place for place, path in enumerate(self.ranks) if path in self.rows.parents]
+        wanted = [place for place, path in enumerate(self.ranks) if path in self.rows.plan.parents]
         self.ranks = [self.ranks[place] for place in wanted]
         return torch.tensor(wanted, dtype=torch.int64).to(self.device, non_blocking=True).expand(num_rows, -1)
 
@@ -212,12 +207,12 @@ class _TreeBuilder:
         """Children for parents of one depth, one choice per row. logits: [rows, vocab]."""
         row_ids = torch.tensor(drafting).to(self.device, non_blocking=True)
         paths = Paths(row_ids, row_ids.new_empty(len(drafting), 0), torch.zeros_like(row_ids))
-        return self.rows.choose(logits, depth + 1, paths, self.rows.width, self.ids, self.calibration)
+        return self.rows.choose(logits, depth + 1, paths, self.rows.plan.width, self.ids, self.calibration)
 
     def choose(self, beam: _Beam, depth: int, logits: Tensor) -> Choice:
         """Children for each node of a beam. logits: [rows * width, vocab]."""
         paths = Paths(beam.ids.expand_as(beam.places).reshape(-1), beam.paths.reshape(-1, depth), beam.places.reshape(-1))
-        return self.rows.choose(logits, depth + 1, paths, self.rows.width, self.ids, self.calibration)
+        return self.rows.choose(logits, depth + 1, paths, self.rows.plan.width, self.ids, self.calibration)
 
     def repeat(self, beam: _Beam, drafting: tuple[int, ...], choice: Choice) -> Choice:
         """The choice of each node's row, for every node of a beam."""
@@ -233,7 +228,7 @@ class _TreeBuilder:
         children = choice.tokens.shape[1]
         if choice.distribution is not None:
             self.distributions.append((len(self.rows) + beam.places.reshape(-1), choice.distribution))
-        if self.rows.parents:
+        if self.rows.plan.parents:
             self.ranks = [(*path, rank) for path in self.ranks for rank in range(children)]
         chances = (beam.chances.reshape(-1, 1) * choice.chances).reshape(count, width * children)
         tokens = choice.tokens.reshape(count, width * children)

@@ -202,7 +202,7 @@ class Heads(nn.Module):
 
     def drafting(self, rows: Rows) -> Tensor:
         """[drafting rows, remembered] of the rows that draft."""
-        seats = [seat for seat, depth in zip(rows.seats, rows.depths, strict=True) if depth > 0]
+        seats = [rows.seats[row] for row in rows.drafting]
         return self._states[torch.tensor(seats).to(self.device, non_blocking=True)]
 
     def fork(self, source: int, seat: int, length: int) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from headstart.drafters.parts.decoder import unrolled
 from headstart.drafters.parts.decoder_heads import Layered
-from headstart.drafters.parts.grow import Level, drafting_rows, grow, of_parents
+from headstart.drafters.parts.grow import Level, grow, of_parents
 from headstart.drafters.parts.llama_layer import llama_block, plain_block
 from headstart.drafters.parts.losses import Batch, HeadOutput
 from headstart.speculation.rows import Rows
@@ -128,7 +128,7 @@ class Recurrent(Layered):
     @torch.inference_mode()
     def propose(self, rows: Rows) -> Drafts:
         rows = self._within_context(rows)
-        if not any(rows.depths):
+        if not rows.drafting:
             return Drafts.none(self.device)
         walk = _Walk(self, rows)
         return grow(rows, walk.logits(), walk.step, self.ids, calibration=self.calibration, deepest=self.depth)
@@ -148,7 +148,7 @@ class _Walk:
     """One round's descent. states: [rows, width of the level, width], what was made of the nodes of the last level."""
 
     def __init__(self, drafter: Recurrent, rows: Rows) -> None:
-        self.drafter, self.rows = drafter, drafting_rows(rows)
+        self.drafter, self.rows = drafter, rows.drafting
         self.seats = {row: rows.seats[row] for row in self.rows}
         self.states = drafter.drafting(rows)[:, None]
         self.depth = 0
