@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from headstart.speculation.checks import require
 from headstart.speculation.planner import StaticTree
 from headstart.text.jsonl import read_object
 
@@ -27,11 +28,6 @@ _FALL = 0.4  # beyond the ranks that were measured, each has this share of the o
 
 Ranks = tuple[int, ...]  # a node of a static tree: which child, of which child, ... of the root
 Table = Sequence[Sequence[float]]  # [depth][rank]: how often that child is the decided token, given that its parent is kept
-
-
-def _require(is_met: bool, name: str, value: object, limit: str) -> None:
-    if not is_met:
-        raise ValueError(f"{name} is {value}; it must be {limit}")
 
 
 @dataclass(frozen=True)
@@ -49,19 +45,19 @@ class Calibration:
 
     def __post_init__(self) -> None:
         temperatures, count = self.temperatures, len(self.temperatures)
-        _require(count > 0 and list(temperatures) == sorted({*temperatures}), "temperatures", temperatures, "ascending")
-        _require(temperatures[0] >= 0 and temperatures[-1] < math.inf, "temperatures", temperatures, "0 or positive")
+        require(count > 0 and list(temperatures) == sorted({*temperatures}), "temperatures", temperatures, "ascending")
+        require(temperatures[0] >= 0 and temperatures[-1] < math.inf, "temperatures", temperatures, "0 or positive")
         for name, by_temperature in (("warmth", self.calibration_temperature), ("ranks", self.ranks)):
-            _require(len(by_temperature) == count, name, by_temperature, f"given for each of {count} temperatures")
-            _require(all(map(len, by_temperature)), name, by_temperature, "given for at least one depth")
-        _require(
+            require(len(by_temperature) == count, name, by_temperature, f"given for each of {count} temperatures")
+            require(all(map(len, by_temperature)), name, by_temperature, "given for at least one depth")
+        require(
             all(0 < tau < math.inf for line in self.calibration_temperature for tau in line),
             "warmth",
             self.calibration_temperature,
             "positive",
         )
         shares = [row for by_depth in self.ranks for row in by_depth]
-        _require(all(row and all(0 <= share <= 1 for share in row) for row in shares), "ranks", self.ranks, "shares in [0, 1]")
+        require(all(row and all(0 <= share <= 1 for share in row) for row in shares), "ranks", self.ranks, "shares in [0, 1]")
 
     def calibration_temperature_at(self, temperature: Tensor, level: int) -> Tensor:
         """tau_d for children of depth `level` (a root's: 1), [n] of the dtype of `temperature` [n]. No host synchronisation."""
@@ -115,7 +111,7 @@ def sparse_tree(table: Table, nodes: int) -> tuple[Ranks, ...]:
     A path is worth the product of its shares. No child is worth more than its parent, so the most valuable paths are a tree.
     Fewer than `nodes` where all others are worth nothing. Raises ValueError for a size below 1 and for a table of nothing.
     """
-    _require(nodes >= 1, "nodes", nodes, "at least 1")
+    require(nodes >= 1, "nodes", nodes, "at least 1")
     waiting: list[tuple[float, int, Ranks]] = [(-1.0, 0, ())]  # worst last; equals: shorter first, then lower ranks
     chosen: list[Ranks] = []
     while waiting and len(chosen) <= nodes:
@@ -124,7 +120,7 @@ def sparse_tree(table: Table, nodes: int) -> tuple[Ranks, ...]:
         for rank, share in enumerate(table[depth] if depth < len(table) else ()):
             if share > 0:
                 heapq.heappush(waiting, (value * share, depth + 1, (*path, rank)))
-    _require(len(chosen) > 1, "table", table, "more than nothing somewhere in its first depth")
+    require(len(chosen) > 1, "table", table, "more than nothing somewhere in its first depth")
     return tuple(chosen[1:])
 
 
@@ -179,7 +175,7 @@ def _kept(ranks: Sequence[int], tree: set[Ranks]) -> int:
 def expected_calibration_error(chances: Tensor, happened: Tensor, bins: int = 10) -> float:
     """How far chances are from what happened: mean over equal bins of |mean chance - frequency|, by how full a bin is
     (Guo et al. 2017). chances: [n] in [0, 1]; happened: [n] bool."""
-    _require(bins >= 1, "bins", bins, "at least 1")
+    require(bins >= 1, "bins", bins, "at least 1")
     place = (chances * bins).long().clamp(max=bins - 1)
     gap = torch.zeros(bins, dtype=torch.float64, device=chances.device)
     gap.index_add_(0, place, chances.double() - happened.double())
@@ -198,7 +194,7 @@ class Tree:
 
     def __post_init__(self) -> None:
         StaticTree(self.paths)  # which refuses what is no tree
-        _require(1 <= self.tau < math.inf, "tau", self.tau, "at least 1, what plain decoding has")
+        require(1 <= self.tau < math.inf, "tau", self.tau, "at least 1, what plain decoding has")
 
 
 @dataclass(frozen=True)
@@ -246,8 +242,8 @@ def load_plan(folder: Path) -> HeadsPlan | None:
 
 def _plan(content: Any) -> HeadsPlan:
     found = _object(content, "the plan", {"format", "version", "calibration", "trees"})
-    _require(found["format"] == "headstart-plan", "format", found["format"], "headstart-plan")
-    _require(found["version"] == 1, "version", found["version"], "1")
+    require(found["format"] == "headstart-plan", "format", found["format"], "headstart-plan")
+    require(found["version"] == 1, "version", found["version"], "1")
     trees = {
         float(temperature): {int(nodes): _tree(tree) for nodes, tree in _object(by_size, "trees").items()}
         for temperature, by_size in _object(found["trees"], "trees").items()
@@ -262,16 +258,16 @@ def _tree(given: Any) -> Tree:
 
 
 def _object(given: Any, name: str, keys: set[str] | None = None) -> dict[str, Any]:
-    _require(isinstance(given, dict), name, given, "an object")
+    require(isinstance(given, dict), name, given, "an object")
     assert isinstance(given, dict)
-    _require(keys is None or set(given) == keys, f"{name}'s keys", sorted(given), f"exactly {', '.join(sorted(keys or ()))}")
+    require(keys is None or set(given) == keys, f"{name}'s keys", sorted(given), f"exactly {', '.join(sorted(keys or ()))}")
     return given
 
 
 def _tuples(given: Any, depth: int) -> Any:
     """Lists of lists of numbers as tuples of tuples of floats, `depth` deep."""
     if depth:
-        _require(isinstance(given, list | tuple), "a table", given, "a list")
+        require(isinstance(given, list | tuple), "a table", given, "a list")
         return tuple(_tuples(item, depth - 1) for item in given)
-    _require(isinstance(given, int | float) and not isinstance(given, bool), "an entry", given, "a number")
+    require(isinstance(given, int | float) and not isinstance(given, bool), "an entry", given, "a number")
     return float(given)

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from headstart.speculation.checks import require
 from headstart.speculation.tree import ROOT, Drafts
 
 
@@ -58,7 +59,7 @@ class Chain:
     depth: int = 5
 
     def __post_init__(self) -> None:
-        _positive("depth", self.depth)
+        require(self.depth >= 1, "depth", self.depth, "at least 1")
 
     def headroom(self, max_rows: int) -> int:
         return self.depth + 1
@@ -92,7 +93,7 @@ class Best:
 
     def __post_init__(self) -> None:
         for name in ("nodes", "depth", "width", "beam"):
-            _positive(name, getattr(self, name))
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         if not 0 <= self.floor < 1:
             raise ValueError(f"floor is {self.floor}; a chance below which drafts are dropped must be in [0, 1)")
         if not 0 <= self.min_gain < 1:
@@ -142,7 +143,7 @@ class StaticTree:
         paths: list[tuple[int, ...]] = []
         level: list[tuple[int, ...]] = [()]
         for width in widths:
-            _positive("width", width)
+            require(width >= 1, "width", width, "at least 1")
             level = [(*path, rank) for path in level for rank in range(width)]
             paths += level
         return cls(tuple(paths))
@@ -176,7 +177,7 @@ class CalibratedTree:
     nodes: int
 
     def __post_init__(self) -> None:
-        _positive("nodes", self.nodes)
+        require(self.nodes >= 1, "nodes", self.nodes, "at least 1")
 
 
 def rank_paths(drafts: Drafts) -> list[tuple[int, ...]]:
@@ -219,8 +220,3 @@ def parse(spec: str) -> Planner | CalibratedTree:
 
 
 _SYNTAX = "write chain:DEPTH, best:nodes=15,depth=6,width=4,beam=4, full:3,2,1 (children per level) or tree:32 (calibrated)"
-
-
-def _positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name} is {value}; it must be at least 1")
