@@ -131,7 +131,7 @@ def resolve_planner(planner: Planner | CalibratedTree | None, drafter: str | Non
             f"planner tree:{planner.nodes} needs trees that were measured, and drafter {drafter or 'none'!r} has none; measure a "
             "folder of heads with `headstart calibrate FOLDER --model MODEL`, or name another planner"
         )
-    return plan.shape(planner.nodes, temperature)
+    return plan.static_tree(planner.nodes, temperature)
 
 
 def read_planner(planner: object, drafter: str | Drafter | None, temperature: float = 0.0) -> Planner | None:

@@ -1,1 +1,1 @@
-"""The mathematics of a round: trees, sampling, noise, verification, planning, calibration. Imports torch and nothing above it."""
+"""The mathematics of a round: trees, sampling, noise, verification, planners, calibration. Must not import transformers."""

@@ -1,8 +1,7 @@
-"""How likely a draft is kept: what was measured of a drafter, the trees that follow from it, and how to check both.
+"""Calibration: how a drafter's scores become chances (acceptance probabilities), its best static trees, and `plan.json`.
 
-A calibration turns scores into chances, by depth and temperature. From ranks alone (which child of its parent the decided token
-was) follow static trees and their tau. This file knows chances, ranks and paths of ranks. It refuses to know logits' origin,
-models and drafters.
+A rank says which child of its parent the decided token was; static trees and their tau (acceptance length) follow from ranks
+alone. Must not import sampling, models or drafters.
 """
 
 from __future__ import annotations
@@ -24,19 +23,24 @@ from headstart.text.jsonl import read_object
 
 T = TypeVar("T")
 PLAN = "plan.json"
-_FALL = 0.4  # beyond the ranks that were measured, each has this share of the one before (docs/log.md)
+_RANK_DECAY = 0.4  # beyond the measured ranks, the chance of each is this share of the one before (docs/log.md)
 
-Ranks = tuple[int, ...]  # a node of a static tree: which child, of which child, ... of the root
+_KEY = "warmth"  # of the calibration temperature in plan.json, and so in error messages
+
+Ranks = tuple[int, ...]  # the path of a node of a static tree: which child of which child ... of the root
 Table = Sequence[Sequence[float]]  # [depth][rank]: how often that child is the decided token, given that its parent is kept
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured of a drafter, by the request's temperature; between two measured ones it is interpolated.
+    """What was measured of a drafter, by sampling temperature. Values between two measured temperatures are interpolated.
 
-    temperatures: ascending. warmth: [temperature][depth] the tau_d of a child's chance, softmax over the candidates of
-    (z_draft + T g) / tau_d. ranks: [temperature][depth][rank] how often the child of that rank is the decided token, given that
-    its parent is kept. Beyond the deepest measured depth its values go on. Raises ValueError where a number is out of bounds.
+    temperatures: [temperature] the measured sampling temperatures, ascending.
+    calibration_temperature: [temperature][depth] c_d in a child's chance, softmax((z_draft + T g) / c_d) over the candidates
+        (temperature scaling, Guo et al. 2017); `warmth` in plan.json.
+    ranks: [temperature][depth][rank] how often the child of that rank is the decided token, given that its parent is kept.
+    Deeper levels have the values of the deepest measured one.
+    Raises ValueError where a number is out of bounds.
     """
 
     temperatures: tuple[float, ...]
@@ -47,92 +51,99 @@ class Calibration:
         temperatures, count = self.temperatures, len(self.temperatures)
         require(count > 0 and list(temperatures) == sorted({*temperatures}), "temperatures", temperatures, "ascending")
         require(temperatures[0] >= 0 and temperatures[-1] < math.inf, "temperatures", temperatures, "0 or positive")
-        for name, by_temperature in (("warmth", self.calibration_temperature), ("ranks", self.ranks)):
+        for name, by_temperature in ((_KEY, self.calibration_temperature), ("ranks", self.ranks)):
             require(len(by_temperature) == count, name, by_temperature, f"given for each of {count} temperatures")
             require(all(map(len, by_temperature)), name, by_temperature, "given for at least one depth")
-        require(
-            all(0 < tau < math.inf for line in self.calibration_temperature for tau in line),
-            "warmth",
-            self.calibration_temperature,
-            "positive",
-        )
+        is_positive = all(0 < value < math.inf for by_depth in self.calibration_temperature for value in by_depth)
+        require(is_positive, _KEY, self.calibration_temperature, "positive")
         shares = [row for by_depth in self.ranks for row in by_depth]
         require(all(row and all(0 <= share <= 1 for share in row) for row in shares), "ranks", self.ranks, "shares in [0, 1]")
 
     def calibration_temperature_at(self, temperature: Tensor, level: int) -> Tensor:
-        """tau_d for children of depth `level` (a root's: 1), [n] of the dtype of `temperature` [n]. No host synchronisation."""
-        values = [torch.full_like(temperature, _at(by_depth, level)) for by_depth in self.calibration_temperature]
+        """The calibration temperature c_d of children of depth `level`, [n], without a host synchronisation.
+
+        temperature: [n] sampling temperatures, of the dtype of the result.
+        level: depth of the children; a root's children have 1.
+        """
+        values = [torch.full_like(temperature, _at_level(by_depth, level)) for by_depth in self.calibration_temperature]
         return _interpolated(temperature, self.temperatures, values)
 
     def of_ranks(self, temperature: Tensor, level: int, k: int) -> Tensor:
-        """Chances of the first `k` ranks at depth `level`, [n, k] float32: for a rule under which nobody may look at what was
-        drawn. temperature: [n]."""
-        lines = [torch.tensor(_ranked(_at(by_depth, level), k)) for by_depth in self.ranks]
+        """Chances of the first `k` ranks at depth `level`, [n, k] float32, for rules under which drawn tokens must not matter.
+
+        temperature: [n] sampling temperatures.
+        """
+        lines = [torch.tensor(_extended(_at_level(by_depth, level), k)) for by_depth in self.ranks]
         values = [line.to(temperature.device, non_blocking=True).expand(len(temperature), k) for line in lines]
         return _interpolated(temperature.float()[:, None], self.temperatures, values)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; `from_dict` gives the calibration back."""
-        return {"temperatures": self.temperatures, "warmth": self.calibration_temperature, "ranks": self.ranks}
+        """The calibration as a dict for JSON, which `from_dict` reads."""
+        return {"temperatures": self.temperatures, _KEY: self.calibration_temperature, "ranks": self.ranks}
 
     @classmethod
-    def from_dict(cls, given: Any) -> Calibration:
-        """Raises ValueError for anything that `as_dict` does not write."""
-        found = _object(given, "calibration", {"temperatures", "warmth", "ranks"})
-        return cls(_tuples(found["temperatures"], 1), _tuples(found["warmth"], 2), _tuples(found["ranks"], 3))
+    def from_dict(cls, content: Any) -> Calibration:
+        """The calibration that `as_dict` wrote. Raises ValueError for anything else."""
+        values = _object(content, "calibration", {"temperatures", _KEY, "ranks"})
+        return cls(_tuples(values["temperatures"], 1), _tuples(values[_KEY], 2), _tuples(values["ranks"], 3))
 
 
-def _at(by_depth: Sequence[T], level: int) -> T:
+def _at_level(by_depth: Sequence[T], level: int) -> T:
     return by_depth[min(level, len(by_depth)) - 1]
 
 
-def _ranked(measured: Sequence[float], k: int) -> list[float]:
-    return [*measured[:k], *(measured[-1] * _FALL ** (1 + more) for more in range(k - len(measured)))]
+def _extended(measured: Sequence[float], k: int) -> list[float]:
+    """The chances of the first `k` ranks: those measured, then decreasing ones."""
+    return [*measured[:k], *(measured[-1] * _RANK_DECAY**number for number in range(1, 1 + k - len(measured)))]
 
 
 def _interpolated(x: Tensor, knots: Sequence[float], values: Sequence[Tensor]) -> Tensor:
-    """Piecewise linear through (knot, value), constant outside: one ramp per piece, so that the device decides which holds."""
+    """Piecewise linear through (knot, value), constant outside. One ramp per piece, so that no branch depends on `x`."""
     result = values[0]
-    for place in range(1, len(knots)):
-        ramp = ((x - knots[place - 1]) / (knots[place] - knots[place - 1])).clamp(0, 1)
-        result = result + ramp * (values[place] - values[place - 1])
+    for index in range(1, len(knots)):
+        ramp = ((x - knots[index - 1]) / (knots[index] - knots[index - 1])).clamp(0, 1)
+        result = result + ramp * (values[index] - values[index - 1])
     return result
 
 
-UNFITTED = Calibration((0.0,), ((0.6,),), (((0.6,),),))  # what a drafter goes by until it is measured (docs/log.md)
+UNFITTED = Calibration((0.0,), ((0.6,),), (((0.6,),),))  # of a drafter that was not measured (docs/log.md)
 
 
 # -- static trees -----------------------------------------------------------------------------------------------------------
 
 
 def sparse_tree(table: Table, nodes: int) -> tuple[Ranks, ...]:
-    """The tree of at most `nodes` drafts with the largest expected tau, parents before children (Medusa, Cai et al. 2024).
+    """The static tree with the largest expected tau (acceptance length), as in Medusa (Cai et al. 2024).
 
-    A path is worth the product of its shares. No child is worth more than its parent, so the most valuable paths are a tree.
-    Fewer than `nodes` where all others are worth nothing. Raises ValueError for a size below 1 and for a table of nothing.
+    The gain of a path is the product of its shares. No child's gain exceeds its parent's, so the paths of largest gain are a tree.
+    table: [depth][rank] shares.
+    nodes: most drafts of the tree; fewer where all other paths have no gain.
+    Returns the paths, parents before children.
+    Raises ValueError for less than one node, and for a table without a positive share at depth 1.
     """
     require(nodes >= 1, "nodes", nodes, "at least 1")
-    waiting: list[tuple[float, int, Ranks]] = [(-1.0, 0, ())]  # worst last; equals: shorter first, then lower ranks
+    heap: list[tuple[float, int, Ranks]] = [(-1.0, 0, ())]  # minus gain, depth, path: of equal gains, the shorter path first
     chosen: list[Ranks] = []
-    while waiting and len(chosen) <= nodes:
-        value, depth, path = heapq.heappop(waiting)
+    while heap and len(chosen) <= nodes:
+        minus_gain, depth, path = heapq.heappop(heap)
         chosen.append(path)
         for rank, share in enumerate(table[depth] if depth < len(table) else ()):
             if share > 0:
-                heapq.heappush(waiting, (value * share, depth + 1, (*path, rank)))
-    require(len(chosen) > 1, "table", table, "more than nothing somewhere in its first depth")
+                heapq.heappush(heap, (minus_gain * share, depth + 1, (*path, rank)))
+    require(len(chosen) > 1, "table", table, "positive somewhere in its first depth")
     return tuple(chosen[1:])
 
 
 def expected_tau(paths: Iterable[Ranks], table: Table) -> float:
-    """Tokens per round of a static tree, the root's included, if shares of different depths were independent."""
+    """The tau (tokens per round) of a static tree if shares of different depths were independent. table: [depth][rank] shares."""
     return 1 + sum(math.prod(table[depth][rank] for depth, rank in enumerate(path)) for path in paths)
 
 
 def acceptance(ranks: Tensor, width: int) -> tuple[tuple[float, ...], ...]:
-    """[depth][rank < width] how often the decided token had that rank, where all its ancestors were among the first `width`.
+    """[depth][rank < width] share of the positions whose decided token had that rank: the acceptance rate by depth and rank.
 
-    ranks: [positions, depth] int64, rank of the decided token among its parent's children. Nothing where no parent was kept.
+    Only positions count whose ancestors were all among the first `width` children; shares are 0 where there are none.
+    ranks: [positions, depth] int64, the rank of the decided token among its parent's children.
     """
     kept = torch.ones(len(ranks), dtype=torch.bool)
     table: list[tuple[float, ...]] = []
@@ -144,93 +155,108 @@ def acceptance(ranks: Tensor, width: int) -> tuple[tuple[float, ...], ...]:
 
 
 def walk(texts: Iterable[Tensor], paths: Iterable[Ranks]) -> float:
-    """The tau that a static tree has on recorded answers: every round replayed, as the engine would run it.
+    """The tau (acceptance length) of a static tree on recorded answers, from replaying every round that the engine would run.
 
-    texts: per answer [tokens - 1, depth] int64; line `p` belongs to the round whose root is output token `p`: the rank of each
-    following token among the children of the one before. Exact, for an answer does not depend on drafts. A rank that no path
-    has stands for a token that was not among the children, or for the end of the answer.
+    Exact, because an answer does not depend on drafts.
+    texts: per answer [tokens - 1, depth] int64. Line `p` is for the round whose root is output token `p`: the rank of each
+        following token among the children of the token before it. A rank that is in no path stands for a token that was not
+        among the children, or for the end of the answer.
+    paths: the static tree.
     """
     tree = set(paths)
     tokens = rounds = 0
     for ranks in texts:
         lines, root = ranks.tolist(), 0
         tokens += len(lines) + 1
-        rounds += 1  # the prompt's last round gives the first token, without drafts
+        rounds += 1  # the prompt's last round emits the first token, without drafts
         while root < len(lines):
-            root += 1 + _kept(lines[root], tree)
+            root += 1 + _num_kept(lines[root], tree)
             rounds += 1
     return tokens / rounds
 
 
-def _kept(ranks: Sequence[int], tree: set[Ranks]) -> int:
+def _num_kept(ranks: Sequence[int], tree: set[Ranks]) -> int:
     depth = 0
     while depth < len(ranks) and tuple(ranks[: depth + 1]) in tree:
         depth += 1
     return depth
 
 
-# -- are chances true -------------------------------------------------------------------------------------------------------
+# -- calibration error ------------------------------------------------------------------------------------------------------
 
 
 def expected_calibration_error(chances: Tensor, happened: Tensor, bins: int = 10) -> float:
-    """How far chances are from what happened: mean over equal bins of |mean chance - frequency|, by how full a bin is
-    (Guo et al. 2017). chances: [n] in [0, 1]; happened: [n] bool."""
+    """Expected calibration error (Guo et al. 2017): mean of |mean chance - frequency| over bins, weighted by their sizes.
+
+    chances: [n] in [0, 1].
+    happened: [n] bool.
+    bins: number of bins, all of one width. Raises ValueError below 1.
+    """
     require(bins >= 1, "bins", bins, "at least 1")
-    place = (chances * bins).long().clamp(max=bins - 1)
+    bin_ids = (chances * bins).long().clamp(max=bins - 1)
     gap = torch.zeros(bins, dtype=torch.float64, device=chances.device)
-    gap.index_add_(0, place, chances.double() - happened.double())
+    gap.index_add_(0, bin_ids, chances.double() - happened.double())
     return float(gap.abs().sum() / max(1, len(chances)))
 
 
-# -- the file beside the heads ----------------------------------------------------------------------------------------------
+# -- plan.json -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Tree:
-    """A static tree and the tau it had on the texts it was measured on."""
+    """A static tree and its measured tau.
+
+    paths: one path of ranks per draft.
+    tau: acceptance length on the answers that it was measured on.
+    Raises ValueError for paths that are no tree, and for a tau below 1.
+    """
 
     paths: tuple[Ranks, ...]
     tau: float
 
     def __post_init__(self) -> None:
-        StaticTree(self.paths)  # which refuses what is no tree
-        require(1 <= self.tau < math.inf, "tau", self.tau, "at least 1, what plain decoding has")
+        StaticTree(self.paths)  # raises ValueError for paths that are no tree
+        require(1 <= self.tau < math.inf, "tau", self.tau, "at least 1, the tau of plain decoding")
 
 
 @dataclass(frozen=True)
 class HeadsPlan:
-    """What `plan.json` holds: the calibration of some heads, and for each temperature their best static trees by size."""
+    """The content of `plan.json`.
+
+    calibration: of the heads beside the file.
+    trees: [temperature][number of drafts] the best static tree measured.
+    """
 
     calibration: Calibration
     trees: Mapping[float, Mapping[int, Tree]]
 
-    def shape(self, nodes: int, temperature: float) -> StaticTree:
-        """The tree of `nodes` drafts measured nearest to a temperature. Raises ValueError for a size that was not measured."""
+    def static_tree(self, nodes: int, temperature: float) -> StaticTree:
+        """The tree of `nodes` drafts, measured at the nearest temperature. Raises ValueError for a size that was not measured."""
         nearest = min(self.trees, key=lambda measured: abs(measured - temperature), default=None)
         by_size = {} if nearest is None else self.trees[nearest]
         if nodes not in by_size:
-            there = ", ".join(f"tree:{size}" for size in sorted(by_size))
-            raise ValueError(f"no tree of {nodes} drafts was measured; there are {there or 'none, so calibrate the heads again'}")
+            sizes = ", ".join(f"tree:{size}" for size in sorted(by_size))
+            raise ValueError(f"no tree of {nodes} drafts was measured; there are {sizes or 'none, so calibrate the heads again'}")
         return StaticTree(by_size[nodes].paths)
 
 
 def save_plan(folder: Path, plan: HeadsPlan) -> None:
-    """Write `plan.json`, whole or not at all. Raises ValueError where that cannot be."""
+    """Write `plan.json` atomically. Raises ValueError where it cannot be written."""
     trees = {
         f"{temperature:g}": {str(nodes): {"paths": tree.paths, "tau": tree.tau} for nodes, tree in by_size.items()}
         for temperature, by_size in plan.trees.items()
     }
     content = {"format": "headstart-plan", "version": 1, "calibration": plan.calibration.as_dict(), "trees": trees}
-    part = folder / f"{PLAN}.part"
+    temporary = folder / f"{PLAN}.part"
     try:
-        part.write_text(json.dumps(content, indent=1) + "\n")
-        part.replace(folder / PLAN)
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.replace(folder / PLAN)
     except OSError as error:
-        raise ValueError(f"{folder / PLAN} cannot be written: {error.strerror}; a plan that was there is untouched") from None
+        raise ValueError(f"{folder / PLAN} cannot be written: {error.strerror}; an earlier plan is unchanged") from None
 
 
 def load_plan(folder: Path) -> HeadsPlan | None:
-    """The plan beside some heads, None where there is none. Raises ValueError, naming the file, for one that is not ours."""
+    """The plan in a folder of heads, None without the file. Raises ValueError, naming the file, for content that is no plan."""
     path = folder / PLAN
     if not path.is_file():
         return None
@@ -241,33 +267,34 @@ def load_plan(folder: Path) -> HeadsPlan | None:
 
 
 def _plan(content: Any) -> HeadsPlan:
-    found = _object(content, "the plan", {"format", "version", "calibration", "trees"})
-    require(found["format"] == "headstart-plan", "format", found["format"], "headstart-plan")
-    require(found["version"] == 1, "version", found["version"], "1")
+    values = _object(content, "the plan", {"format", "version", "calibration", "trees"})
+    require(values["format"] == "headstart-plan", "format", values["format"], "headstart-plan")
+    require(values["version"] == 1, "version", values["version"], "1")
     trees = {
         float(temperature): {int(nodes): _tree(tree) for nodes, tree in _object(by_size, "trees").items()}
-        for temperature, by_size in _object(found["trees"], "trees").items()
+        for temperature, by_size in _object(values["trees"], "trees").items()
     }
-    return HeadsPlan(Calibration.from_dict(found["calibration"]), trees)
+    return HeadsPlan(Calibration.from_dict(values["calibration"]), trees)
 
 
-def _tree(given: Any) -> Tree:
-    found = _object(given, "a tree", {"paths", "tau"})
-    paths = tuple(tuple(int(rank) for rank in path) for path in found["paths"])
-    return Tree(paths, float(found["tau"]))
+def _tree(content: Any) -> Tree:
+    values = _object(content, "a tree", {"paths", "tau"})
+    paths = tuple(tuple(int(rank) for rank in path) for path in values["paths"])
+    return Tree(paths, float(values["tau"]))
 
 
-def _object(given: Any, name: str, keys: set[str] | None = None) -> dict[str, Any]:
-    require(isinstance(given, dict), name, given, "an object")
-    assert isinstance(given, dict)
-    require(keys is None or set(given) == keys, f"{name}'s keys", sorted(given), f"exactly {', '.join(sorted(keys or ()))}")
-    return given
+def _object(content: Any, name: str, keys: set[str] | None = None) -> dict[str, Any]:
+    """`content` as a dict. Raises ValueError for anything else, and for other keys than `keys` (None: any)."""
+    require(isinstance(content, dict), name, content, "an object")
+    assert isinstance(content, dict)
+    require(keys is None or set(content) == keys, f"{name}'s keys", sorted(content), f"exactly {', '.join(sorted(keys or ()))}")
+    return content
 
 
-def _tuples(given: Any, depth: int) -> Any:
-    """Lists of lists of numbers as tuples of tuples of floats, `depth` deep."""
+def _tuples(content: Any, depth: int) -> Any:
+    """Nested lists of numbers, `depth` deep, as tuples of floats."""
     if depth:
-        require(isinstance(given, list | tuple), "a table", given, "a list")
-        return tuple(_tuples(item, depth - 1) for item in given)
-    require(isinstance(given, int | float) and not isinstance(given, bool), "an entry", given, "a number")
-    return float(given)
+        require(isinstance(content, list | tuple), "a table", content, "a list")
+        return tuple(_tuples(item, depth - 1) for item in content)
+    require(isinstance(content, int | float) and not isinstance(content, bool), "an entry", content, "a number")
+    return float(content)

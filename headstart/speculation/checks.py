@@ -1,7 +1,7 @@
-"""The check that every module of this folder makes of a user's value. Imports nothing."""
+"""The check of a user's setting, with one wording of the error for all settings. Imports nothing."""
 
 
 def require(is_met: bool, name: str, value: object, limit: str) -> None:
-    """Raises ValueError, naming the value and its limit, unless `is_met`."""
+    """Check one setting: unless `is_met`, raises ValueError with the name, the value and the limit, as in `at least 1`."""
     if not is_met:
         raise ValueError(f"{name} is {value}; it must be {limit}")

@@ -1,7 +1,4 @@
-"""The distribution that a row samples from: its settings as tensors, truncation, penalties and the warped distribution.
-
-Must not import trees, models or drafters.
-"""
+"""The distribution from which a row samples: settings as tensors, truncation, penalties. Must not import models or drafters."""
 
 from __future__ import annotations
 
@@ -20,10 +17,20 @@ from headstart.speculation.params import SamplingParams
 class SamplingTensors:
     """The sampling settings of several rows as tensors, made once when the set of rows changes.
 
-    temperature, min_p, repetition, presence, frequency: [rows] float32; top_p: [rows] float64, for 0.3 must mean 0.3 where
-    masses tie with it; top_k: [rows] int64, 0 for off; seeds: [rows]
-    int64, and host_seeds the same on the host. biases: (row, token, value) triples as three tensors, or None. The flags say on the
-    host what is used at all.
+    temperature: [rows] float32, 0 is greedy.
+    top_k: [rows] int64, 0 is off.
+    top_p: [rows] float64: 0.3 in float32 is more than 0.3, which decides where a mass equals it; 1 is off.
+    min_p: [rows] float32, 0 is off.
+    repetition: [rows] float32, repetition penalty.
+    presence: [rows] float32, presence penalty.
+    frequency: [rows] float32, frequency penalty.
+    seeds: [rows] int64, the signed integers with the seeds' bits.
+    host_seeds: the seeds, on the host.
+    biases: [biases] row, token and value of each logit bias; None for no bias.
+    is_sampled: whether some row is not greedy; on the host, as the next three.
+    is_truncated: whether some row that is not greedy has top_k, top_p or min_p.
+    max_top_k: the largest top_k of these rows, 0 for none.
+    has_penalties: whether some row has penalties.
     """
 
     temperature: Tensor
@@ -40,22 +47,20 @@ class SamplingTensors:
     is_truncated: bool
     max_top_k: int
     has_penalties: bool
-    _calibration_temperatures: dict[int, tuple[Calibration, Tensor]] = field(
-        default_factory=dict, init=False
-    )  # by depth, of the last calibration
+    _by_level: dict[int, tuple[Calibration, Tensor]] = field(default_factory=dict, init=False)  # calibration temperatures
 
     def calibration_temperature_of(self, calibration: Calibration, level: int) -> Tensor:
-        """[rows] tau_d of children of depth `level`; worked out once, for temperatures do not change from round to round."""
-        found = self._calibration_temperatures.get(level)
-        if found is None or found[0] is not calibration:
-            found = self._calibration_temperatures[level] = (
-                calibration,
-                calibration.calibration_temperature_at(self.temperature, level),
-            )
-        return found[1]
+        """[rows] calibration temperature of children of depth `level`; kept, because it is the same in every round."""
+        cached = self._by_level.get(level)
+        if cached is None or cached[0] is not calibration:
+            cached = calibration, calibration.calibration_temperature_at(self.temperature, level)
+            self._by_level[level] = cached
+        return cached[1]
 
     @classmethod
     def of(cls, params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device | str = "cpu") -> SamplingTensors:
+        """The settings of rows with these params and seeds, one each per row."""
+
         def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
@@ -79,9 +84,10 @@ class SamplingTensors:
         )
 
     def rows(self, rows: Tensor) -> SamplingTensors:
-        """The sampling of `rows` ([n] indices), one line per logits line, for everything except the biases.
+        """The settings of `rows` ([n] indices), one line per logits line; biases stay those of all rows.
 
-        A single row's distribution stays one line, for it broadcasts."""
+        Settings of a single row stay one line, which broadcasts.
+        """
         if len(self.temperature) == 1:
             return self
         names = ("temperature", "top_k", "top_p", "min_p", "repetition", "presence", "frequency", "seeds")
@@ -97,17 +103,19 @@ def _triples(biases: Sequence[tuple[int, int, float]], device: torch.device | st
 
 
 class Truncation:
-    """Which tokens survive top-k, top-p and min-p, asked one candidate a line, without a sort.
+    """Whether tokens are inside top-k, top-p and min-p: for one token per line, without a sort.
 
-    logits: [n, vocab] after penalties; sampling: one line per logits line, all sampled. A token is inside top-k if fewer than k
-    logits are larger, inside top-p if the mass of the larger ones (within top-k) is below p, inside min-p if its chance is at
-    least that share of the best. Ties go to the lower index. Sums are float64, so that no line depends on how many there are.
+    A token is inside top-k if fewer than k logits are larger, inside top-p if the larger ones within top-k have less than
+    probability p together, and inside min-p if its probability is at least that share of the best. Of equal logits, the lower
+    index counts as larger. Sums are float64, so that no line depends on the number of lines.
+    logits: [n, vocab] after penalties.
+    sampling: one line per logits line, none greedy.
     """
 
     def __init__(self, logits: Tensor, sampling: SamplingTensors) -> None:
         self.sampling = sampling
-        calibration_temperature = sampling.temperature[:, None].clamp(min=torch.finfo(torch.float32).tiny)
-        self.scaled = (logits - logits.amax(-1, keepdim=True)).div_(calibration_temperature)  # [n, vocab], best at 0
+        temperature = sampling.temperature[:, None].clamp(min=torch.finfo(torch.float32).tiny)
+        self.scaled = (logits - logits.amax(-1, keepdim=True)).div_(temperature)  # [n, vocab], best at 0
         self.mass = self.scaled.exp()
         self.index = torch.arange(logits.shape[-1], device=logits.device)
         total = self.mass.sum(-1, dtype=torch.float64)
@@ -115,19 +123,19 @@ class Truncation:
             top = self.mass.topk(min(sampling.max_top_k, logits.shape[-1]), -1).values.cumsum(-1, dtype=torch.float64)
             last = (sampling.top_k.clamp(1, top.shape[-1])[:, None] - 1).expand(top.shape[0], 1)
             total = torch.where(sampling.top_k > 0, top.gather(-1, last).squeeze(-1), total)
-        self.limit = torch.where(sampling.top_p < 1, sampling.top_p * total, torch.inf)  # [n], what may be larger than a member
+        self.limit = torch.where(sampling.top_p < 1, sampling.top_p * total, torch.inf)  # [n], bound of the mass of larger logits
 
     def admits(self, candidates: Tensor) -> Tensor:
-        """candidates: [n] indices into vocab. Returns [n] bool."""
-        own = self.scaled.gather(-1, candidates[:, None])
-        larger = (self.scaled > own).logical_or_((self.scaled == own).logical_and_(self.index < candidates[:, None]))
+        """[n] bool: whether the candidate of each line is inside. candidates: [n] indices into vocab."""
+        score = self.scaled.gather(-1, candidates[:, None])
+        larger = (self.scaled > score).logical_or_((self.scaled == score).logical_and_(self.index < candidates[:, None]))
         is_in = (self.mass * larger).sum(-1, dtype=torch.float64) < self.limit
         if self.sampling.max_top_k:
             is_in &= (self.sampling.top_k == 0) | (larger.sum(-1) < self.sampling.top_k)
-        return is_in & (own.squeeze(-1).exp() >= self.sampling.min_p)
+        return is_in & (score.squeeze(-1).exp() >= self.sampling.min_p)
 
     def members(self) -> Tensor:
-        """[n, vocab] bool: what `admits` says of every token, by the same arithmetic. Costs a sort."""
+        """[n, vocab] bool: `admits` of every token, by the same arithmetic. Costs a sort."""
         scaled, order = self.scaled.sort(dim=-1, descending=True, stable=True)
         larger = torch.zeros_like(self.mass, dtype=torch.float64)
         larger[:, 1:] = self.mass.gather(-1, order).cumsum(-1, dtype=torch.float64)[:, :-1]
@@ -139,34 +147,32 @@ class Truncation:
 
 
 def warp(logits: Tensor, sampling: SamplingTensors) -> Tensor:
-    """The distribution that is really sampled, by the book, with a sort: the oracle of `Truncation`, and what `rejection` needs.
+    """The distribution that is sampled, after temperature and truncation. Costs a sort.
 
-    logits: [n, vocab] after penalties; sampling: one line per logits line. Returns [n, vocab] float64, lines sum to one; greedy
-    lines are one-hot.
+    `rejection` and `typical` use it; tests compare `Truncation` with it.
+    logits: [n, vocab] after penalties.
+    sampling: one line per logits line.
+    Returns [n, vocab] float64; each line sums to one, greedy lines are one-hot.
     """
     values, order = logits.double().sort(dim=-1, descending=True, stable=True)  # stable: ties by lower index
     greedy = sampling.temperature[:, None] == 0
-    distribution = torch.exp(
-        (values - values[:, :1]) / torch.where(greedy, 1, sampling.temperature[:, None])
-    )  # the best has mass 1
+    temperature = torch.where(greedy, 1, sampling.temperature[:, None])
+    distribution = torch.exp((values - values[:, :1]) / temperature)  # the best has mass 1
     rank = torch.arange(distribution.shape[-1], device=distribution.device)
     distribution = distribution * ((sampling.top_k[:, None] == 0) | (rank < sampling.top_k[:, None]))
     mass = distribution.cumsum(-1)
     before = torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], -1)
-    distribution = (
-        distribution
-        * ((before < sampling.top_p[:, None] * mass[:, -1:]) | (sampling.top_p[:, None] >= 1))
-        * (distribution >= sampling.min_p[:, None])
-    )
+    is_in_top_p = (before < sampling.top_p[:, None] * mass[:, -1:]) | (sampling.top_p[:, None] >= 1)
+    distribution = distribution * is_in_top_p * (distribution >= sampling.min_p[:, None])
     distribution = torch.where(greedy, (rank == 0).double(), distribution)
     return torch.zeros_like(distribution).scatter_(-1, order, distribution / distribution.sum(-1, keepdim=True))
 
 
 class History:
-    """What each seat has read and written, as counts per token: only while some request uses penalties.
+    """The tokens of each seat's prompt and output, for penalties; kept only while some request has them.
 
-    seen: [seats, vocab] bool, prompt and output; written: [seats, vocab] int32, output only. The root counts as written as
-    soon as it is known.
+    seen: [seats, vocab] bool, whether the token is in the prompt or the output.
+    written: [seats, vocab] int32, how often the token is in the output. The root is in the output as soon as it is known.
     """
 
     def __init__(self, seats: int, vocab: int, device: torch.device | str) -> None:
@@ -174,12 +180,14 @@ class History:
         self.written = torch.zeros(seats, vocab, dtype=torch.int32, device=device)
 
     def start(self, seat: int, prompt: Sequence[int], output: Sequence[int] = ()) -> None:
+        """Replace the tokens of a seat by those of a new request."""
         self.seen[seat] = False
         self.written[seat] = 0
         self.seen[seat, torch.tensor([*prompt], dtype=torch.int64).to(self.seen.device, non_blocking=True)] = True
         self.write(seat, output)
 
     def write(self, seat: int, tokens: Sequence[int]) -> None:
+        """Add tokens to the output of a seat."""
         if tokens:
             ids = torch.tensor([*tokens]).to(self.seen.device, non_blocking=True)
             self.seen[seat, ids] = True
@@ -187,9 +195,12 @@ class History:
 
 
 def penalise(logits: Tensor, sampling: SamplingTensors, seen: Tensor, written: Tensor) -> Tensor:
-    """Repetition (Keskar et al. 2019, as in Hugging Face), then frequency and presence (OpenAI) penalties.
+    """[n, vocab] logits after repetition (Keskar et al. 2019, as in Hugging Face), frequency and presence penalties (OpenAI).
 
-    logits, written: [n, vocab]; seen: [n, vocab] bool; sampling: one line per logits line.
+    logits: [n, vocab].
+    sampling: one line per logits line.
+    seen: [n, vocab] bool, as in `History`.
+    written: [n, vocab] int, as in `History`.
     """
     factor = sampling.repetition[:, None]
     logits = torch.where(seen, torch.where(logits > 0, logits / factor, logits * factor), logits)

@@ -1,7 +1,7 @@
-"""Noise that can be asked for at any place: counter-based, keyed by (seed, position, token).
+"""Counter-based random noise: a function of (seed, position, token), with no state. Imports torch only.
 
-The bits come from integer arithmetic and are the same on every device, batch and order; only the logarithms may differ between
-devices, in the last place. This file knows integers and Gumbels. It refuses to know what they decide.
+The bits come from integer arithmetic and do not depend on device, batch or order. Only the logarithms may differ between devices,
+in the last digit.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _MASK = 2**64 - 1
 
 
 def draw_seed() -> int:
-    """64 fresh bits, for a request that names no seed."""
+    """A random 64-bit seed, for a request without one."""
     return secrets.randbits(64)
 
 
 def mix(seed: int, index: int) -> int:
-    """The seed of sample or prompt `index`, so that several answers to one request do not share noise."""
+    """The seed of answer or prompt number `index` of a request, so that its answers do not share noise."""
     return _scramble_int((_scramble_int(seed & _MASK) + (index + 1) * 0x9E3779B97F4A7C15) & _MASK)
 
 
@@ -35,24 +35,30 @@ def _scramble_int(value: int) -> int:
 
 
 def _scramble(value: Tensor) -> Tensor:
-    """SplitMix64's finaliser in place, on int64 seen as unsigned (`>>` is arithmetic in torch, hence the masks)."""
+    """SplitMix64's finaliser in place, on int64 taken as unsigned (`>>` is arithmetic in torch, hence the masks)."""
     value.bitwise_xor_((value >> 30).bitwise_and_((1 << 34) - 1)).mul_(_MIX_1)
     value.bitwise_xor_((value >> 27).bitwise_and_((1 << 37) - 1)).mul_(_MIX_2)
     return value.bitwise_xor_((value >> 31).bitwise_and_((1 << 33) - 1))
 
 
 def noise_keys(seeds: Tensor, positions: Tensor) -> Tensor:
-    """One key for each (seed, position), both int64 of a common shape: the state from which that position's noise counts on."""
+    """One key per (seed, position): the state from which that position's noise is counted.
+
+    seeds, positions: int64 of one shape, which the keys have too.
+    """
     return _scramble(_scramble(seeds.clone()) + (positions + 1) * _GOLDEN)
 
 
 def noise_key(seed: int, position: int) -> int:
-    """`noise_keys` for one pair, on the host, as a signed integer."""
+    """The key of one (seed, position), as `noise_keys` makes it, computed on the host; a signed integer."""
     return signed(_scramble_int((_scramble_int(seed & _MASK) + (position + 1) * _GOLDEN) & _MASK))
 
 
 def uniform_bits(keys: Tensor, ids: Tensor) -> Tensor:
-    """32 random bits for every (key, token), in an int64: SplitMix64's stream of `key`, read at `ids`."""
+    """32 random bits per (key, id), in int64: SplitMix64's stream of each key, read at `ids`.
+
+    keys, ids: int64; they broadcast.
+    """
     value = keys + (ids + 1) * _GOLDEN
     value.bitwise_xor_((value >> 30).bitwise_and_((1 << 34) - 1)).mul_(_MIX_1)
     value.bitwise_xor_((value >> 27).bitwise_and_((1 << 37) - 1)).mul_(_MIX_2)
@@ -60,21 +66,22 @@ def uniform_bits(keys: Tensor, ids: Tensor) -> Tensor:
 
 
 def uniform(keys: Tensor, ids: Tensor) -> Tensor:
-    """float64 in (0, 1), one for every (key, id)."""
+    """Uniform random numbers in (0, 1), float64, one per (key, id). keys, ids: int64; they broadcast."""
     return (uniform_bits(keys, ids).double() + 0.5) * 2.0**-32
 
 
 def gumbel(keys: Tensor, ids: Tensor) -> Tensor:
-    """Standard Gumbel noise, float32, one for every (key, token).
+    """Standard Gumbel noise, float32, one value per (key, token).
 
-    keys and ids broadcast: [rows, 1] and [vocab] give [rows, vocab]. `-log(-log1p(-w))` keeps its precision where noise is
-    large, which is where it decides; at the other end it is cut at -2.8, a change of the distribution of less than 2^-24.
+    keys, ids: int64; they broadcast: [rows, 1] and [vocab] give [rows, vocab].
+    `-log(-log1p(-w))` is precise where the noise is large, and only there does it decide. The smallest value is cut at -2.8, which
+    changes the distribution by less than 2^-24.
     """
     w = uniform_bits(keys, ids).to(torch.float32).add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
     return w.neg_().log1p_().neg_().log_().neg_()
 
 
 def signed(seed: int) -> int:
-    """The signed 64-bit integer with the same bits, for tensors."""
+    """The signed 64-bit integer with the same bits as `seed`, for int64 tensors."""
     seed &= _MASK
     return seed - 2**64 if seed >= 2**63 else seed

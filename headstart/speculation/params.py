@@ -1,4 +1,4 @@
-"""The settings of one request: `SamplingParams` and the checks of every field. Imports no torch."""
+"""The settings of one request: `SamplingParams` and the checks of its fields. Must not import torch."""
 
 from __future__ import annotations
 
@@ -13,19 +13,30 @@ from typing import Any, TypedDict
 
 from headstart.speculation.checks import require
 
-MOST_ANSWERS = 2**14  # to one prompt: all are queued before the first begins, and each holds its tokens until the last has ended
-_LARGE = 1e6  # no setting beyond this means anything, and float32 logits would lose their differences or overflow
+MOST_ANSWERS = 2**14  # per prompt: all are queued before the first begins, and each keeps its tokens until the last has ended
+_LARGE = 1e6  # with settings beyond this, float32 logits lose their differences or overflow
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one request is sampled and when it stops; every field is honoured or refused, never ignored.
+    """How one request is sampled and when it stops. No field is ignored: what cannot be done is refused.
 
-    temperature: 0 is greedy. top_k, top_p, min_p: truncation, None for off, applied in this order after the temperature.
-    repetition_penalty: Hugging Face's, over prompt and output; presence_penalty, frequency_penalty: OpenAI's, over output.
-    logit_bias: added to the logits of these token ids. seed: None draws one, which the answer reports.
-    n: samples per prompt. stop: strings that end the text, cut before them. stop_token_ids: besides the model's own.
-    ignore_eos: the model's own stop tokens do not stop. logprobs: None, or 0 and more alternatives per token.
+    max_tokens: most tokens of an answer.
+    temperature: 0 is greedy.
+    top_k: sample among the k most probable tokens; None: all. Truncations apply in the order of these fields.
+    top_p: sample among the most probable tokens that have this much probability together (nucleus); None: all.
+    min_p: sample among tokens with at least this share of the best token's probability; None: all.
+    repetition_penalty: divides or multiplies the logits of tokens of prompt and output, as in Hugging Face; 1 is off.
+    presence_penalty: subtracted from the logits of tokens of the output, as at OpenAI; 0 is off.
+    frequency_penalty: subtracted once per occurrence in the output, as at OpenAI; 0 is off.
+    logit_bias: added to the logits of these token ids; -inf forbids a token.
+    seed: 64-bit integer; None draws one, which the answer reports.
+    n: answers per prompt.
+    stop: strings that end the text; the text is cut before them.
+    stop_token_ids: token ids that end the text, besides those of the model.
+    ignore_eos: whether the model's own stop tokens do not end the text.
+    logprobs: number of alternatives whose log-probabilities are reported per token, 0: of the token only; None: off.
+    Raises ValueError for a value of the wrong type or out of bounds.
     """
 
     max_tokens: int = 256
@@ -51,32 +62,33 @@ class SamplingParams:
         require(self.top_k is None or self.top_k >= 1, "top_k", self.top_k, "at least 1, or None for off")
         require(self.top_p is None or 0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1], or None for off")
         require(self.min_p is None or 0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1], or None for off")
-        between = f"between -{_LARGE:g} and {_LARGE:g}"
+        bounds = f"between -{_LARGE:g} and {_LARGE:g}"
         for name in ("presence_penalty", "frequency_penalty"):
-            require(abs(getattr(self, name)) <= _LARGE, name, getattr(self, name), f"{between}; 0 is off")
+            require(abs(getattr(self, name)) <= _LARGE, name, getattr(self, name), f"{bounds}; 0 is off")
         is_moderate = 1 / _LARGE <= self.repetition_penalty <= _LARGE
         require(is_moderate, "repetition_penalty", self.repetition_penalty, f"between {1 / _LARGE:g} and {_LARGE:g}; 1 is off")
         for token, bias in self.logit_bias.items():
-            require(abs(bias) <= _LARGE or bias == -math.inf, f"logit_bias of token {token}", bias, f"{between}, or -inf")
+            require(abs(bias) <= _LARGE or bias == -math.inf, f"logit_bias of token {token}", bias, f"{bounds}, or -inf")
         require(self.seed is None or -(2**63) <= self.seed < 2**64, "seed", self.seed, "a 64-bit integer, or None to draw one")
-        require(1 <= self.n <= MOST_ANSWERS, "n", self.n, f"between 1 and {MOST_ANSWERS}; ask again for more, with another seed")
+        require(1 <= self.n <= MOST_ANSWERS, "n", self.n, f"between 1 and {MOST_ANSWERS}; for more, ask again with another seed")
         require(all(self.stop), "stop", self.stop, "strings that are not empty")
         require(self.logprobs is None or self.logprobs >= 0, "logprobs", self.logprobs, "None, or the number of alternatives")
 
     def _check_types(self) -> None:
-        """Bring every field to the type that it is declared with. Raises ValueError where that would change its value."""
-        for name, read in _READERS.items():
+        """Convert every field to its declared type. Raises ValueError where that would change its value."""
+        for name, convert in _CONVERTERS.items():
             value = getattr(self, name)
-            if type(value) is not _PLAIN[read] and not (value is None and name in _OPTIONAL):
-                object.__setattr__(self, name, read(name, value))
+            if type(value) is not _TYPES[convert] and not (value is None and name in _OPTIONAL):
+                object.__setattr__(self, name, convert(name, value))
 
     @property
     def has_penalties(self) -> bool:
+        """Whether a repetition, presence or frequency penalty is on."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 class SamplingSettings(TypedDict, total=False):
-    """The fields of `SamplingParams` as keyword arguments, for editors and type checkers."""
+    """The fields of `SamplingParams` as keyword arguments, for editors and type checkers. A test compares the two."""
 
     max_tokens: int
     temperature: float
@@ -95,7 +107,7 @@ class SamplingSettings(TypedDict, total=False):
     logprobs: int | None
 
 
-# What other libraries call these settings.
+# Names of these settings in other libraries, for error messages.
 SYNONYMS = {
     "best_of": "n",
     "do_sample": "temperature",
@@ -113,19 +125,23 @@ SYNONYMS = {
 
 
 def read_settings(params: object, settings: Mapping[str, Any]) -> SamplingParams:
-    """`params` (None: the defaults) with some fields replaced. Raises ValueError for other params and a name that is no field."""
+    """`params` with the fields named in `settings` replaced.
+
+    params: None for the defaults.
+    Raises ValueError for params of another type, and for a name that is not a field.
+    """
     if params is not None and not isinstance(params, SamplingParams):
         raise ValueError(f"params is {shortened(params)}; it must be SamplingParams, or left out for settings by name")
-    known = [known.name for known in fields(SamplingParams)]
+    names = [known.name for known in fields(SamplingParams)]
     for name in settings:
-        if name not in known:
-            similar = [SYNONYMS[name]] if name in SYNONYMS else get_close_matches(name, known, 1)
-            hint = f"did you mean {similar[0]}?" if similar else f"there are {', '.join(known)}"
+        if name not in names:
+            similar = [SYNONYMS[name]] if name in SYNONYMS else get_close_matches(name, names, 1)
+            hint = f"did you mean {similar[0]}?" if similar else f"the settings are {', '.join(names)}"
             raise ValueError(f"{name} is no sampling setting; {hint}")
     return replace(params or SamplingParams(), **settings)
 
 
-def _whole(name: str, value: object) -> int:
+def _integer(name: str, value: object) -> int:
     try:
         if not isinstance(value, bool):
             return operator.index(value)  # type: ignore[arg-type]
@@ -158,27 +174,27 @@ def _strings(name: str, value: object) -> tuple[str, ...]:
 def _token_ids(name: str, value: object) -> tuple[int, ...]:
     if not isinstance(value, Iterable) or isinstance(value, str):
         raise _wrong_type(name, value, "a list of token ids")
-    return tuple(_whole(f"an item of {name}", item) for item in value)
+    return tuple(_integer(f"an item of {name}", item) for item in value)
 
 
 def _biases(name: str, value: object) -> Mapping[int, float]:
     if not isinstance(value, Mapping):
         raise _wrong_type(name, value, "a dict of token ids and numbers")
-    return {_whole(f"a token of {name}", token): _real(f"{name} of token {token}", bias) for token, bias in value.items()}
+    return {_integer(f"a token of {name}", token): _real(f"{name} of token {token}", bias) for token, bias in value.items()}
 
 
 def _wrong_type(name: str, value: object, kind: str) -> ValueError:
     return ValueError(f"{name} is {shortened(value)}; it must be {kind}" + (", or None" if name in _OPTIONAL else ""))
 
 
-# How each field is read, and the type that a reader leaves as it is (NoneType: it looks at every value).
-_READERS = {
-    **dict.fromkeys(("max_tokens", "top_k", "seed", "n", "logprobs"), _whole),
+# The converter of each field, and the type that each converter leaves unchanged (None: it converts every value).
+_CONVERTERS = {
+    **dict.fromkeys(("max_tokens", "top_k", "seed", "n", "logprobs"), _integer),
     **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"), _real),
     "logit_bias": _biases,
     "stop": _strings,
     "stop_token_ids": _token_ids,
     "ignore_eos": _flag,
 }
-_PLAIN = {_whole: int, _real: float, _flag: bool, _biases: None, _strings: None, _token_ids: None}
+_TYPES = {_integer: int, _real: float, _flag: bool, _biases: None, _strings: None, _token_ids: None}
 _OPTIONAL = frozenset(("top_k", "top_p", "min_p", "seed", "logprobs"))

@@ -1,8 +1,6 @@
-"""How much to speculate: how deep and wide to draft, and which candidates are worth verifying now.
+"""Planners: how deep and wide to draft in a round (`plan`, on the host), and which drafts to verify (`prune`, on the device).
 
-A planner answers before drafting (`plan`, on the host: depth, width, how many nodes) and after it (`prune`, on the device: which
-nodes). Under the coupled rule any answer gives the same text; only its speed depends on it.
-This file knows chances and costs. It refuses to know drafters, targets and tokens.
+Under the coupled rule every plan gives the same text; only the speed differs. Must not import sampling, drafters or targets.
 """
 
 from __future__ import annotations
@@ -19,9 +17,15 @@ from headstart.speculation.tree import ROOT, Drafts
 
 @dataclass(frozen=True)
 class Plan:
-    """depth: levels per row at most; width: children per parent; beam: parents expanded per level and row;
-    nodes: drafts verified in all, over all rows. parents: the paths of ranks to expand, where a shape names them; empty: the
-    likeliest. min_gain: kept tokens that the nodes of another level must promise together, or a row ends there."""
+    """The size of a round's speculation.
+
+    depth: most levels per row.
+    width: children per parent.
+    beam: most parents expanded per level and row.
+    nodes: most drafts verified, over all rows.
+    parents: paths of ranks of the nodes to expand, for a static tree; empty: expand the most probable nodes.
+    min_gain: expected kept tokens that another level must add, or the row's tree ends there; 0: no limit.
+    """
 
     depth: int
     width: int
@@ -35,26 +39,33 @@ NO_DRAFTS = Plan(depth=0, width=0, beam=0, nodes=0)  # of a round in which no ro
 
 
 class Planner(Protocol):
-    """Decides the size of a round's speculation."""
+    """Decides the size of each round's speculation."""
 
     def headroom(self, max_rows: int) -> int:
-        """Slots that one row's drafts may take, beyond its text."""
+        """Most KV cache slots that the drafts of one row take, when up to `max_rows` rows draft."""
         ...
 
     def plan(self, depths: Sequence[int]) -> Plan:
-        """depths: per row, how deep it may draft at all (context, max_tokens and slots left; 0 for a row that does not draft)."""
+        """The size of the next round's speculation.
+
+        depths: per row, how deep it may draft (limited by context, max_tokens and free slots); 0: it does not draft.
+        """
         ...
 
     def prune(self, drafts: Drafts, plan: Plan, num_rows: int) -> Drafts:
-        """The drafts worth verifying, row after row (`Drafts.by_row`).
+        """The drafts to verify, sorted by row (`Drafts.by_row`).
 
-        Under a rule that forbids looking at what was drawn, chances are those of the ranks: no planner can peek."""
+        Under `rejection`, which drafts are verified must not depend on the drawn tokens: there, chances depend on ranks only.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Chain:
-    """One guess after another, `depth` of them: what most engines do."""
+    """One draft per level: the classic chain of speculative decoding (Leviathan et al. 2023).
+
+    depth: drafts per row. Raises ValueError below 1.
+    """
 
     depth: int = 5
 
@@ -73,15 +84,16 @@ class Chain:
 
 @dataclass(frozen=True)
 class Best:
-    """The `nodes` candidates of highest chance per drafting row, at most `depth` deep: EAGLE-2's rule (Li et al. 2024), over all
-    rows at once.
+    """The most probable candidates over all rows together, as EAGLE-2 selects them (Li et al. 2024).
 
-    floor: candidates of a smaller chance are dropped, where a node costs more than it earns (one more synchronisation per round
-    on a
-        GPU).
-    min_gain: kept tokens that the nodes of another level must promise together, or a row goes no deeper: about what a level
-    costs, in
-        forwards of the target. On a CPU only: on a GPU this would cost a host synchronisation.
+    nodes: drafts verified, per drafting row on average.
+    depth: most levels per row.
+    width: children per parent.
+    beam: parents expanded per level and row.
+    floor: candidates of a lower chance are dropped; 0: none. On a GPU this costs one more host synchronisation per round.
+    min_gain: expected kept tokens that another level must add, or the row's tree ends there; 0: no limit. A good value is the
+        cost of a level in target forwards. On CPU only: on a GPU this would cost a host synchronisation.
+    Raises ValueError for a number of nodes, depth, width or beam below 1, and for a floor or min_gain outside [0, 1).
     """
 
     nodes: int = 15
@@ -95,24 +107,24 @@ class Best:
         for name in ("nodes", "depth", "width", "beam"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         if not 0 <= self.floor < 1:
-            raise ValueError(f"floor is {self.floor}; a chance below which drafts are dropped must be in [0, 1)")
+            raise ValueError(f"floor is {self.floor}; the chance below which drafts are dropped must be in [0, 1)")
         if not 0 <= self.min_gain < 1:
-            raise ValueError(f"min_gain is {self.min_gain}; the tokens that another level must promise must be in [0, 1)")
+            raise ValueError(f"min_gain is {self.min_gain}; the expected tokens that another level must add must be in [0, 1)")
 
     def headroom(self, max_rows: int) -> int:
         drafted = self.width * (1 + (self.depth - 1) * self.beam)
-        return 1 + max(min(drafted, self.nodes * max_rows), self.beam * (self.depth - 1))  # verified, or run by the drafter
+        return 1 + max(min(drafted, self.nodes * max_rows), self.beam * (self.depth - 1))  # slots of the target, of the drafter
 
     def plan(self, depths: Sequence[int]) -> Plan:
-        drafting = sum(depth > 0 for depth in depths)
-        return Plan(self.depth, self.width, self.beam, self.nodes * drafting, min_gain=self.min_gain)
+        num_drafting = sum(depth > 0 for depth in depths)
+        return Plan(self.depth, self.width, self.beam, self.nodes * num_drafting, min_gain=self.min_gain)
 
     def prune(self, drafts: Drafts, plan: Plan, num_rows: int) -> Drafts:
         if len(drafts) > plan.nodes:
-            # A child never beats its parent, and a stable sort keeps the earlier of equals: the choice is closed under parents.
+            # No child has a higher chance than its parent, and a stable sort keeps the order of equals: no parent is missing.
             best = torch.sort(drafts.chances, descending=True, stable=True).indices[: plan.nodes]
             drafts = drafts.take(best.sort().values, num_rows)
-        if self.floor and len(drafts):  # under a fixed rule chances are those of the ranks, so this peeks at nothing
+        if self.floor and len(drafts):  # under `rejection`, chances depend on ranks only, not on the drawn tokens
             kept = (drafts.chances >= self.floor).nonzero().squeeze(-1)
             drafts = drafts if len(kept) == len(drafts) else drafts.take(kept, num_rows)
         return drafts.by_row(num_rows)
@@ -120,9 +132,11 @@ class Best:
 
 @dataclass(frozen=True)
 class StaticTree:
-    """A fixed tree, given by its paths of ranks: `((0,), (1,), (0, 0))` is the best child, the second best, the best's best.
+    """A static tree, as in Medusa (Cai et al. 2024) and EAGLE-1.
 
-    Medusa's and EAGLE-1's static trees, and what `rejection` needs. Every prefix of a path must be a path.
+    paths: one path of ranks per node: `((0,), (1,), (0, 0))` are the root's best child, its second best child, and the best
+        child of its best child.
+    Raises ValueError for no path, a negative rank, and a path whose parent's path is missing.
     """
 
     paths: tuple[tuple[int, ...], ...]
@@ -131,15 +145,15 @@ class StaticTree:
         known = set(self.paths)
         for path in self.paths:
             if not path or min(path) < 0:
-                raise ValueError(f"path {path} of a tree shape is not a tuple of ranks from 0")
+                raise ValueError(f"path {path} of a static tree is not a tuple of ranks from 0")
             if len(path) > 1 and path[:-1] not in known:
-                raise ValueError(f"path {path} of a tree shape lacks its parent {path[:-1]}")
+                raise ValueError(f"path {path} of a static tree lacks its parent {path[:-1]}")
         if not self.paths:
-            raise ValueError("a tree shape needs at least one path")
+            raise ValueError("a static tree needs at least one path")
 
     @classmethod
     def full(cls, *widths: int) -> StaticTree:
-        """Every node of level `i` has `widths[i]` children: `StaticTree.full(2, 1)` has four nodes."""
+        """The tree in which every node of level `i` has `widths[i]` children: `StaticTree.full(2, 1)` has four nodes."""
         paths: list[tuple[int, ...]] = []
         level: list[tuple[int, ...]] = [()]
         for width in widths:
@@ -160,18 +174,18 @@ class StaticTree:
         return Plan(depth, width, max(1, beam), len(self.paths) * sum(d > 0 for d in depths), parents)
 
     def prune(self, drafts: Drafts, plan: Plan, num_rows: int) -> Drafts:
-        wanted = set(self.paths)
-        ranks = rank_paths(drafts)
-        chosen = [index for index, path in enumerate(ranks) if path in wanted]
-        order = torch.tensor(chosen, dtype=torch.int64).to(drafts.tokens.device, non_blocking=True)
+        paths = set(self.paths)
+        kept = [index for index, path in enumerate(rank_paths(drafts)) if path in paths]
+        order = torch.tensor(kept, dtype=torch.int64).to(drafts.tokens.device, non_blocking=True)
         return drafts.take(order, num_rows).by_row(num_rows)
 
 
 @dataclass(frozen=True)
 class CalibratedTree:
-    """The static tree of `nodes` drafts that was measured to be a drafter's best: not yet a planner.
+    """Stands for the best static tree of `nodes` drafts in a drafter's calibration; not a planner itself.
 
-    It depends on the drafter and on the temperature; `headstart.engine.drafter_loading.resolve_planner` makes it a `StaticTree`.
+    The tree depends on the drafter and the temperature: `headstart.engine.drafter_loading.resolve_planner` looks it up.
+    nodes: number of drafts. Raises ValueError below 1.
     """
 
     nodes: int
@@ -181,22 +195,21 @@ class CalibratedTree:
 
 
 def rank_paths(drafts: Drafts) -> list[tuple[int, ...]]:
-    """Each draft's path of ranks (which child of its parent, in the order proposed), on the host."""
+    """Per draft, its path of ranks: which child of which child of the root it is, in the order proposed. On the host."""
     parents, rows = drafts.parents.tolist(), drafts.rows.tolist()
-    siblings: dict[tuple[int, int], int] = {}
+    num_children: dict[tuple[int, int], int] = {}  # by row and parent, so far
     paths: list[tuple[int, ...]] = []
     for parent, row in zip(parents, rows, strict=True):
-        place = (row, parent)
-        rank = siblings.get(place, 0)
-        siblings[place] = rank + 1
+        rank = num_children.get((row, parent), 0)
+        num_children[row, parent] = rank + 1
         paths.append((*(() if parent == ROOT else paths[parent]), rank))
     return paths
 
 
 def parse(spec: str) -> Planner | CalibratedTree:
-    """The planner that a line of text names: `chain:5`, `best:nodes=15,depth=6,width=4,beam=4`, `full:3,2,1`, `tree:32`.
+    """The planner that a text describes: `chain:5`, `best:nodes=15,depth=6,width=4,beam=4`, `full:3,2,1` or `tree:32`.
 
-    Whatever follows the colon may be left out, except for `full` and `tree`. Raises ValueError for anything else.
+    Settings not given have their defaults; `full` and `tree` need theirs. Raises ValueError for any other text.
     """
     name, _, argument = spec.partition(":")
     try:

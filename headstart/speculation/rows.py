@@ -1,8 +1,8 @@
-"""The rows of a round: how each row chooses a drafter's children and decides the target's tokens.
+"""The rows of a round: each row's sampling turns drafters' logits into children, and the target's logits into tokens.
 
-The token at absolute position `i` of a request is `argmax_v (z_v + T * g(seed, i, v))`: Gumbel-max with counter-based noise, so
-the distribution is softmax(z / T) and the token is a function of history, seed and position alone. Drafters choose with the same
-noise. Must not import models or drafters.
+The token at position `i` of a request is `argmax_v (z_v + T * g(seed, i, v))`, Gumbel-max with counter-based noise: it follows
+softmax(z / T), and depends on history, seed and position only. Drafters choose with the same noise. Must not import models or
+drafters.
 """
 
 from __future__ import annotations
@@ -21,8 +21,12 @@ from headstart.speculation.planner import Plan
 
 
 class Choice(NamedTuple):
-    """Children for several parents. tokens: [n, k] target ids, best first; chances: [n, k] float32, each given its parent;
-    distribution: [n, vocab] from which the children were drawn, under the `rejection` rule, else None."""
+    """Children for several parents.
+
+    tokens: [n, k] token ids of the target, best first.
+    chances: [n, k] float32, acceptance probability of each child given its parent.
+    distribution: [n, vocab] from which the children were drawn, under the `rejection` rule; else None.
+    """
 
     tokens: Tensor
     chances: Tensor
@@ -31,12 +35,16 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Paths:
-    """Where drafting parents stand. rows: [n] row of the round; tokens: [n, level] drafts from the root's child to the parent
-    itself; places: [n] a number that differs between parents of one level, for noise that must not be shared."""
+    """The paths from a root to several nodes.
+
+    rows: [n] int64, the row of the round.
+    tokens: [n, level] int64, the drafts from the root's child to the node itself; -1: no token.
+    noise_ids: [n] int64, a number that differs between nodes of one level, for noise that they must not share.
+    """
 
     rows: Tensor
     tokens: Tensor
-    places: Tensor
+    noise_ids: Tensor
 
 
 @dataclass(eq=False)
@@ -66,6 +74,7 @@ class Rows:
     _noise: dict[int, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
+        """Number of rows."""
         return len(self.seats)
 
     @cached_property
@@ -75,25 +84,30 @@ class Rows:
 
     @property
     def max_depth(self) -> int:
+        """The largest of `depths`, 0 for none."""
         return max(self.depths, default=0)
 
     @cached_property
     def positions(self) -> Tensor:
-        """[rows] int64: the roots' positions, on the device of the sampling."""
+        """[rows] int64: `root_positions`, on the device of the sampling settings."""
         return torch.tensor(self.root_positions).to(self.sampling.seeds.device, non_blocking=True)
 
     def noise(self, level: int) -> Tensor:
-        """[rows, vocab] Gumbel noise of the position `level` after each root: evaluated once per round, shared by all."""
+        """[rows, vocab] Gumbel noise of the position `level` after each root. Computed once per round, for drafters and target."""
         if level not in self._noise:
-            keys = [
-                [noise_key(seed, place + level)] for seed, place in zip(self.sampling.host_seeds, self.root_positions, strict=True)
-            ]
+            roots = zip(self.sampling.host_seeds, self.root_positions, strict=True)
+            keys = [[noise_key(seed, position + level)] for seed, position in roots]
             device = self.sampling.seeds.device
             self._noise[level] = gumbel(torch.tensor(keys).to(device, non_blocking=True), torch.arange(self.vocab, device=device))
         return self._noise[level]
 
     def adjust(self, logits: Tensor, paths: Paths, ids: Tensor | None = None) -> Tensor:
-        """Penalties and biases of each line's row and path. logits: [n, vocab] or [n, len(ids)]; float32 or wider."""
+        """Logits after the penalties and biases of each line's row and path, in float32 or wider.
+
+        logits: [n, vocab], or [n, len(ids)] with `ids`.
+        paths: [n] the node after which each line was computed.
+        ids: [draft_vocab] token id of each column; None: all tokens.
+        """
         logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
         if self.sampling.has_penalties:
             assert self.history is not None
@@ -112,7 +126,7 @@ class Rows:
 
     @cached_property
     def _bias(self) -> Tensor:
-        """[rows, vocab] what each row adds to its logits."""
+        """[rows, vocab] the sum of each row's logit biases."""
         assert self.sampling.biases is not None
         rows, tokens, values = self.sampling.biases
         return torch.zeros(len(self), self.vocab, device=values.device).index_put_((rows, tokens), values)
@@ -126,11 +140,14 @@ class Rows:
         ids: Tensor | None = None,
         calibration: Calibration = UNFITTED,
     ) -> Choice:
-        """A drafter's logits turned into children, under each row's own distribution and the noise that the rule prescribes.
+        """The children that a drafter's logits give, with each row's sampling and the noise of the acceptance rule.
 
-        logits: [n, vocab], or [n, draft_vocab] with `ids` [draft_vocab] naming the target token of each column; one line per
-        entry of `paths`. level: depth of the children (a root's children: 1). k: children per parent. calibration: how the
-        drafter's scores become chances.
+        logits: [n, vocab], or [n, draft_vocab] with `ids`.
+        level: depth of the children; a root's children have 1.
+        paths: [n] the parents.
+        k: children per parent.
+        ids: [draft_vocab] the target's token id of each column; None: the drafter has the target's vocabulary.
+        calibration: turns the drafter's scores into chances.
         """
         logits = self.adjust(logits, paths, ids)
         sampling = self.sampling.rows(paths.rows)
@@ -143,49 +160,45 @@ class Rows:
             noise = self.noise(level) if len(self) == 1 else self.noise(level)[paths.rows]  # a single row's broadcasts
             scores = torch.addcmul(logits, sampling.temperature[:, None], noise if ids is None else noise[:, ids])
         best = scores.topk(k, -1)
-        calibration_temperature = self.sampling.calibration_temperature_of(calibration, level)
-        calibration_temperature = (
-            calibration_temperature if len(calibration_temperature) == 1 else calibration_temperature[paths.rows]
-        )
-        # One division for both: a chance above one by a rounding would put a child before its parent.
-        chances = torch.exp(
-            best.values / calibration_temperature[:, None]
-            - torch.logsumexp(scores / calibration_temperature[:, None], -1, keepdim=True)
-        )
+        divisor = self.sampling.calibration_temperature_of(calibration, level)
+        divisor = (divisor if len(divisor) == 1 else divisor[paths.rows])[:, None]
+        # The same division in both terms: a chance that rounding puts above one would rank a child before its parent.
+        chances = torch.exp(best.values / divisor - torch.logsumexp(scores / divisor, -1, keepdim=True))
         tokens = best.indices if ids is None else ids[best.indices]
         if self.sampling.is_truncated:
             truncation = Truncation(logits, sampling)
-            admitted = torch.stack([truncation.admits(child) for child in best.indices.T], -1)
-            chances = chances * (admitted | (sampling.temperature[:, None] == 0))
+            is_inside = torch.stack([truncation.admits(child) for child in best.indices.T], -1)
+            chances = chances * (is_inside | (sampling.temperature[:, None] == 0))
         return Choice(tokens, chances.float(), None)
 
     def _draw(
         self, logits: Tensor, level: int, paths: Paths, sampling: SamplingTensors, ranks: Tensor, ids: Tensor | None
     ) -> Choice:
-        """Children drawn without replacement (Gumbel top-k, Kool et al. 2019) with noise used nowhere else.
+        """Children drawn without replacement (Gumbel top-k, Kool et al. 2019), with noise that is used nowhere else.
 
-        The noise is keyed by the round (the root's position), the level and the parent's place: a position that is drafted
-        again in a later round must not meet the same noise. Chances are those of the ranks, for a draw may not be judged by
-        what was drawn. ranks: [n, k] these chances, or one line for all.
+        The noise is keyed by the round (the root's position), the level and the parent: a position that is drafted again in a
+        later round must have other noise.
+        ranks: [n, k] chances of the ranks, or one line for all. They are the children's chances: which drafts are verified must
+        not depend on the tokens drawn.
         """
         distribution = warp(logits, sampling)
         round_keys = noise_keys(sampling.seeds, self.positions[paths.rows])
-        keys = noise_keys(round_keys, level * 2**20 + paths.places + 2**40)
+        keys = noise_keys(round_keys, level * 2**20 + paths.noise_ids + 2**40)
         scores = distribution.log() + gumbel(keys[:, None], torch.arange(distribution.shape[-1], device=distribution.device))
         drawn = scores.topk(ranks.shape[1], -1).indices
-        wide = (
-            distribution
-            if ids is None
-            else distribution.new_zeros(distribution.shape[0], self.vocab).index_copy_(1, ids, distribution)
-        )
-        return Choice(drawn if ids is None else ids[drawn], ranks.expand_as(drawn), wide)
+        if ids is not None:
+            drawn = ids[drawn]
+            distribution = distribution.new_zeros(distribution.shape[0], self.vocab).index_copy_(1, ids, distribution)
+        return Choice(drawn, ranks.expand_as(drawn), distribution)
 
     def decide(self, logits: Tensor, levels: Tensor, span: range, paths: Paths, tries: int = 2) -> tuple[Tensor, Tensor]:
-        """The target's own token after each asked node, and whether it is certain.
+        """The target's token after each asked node, [asked] int64, and whether it is certain, [asked] bool.
 
-        logits: [asked, vocab]; levels: [asked] the node's depth (root: 0), all within `span`; paths: rows and ancestors.
-        Truncation is judged on the best few candidates only; where none of `tries` is inside, the second result
-        ([asked] bool) is False and the caller asks again with `decide_fully`.
+        Truncation is checked on the `tries` best candidates only. Where none of them is inside, the token is not certain:
+        the caller calls `decide_fully`.
+        logits: [asked, vocab].
+        levels: [asked] int64, the depths of the nodes, all within `span`; a root has 0.
+        paths: [asked] the nodes.
         """
         logits = self.adjust(logits, paths)
         if not self.sampling.is_sampled:
@@ -198,7 +211,7 @@ class Rows:
         truncation = Truncation(logits, sampling)
         is_sure = truncation.admits(tokens) | (sampling.temperature == 0)
         for _ in range(tries - 1):
-            if scores.device.type == "cpu" and bool(is_sure.all()):  # asking is free there
+            if scores.device.type == "cpu" and bool(is_sure.all()):  # no host synchronisation there
                 break
             scores.scatter_(-1, tokens[:, None], torch.where(is_sure, torch.inf, -torch.inf)[:, None].to(scores.dtype))
             tokens = scores.argmax(-1)
@@ -206,15 +219,15 @@ class Rows:
         return tokens, is_sure
 
     def decide_fully(self, logits: Tensor, levels: Tensor, span: range, paths: Paths) -> Tensor:
-        """As `decide`, always certain: the whole truncated distribution is laid out. Costs a sort."""
+        """The tokens of `decide`, all certain: every token is checked for truncation. Costs a sort."""
         logits = self.adjust(logits, paths)
         sampling = self.sampling.rows(paths.rows)
         scores = self._scores(logits, levels, span, paths.rows, sampling)
-        is_out = ~Truncation(logits, sampling).members() & (sampling.temperature > 0)[:, None]
-        return scores.masked_fill(is_out, -torch.inf).argmax(-1)
+        is_outside = ~Truncation(logits, sampling).members() & (sampling.temperature > 0)[:, None]
+        return scores.masked_fill(is_outside, -torch.inf).argmax(-1)
 
     def _scores(self, logits: Tensor, levels: Tensor, span: range, rows: Tensor, sampling: SamplingTensors) -> Tensor:
-        """z + T g of the position after each asked node: [asked, vocab]."""
+        """[asked, vocab] z + T g of the position after each asked node."""
         if len(span) == 1:
             noise = self.noise(span[0] + 1)[rows]
         else:

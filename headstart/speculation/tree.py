@@ -1,7 +1,7 @@
-"""The shape of a round: drafts, the flat forest they are verified in, and what was kept of it.
+"""The nodes of a round: drafts, the flat forest in which they are verified, and the tokens kept of it.
 
-Everything is a flat list of nodes, row after row, parents before children; a tree brings its own size and shape and nothing is
-padded. This file knows indices only. It refuses to know tokens' meaning, logits, models or slots.
+All nodes are one flat list, row after row, parents before children; trees of different sizes need no padding. Must not import
+sampling, models or the cache.
 """
 
 from __future__ import annotations
@@ -13,21 +13,22 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-ROOT = -1  # the parent of a draft that hangs directly on its row's root
+ROOT = -1  # the parent index of a child of its row's root
 
 
 @dataclass(frozen=True, eq=False)
 class Drafts:
-    """Candidates behind the roots of a round: what a drafter returns and a planner prunes.
+    """Candidate tokens after the roots of a round: a drafter returns them and a planner prunes them.
 
-    tokens, parents, rows, depths: [drafts] int64. `parents` index into this list, or are `ROOT`; a parent stands before its
-    children and siblings carry distinct tokens. `rows` index the rows of the round; a child of a root has depth 1.
-    chances: [drafts] float32, estimated probability that the node is kept (the product along its path).
-    sources: [drafts] int64, which drafter proposed it.
+    tokens: [drafts] int64; siblings have distinct tokens.
+    parents: [drafts] int64 indices into this list, or `ROOT`; a parent precedes its children.
+    rows: [drafts] int64 indices into the rows of the round.
+    depths: [drafts] int64; a child of a root has depth 1.
+    chances: [drafts] float32, estimated acceptance probability of the node and all its ancestors.
+    sources: [drafts] int64, the number of the drafter that proposed each draft.
     distributions: [rows + drafts, vocab] or None. Under the `rejection` rule, the distribution from which each node's children
-    were drawn: the
-    rows' roots first, then one line per draft. None: children were picked, not drawn.
-    max_depth: a bound of the depths that the host knows without asking the device.
+        were drawn: first one line per row for its root, then one line per draft. None: children were picked, not drawn.
+    max_depth: an upper bound of `depths`, known on the host without a synchronisation.
     """
 
     tokens: Tensor
@@ -44,6 +45,7 @@ class Drafts:
 
     @classmethod
     def none(cls, device: torch.device | str = "cpu") -> Drafts:
+        """No drafts."""
         empty = torch.empty(0, dtype=torch.int64, device=device)
         return cls(empty, empty, empty, empty, empty.float(), empty)
 
@@ -59,39 +61,40 @@ class Drafts:
         source: int = 0,
         device: torch.device | str = "cpu",
     ) -> Drafts:
-        """Drafts from plain lists, for drafters that work on the host."""
+        """Drafts from lists with one entry per draft, for drafters that work on the host."""
         flat = torch.tensor([tokens, parents, rows, depths], dtype=torch.int64).reshape(4, -1).to(device, non_blocking=True)
-        weights = torch.tensor(chances, dtype=torch.float32).to(device, non_blocking=True)
+        probabilities = torch.tensor(chances, dtype=torch.float32).to(device, non_blocking=True)
         sources = torch.full_like(flat[0], source)
-        return cls(flat[0], flat[1], flat[2], flat[3], weights, sources, max_depth=max(depths, default=0))
+        return cls(flat[0], flat[1], flat[2], flat[3], probabilities, sources, max_depth=max(depths, default=0))
 
     def to(self, device: torch.device) -> Drafts:
-        """The same drafts on another device, without waiting for it."""
+        """The same drafts on another device, copied without a host synchronisation."""
         if self.tokens.device == device:
             return self
         names = ("tokens", "parents", "rows", "depths", "chances", "sources", "distributions")
-        parts = {name: getattr(self, name) for name in names}
-        return replace(self, **{name: part.to(device, non_blocking=True) for name, part in parts.items() if part is not None})
+        tensors = {name: getattr(self, name) for name in names}
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items() if tensor is not None}
+        return replace(self, **moved)
 
     def check(self) -> None:
-        """Assert what every drafter promises. Costs a device synchronisation: for tests and host-made drafts."""
+        """Assert the properties that a drafter guarantees. Costs a host synchronisation: for tests and drafts on the host."""
         order = torch.arange(len(self), device=self.tokens.device)
-        assert bool((self.parents < order).all()), "a draft stands before its parent"
+        assert bool((self.parents < order).all()), "a draft precedes its parent"
         inner = self.parents != ROOT
         parents = self.parents.clamp(min=0)
         assert bool((self.depths == torch.where(inner, self.depths[parents], 0) + 1).all()), "a draft is not one below its parent"
-        assert bool((~inner | (self.rows == self.rows[parents])).all()), "a draft hangs on another row's node"
-        place = torch.where(inner, parents, -1 - self.rows)
-        pairs = torch.stack([place, self.tokens])
-        assert torch.unique(pairs, dim=1).shape[1] == len(self), "two siblings carry the same token"
+        assert bool((~inner | (self.rows == self.rows[parents])).all()), "a draft's parent is in another row"
+        parent_ids = torch.where(inner, parents, -1 - self.rows)  # negative: a row's root
+        pairs = torch.stack([parent_ids, self.tokens])
+        assert torch.unique(pairs, dim=1).shape[1] == len(self), "two siblings have the same token"
 
     def take(self, order: Tensor, num_rows: int) -> Drafts:
-        """The drafts at `order` ([n] indices; a parent before its children, no child without its parent), renumbered."""
-        renumber = torch.full((len(self) + 1,), ROOT, dtype=torch.int64, device=order.device)  # the last stays ROOT
+        """The drafts with the indices `order` [n], renumbered. A parent must precede its children and none may be missing."""
+        renumber = torch.full((len(self) + 1,), ROOT, dtype=torch.int64, device=order.device)  # parent ROOT stays ROOT
         renumber[order] = torch.arange(order.shape[0], device=order.device)
-        distributions = (
-            None if self.distributions is None else torch.cat([self.distributions[:num_rows], self.distributions[num_rows + order]])
-        )
+        distributions = self.distributions
+        if distributions is not None:
+            distributions = torch.cat([distributions[:num_rows], distributions[num_rows + order]])
         return Drafts(
             self.tokens[order],
             renumber[self.parents[order]],
@@ -104,40 +107,45 @@ class Drafts:
         )
 
     def by_row(self, num_rows: int) -> Drafts:
-        """The same drafts, row after row, order within a row unchanged."""
+        """The same drafts sorted by row; the order within a row does not change."""
         if num_rows <= 1 or len(self) <= 1:
             return self
         return self.take(torch.argsort(self.rows, stable=True), num_rows)
 
 
 def lineage(parents: Tensor, max_depth: int) -> Tensor:
-    """Who descends from whom: [drafts, drafts] bool, `[i, j]` true where `j` is `i` or an ancestor of `i`.
+    """The tree mask of the drafts: [drafts, drafts] bool, `[i, j]` is true where `j` is `i` or an ancestor of `i`.
 
-    parents: [drafts] with `ROOT` for children of a root. Pointer doubling: log2(max_depth) steps, no loop over nodes.
+    parents: [drafts] int64, with `ROOT` for children of a root.
+    max_depth: an upper bound of the depths. Pointer doubling takes log2(max_depth) steps, without a loop over nodes.
     """
     size = parents.shape[0]
-    seen = torch.eye(size + 1, dtype=torch.bool, device=parents.device)  # the last line stands for the root
+    tree_mask = torch.eye(size + 1, dtype=torch.bool, device=parents.device)  # the last line is the root's
     jump = torch.cat([parents, parents.new_full((1,), size)])
     jump[:-1].masked_fill_(parents == ROOT, size)
-    reach = 1
-    while reach < max_depth:
-        seen |= seen[jump]
+    covered = 1  # levels of ancestors that the mask has
+    while covered < max_depth:
+        tree_mask |= tree_mask[jump]
         jump = jump[jump]
-        reach *= 2
-    return seen[:-1, :-1]
+        covered *= 2
+    return tree_mask[:-1, :-1]
 
 
 @dataclass(frozen=True, eq=False)
 class Forest:
-    """All nodes of a round, flat: each row's stem, then its drafts; dead nodes last.
+    """All nodes that the target scores in a round, flat: each row's stem, then its drafts; dead nodes last.
 
-    tokens, positions: [nodes] int64; position is the node's index in its row's text. A dead node has position 0.
-    drafts: the candidates of all rows, row after row; lineage: [drafts, drafts], see `lineage`.
-    stems, counts: on the host, stem nodes and draft nodes of each row; whole: which stems end with their row's root.
-    asked: [asked] nodes whose logits are needed: of each whole row the root and then its drafts, row after row; perhaps the
-    last node again, to make them enough.
-    max_depth: a bound of the drafts' depth.
-    num_dead: dead nodes at the end; they belong to no row, are never kept, and only make the forest larger.
+    tokens: [nodes] int64.
+    positions: [nodes] int64, the node's position in its row's text; 0 for a dead node.
+    drafts: the drafts of all rows, row after row.
+    lineage: [drafts, drafts] bool, see `lineage`.
+    stems: per row, the number of stem nodes; on the host.
+    counts: per row, the number of draft nodes; on the host.
+    ends_at_root: per row, whether its stem ends with the row's root; False inside a prompt.
+    asked: [asked] indices of the nodes whose logits are needed: for each row that ends at its root, the root and then its
+        drafts; then the last node repeated, where a minimum number of nodes is required.
+    max_depth: an upper bound of the drafts' depths.
+    num_dead: number of dead nodes at the end. They belong to no row, are never kept, and only make the forest larger.
     """
 
     tokens: Tensor
@@ -146,7 +154,7 @@ class Forest:
     lineage: Tensor
     stems: tuple[int, ...]
     counts: tuple[int, ...]
-    whole: tuple[bool, ...]
+    ends_at_root: tuple[bool, ...]
     asked: Tensor
     max_depth: int
     num_dead: int = 0
@@ -156,28 +164,31 @@ class Forest:
 
     @property
     def num_rows(self) -> int:
+        """Number of rows."""
         return len(self.stems)
 
     @property
     def num_asked(self) -> int:
-        """How many of `asked` decide something; the rest only makes them enough."""
-        return sum(count + 1 for count, is_whole in zip(self.counts, self.whole, strict=True) if is_whole)
+        """Number of nodes in `asked` without the repeated last node."""
+        return sum(count + 1 for count, is_asked in zip(self.counts, self.ends_at_root, strict=True) if is_asked)
 
 
 def merge(
     stems: Sequence[Sequence[int]],
     starts: Sequence[int],
-    whole: Sequence[bool],
+    ends_at_root: Sequence[bool],
     drafts: Drafts,
     num_nodes: int = 0,
     device: torch.device | None = None,
 ) -> Forest:
-    """One flat forest from the rows' stems and the drafts behind those that are whole.
+    """One flat forest of the rows' stems and their drafts.
 
-    stems: per row the known tokens that this round scores, at least one; starts: the position of each stem's first token;
-    whole: whether the stem ends with its row's root. drafts: row after row (`Drafts.by_row`), only behind whole stems.
-    num_nodes: dead nodes fill the forest up to this size, and the last node, asked again, fills up the asked ones. device: where
-    the forest is wanted; None: where the drafts are.
+    stems: per row, the known tokens that this round scores, at least one.
+    starts: per row, the position of the stem's first token.
+    ends_at_root: per row, whether the stem ends with the row's root.
+    drafts: row after row (`Drafts.by_row`), only in rows that end at their root.
+    num_nodes: dead nodes fill the forest up to this size, and the last node is repeated until as many are asked.
+    device: the forest's device; None: that of the drafts.
     """
     counts = count_by_row(drafts, len(stems))
     max_depth = int(drafts.depths.max()) if len(drafts) and drafts.tokens.device.type == "cpu" else drafts.max_depth
@@ -186,26 +197,27 @@ def merge(
     tokens: list[int] = []
     positions: list[int] = []
     asked: list[int] = []
-    places: list[int] = []  # where the drafts go
-    roots: list[int] = []  # the root's position, per draft
-    for stem, start, is_whole, count in zip(stems, starts, whole, counts, strict=True):
-        assert stem, "an empty stem"
-        assert is_whole or not count, "drafts behind a cut stem"
+    draft_nodes: list[int] = []  # per draft, its index among the nodes
+    root_positions: list[int] = []  # per draft, the position of its row's root
+    for stem, start, is_asked, count in zip(stems, starts, ends_at_root, counts, strict=True):
+        assert stem, "a stem is empty"
+        assert is_asked or not count, "a row has drafts but its stem does not end at its root"
         end = len(tokens) + len(stem)
         tokens += [*stem, *[0] * count]
         positions += [*range(start, start + len(stem)), *[0] * count]
-        places += range(end, end + count)
-        roots += [start + len(stem) - 1] * count
-        if is_whole:
+        draft_nodes += range(end, end + count)
+        root_positions += [start + len(stem) - 1] * count
+        if is_asked:
             asked += range(end - 1, end + count)
     num_dead = max(0, num_nodes - len(tokens))
-    # The head multiplies asked rows only, so they too must be enough not to depend on their number; and no model answers nothing.
+    # Below a number of rows, a matrix product's result depends on that number: the LM head, which multiplies the asked nodes only,
+    # needs as many as the layers. At least one is asked, because models refuse an empty input.
     asked += [len(tokens) - 1] * (max(1, num_nodes) - len(asked))
     flat = torch.tensor([tokens + [0] * num_dead, positions + [0] * num_dead]).to(device, non_blocking=True)
-    if places:
-        at = torch.tensor([places, roots]).to(device, non_blocking=True)
-        flat[0, at[0]] = drafts.tokens
-        flat[1, at[0]] = drafts.depths + at[1]
+    if draft_nodes:
+        nodes, roots = torch.tensor([draft_nodes, root_positions]).to(device, non_blocking=True)
+        flat[0, nodes] = drafts.tokens
+        flat[1, nodes] = drafts.depths + roots
     return Forest(
         tokens=flat[0],
         positions=flat[1],
@@ -214,14 +226,14 @@ def merge(
         max_depth=max_depth,
         stems=tuple(map(len, stems)),
         counts=tuple(counts),
-        whole=tuple(whole),
+        ends_at_root=tuple(ends_at_root),
         asked=torch.tensor(asked, dtype=torch.int64).to(device, non_blocking=True),
         num_dead=num_dead,
     )
 
 
 def count_by_row(drafts: Drafts, num_rows: int) -> list[int]:
-    """Drafts of each row, on the host."""
+    """Number of drafts of each row, on the host. One host synchronisation where several rows draft on a GPU."""
     if len(drafts) == 0 or num_rows == 1:
         return [len(drafts)] * num_rows
     counts: list[int] = torch.bincount(drafts.rows, minlength=num_rows).tolist()
@@ -230,12 +242,16 @@ def count_by_row(drafts: Drafts, num_rows: int) -> list[int]:
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """What became certain in a round: decoding rows and prompt chunks alike.
+    """The tokens that became certain in a round, of rows that decode and of prompt chunks (prefill).
 
-    seats: per row. texts: per row the kept tokens and then the one after them, which is known but not yet scored: the prompt's
-    own inside a prompt, the new root at its end. starts: per row the position of the first kept token.
-    tried, held: per row, the depth of its deepest draft and of its deepest kept draft: what chances learn from.
-    features: [kept, taps * hidden] of the kept tokens, row after row, or None.
+    seats: per row, its seat.
+    texts: per row, the kept tokens and the token after them, which is known but not scored yet: the prompt's next token inside a
+        prompt, else the new root.
+    starts: per row, the position of the first kept token.
+    tried: per row, the depth of its deepest draft.
+    held: per row, the depth of its deepest kept draft.
+    features: [kept, taps * hidden] tapped hidden states of the kept tokens, row after row; None where the drafter has no taps.
+    device: where the tensors below are made.
     """
 
     seats: tuple[int, ...]
@@ -248,25 +264,25 @@ class Kept:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """How many tokens each row kept."""
+        """Per row, the number of kept tokens."""
         return tuple(len(text) - 1 for text in self.texts)
 
     @cached_property
     def tokens(self) -> Tensor:
-        """[kept] int64, flat, row after row."""
-        return self._there([token for text in self.texts for token in text[:-1]])
+        """[kept] int64, the kept tokens, row after row."""
+        return self._on_device([token for text in self.texts for token in text[:-1]])
 
     @cached_property
     def nexts(self) -> Tensor:
-        """[kept] int64, the token after each kept one."""
-        return self._there([token for text in self.texts for token in text[1:]])
+        """[kept] int64, the token after each kept token."""
+        return self._on_device([token for text in self.texts for token in text[1:]])
 
     @cached_property
     def positions(self) -> Tensor:
-        """[kept] int64."""
+        """[kept] int64, the position of each kept token."""
         spans = zip(self.starts, self.lengths, strict=True)
-        return self._there([position for start, length in spans for position in range(start, start + length)])
+        return self._on_device([position for start, length in spans for position in range(start, start + length)])
 
-    def _there(self, values: Sequence[int]) -> Tensor:
-        """On the device, without waiting for it."""
+    def _on_device(self, values: Sequence[int]) -> Tensor:
+        """[len(values)] int64 on the device, without a host synchronisation."""
         return torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)

@@ -132,11 +132,11 @@ def test_a_plan_comes_back_from_its_file(tmp_path):
 
 def test_a_size_that_was_not_measured_is_refused_with_those_that_were():
     plan = HeadsPlan(FITTED, {0.0: {2: Tree(((0,), (1,)), 1.5)}, 0.7: {1: Tree(((0,),), 1.25), 4: Tree(((0,),), 1.25)}})
-    assert plan.shape(2, 0.3) == StaticTree(((0,), (1,)))
+    assert plan.static_tree(2, 0.3) == StaticTree(((0,), (1,)))
     with pytest.raises(ValueError, match="no tree of 2 drafts was measured; there are tree:1, tree:4"):
-        plan.shape(2, 0.4)
+        plan.static_tree(2, 0.4)
     with pytest.raises(ValueError, match="there are none"):
-        HeadsPlan(FITTED, {}).shape(2, 0.4)
+        HeadsPlan(FITTED, {}).static_tree(2, 0.4)
 
 
 def test_a_plan_that_cannot_be_written_is_one_sentence(tmp_path):

@@ -123,7 +123,7 @@ def test_a_shape_is_drafted_whole_and_nothing_else_is_kept(shape, rule):
         (lambda: StaticTree(()), "at least one path"),
         (lambda: StaticTree(((),)), "is not a tuple of ranks"),
         (lambda: StaticTree(((-1,),)), "is not a tuple of ranks"),
-        (lambda: StaticTree(((0,), (1, 0))), r"\(1, 0\) of a tree shape lacks its parent \(1,\)"),
+        (lambda: StaticTree(((0,), (1, 0))), r"\(1, 0\) of a static tree lacks its parent \(1,\)"),
         (lambda: StaticTree.full(2, 0), "width is 0"),
     ],
 )

@@ -102,7 +102,7 @@ def test_a_misspelt_setting_is_told_the_right_name(wrong, right):
 
 
 def test_a_setting_like_no_other_is_told_all_of_them():
-    with pytest.raises(ValueError, match=r"^xyzzy is no sampling setting; there are max_tokens, temperature"):
+    with pytest.raises(ValueError, match=r"^xyzzy is no sampling setting; the settings are max_tokens, temperature"):
         read_settings(None, {"xyzzy": 1})
 
 

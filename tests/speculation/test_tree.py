@@ -91,21 +91,21 @@ def test_a_forest_is_every_stem_with_its_drafts_behind_it(shape, sizes, whole, n
 
 
 def test_a_forest_refuses_what_the_engine_may_not_ask():
-    with pytest.raises(AssertionError, match="empty stem"):
+    with pytest.raises(AssertionError, match="a stem is empty"):
         merge([[]], [0], [True], Drafts.none())
-    with pytest.raises(AssertionError, match="cut stem"):
+    with pytest.raises(AssertionError, match="does not end at its root"):
         merge([[1]], [0], [False], Drafts.of([5], [ROOT], [0], [1], [1.0]))
 
 
 @pytest.mark.parametrize(
     ("parents", "rows", "depths", "tokens", "sentence"),
     [
-        ([1, ROOT], [0, 0], [2, 1], [5, 6], "before its parent"),
+        ([1, ROOT], [0, 0], [2, 1], [5, 6], "precedes its parent"),
         ([ROOT, 0], [0, 0], [1, 1], [5, 6], "not one below"),
         ([ROOT, ROOT], [0, 0], [1, 2], [5, 6], "not one below"),
-        ([ROOT, 0], [0, 1], [1, 2], [5, 6], "another row"),
-        ([ROOT, ROOT], [0, 0], [1, 1], [5, 5], "same token"),
-        ([ROOT, 0, 0], [0, 0, 0], [1, 2, 2], [5, 6, 6], "same token"),
+        ([ROOT, 0], [0, 1], [1, 2], [5, 6], "in another row"),
+        ([ROOT, ROOT], [0, 0], [1, 1], [5, 5], "the same token"),
+        ([ROOT, 0, 0], [0, 0, 0], [1, 2, 2], [5, 6, 6], "the same token"),
     ],
 )
 def test_each_broken_promise_of_a_drafter_is_named(parents, rows, depths, tokens, sentence):
