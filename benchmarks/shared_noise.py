@@ -28,7 +28,7 @@ from headstart.engine.stats import Stats
 from headstart.speculation.calibration import UNFITTED, Calibration
 from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Chain, StaticTree
-from headstart.speculation.verify import RULES
+from headstart.speculation.rules import RULES
 
 RULE_OF = {"coupled": RULES["coupled"], "rejection": RULES["rejection"], "picked": replace(RULES["coupled"], noise="none")}
 DEFAULT_SHAPES = ("chain:4", "tree:8", "best")

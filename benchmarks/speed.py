@@ -27,8 +27,8 @@ from headstart.engine.engine import Engine
 from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Best
 from headstart.speculation.rows import Rows
+from headstart.speculation.rules import RULES
 from headstart.speculation.tree import ROOT, Drafts, Kept
-from headstart.speculation.verify import RULES
 from headstart.target.cache import Seating
 from headstart.target.target import Target, load_model
 from headstart.target.tokenizer_loading import load_tokenizer

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "headstart"
 FOLDERS = ("text", "speculation", "target", "drafters", "formats", "engine", "distill", "training", "bench", "serve", "cli")
 PARTS = "headstart.drafters.parts"
 NO_METHOD = {"headstart.drafters", "headstart.drafters.registry"}
-JUDGES = {"headstart.engine.engine", "headstart.engine.scheduler", "headstart.speculation.verify"}
+JUDGES = {"headstart.engine.engine", "headstart.engine.scheduler", "headstart.speculation.rules", "headstart.speculation.verify"}
 SURFACES = ("cli", "serve", "bench")
 
 

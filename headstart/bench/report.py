@@ -24,7 +24,7 @@ import headstart
 from headstart.bench.identity import Split, find_split
 from headstart.bench.runner import PLAIN, Sample, Setup
 from headstart.engine.stats import Stats
-from headstart.speculation.verify import parse_rule
+from headstart.speculation.rules import parse_rule
 from headstart.target.target import Target
 
 NGRAM = 8

@@ -19,7 +19,7 @@ from headstart.engine.stats import Stats
 from headstart.speculation.noise import mix
 from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import CalibratedTree, Planner, parse
-from headstart.speculation.verify import parse_rule
+from headstart.speculation.rules import parse_rule
 from headstart.target.target import Target
 
 PLAIN = "plain"

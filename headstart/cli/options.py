@@ -74,7 +74,7 @@ class Model:
         """The model, with a spinner while it loads. settings: of `headstart.load`."""
         with waiting(f"loading {self.model or 'the embedded model'}"):
             import headstart
-            from headstart.speculation.verify import parse_rule
+            from headstart.speculation.rules import parse_rule
 
             parse_rule(self.accept)  # refused before anything is loaded
             quieten()

@@ -21,7 +21,7 @@ from headstart.engine.llm import LLM
 from headstart.engine.scheduler import Request
 from headstart.speculation.noise import mix
 from headstart.speculation.params import SamplingParams
-from headstart.speculation.verify import RULES
+from headstart.speculation.rules import RULES
 from headstart.target.loading import digest
 from headstart.text.conversations import follow_up
 from headstart.text.jsonl import parsed

@@ -26,8 +26,9 @@ from headstart.speculation.noise import draw_seed
 from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import NO_DRAFTS, Planner
 from headstart.speculation.rows import Rows
+from headstart.speculation.rules import parse_rule
 from headstart.speculation.tree import Drafts, Forest, Kept, merge
-from headstart.speculation.verify import Rule, Verdict, parse_rule, verify
+from headstart.speculation.verify import Rule, Verdict, verify
 from headstart.target.cache import Seating
 from headstart.target.target import Scored, Target
 

@@ -20,7 +20,7 @@ from headstart.formats import describe_target, save
 from headstart.speculation.calibration import UNFITTED, HeadsPlan, Tree, save_plan
 from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Best, CalibratedTree, Chain, StaticTree
-from headstart.speculation.verify import RULES
+from headstart.speculation.rules import RULES
 from headstart.target.target import Target
 
 

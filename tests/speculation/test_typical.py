@@ -17,8 +17,9 @@ from headstart.engine.engine import Engine
 from headstart.speculation.distribution import warp
 from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import StaticTree
+from headstart.speculation.rules import RULES, deepest, parse_rule, typical
 from headstart.speculation.tree import ROOT, Drafts
-from headstart.speculation.verify import RULES, asked_nodes, deepest, parse_rule, typical, verify
+from headstart.speculation.verify import asked_nodes, verify
 
 VOCAB = 4
 WARM = SamplingParams(temperature=0.7)

@@ -11,8 +11,9 @@ from tables import asked_logits, drafting, forest_of, joint_law, make_rows, p_va
 from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Best, Chain, StaticTree
 from headstart.speculation.rows import Rows
+from headstart.speculation.rules import RULES, coupled_as_reached, coupled_at_once
 from headstart.speculation.tree import ROOT, Drafts, merge
-from headstart.speculation.verify import RULES, Decisions, Rule, asked_nodes, coupled_as_reached, coupled_at_once, verify
+from headstart.speculation.verify import Decisions, Rule, asked_nodes, verify
 
 VOCAB = 4
 NODES = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3), st.integers(0, VOCAB - 1)), max_size=24)
@@ -281,10 +282,10 @@ def test_a_planner_that_peeks_at_what_was_drawn_is_noticed():
 
 def test_a_law_that_is_not_updated_after_a_refusal_is_noticed():
     """The second child judged as if the first had been put back: its distribution still holds the first one's token."""
-    from headstart.speculation import verify as room
+    from headstart.speculation import rules
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "_residual", lambda p, q, token: p)
+        patch.setattr(rules, "_residual", lambda p, q, token: p)
         assert law_test(drafting(DRAFTERS["bad"])) < 1e-9
 
 
