@@ -1,4 +1,4 @@
-"""A drafter that was told the answers, and decodes that go through an engine in one line."""
+"""A drafter that follows a script and knows the answers, and functions that decode requests with an engine."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -15,28 +15,28 @@ from headstart.target.cache import Seating
 from headstart.target.target import Target
 
 Node = tuple[int, int]  # a token, and its parent among the nodes of its row
-Script = Callable[[Sequence[int], int], list[Node]]  # what will come, and how deep one may draft -> a tree
+Script = Callable[[Sequence[int], int], list[Node]]  # (coming tokens, depth limit) -> a tree
 
 
 def right(depth: int = 99) -> Script:
-    """A chain that is right down to `depth`, and ends there."""
-    return lambda coming, limit: [(token, place - 1) for place, token in enumerate(coming[: min(depth, limit)])]
+    """A chain of `depth` right tokens."""
+    return lambda coming, limit: [(token, index - 1) for index, token in enumerate(coming[: min(depth, limit)])]
 
 
 def right_then_wrong(depth: int, vocab: int) -> Script:
-    """A chain that goes on behind its first `depth` tokens, which are right."""
+    """A chain of `depth` right tokens and two wrong ones after them."""
 
     def script(coming: Sequence[int], limit: int) -> list[Node]:
         return [
-            (token if place < depth else (token + 1) % vocab, place - 1)
-            for place, token in enumerate(coming[: min(depth + 2, limit)])
+            (token if index < depth else (token + 1) % vocab, index - 1)
+            for index, token in enumerate(coming[: min(depth + 2, limit)])
         ]
 
     return script
 
 
 def wrong(vocab: int) -> Script:
-    """Two siblings with a child each, all wrong."""
+    """Two siblings with one child each, all wrong."""
     return lambda coming, limit: (
         [((coming[0] + 1) % vocab, ROOT), ((coming[0] + 2) % vocab, ROOT), *([(coming[0], 0), (coming[0], 1)] if limit > 1 else [])]
         if coming
@@ -45,7 +45,7 @@ def wrong(vocab: int) -> Script:
 
 
 def random_trees(vocab: int, size: int, seed: int = 0, skill: float = 0.6) -> Script:
-    """Trees of 0 to `size` nodes in any shape; a node behind right ones is right with the chance `skill`."""
+    """Trees of 0 to `size` nodes of any shape; a child of a right node is right with probability `skill`."""
     rng = random.Random(seed)
 
     def script(coming: Sequence[int], limit: int) -> list[Node]:
@@ -55,13 +55,13 @@ def random_trees(vocab: int, size: int, seed: int = 0, skill: float = 0.6) -> Sc
         for _ in range(rng.randint(0, size)):
             parent = rng.choice([ROOT, *(node for node, depth in enumerate(depths) if depth < limit)])
             depth = depths[parent] if parent != ROOT else 0
-            could_be = depth < len(coming) and (parent == ROOT or is_right[parent])
-            token = coming[depth] if could_be and rng.random() < skill else rng.randrange(vocab)
+            may_be_right = depth < len(coming) and (parent == ROOT or is_right[parent])
+            token = coming[depth] if may_be_right and rng.random() < skill else rng.randrange(vocab)
             if (token, parent) in nodes:
                 continue  # siblings are distinct
             nodes.append((token, parent))
             depths.append(depth + 1)
-            is_right.append(could_be and token == coming[depth])
+            is_right.append(may_be_right and token == coming[depth])
         return nodes
 
     return script
@@ -69,7 +69,7 @@ def random_trees(vocab: int, size: int, seed: int = 0, skill: float = 0.6) -> Sc
 
 @dataclass(frozen=True)
 class AsDrafted:
-    """Verifies whatever was drafted: at most `nodes` per row, at most `depth` deep."""
+    """A planner that verifies every draft: at most `nodes` per row, at most `depth` deep."""
 
     nodes: int = 24
     depth: int = 8
@@ -86,7 +86,10 @@ class AsDrafted:
 
 @dataclass
 class Scripted:
-    """Drafts what a script makes of the answer. answers: whole texts, prompts included; the one that begins like a row's is its."""
+    """A drafter that proposes the tree that a script makes of the coming tokens.
+
+    answers: full texts, prompts included; a row's answer is the one that begins with the row's text.
+    """
 
     script: Script
     answers: Sequence[Sequence[int]]
@@ -102,8 +105,8 @@ class Scripted:
     def extend(self, kept: Kept) -> None:
         for seat, tokens, start in zip(kept.seats, kept.texts, kept.starts, strict=True):
             text = self.texts.setdefault(seat, [])
-            assert len(text) >= start, "a gap in what the drafter was told"
-            assert text[start:] == list(tokens[: len(text) - start]), "what was certain has changed"
+            assert len(text) >= start, "tokens are missing between two calls of extend"
+            assert text[start:] == list(tokens[: len(text) - start]), "a kept token has changed"
             text[start:] = tokens
 
     def propose(self, rows: Rows) -> Drafts:
@@ -113,7 +116,7 @@ class Scripted:
         depths: list[int] = []
         for row in rows.drafting:
             text, first = self.texts[rows.seats[row]], len(tokens)
-            assert (len(text) - 1, text[-1]) == (rows.root_positions[row], rows.roots[row]), "the root is the last of what is known"
+            assert (len(text) - 1, text[-1]) == (rows.root_positions[row], rows.roots[row]), "the root is not the last known token"
             for token, parent in self.script(self.coming(text), rows.depths[row]):
                 tokens.append(token)
                 parents.append(parent if parent == ROOT else first + parent)
@@ -125,6 +128,7 @@ class Scripted:
         return drafts
 
     def coming(self, text: list[int]) -> Sequence[int]:
+        """The tokens of the answer after `text`, () for an unknown text."""
         return next((answer[len(text) :] for answer in self.answers if list(answer[: len(text)]) == text), ())
 
     def fork(self, source: int, seat: int, length: int) -> None:
@@ -136,18 +140,18 @@ class Scripted:
 
 @dataclass(frozen=True)
 class Ask:
-    """A prompt and how it is to be continued; `params.seed` is set."""
+    """A prompt and its sampling params, with a seed."""
 
     prompt: tuple[int, ...]
     params: SamplingParams
 
 
-def asks(vocab: int, lengths: Sequence[int], max_tokens: Sequence[int], distribution: SamplingParams, seed: int = 0) -> list[Ask]:
-    """Requests with random prompts of these lengths and so many tokens to come, each with a seed of its own."""
+def asks(vocab: int, lengths: Sequence[int], max_tokens: Sequence[int], params: SamplingParams, seed: int = 0) -> list[Ask]:
+    """Requests with random prompts of these lengths and this many tokens to generate, each with its own seed."""
     rng = random.Random(seed)
     return [
-        Ask(tuple(rng.randrange(vocab) for _ in range(length)), replace(distribution, max_tokens=tokens, seed=seed * 1000 + place))
-        for place, (length, tokens) in enumerate(zip(lengths, max_tokens, strict=True))
+        Ask(tuple(rng.randrange(vocab) for _ in range(length)), replace(params, max_tokens=tokens, seed=seed * 1000 + index))
+        for index, (length, tokens) in enumerate(zip(lengths, max_tokens, strict=True))
     ]
 
 
@@ -160,7 +164,7 @@ def decode(
     max_rows: int = 1,
     chunk: int = 256,
 ) -> tuple[list[list[int]], Engine]:
-    """The answers, and the engine as it stands afterwards: idle, with every slot free."""
+    """The answers, and the engine after them: idle, with every slot free."""
     engine = Engine(target, drafter, planner, max_rows=max_rows, chunk=chunk)
     running: list[Request] = [engine.add(ask.prompt, ask.params) for ask in requests]
     for _ in engine.run():
@@ -170,6 +174,7 @@ def decode(
 
 
 def check_empty(engine: Engine) -> None:
+    """Assert that the engine is idle and every slot is free."""
     engine.seating.check()
     assert engine.seating.num_free == engine.seating.num_slots
     assert engine.scheduler.is_idle
@@ -177,5 +182,5 @@ def check_empty(engine: Engine) -> None:
 
 
 def texts(requests: Sequence[Ask], outputs: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Whole texts, as `Scripted` wants them."""
+    """Prompts and outputs as full texts, the `answers` of `Scripted`."""
     return [[*ask.prompt, *output] for ask, output in zip(requests, outputs, strict=True)]

@@ -1,4 +1,4 @@
-"""Targets and drafters that are tables: the distribution after two tokens is a line that a test can write down."""
+"""Targets and drafters that are tables of logits after two tokens, so that tests can enumerate their distributions."""
 
 from collections.abc import Callable, Sequence
 
@@ -33,6 +33,7 @@ def make_rows(
     nodes: int = 10**6,
     min_gain: float = 0.0,
 ) -> Rows:
+    """Rows of these params and seeds, one each per row; row `i` is in seat `i`."""
     count = len(params)
     return Rows(
         seats=tuple(range(count)),
@@ -48,12 +49,13 @@ def make_rows(
 
 
 def paths_of(rows: Sequence[int], tokens: Sequence[Sequence[int]] | None = None) -> Paths:
-    at = torch.tensor(rows)
-    return Paths(at, torch.tensor(tokens) if tokens else at.new_empty(len(rows), 0), torch.arange(len(rows)))
+    """The paths to one node per entry of `rows`. tokens: the drafts on each path; None: the nodes are roots."""
+    row_ids = torch.tensor(rows)
+    return Paths(row_ids, torch.tensor(tokens) if tokens else row_ids.new_empty(len(rows), 0), torch.arange(len(rows)))
 
 
 def forest_of(drafts: Drafts, texts: Sequence[Sequence[int]]) -> Forest:
-    """Every row's stem is its last token."""
+    """The forest of these drafts; every row's stem is its text's last token."""
     return merge([text[-1:] for text in texts], [len(text) - 1 for text in texts], [True] * len(texts), drafts)
 
 
@@ -71,7 +73,7 @@ def asked_logits(table: Tensor, forest: Forest, texts: Sequence[Sequence[int]]) 
 
 
 def drafting(table: Tensor) -> Draft:
-    """A drafter that grows trees by a table of its own; it reads paths out of `seen`, so a wrong mask gives wrong guesses."""
+    """A drafter that grows trees with its own table. It takes paths from the tree mask, so a wrong mask gives wrong drafts."""
 
     def propose(rows: Rows, texts: Sequence[Sequence[int]]) -> Drafts:
         run: dict[int, list[int]] = {}  # per row, the nodes run so far
@@ -93,7 +95,7 @@ def drafting(table: Tensor) -> Draft:
 
 
 def parallel(table: Tensor) -> Draft:
-    """A drafter of parallel heads: head `d` guesses from the text's end alone, whatever stands between."""
+    """A drafter of parallel heads: head `d` predicts from the last two tokens of the text, not from drafts."""
 
     def propose(rows: Rows, texts: Sequence[Sequence[int]]) -> Drafts:
         before, last = torch.tensor([texts[row][-2:] for row in rows.drafting]).T
@@ -136,31 +138,31 @@ def rounds(
     return [text[2 : 2 + length] for text in texts]
 
 
-def joint_law(target: Tensor, params: SamplingParams, length: int) -> Tensor:
+def joint_distribution(target: Tensor, params: SamplingParams, length: int) -> Tensor:
     """[vocab ** length] the distribution of the first tokens after the text (0, 0), by enumeration."""
     vocab = target.shape[-1]
-    laws = warp(target.reshape(-1, vocab), SamplingTensors.of([params], [0])).reshape(target.shape)
+    distributions = warp(target.reshape(-1, vocab), SamplingTensors.of([params], [0])).reshape(target.shape)
     joint = torch.ones(1, dtype=torch.float64)
-    ends = torch.zeros(1, 2, dtype=torch.int64)
+    last_two = torch.zeros(1, 2, dtype=torch.int64)
     for _ in range(length):
-        joint = (joint[:, None] * laws[ends[:, 0], ends[:, 1]]).reshape(-1)
-        ends = torch.stack([ends[:, 1].repeat_interleave(vocab), torch.arange(vocab).repeat(len(ends))], -1)
+        joint = (joint[:, None] * distributions[last_two[:, 0], last_two[:, 1]]).reshape(-1)
+        last_two = torch.stack([last_two[:, 1].repeat_interleave(vocab), torch.arange(vocab).repeat(len(last_two))], -1)
     return joint
 
 
 def p_value(texts: Sequence[Sequence[int]], joint: Tensor, vocab: int) -> float:
-    """Of the chi-square test that the texts follow the joint distribution; 0 where an impossible text was emitted."""
+    """The p-value of a chi-square test of the texts against the joint distribution; 0 where a text has probability 0."""
     cells = torch.zeros(len(texts), dtype=torch.int64)
-    for place in torch.tensor(texts).T:
-        cells = cells * vocab + place
+    for tokens in torch.tensor(texts).T:
+        cells = cells * vocab + tokens
     counts = torch.bincount(cells, minlength=len(joint)).double()
     if bool((counts[joint == 0] > 0).any()):
         return 0.0
     expected = joint * len(texts)
-    small = expected < 5  # cells too small for the test are taken together
+    small = expected < 5  # cells too small for the test are merged
     counts = torch.cat([counts[~small], counts[small].sum()[None]])
     expected = torch.cat([expected[~small], expected[small].sum()[None]])
-    is_there = expected > 0
-    if int(is_there.sum()) == 1:  # greedy: there is but one text
+    is_possible = expected > 0
+    if int(is_possible.sum()) == 1:  # greedy: only one text is possible
         return 1.0
-    return float(stats.chisquare(counts[is_there].numpy(), expected[is_there].numpy(), sum_check=False).pvalue)
+    return float(stats.chisquare(counts[is_possible].numpy(), expected[is_possible].numpy(), sum_check=False).pvalue)

@@ -1,4 +1,4 @@
-"""Chances, static trees, and the file that keeps them: against brute force and arithmetic by hand."""
+"""Chances, static trees and plan.json, against brute force and arithmetic by hand."""
 
 import itertools
 import json
@@ -24,32 +24,32 @@ from headstart.speculation.calibration import (
 )
 from headstart.speculation.planner import StaticTree
 
-FITTED = Calibration((0.0, 1.0), ((0.5, 0.8), (1.0, 2.0)), (((0.6, 0.2), (0.4, 0.1)), ((0.4, 0.2), (0.2, 0.1))))
+CALIBRATION = Calibration((0.0, 1.0), ((0.5, 0.8), (1.0, 2.0)), (((0.6, 0.2), (0.4, 0.1)), ((0.4, 0.2), (0.2, 0.1))))
 shares = st.floats(0, 1, allow_subnormal=False)
 tables = st.lists(st.lists(shares, min_size=1, max_size=2), min_size=1, max_size=3).filter(lambda table: max(table[0]) > 0)
 
 
 @pytest.mark.parametrize(
-    ("temperature", "level", "tau"),
+    ("temperature", "level", "expected"),
     [(0.0, 1, 0.5), (0.25, 1, 0.625), (1.0, 2, 2.0), (5.0, 1, 1.0), (0.5, 2, 1.4), (0.5, 9, 1.4)],
 )
-def test_a_temperature_between_two_measured_ones_is_interpolated(temperature, level, tau):
-    assert FITTED.calibration_temperature_at(torch.tensor([temperature]), level).item() == pytest.approx(tau)
+def test_a_temperature_between_two_measured_ones_is_interpolated(temperature, level, expected):
+    assert CALIBRATION.calibration_temperature_at(torch.tensor([temperature]), level).item() == pytest.approx(expected)
 
 
-def test_every_row_gets_the_chances_of_its_own_temperature():
-    found = FITTED.of_ranks(torch.tensor([0.0, 0.5, 1.0]), 1, 3)
-    assert found.tolist() == [pytest.approx([0.6, 0.2, 0.08]), pytest.approx([0.5, 0.2, 0.08]), pytest.approx([0.4, 0.2, 0.08])]
+def test_each_row_has_the_chances_of_its_own_temperature():
+    chances = CALIBRATION.of_ranks(torch.tensor([0.0, 0.5, 1.0]), 1, 3)
+    assert chances.tolist() == [pytest.approx([0.6, 0.2, 0.08]), pytest.approx([0.5, 0.2, 0.08]), pytest.approx([0.4, 0.2, 0.08])]
 
 
-def test_without_a_measurement_chances_are_those_of_the_log():
+def test_without_a_measurement_chances_are_the_documented_defaults():
     temperatures = torch.tensor([0.0, 0.7, 3.0])
     assert UNFITTED.calibration_temperature_at(temperatures, 4).tolist() == pytest.approx([0.6] * 3)
     assert UNFITTED.of_ranks(temperatures, 2, 4)[1].tolist() == pytest.approx([0.6 * 0.4**rank for rank in range(4)])
 
 
 @pytest.mark.parametrize(
-    ("temperatures", "warmth", "ranks", "word"),
+    ("temperatures", "calibration_temperature", "ranks", "word"),
     [
         ((1.0, 0.0), ((1.0,),) * 2, (((1.0,),),) * 2, "ascending"),
         ((), (), (), "ascending"),
@@ -61,9 +61,9 @@ def test_without_a_measurement_chances_are_those_of_the_log():
         ((0.0,), ((1.0,),), ((),), "one depth"),
     ],
 )
-def test_a_calibration_of_nonsense_is_refused(temperatures, warmth, ranks, word):
+def test_a_calibration_with_invalid_numbers_is_refused(temperatures, calibration_temperature, ranks, word):
     with pytest.raises(ValueError, match=word):
-        Calibration(temperatures, warmth, ranks)
+        Calibration(temperatures, calibration_temperature, ranks)
 
 
 # -- trees ------------------------------------------------------------------------------------------------------------------
@@ -86,74 +86,74 @@ def test_no_tree_of_that_size_has_a_larger_expected_tau(table, nodes):
 
 
 @given(tables, st.integers(1, 12))
-def test_a_sparse_tree_is_a_shape_that_the_planner_takes(table, nodes):
+def test_a_sparse_tree_is_a_valid_static_tree(table, nodes):
     paths = sparse_tree(table, nodes)
     assert 1 <= len(paths) <= nodes
     assert StaticTree(paths).paths == paths
 
 
-def test_expected_tau_is_one_and_the_sum_of_the_paths_products():
+def test_expected_tau_is_one_plus_the_sum_over_paths_of_the_products_of_their_shares():
     assert expected_tau([(0,), (1,), (0, 0)], [[0.6, 0.3], [0.5]]) == pytest.approx(1 + 0.6 + 0.3 + 0.6 * 0.5)
 
 
-def test_acceptance_is_counted_where_the_parents_were_kept():
+def test_acceptance_rates_count_only_positions_whose_parents_were_kept():
     ranks = torch.tensor([[0, 0], [0, 1], [1, 0], [5, 0]])
     assert acceptance(ranks, 2) == ((0.5, 0.25), (pytest.approx(2 / 3), pytest.approx(1 / 3)))
 
 
-def test_a_walk_by_hand():
-    """Six tokens; the tree (0), (1), (0, 0): first token; root 0 keeps two, root 3 keeps rank 1, root 5 is the last."""
+def test_walk_agrees_with_counting_by_hand():
+    """Six tokens, tree (0), (1), (0, 0): the root at token 0 keeps two drafts, that at 3 keeps one, that at 5 is the last."""
     ranks = torch.tensor([[0, 0], [9, 9], [9, 9], [1, 0], [9, 9]])
     assert walk([ranks], [(0,), (1,), (0, 0)]) == 6 / 3
     assert walk([ranks], [(0,)]) == 6 / 5  # the roots are 0, 2, 3, 4
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=2), max_size=12))
-def test_a_walk_never_beats_the_depth_and_never_loses_to_plain(lines):
+def test_the_tau_of_a_walk_is_between_one_and_the_depth_plus_one(lines):
     tau = walk([torch.tensor(lines).reshape(-1, 2)], [(0,), (0, 0), (1,)])
     assert 1 <= tau <= 3
 
 
-def test_a_calibrated_coin_has_no_error_and_a_boastful_one_has():
+def test_calibrated_chances_have_no_calibration_error_and_overconfident_ones_have():
     chances = torch.tensor([0.2] * 10 + [0.9] * 10)
     happened = torch.tensor([True] * 2 + [False] * 8 + [True] * 9 + [False])
     assert expected_calibration_error(chances, happened) == pytest.approx(0, abs=1e-6)
     assert expected_calibration_error(torch.ones(4), torch.tensor([True, False, False, False])) == pytest.approx(0.75)
 
 
-# -- the file ---------------------------------------------------------------------------------------------------------------
+# -- plan.json ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_comes_back_from_its_file(tmp_path):
-    plan = HeadsPlan(FITTED, {0.0: {2: Tree(((0,), (1,)), 1.5)}, 0.7: {1: Tree(((0,),), 1.25)}})
+def test_a_saved_plan_loads_as_it_was(tmp_path):
+    plan = HeadsPlan(CALIBRATION, {0.0: {2: Tree(((0,), (1,)), 1.5)}, 0.7: {1: Tree(((0,),), 1.25)}})
     save_plan(tmp_path, plan)
     assert load_plan(tmp_path) == plan
 
 
-def test_a_size_that_was_not_measured_is_refused_with_those_that_were():
-    plan = HeadsPlan(FITTED, {0.0: {2: Tree(((0,), (1,)), 1.5)}, 0.7: {1: Tree(((0,),), 1.25), 4: Tree(((0,),), 1.25)}})
+def test_the_error_of_a_size_that_was_not_measured_lists_the_measured_sizes():
+    plan = HeadsPlan(CALIBRATION, {0.0: {2: Tree(((0,), (1,)), 1.5)}, 0.7: {1: Tree(((0,),), 1.25), 4: Tree(((0,),), 1.25)}})
     assert plan.static_tree(2, 0.3) == StaticTree(((0,), (1,)))
     with pytest.raises(ValueError, match="no tree of 2 drafts was measured; there are tree:1, tree:4"):
         plan.static_tree(2, 0.4)
     with pytest.raises(ValueError, match="there are none"):
-        HeadsPlan(FITTED, {}).static_tree(2, 0.4)
+        HeadsPlan(CALIBRATION, {}).static_tree(2, 0.4)
 
 
-def test_a_plan_that_cannot_be_written_is_one_sentence(tmp_path):
+def test_a_plan_that_cannot_be_written_is_refused_in_one_sentence(tmp_path):
     with pytest.raises(ValueError, match=r"plan\.json cannot be written: No such file"):
-        save_plan(tmp_path / "nowhere", HeadsPlan(FITTED, {}))
+        save_plan(tmp_path / "nowhere", HeadsPlan(CALIBRATION, {}))
 
 
-def test_heads_that_were_never_measured_have_no_plan(tmp_path):
+def test_a_folder_without_plan_json_has_no_plan(tmp_path):
     assert load_plan(tmp_path) is None
 
 
 @pytest.mark.parametrize(
-    ("place", "value"),
+    ("keys", "value"),
     [
         (("version",), 2),
         (("format",), "other"),
-        (("surprise",), 1),
+        (("unknown",), 1),
         (("calibration",), None),
         (("calibration", "warmth"), [["warm"]]),
         (("calibration", "ranks"), 3),
@@ -163,13 +163,13 @@ def test_heads_that_were_never_measured_have_no_plan(tmp_path):
         (("trees", "cold"), {}),
     ],
 )
-def test_a_file_that_is_no_plan_of_ours_is_refused_by_name(tmp_path, place, value):
-    save_plan(tmp_path, HeadsPlan(FITTED, {0.0: {2: Tree(((0,), (1,)), 1.5)}}))
+def test_a_file_that_is_no_plan_is_refused_by_its_name(tmp_path, keys, value):
+    save_plan(tmp_path, HeadsPlan(CALIBRATION, {0.0: {2: Tree(((0,), (1,)), 1.5)}}))
     content = json.loads((tmp_path / "plan.json").read_text())
     inner = content
-    for key in place[:-1]:
+    for key in keys[:-1]:
         inner = inner[key]
-    inner[place[-1]] = value
+    inner[keys[-1]] = value
     (tmp_path / "plan.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"plan\.json cannot be used"):
         load_plan(tmp_path)

@@ -1,4 +1,4 @@
-"""Whether the counter-based noise is as good as it must be: uniform, independent, the same everywhere."""
+"""The counter-based noise: uniform, independent, and the same bits in every batch and on every device."""
 
 import math
 
@@ -34,7 +34,7 @@ def test_each_of_the_32_bits_is_a_fair_coin():
     bits = uniform_bits(keys(range(16), range(16))[..., None], TOKENS).flatten()
     assert int(bits.min()) >= 0
     assert int(bits.max()) < 2**32
-    share = torch.stack([(bits >> place & 1).double().mean() for place in range(32)])
+    share = torch.stack([(bits >> bit & 1).double().mean() for bit in range(32)])
     assert float((share - 0.5).abs().max()) < 4.5 * 0.5 / math.sqrt(len(bits))
 
 
@@ -50,28 +50,28 @@ def test_neighbours_are_independent(axis, lag):
 
 
 @pytest.mark.parametrize("seeds", [[0, 2**63], [5, mix(5, 0)], [mix(5, 0), mix(5, 1)], [1, 2**32 + 1], [-1, 0]])
-def test_seeds_that_look_alike_share_nothing(seeds):
+def test_noise_of_similar_seeds_is_independent(seeds):
     one, other = grid(seeds, range(32)).flatten(1)
     assert abs(float(torch.corrcoef(torch.stack([one, other]))[0, 1])) < 4.5 / math.sqrt(len(one))
     assert int((one == other).sum()) < 3
 
 
-def test_a_position_does_not_repeat_its_neighbours_stream_shifted():
+def test_the_stream_of_a_position_is_not_that_of_its_neighbour_shifted():
     one, other = (stream[0].tolist() for stream in grid([3], range(2)).split(1, 1))
     assert not {*one[0]} & {*other[0]}
 
 
-def test_gumbel_noise_has_gumbels_law():
+def test_gumbel_noise_follows_the_gumbel_distribution():
     sample = gumbel(keys(range(8), range(16))[..., None], TOKENS).flatten().numpy()
     assert stats.kstest(sample, "gumbel_r").pvalue > 1e-3
 
 
-def test_large_gumbels_are_as_frequent_as_theory_says():
+def test_large_gumbel_noise_is_as_frequent_as_in_theory():
     sample = gumbel(keys(range(64), range(16))[..., None], TOKENS)  # 4 million
     for limit in (2.0, 4.0, 6.0, 8.0, 10.0):
         expected = sample.numel() * -math.expm1(-math.exp(-limit))
         assert abs(int((sample > limit).sum()) - expected) < 4.5 * math.sqrt(expected)
-    best = sample.amax(-1).flatten().double() - math.log(len(TOKENS))  # the maximum of a line is a Gumbel again, moved
+    best = sample.amax(-1).flatten().double() - math.log(len(TOKENS))  # the maximum of a line is Gumbel distributed again, shifted
     assert stats.kstest(best.numpy(), "gumbel_r").pvalue > 1e-3
 
 
@@ -81,13 +81,13 @@ def test_the_extreme_bits_give_finite_noise():
     bits = torch.tensor([0, 1, 2**24, 2**32 - 2, 2**32 - 1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(noise, "uniform_bits", lambda keys, ids: bits)
-        found = noise.gumbel(bits, bits)
-        below = noise.uniform(bits, bits)
+        gumbels = noise.gumbel(bits, bits)
+        uniforms = noise.uniform(bits, bits)
     expected = [-math.log(-math.log1p(-(bit + 0.5) / 2**32)) for bit in (0, 1, 2**24)]
-    assert found[:3].tolist() == pytest.approx(expected, rel=1e-6)
-    assert found[3:].tolist() == pytest.approx([-2.812] * 2, abs=1e-3)  # cut here
-    assert float(below.min()) > 0
-    assert float(below.max()) < 1
+    assert gumbels[:3].tolist() == pytest.approx(expected, rel=1e-6)
+    assert gumbels[3:].tolist() == pytest.approx([-2.812] * 2, abs=1e-3)  # cut here
+    assert float(uniforms.min()) > 0
+    assert float(uniforms.max()) < 1
 
 
 def test_noise_is_the_same_bits_in_any_batch_order_and_shape():
@@ -113,11 +113,11 @@ def test_minus_one_is_the_largest_unsigned_seed():
 
 def test_keys_do_not_collide():
     seeds = [*range(1000), *(2**63 + seed for seed in range(1000)), *(mix(7, sample) for sample in range(1000))]
-    found = keys(seeds, range(100))
-    assert len(found.unique()) == found.numel()
+    all_keys = keys(seeds, range(100))
+    assert len(all_keys.unique()) == all_keys.numel()
 
 
-def test_every_sample_of_a_request_has_a_stream_of_its_own():
+def test_every_answer_of_a_request_has_its_own_seed():
     seeds = {mix(mix(seed, prompt), sample) for seed in (0, 1, 2**64 - 1) for prompt in range(40) for sample in range(40)}
     assert len(seeds) == 3 * 40 * 40
     assert all(0 <= seed < 2**64 for seed in seeds)

@@ -1,4 +1,4 @@
-"""Planners against brute force: which drafts are worth verifying."""
+"""Planners against brute force: which drafts they verify, and how many slots these take."""
 
 from itertools import combinations
 
@@ -32,7 +32,7 @@ def drafts_of(nodes: list[tuple[int, int, float]]) -> Drafts:
 
 
 @given(NODES, st.integers(1, 5))
-def test_best_is_the_subset_of_highest_chance_that_has_all_its_parents(nodes, budget):
+def test_best_keeps_the_subset_of_highest_chance_that_contains_its_parents(nodes, budget):
     drafts = drafts_of(nodes)
     planner = Best(nodes=budget)
     plan = planner.plan([1, 0, 0])
@@ -47,12 +47,12 @@ def test_best_is_the_subset_of_highest_chance_that_has_all_its_parents(nodes, bu
     assert len(kept) == size
     assert float(kept.chances.sum()) == pytest.approx(max(sum(chances[node] for node in chosen) for chosen in closed))
     for token, depth in zip(kept.tokens.tolist(), kept.depths.tolist(), strict=True):
-        assert depth == drafts.depths[token]  # nobody was hung on another parent
+        assert depth == drafts.depths[token]  # no draft has another parent than before
     assert kept.rows.tolist() == sorted(kept.rows.tolist())
 
 
 @given(NODES, st.sampled_from([0.1, 0.3, 0.6]))
-def test_a_floor_drops_what_is_less_likely(nodes, floor):
+def test_a_floor_drops_drafts_of_lower_chance(nodes, floor):
     drafts = drafts_of(nodes)
     planner = Best(nodes=99, floor=floor)
     plan = planner.plan([1] * 3)
@@ -61,35 +61,35 @@ def test_a_floor_drops_what_is_less_likely(nodes, floor):
     assert sorted(kept.tokens.tolist()) == [node for node, chance in enumerate(drafts.chances) if chance >= floor]
 
 
-def test_rows_compete_for_one_budget():
+def test_rows_share_one_budget_of_nodes():
     drafts = Drafts.of([0, 1, 2, 3], [ROOT, ROOT, 0, 1], [0, 1, 0, 1], [1, 1, 2, 2], [0.9, 0.2, 0.8, 0.1])
     planner = Best(nodes=1)
     assert planner.prune(drafts, planner.plan([2, 2]), 2).tokens.tolist() == [0, 2]
 
 
-def test_rows_that_do_not_draft_bring_no_budget():
+def test_rows_that_do_not_draft_add_no_nodes_to_the_budget():
     assert Best(nodes=7).plan([3, 0, 1]).nodes == 14
     assert StaticTree.full(2, 1).plan([3, 0, 1]).nodes == 8
 
 
-def test_a_full_shape_has_every_node_of_every_level():
+def test_a_full_tree_has_every_node_of_every_level():
     assert StaticTree.full(2, 1).paths == ((0,), (1,), (0, 0), (1, 0))
     assert len(StaticTree.full(3, 2, 1).paths) == 3 + 6 + 6
 
 
 @pytest.mark.parametrize("rule", ["shared", "fresh"])
 @pytest.mark.parametrize(
-    "shape",
+    "tree",
     [
         StaticTree(((0,), (1,), (0, 0), (0, 1), (0, 0, 0))),
-        StaticTree(((0,), (1,), (1, 0), (1, 1), (1, 1, 0))),  # through the less likely children
+        StaticTree(((0,), (1,), (1, 0), (1, 1), (1, 1, 0))),  # through less probable children
         StaticTree.full(3, 2, 1),
         StaticTree.full(2),
     ],
     ids=["top", "bottom", "full", "flat"],
 )
-def test_a_shape_is_drafted_whole_and_nothing_else_is_kept(shape, rule):
-    plan = shape.plan([3, 2])
+def test_exactly_the_nodes_of_a_static_tree_are_kept(tree, rule):
+    plan = tree.plan([3, 2])
     depths = [min(3, plan.depth), min(2, plan.depth)]
     rows = make_rows(
         [SamplingParams(temperature=1.0)] * 2,
@@ -101,12 +101,12 @@ def test_a_shape_is_drafted_whole_and_nothing_else_is_kept(shape, rule):
         parents=plan.parents,
         noise_rule=rule,
     )
-    kept = shape.prune(drafting(TABLE)(rows, [(0, 1), (2, 3)]), plan, 2)
+    kept = tree.prune(drafting(TABLE)(rows, [(0, 1), (2, 3)]), plan, 2)
     kept.check()
     ranks = rank_paths(kept)
     assert [{ranks[node] for node in range(len(kept)) if kept.rows[node] == row} for row in range(2)] == [
-        set(shape.paths),
-        {path for path in shape.paths if len(path) <= 2},
+        set(tree.paths),
+        {path for path in tree.paths if len(path) <= 2},
     ]
 
 
@@ -127,7 +127,7 @@ def test_a_shape_is_drafted_whole_and_nothing_else_is_kept(shape, rule):
         (lambda: StaticTree.full(2, 0), "width is 0"),
     ],
 )
-def test_a_plan_that_makes_no_sense_is_refused_in_a_sentence(make, sentence):
+def test_an_invalid_planner_is_refused_in_one_sentence(make, sentence):
     with pytest.raises(ValueError, match=sentence):
         make()
 
@@ -141,7 +141,7 @@ PLANNERS = st.one_of(
 
 @settings(deadline=None)
 @given(PLANNERS, st.lists(st.integers(0, 6), min_size=1, max_size=3).filter(any), st.booleans())
-def test_no_row_verifies_or_runs_more_than_its_headroom(planner, limits, is_fixed):
+def test_no_row_needs_more_slots_than_its_headroom(planner, limits, is_fixed):
     plan = planner.plan(limits)
     depths = [min(limit, plan.depth) for limit in limits]
     count = len(limits)
@@ -168,6 +168,6 @@ def test_no_row_verifies_or_runs_more_than_its_headroom(planner, limits, is_fixe
     headroom = planner.headroom(count)
     assert len(kept) <= plan.nodes
     for row in range(count):
-        own = kept.rows == row
-        assert max(int(own.sum()), num_run) <= headroom  # besides its root
-        assert max(kept.depths[own].tolist(), default=0) <= depths[row]
+        is_in_row = kept.rows == row
+        assert max(int(is_in_row.sum()), num_run) <= headroom  # besides its root
+        assert max(kept.depths[is_in_row].tolist(), default=0) <= depths[row]

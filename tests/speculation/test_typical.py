@@ -1,4 +1,4 @@
-"""Typical acceptance against its formula and against a naive search for the deepest path; and that it is lossy, and says so."""
+"""Typical acceptance against its formula and a naive search for the deepest path; and that every output calls it lossy."""
 
 import json
 import math
@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tables import drafting, forest_of, joint_law, make_rows, p_value, rounds
+from tables import drafting, forest_of, joint_distribution, make_rows, p_value, rounds
 from tiny import tiny
 from typer.testing import CliRunner
 
@@ -47,7 +47,7 @@ def test_a_draft_is_accepted_by_the_formula(seed, temperature, epsilon, delta):
         assert bool(decisions.ok[0]) == (distribution[token] > threshold)
 
 
-def test_where_the_target_is_undecided_more_is_accepted():
+def test_where_the_entropy_is_high_more_is_accepted():
     """Chances .85 and .05 three times: threshold .09. Four equal ones: exp(-H) is 1/4, times .3 is .075, and .25 passes."""
     sharp = torch.tensor([0.85, 0.05, 0.05, 0.05]).log().expand(2, -1)
     plain = SamplingParams(temperature=1.0)
@@ -55,24 +55,24 @@ def test_where_the_target_is_undecided_more_is_accepted():
     assert all(bool(judged(torch.zeros(2, VOCAB), siblings([token]), plain).ok[0]) for token in range(VOCAB))
 
 
-def test_a_token_outside_the_truncated_law_is_never_accepted():
+def test_a_token_outside_the_truncated_distribution_is_never_accepted():
     logits = torch.tensor([1.0, 1.0, 0.9, 0.9]).expand(2, -1)
     params = SamplingParams(temperature=1.0, top_k=2)
     assert [bool(judged(logits, siblings([token]), params).ok[0]) for token in range(VOCAB)] == [True, True, False, False]
 
 
-# -- one path a row ---------------------------------------------------------------------------------------------------------
+# -- one path per row -------------------------------------------------------------------------------------------------------
 
 
 def naive_path(drafts, row, ok, scores):
-    """The row's paths of ok drafts, all of them; the deepest, then the largest sum, then the first."""
+    """Of all paths of accepted drafts of the row: the deepest, then that of the largest sum, then the first."""
     best = (0, 0.0, 0, ())
     for node in [node for node in range(len(drafts)) if drafts.rows[node] == row]:
-        path, at = [], node
-        while at != ROOT:
-            path, at = [at, *path], int(drafts.parents[at])
-        if all(ok[place] for place in path):
-            best = max(best, (len(path), sum(scores[place] for place in path), -node, tuple(path)))
+        path, ancestor = [], node
+        while ancestor != ROOT:
+            path, ancestor = [ancestor, *path], int(drafts.parents[ancestor])
+        if all(ok[draft] for draft in path):
+            best = max(best, (len(path), sum(scores[draft] for draft in path), -node, tuple(path)))
     return list(best[3])
 
 
@@ -80,34 +80,34 @@ NODES = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2)), max_size=20)
 
 
 @given(NODES, st.integers(0, 999))
-def test_the_deepest_alive_path_is_kept_and_ties_go_to_the_likelier_then_the_first(nodes, seed):
+def test_the_deepest_alive_path_is_kept_and_of_several_the_most_probable_then_the_first(nodes, seed):
     parents, rows, depths = [], [], []
     for back, row in nodes:
-        own = [node for node, other in enumerate(rows) if other == row]
-        parents.append(own[-back] if 0 < back <= len(own) else ROOT)
+        before = [node for node, other in enumerate(rows) if other == row]
+        parents.append(before[-back] if 0 < back <= len(before) else ROOT)
         rows.append(row)
         depths.append(1 if parents[-1] == ROOT else depths[parents[-1]] + 1)
     drafts = Drafts.of(list(range(len(rows))), parents, rows, depths, [0.5] * len(rows)).by_row(3)
     draw = torch.Generator().manual_seed(seed)
     ok = torch.rand(len(rows), generator=draw) < 0.7
-    scores = -torch.randint(1, 4, (len(rows),), generator=draw).double()  # small whole numbers: many ties, exact sums
+    scores = -torch.randint(1, 4, (len(rows),), generator=draw).double()  # small integers: many equal sums, all exact
     forest = forest_of(drafts, [[0]] * 3)
     asked = asked_nodes(forest)
-    on_path, ends = deepest(forest, asked, ok, scores)
+    on_path, last = deepest(forest, asked, ok, scores)
     for row in range(3):
         path = naive_path(drafts, row, ok.tolist(), scores.tolist())
         assert (on_path & (drafts.rows == row)).nonzero().squeeze(-1).tolist() == path
-        assert ends[row] == (asked.drafts[path[-1]] if path else asked.roots[row])
+        assert last[row] == (asked.drafts[path[-1]] if path else asked.roots[row])
 
 
-def test_a_round_emits_the_kept_drafts_and_then_the_targets_own_choice():
-    """Both children are typical; only the second has a typical child of its own."""
+def test_a_round_emits_the_kept_drafts_and_then_the_targets_own_token():
+    """Both children are accepted; only the second has an accepted child."""
     drafts = Drafts.of([0, 1, 2], [ROOT, ROOT, 1], [0] * 3, [1, 1, 2], [0.5] * 3)
     logits = torch.tensor([[1.0, 1.0, -9, -9], [0, 0, 0, 0.0], [-9, -9, 2.0, -9], [0, 0, 0, 0.0]])
     rows = make_rows([WARM], [3], VOCAB, root_positions=[5])
     verdict = verify(forest_of(drafts, [[0]]), logits, rows, RULES["typical"])
-    own = (logits[3] + 0.7 * rows.noise(3)[0]).argmax().item()  # a node at position 7 decides index 8, three after the root
-    assert (verdict.emitted, verdict.kept, verdict.asked) == (((1, 2, own),), ((1, 2),), ((0, 2, 3),))
+    next_token = (logits[3] + 0.7 * rows.noise(3)[0]).argmax().item()  # a node at position 7 decides index 8, three after the root
+    assert (verdict.emitted, verdict.kept, verdict.asked) == (((1, 2, next_token),), ((1, 2),), ((0, 2, 3),))
 
 
 def test_drafters_choose_without_noise():
@@ -117,36 +117,36 @@ def test_drafters_choose_without_noise():
     assert drafts.tokens.tolist() == [0, 1]
 
 
-# -- the distribution
-# ----------------------------------------------------------------------------------------------------------------
+# -- the distribution -------------------------------------------------------------------------------------------------------
 
 DRAW = torch.Generator().manual_seed(0)
 TARGET = torch.randn(3, 3, 3, generator=DRAW)
 
 
-def law_test(params, rule):
+def fit(params, rule):
+    """The p-value of 2,000 texts of three tokens under the target's joint distribution."""
     texts = []
     for forest in range(8):
         seeds = range(250 * forest, 250 * forest + 250)
         texts += rounds(TARGET, drafting(TARGET), RULES[rule], StaticTree.full(2, 1), [params] * 250, seeds, 3)
-    return p_value(texts, joint_law(TARGET, params, 3), 3)
+    return p_value(texts, joint_distribution(TARGET, params, 3), 3)
 
 
-def test_it_changes_the_law_where_the_coupled_rule_does_not():
+def test_typical_changes_the_distribution_and_coupled_does_not():
     params = SamplingParams(temperature=1.0)
-    assert law_test(params, "coupled") > 1e-3
-    assert law_test(params, "typical") < 1e-9
+    assert fit(params, "coupled") > 1e-3
+    assert fit(params, "typical") < 1e-9
 
 
-def test_a_greedy_row_says_what_plain_decoding_says():
-    assert law_test(SamplingParams(), "typical") == 1.0
+def test_the_text_of_a_greedy_row_is_that_of_plain_decoding():
+    assert fit(SamplingParams(), "typical") == 1.0
     assert warp(TARGET[0], make_rows([SamplingParams()], [0], 3).sampling).max(-1).values.tolist() == [1.0] * 3
 
 
-# -- its name, and the word lossy -------------------------------------------------------------------------------------------
+# -- the spec, and the word lossy -------------------------------------------------------------------------------------------
 
 
-def test_thresholds_can_be_named():
+def test_a_spec_sets_the_thresholds():
     logits = torch.tensor([0.85, 0.05, 0.05, 0.05]).log().expand(2, -1)
     plain = SamplingParams(temperature=1.0)
     assert not judged(logits, siblings([1]), plain, parse_rule("typical")).ok[0]
@@ -168,7 +168,7 @@ def test_thresholds_can_be_named():
         ("", "coupled, rejection, typical"),
     ],
 )
-def test_a_rule_that_cannot_be_read_is_refused(spec, word):
+def test_an_invalid_spec_is_refused(spec, word):
     with pytest.raises(ValueError, match=word):
         parse_rule(spec)
     with pytest.raises(ValueError, match=word):
@@ -176,12 +176,12 @@ def test_a_rule_that_cannot_be_read_is_refused(spec, word):
 
 
 @pytest.mark.parametrize(("accept", "is_lossy"), [("coupled", False), ("rejection", False), ("typical:0.2,0.5", True)])
-def test_whoever_measures_it_reads_lossy(accept, is_lossy):
+def test_a_report_says_lossy(accept, is_lossy):
     tasks = (runner.Task(tuple(range(2, 10)) * 2),)
     setup = runner.Setup(tiny(), tasks, SamplingParams(max_tokens=6, temperature=1.0), accept=accept)
-    found = report.rows(setup, runner.measure(setup, runner.prepare(setup, ["lookup"])))
+    rows = report.rows(setup, runner.measure(setup, runner.prepare(setup, ["lookup"])))
     assert ("lossy" in report.labels(setup)) == is_lossy
-    assert [row.identical == "lossy" for row in found if row.run != runner.PLAIN] == [is_lossy]
+    assert [row.identical == "lossy" for row in rows if row.run != runner.PLAIN] == [is_lossy]
 
 
 def test_a_generated_answer_says_lossy(model_folder):
