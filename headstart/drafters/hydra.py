@@ -6,7 +6,7 @@ first runs one more decoder layer over the states of the whole text, with keys a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from headstart.drafters.parts.decoder import Memory, decoder, slot_bytes
-from headstart.drafters.parts.grow import Level, grow, of_parents
+from headstart.drafters.parts.expansion import Expansion
+from headstart.drafters.parts.grow import Level, grow
 from headstart.drafters.parts.heads import Block, Heads, HeadsConfig
 from headstart.drafters.parts.llama_layer import llama_block
 from headstart.drafters.parts.losses import Batch, HeadOutput
@@ -148,8 +149,8 @@ class Hydra(Heads):
     @torch.inference_mode()
     def propose(self, rows: Rows) -> Drafts:
         roots = torch.tensor([rows.roots[row] for row in rows.drafting]).to(self.device, non_blocking=True)
-        walk = _Walk(self, rows.drafting, torch.cat([self.drafting(rows), self.embed_head.embed(roots)], -1)[:, None])
-        return grow(rows, walk.logits(), walk.step, calibration=self.calibration, deepest=self.depth)
+        expansion = _Expansion(self, rows, roots)
+        return grow(rows, expansion.logits(), expansion.expand, calibration=self.calibration, deepest=self.depth)
 
     def fork(self, source: int, seat: int, length: int) -> None:
         if self._memory is not None:
@@ -172,23 +173,16 @@ class HydraPlus(Hydra):
         self.prefix = decoder(prefix.block(hidden), hidden)
 
 
-class _Walk:
-    """One round's descent. rows: of the round; z: [rows, width, (1 + depth) * hidden], what the last level's nodes have read."""
+class _Expansion(Expansion):
+    """One round. states: what each node and its path have read, side by side, (2 + depth) * hidden wide."""
 
-    def __init__(self, hydra: Hydra, rows: tuple[int, ...], z: Tensor) -> None:
+    def __init__(self, hydra: Hydra, rows: Rows, roots: Tensor) -> None:
+        super().__init__(rows, [torch.cat([hydra.drafting(rows), hydra.embed_head.embed(roots)], -1)[:, None]])
         self.hydra = hydra
-        self.rows = rows
-        self.z = z
-        self.depth = 0
 
     def logits(self) -> Tensor:
-        """[rows * width, vocab] behind the nodes of this level."""
-        said: Tensor = self.hydra.output_head(self.depth)(self.hydra.head(self.depth)(self.z.flatten(0, 1)))
-        return said
+        logits: Tensor = self.hydra.output_head(self.depth)(self.hydra.head(self.depth)(self.states[0].flatten(0, 1)))
+        return logits
 
-    def step(self, level: Level) -> Tensor:
-        """The next level's nodes: each has read what its parent read, and itself."""
-        parents = of_parents(self.z, self.rows, level)
-        self.rows, self.z = level.rows, torch.cat([parents, self.hydra.embed_head.embed(level.tokens)], -1)
-        self.depth += 1
-        return self.logits()
+    def run(self, level: Level, parents: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [torch.cat([parents[0], self.hydra.embed_head.embed(level.tokens)], -1)]

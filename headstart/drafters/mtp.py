@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from headstart.drafters.parts.decoder import Memory, decoder, norm_like, unrolled
 from headstart.drafters.parts.decoder_heads import Layered
-from headstart.drafters.parts.grow import Level, grow, of_parents
+from headstart.drafters.parts.expansion import Expansion
+from headstart.drafters.parts.grow import Level, grow
 from headstart.drafters.parts.llama_layer import llama_block
 from headstart.drafters.parts.losses import Batch, HeadOutput
 from headstart.speculation.rows import Rows
@@ -121,8 +122,8 @@ class Mtp(Layered):
 
     @torch.inference_mode()
     def propose(self, rows: Rows) -> Drafts:
-        walk = _Walk(self, rows)
-        return grow(rows, walk.logits(), walk.step, calibration=self.calibration, deepest=self.depth)
+        expansion = _Expansion(self, rows)
+        return grow(rows, expansion.logits(), expansion.expand, calibration=self.calibration, deepest=self.depth)
 
     def fork(self, source: int, seat: int, length: int) -> None:
         """Behind a fork from the middle of a text, modules after the first begin without the state before it."""
@@ -169,37 +170,23 @@ class _Shift:
         return states
 
 
-class _Walk:
-    """One round's descent. made: per module, what it made of the nodes of the last level, [rows, width, hidden]; modules that no
-    deeper level asks are left out."""
+class _Expansion(Expansion):
+    """One round. states: what each module made of the last level's nodes, from module `min(depth, last)` on: no deeper level
+    reads those before."""
 
     def __init__(self, mtp: Mtp, rows: Rows) -> None:
-        self.mtp, self.rows = mtp, rows.drafting
-        self.seats = {row: rows.seats[row] for row in self.rows}
-        states = mtp.drafting(rows).unflatten(-1, (len(mtp.stages), mtp.hidden))
-        self.made = {place: states[:, place, None] for place in range(len(mtp.stages))}
-        self.depth = 0
+        super().__init__(rows, mtp.drafting(rows)[:, None].split(mtp.hidden, -1))
+        self.mtp = mtp
+        self.last = len(mtp.stages) - 1
 
     def logits(self) -> Tensor:
-        """[rows * width, vocab] behind the nodes of this level."""
-        last = len(self.mtp.stages) - 1
-        said: Tensor = self.mtp.embed_head.logits(self.made[min(self.depth, last)].flatten(0, 1))
-        return said
+        logits: Tensor = self.mtp.embed_head.logits(self.states[0].flatten(0, 1))
+        return logits
 
-    def step(self, level: Level) -> Tensor:
-        """The next level's nodes: each is read with what was made of its parent."""
-        self.depth += 1
-        parents = {place: of_parents(states, self.rows, level) for place, states in self.made.items()}
-        self.rows = level.rows
+    def run(self, level: Level, parents: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Each module reads what the one before it made of the parent; the last one, below them all, what it made itself."""
         embedded = self.mtp.embed_head.embed(level.tokens)
-        seats = [self.seats[row] for row in level.rows]
-        roots = torch.tensor([self.mtp.memories[0].length(seat) for seat in seats]).to(embedded.device, non_blocking=True)
-        positions = (roots[:, None] + self.depth).expand(-1, level.width).flatten()
-        last = len(self.mtp.stages) - 1
-        made = {}
-        for place in range(min(self.depth, last), last + 1):
-            hidden = parents[place if self.depth > last else place - 1]
-            read = self.mtp.stage(place).layer_input(hidden, embedded).flatten(0, 1)
-            made[place] = self.mtp.memories[place].level(read, positions, seats, level).unflatten(0, level.tokens.shape)
-        self.made = made
-        return self.logits()
+        modules = range(min(self.depth, self.last), self.last + 1)
+        inputs = [self.mtp.stage(module).layer_input(states, embedded) for module, states in zip(modules, parents, strict=False)]
+        positions = self.positions(level, self.mtp.memories[0], offset=1)
+        return [self.read(level, self.mtp.memories[module], one, positions) for module, one in zip(modules, inputs, strict=True)]

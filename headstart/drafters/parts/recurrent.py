@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from headstart.drafters.parts.decoder import unrolled
 from headstart.drafters.parts.decoder_heads import Layered
-from headstart.drafters.parts.grow import Level, grow, of_parents
+from headstart.drafters.parts.expansion import Expansion
+from headstart.drafters.parts.grow import Level, grow
 from headstart.drafters.parts.llama_layer import llama_block, plain_block
 from headstart.drafters.parts.losses import Batch, HeadOutput
 from headstart.speculation.rows import Rows
@@ -130,8 +131,8 @@ class Recurrent(Layered):
         rows = self._within_context(rows)
         if not rows.drafting:
             return Drafts.none(self.device)
-        walk = _Walk(self, rows)
-        return grow(rows, walk.logits(), walk.step, self.ids, calibration=self.calibration, deepest=self.depth)
+        expansion = _Expansion(self, rows)
+        return grow(rows, expansion.logits(), expansion.expand, self.ids, calibration=self.calibration, deepest=self.depth)
 
     def _within_context(self, rows: Rows) -> Rows:
         """The same round; rows are drafted only as deep as their positions go. The deepest guess is never read."""
@@ -144,27 +145,17 @@ class Recurrent(Layered):
         self.memories[0].fork(source, seat, length)
 
 
-class _Walk:
-    """One round's descent. states: [rows, width of the level, width], what was made of the nodes of the last level."""
+class _Expansion(Expansion):
+    """One round. states: what the decoder hands on of each node."""
 
     def __init__(self, drafter: Recurrent, rows: Rows) -> None:
-        self.drafter, self.rows = drafter, rows.drafting
-        self.seats = {row: rows.seats[row] for row in self.rows}
-        self.states = drafter.drafting(rows)[:, None]
-        self.depth = 0
+        super().__init__(rows, [drafter.drafting(rows)[:, None]])
+        self.drafter = drafter
 
     def logits(self) -> Tensor:
-        """[rows * width, draft vocab] behind the nodes of this level."""
-        return self.drafter.output_head(self.depth)(self.states.flatten(0, 1))
+        return self.drafter.output_head(self.depth)(self.states[0].flatten(0, 1))
 
-    def step(self, level: Level) -> Tensor:
-        """The next level's nodes: each is read with what was made of its parent."""
-        drafter, memory = self.drafter, self.drafter.memories[0]
-        parents, self.rows = of_parents(self.states, self.rows, level), level.rows
-        read = drafter.layer_input(parents, drafter.embed(level.tokens)).flatten(0, 1)
-        seats = [self.seats[row] for row in level.rows]
-        behind = torch.tensor([memory.length(seat) for seat in seats]).to(read.device, non_blocking=True)
-        positions = (behind[:, None] + self.depth).expand(-1, level.width).flatten()
-        self.states = drafter.next_state(memory.level(read, positions, seats, level)).unflatten(0, level.tokens.shape)
-        self.depth += 1
-        return self.logits()
+    def run(self, level: Level, parents: Sequence[Tensor]) -> Sequence[Tensor]:
+        inputs = self.drafter.layer_input(parents[0], self.drafter.embed(level.tokens))
+        memory = self.drafter.memories[0]
+        return [self.drafter.next_state(self.read(level, memory, inputs, self.positions(level, memory)))]
