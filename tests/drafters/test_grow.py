@@ -125,7 +125,7 @@ def test_every_parent_has_the_line_of_the_law_its_children_were_drawn_from():
 
 def test_picked_children_have_no_law():
     rows = make_rows([SamplingParams(temperature=1.0)], [0], VOCAB, depths=[2])
-    assert drafting(TABLE)(rows, [(0, 1)]).laws is None
+    assert drafting(TABLE)(rows, [(0, 1)]).distributions is None
 
 
 def test_a_child_stands_behind_its_parent_and_is_never_likelier():

@@ -258,13 +258,13 @@ def test_the_plan_bounds_depth_width_beam_and_nodes():
     assert len(drafter.propose(rows_of(text, depth=0))) == 0
 
 
-@pytest.mark.parametrize(("settings", "expected"), [({}, 4), ({"floor": 0.6}, 1), ({"worth": 5.0}, 0)])
-def test_floor_drops_candidates_and_worth_drops_the_row(settings, expected):
+@pytest.mark.parametrize(("settings", "expected"), [({}, 4), ({"floor": 0.6}, 1), ({"min_gain": 5.0}, 0)])
+def test_floor_drops_candidates_and_min_gain_drops_the_row(settings, expected):
     text = [1, 2, 3, 4, 5, 6, 7, 1, 2, 3]
     assert len(drafter_of(text, **settings).propose(rows_of(text))) == expected
 
 
-@pytest.mark.parametrize("settings", [{"floor": 0.0}, {"floor": 1.0}, {"worth": -1.0}])
+@pytest.mark.parametrize("settings", [{"floor": 0.0}, {"floor": 1.0}, {"min_gain": -1.0}])
 def test_settings_out_of_range_are_refused_by_name(settings):
     with pytest.raises(ValueError, match=f"{next(iter(settings))} is "):
         Lookup(**settings)
