@@ -15,8 +15,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from headstart.drafters.parts.decoder import decoder
+from headstart.drafters.parts.drafter_loss import drafter_loss
 from headstart.drafters.parts.llama_layer import without_norms
-from headstart.drafters.parts.losses import Batch, HeadOutput, Metrics, Objective, drafter_loss
+from headstart.drafters.parts.losses import Batch, HeadOutput, Metrics, Objective
 from headstart.drafters.parts.recurrent import Recurrent, RecurrentConfig
 
 

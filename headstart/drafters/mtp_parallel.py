@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from headstart.drafters.parts.decoder import decoder
 from headstart.drafters.parts.decoder_heads import Layered
+from headstart.drafters.parts.drafter_loss import loss_by_depth
 from headstart.drafters.parts.grow import compose
 from headstart.drafters.parts.llama_layer import llama_block
-from headstart.drafters.parts.losses import Batch, HeadOutput, Objective, loss_by_depth
+from headstart.drafters.parts.losses import Batch, HeadOutput, Objective
 from headstart.speculation.rows import Rows
 from headstart.speculation.tree import Drafts, Kept
 

@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from headstart.drafters.parts.losses import Batch, Metrics, Objective, OutputHead, chunked_loss
+from headstart.drafters.parts.drafter_loss import chunked_loss
+from headstart.drafters.parts.losses import Batch, Metrics, Objective, OutputHead
 from headstart.target.embed_head import EmbedHead
 from headstart.target.hidden_states import asking_for
 from headstart.training.batching import evenly

@@ -3,7 +3,7 @@
     loss = CE(next token) + weight(progress) * sum over heads of (sum_d decay^(d-1) CE(token d places later) / sum_d decay^(d-1))
 
 Gradients of the heads reach the trunk through the states they read, with the memory of one
-head (`headstart.drafters.parts.losses.backward_by_part`). This
+head (`headstart.drafters.parts.drafter_loss.backward_by_part`). This
 file knows trunks, heads and terms. It refuses to know files, steps and methods.
 """
 
@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from headstart.drafters.parts.drafter_loss import backward_by_part, chunked_loss
 from headstart.drafters.parts.heads import Heads
-from headstart.drafters.parts.losses import Metrics, Objective, OutputHead, backward_by_part, chunked_loss
+from headstart.drafters.parts.losses import Metrics, Objective, OutputHead
 from headstart.target.embed_head import EmbedHead
 from headstart.target.hidden_states import asking_for
 from headstart.training.dataset import TextBatch

@@ -14,8 +14,9 @@ from tiny import tiny
 import headstart
 from headstart import formats as checkpoint
 from headstart.drafters.medusa import Medusa, MedusaConfig
+from headstart.drafters.parts.drafter_loss import chunked_loss
 from headstart.drafters.parts.heads import Heads
-from headstart.drafters.parts.losses import CHUNK, Batch, Metrics, Objective, OutputHead, chunked_loss
+from headstart.drafters.parts.losses import CHUNK, Batch, Metrics, Objective, OutputHead
 from headstart.drafters.registry import METHODS
 from headstart.engine.drafter_loading import make
 from headstart.formats import describe_target, detect

@@ -8,7 +8,8 @@ from torch import nn
 from headstart.drafters.mtp import Mtp, MtpConfig
 from headstart.drafters.mtp_parallel import ParallelConfig, ParallelMtp
 from headstart.drafters.parts.decoder import block_of
-from headstart.drafters.parts.losses import Batch, Metrics, backward_by_part
+from headstart.drafters.parts.drafter_loss import backward_by_part
+from headstart.drafters.parts.losses import Batch, Metrics
 from headstart.target.embed_head import EmbedHead
 from headstart.training.dataset import TextBatch
 from headstart.training.pretrain_loss import PretrainLoss

@@ -15,8 +15,9 @@ from training_runs import assert_same_bits, dataset_of, killed, log
 import headstart
 from headstart import formats as checkpoint
 from headstart.drafters.eagle3 import Eagle3, Eagle3Config
+from headstart.drafters.parts.drafter_loss import chunked_loss
 from headstart.drafters.parts.llama_layer import llama_block
-from headstart.drafters.parts.losses import Objective, chunked_loss
+from headstart.drafters.parts.losses import Objective
 from headstart.target.cache import Seating
 from headstart.target.loading import load_model
 from headstart.target.tokenizer_loading import load_tokenizer

@@ -12,7 +12,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from headstart.drafters.parts.losses import Batch, HeadOutput, Metrics, Objective, OutputHead, drafter_loss
+from headstart.drafters.parts.drafter_loss import drafter_loss
+from headstart.drafters.parts.losses import Batch, HeadOutput, Metrics, Objective, OutputHead
 from headstart.speculation.calibration import UNFITTED, Calibration
 from headstart.speculation.planner import Best, Planner
 from headstart.speculation.rows import Rows
@@ -148,14 +149,12 @@ class Heads(nn.Module):
         raise NotImplementedError
 
     def loss(self, batch: Batch, objective: Objective) -> tuple[Tensor, Metrics]:
-        """Summed over the positions that count, and metrics; see `headstart.drafters.parts.losses.drafter_loss`."""
+        """Summed over the positions that count, and metrics; see `headstart.drafters.parts.drafter_loss`."""
         return drafter_loss(self.states(batch), batch, objective, self.embed_head.logits)
 
     def parts(self, batch: Batch, objective: Objective) -> Iterator[tuple[Tensor, Tensor]]:
-        """The same loss in parts that share nothing but features and weights, for
-        `headstart.drafters.parts.losses.backward_by_part`; one
-        part is always
-        right."""
+        """Yields the same loss in parts that share nothing but features and weights, for `backward_by_part`: each part's loss, and
+        its columns of `Metrics.stacked`. One part is always right."""
         loss, metrics = self.loss(batch, objective)
         yield loss, metrics.stacked()
 
