@@ -18,7 +18,7 @@ from headstart.drafters.parts.expansion import Expansion
 from headstart.drafters.parts.grow import Level, grow
 from headstart.drafters.parts.heads import Block, Heads, HeadsConfig
 from headstart.drafters.parts.llama_layer import llama_block
-from headstart.drafters.parts.losses import Batch, HeadOutput
+from headstart.drafters.parts.losses import Batch, HeadOutput, next_embeddings
 from headstart.speculation.rows import Rows
 from headstart.speculation.tree import Drafts, Kept
 
@@ -117,9 +117,9 @@ class Hydra(Heads):
 
     def states(self, batch: Batch) -> Iterator[HeadOutput]:
         z = self._prefixed(batch.features)
-        following = self.embed_head.embed(batch.tokens)  # [rows, length, hidden]
+        embedded = self.embed_head.embed(batch.tokens)  # [rows, length, hidden]
         for depth, head in enumerate(map(self.head, range(self.depth)), 1):
-            z = torch.cat([z, following.roll(-depth, 1)], -1)  # what is rolled in at the end never counts
+            z = torch.cat([z, next_embeddings(embedded, depth)], -1)
             yield HeadOutput(head(z), self.output_head(depth - 1))
 
     def _prefixed(self, features: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from headstart.drafters.parts.decoder_heads import Layered
 from headstart.drafters.parts.expansion import Expansion
 from headstart.drafters.parts.grow import Level, grow
 from headstart.drafters.parts.llama_layer import llama_block
-from headstart.drafters.parts.losses import Batch, HeadOutput
+from headstart.drafters.parts.losses import Batch, HeadOutput, next_embeddings
 from headstart.speculation.rows import Rows
 from headstart.speculation.tree import Drafts, Kept
 
@@ -100,7 +100,7 @@ class Mtp(Layered):
             stage, again = self.stage(place), max(0, place + 1 - len(self.stages))
             if again == 0:
                 cache = DynamicCache() if place + 1 == len(self.stages) < self.depth else None
-            read = stage.layer_input(hidden, embedded.roll(-(place + 1), 1))  # what is rolled in at the end never counts
+            read = stage.layer_input(hidden, next_embeddings(embedded, place + 1))
             hidden = unrolled(stage.block, read, again, positions + place + 1, cache)
             yield HeadOutput(hidden, self.output_head(place))
 

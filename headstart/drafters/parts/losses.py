@@ -44,6 +44,14 @@ class Batch:
         return result
 
 
+def next_embeddings(embedded: Tensor, depth: int) -> Tensor:
+    """The embeddings of the tokens `depth` places later, [rows, length, width] as `embedded` is.
+
+    The last `depth` positions get those of the row's first tokens; they never count (`Batch.counted`).
+    """
+    return embedded.roll(-depth, 1)
+
+
 class Objective(BaseModel):
     """How much each loss weighs, and how much less each deeper guess counts.
 

@@ -20,7 +20,7 @@ from headstart.drafters.parts.decoder_heads import Layered
 from headstart.drafters.parts.expansion import Expansion
 from headstart.drafters.parts.grow import Level, grow
 from headstart.drafters.parts.llama_layer import llama_block, plain_block
-from headstart.drafters.parts.losses import Batch, HeadOutput
+from headstart.drafters.parts.losses import Batch, HeadOutput, next_embeddings
 from headstart.speculation.rows import Rows
 from headstart.speculation.tree import Drafts, Kept
 
@@ -115,7 +115,7 @@ class Recurrent(Layered):
         embedded, states = self.embed(batch.tokens), self.project_taps(batch.features)
         positions = torch.arange(batch.tokens.shape[1], device=states.device)
         for step in range(count):
-            read = self.layer_input(states, embedded.roll(-(step + 1), 1))  # what is rolled in at the end never counts
+            read = self.layer_input(states, next_embeddings(embedded, step + 1))
             states = self.next_state(unrolled(self.block, read, step, positions + step, cache))
             yield HeadOutput(states, self.output_head(step))
 
