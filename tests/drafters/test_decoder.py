@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from headstart.drafters.mtp import Mtp, MtpConfig
 from headstart.drafters.mtp_parallel import ParallelConfig, ParallelMtp
 from headstart.drafters.parts.decoder import block_of, decoder, norm_like, slot_bytes, unrolled
-from headstart.drafters.parts.llama_layer import Wide, llama_block, plain_block, widened, without_norms
+from headstart.drafters.parts.llama_layer import Wide, llama_block, llama_block_of, widened, without_norms
 from headstart.drafters.parts.losses import Batch
 from headstart.speculation.tree import Kept
 from headstart.target.cache import Seating
@@ -138,20 +138,20 @@ def test_a_wide_layer_whose_attention_ignores_the_embedding_is_transformers_own_
     torch.testing.assert_close(found, unrolled(plain, states, 0, positions, None), rtol=0, atol=1e-12)
 
 
-def test_a_layer_that_is_not_plain_is_refused_by_its_type():
+def test_a_layer_that_is_not_llama_like_is_refused_by_its_type():
     for family in ("gemma2", "olmo2", "phi3", "cohere"):
         block = block_of(tiny(family).model.config)
         for made_of in (without_norms, widened):
-            with pytest.raises(ValueError, match=f"plain decoder layer .* but its block is of '{family}'"):
+            with pytest.raises(ValueError, match=f"Llama-like decoder layer .* but its block is of '{family}'"):
                 made_of(decoder(block, 64))
 
 
 @pytest.mark.parametrize(
     "family", ["llama", "qwen3", "mixtral", "deepseek_v3", "gemma3", "gpt_neox", "glm4", "phi3", "smollm3", "opt"]
 )
-def test_a_plain_block_can_be_made_for_any_target(family):
+def test_a_llama_block_can_be_made_for_any_target(family):
     config = tiny(family).model.config
-    block = plain_block(config)
+    block = llama_block_of(config)
     wide = widened(decoder(block, 64))
     assert isinstance(wide.layers[0], Wide)
     assert unrolled(wide, torch.randn(1, 5, 128), 0, torch.arange(5), None).shape == (1, 5, 64)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from headstart.drafters.parts.grow import Level
-from headstart.drafters.parts.llama_layer import is_plain, plainly, width_of
+from headstart.drafters.parts.llama_layer import is_llama_like, run_layers, width_of
 from headstart.target import attention
 from headstart.target.attention import AttentionMetadata, Probe, RowMask, Window
 from headstart.target.cache import KVCache, LayerShape, Seating
@@ -194,8 +194,8 @@ class Memory:
 
     def _run(self, inputs: Tensor, positions: Tensor, row_masks: Sequence[RowMask]) -> Tensor:
         metadata = AttentionMetadata(row_masks, self._cache, attention.fused, self._reaches, self._together)
-        if is_plain(self._model):
-            return plainly(self._model, inputs[None], positions[None], metadata)[0]
+        if is_llama_like(self._model):
+            return run_layers(self._model, inputs[None], positions[None], metadata)[0]
         out = self._model(inputs_embeds=inputs[None], position_ids=positions[None], use_cache=False, headstart=metadata)
         states: Tensor = out.last_hidden_state[0]
         return states

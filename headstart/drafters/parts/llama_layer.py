@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from headstart.target.attention import AttentionMetadata
 
 # Families whose decoders are nothing but angles, then layers of a normed attention and a normed MLP, then a norm.
-PLAIN = ("llama", "mistral", "qwen2", "qwen3")
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 _SIZES = (
     "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "rms_norm_eps", "max_position_embeddings",
 )  # fmt: skip
@@ -43,7 +43,7 @@ def llama_block(hidden: int) -> dict[str, Any]:
     }
 
 
-def plain_block(config: PreTrainedConfig) -> dict[str, Any]:
+def llama_block_of(config: PreTrainedConfig) -> dict[str, Any]:
     """Settings for `decoder` of one Llama layer with the sizes and rotary positions of a model's own layers, where those are
     such a layer's; else as `llama_block` has them."""
     text = config.get_text_config()
@@ -103,7 +103,7 @@ class Wide(nn.Module):
 
 def without_norms(model: Any) -> Any:
     """A decoder whose first layer has no norm before its attention, and which ends without one (EAGLE, arXiv 2401.15077)."""
-    _require_plain(model)
+    _require_llama_like(model)
     model.layers[0].input_layernorm = nn.Identity()
     model.norm = nn.Identity()
     return model
@@ -111,23 +111,25 @@ def without_norms(model: Any) -> Any:
 
 def widened(model: Any, norm_before_residual: bool = False) -> Any:
     """A decoder that reads [embedding, state], 2 * hidden wide, and ends without a norm; see `Wide`."""
-    _require_plain(model)
+    _require_llama_like(model)
     model.layers[0] = Wide(model.layers[0], norm_before_residual)
     model.norm = nn.Identity()
     return model
 
 
-def _require_plain(model: Any) -> None:
+def _require_llama_like(model: Any) -> None:
     """Raise ValueError where a decoder's layers are not made of an attention, an MLP and a norm before each."""
-    if (kind := model.config.model_type) not in PLAIN:
-        raise ValueError(f"a drafter of this method needs a plain decoder layer ({', '.join(PLAIN)}), but its block is of {kind!r}")
+    if (kind := model.config.model_type) not in LLAMA_LIKE:
+        raise ValueError(
+            f"a drafter of this method needs a Llama-like decoder layer ({', '.join(LLAMA_LIKE)}), but its block is of {kind!r}"
+        )
 
 
-def is_plain(model: Any) -> bool:
-    return model.config.model_type in PLAIN
+def is_llama_like(model: Any) -> bool:
+    return model.config.model_type in LLAMA_LIKE
 
 
-def plainly(model: Any, inputs: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
+def run_layers(model: Any, inputs: Tensor, positions: Tensor, metadata: AttentionMetadata) -> Tensor:
     """What a plain decoder makes of its input [1, n, its width], [1, n, hidden], without asking for masks, caches and outputs of
     which it has none: that takes as long as a good part of a small layer."""
     angles = model.rotary_emb(inputs, positions)

@@ -19,7 +19,7 @@ from headstart.drafters.parts.decoder import unrolled
 from headstart.drafters.parts.decoder_heads import Layered
 from headstart.drafters.parts.expansion import Expansion
 from headstart.drafters.parts.grow import Level, grow
-from headstart.drafters.parts.llama_layer import llama_block, plain_block
+from headstart.drafters.parts.llama_layer import llama_block, llama_block_of
 from headstart.drafters.parts.losses import Batch, HeadOutput, next_embeddings
 from headstart.speculation.rows import Rows
 from headstart.speculation.tree import Drafts, Kept
@@ -61,7 +61,7 @@ class Recurrent(Layered):
 
     @classmethod
     def resolve_config(cls, config: Any, target: Any) -> Any:
-        return config if config.block else config.model_copy(update={"block": plain_block(target)})
+        return config if config.block else config.model_copy(update={"block": llama_block_of(target)})
 
     @property
     def depth(self) -> int:
