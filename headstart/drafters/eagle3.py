@@ -103,7 +103,7 @@ class Eagle3(Recurrent):
     def init_from_target(self) -> Self:
         """It begins by handing the highest tap on, each place on its own, and with the target's own head."""
         super().init_from_target()
-        self.block.layers[0].look_at_itself()
+        self.block.layers[0].init_self_attention()
         with torch.no_grad():
             self.fc.weight[:, -self.hidden :] = torch.eye(self.hidden)
             rows = self.embed_head.lm_head_weight

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from headstart.drafters.parts.grow import Level
-from headstart.drafters.parts.llama_layer import is_llama_like, run_layers, width_of
+from headstart.drafters.parts.llama_layer import input_width, is_llama_like, run_layers
 from headstart.target import attention
 from headstart.target.attention import AttentionMetadata, Probe, RowMask, Window
 from headstart.target.cache import KVCache, LayerShape, Seating
@@ -120,7 +120,7 @@ def memory_shapes(model: Any) -> tuple[tuple[LayerShape, ...], tuple[Window, ...
     attention.register()
     before, probe = model.config._attn_implementation, Probe()
     weight = next(model.parameters())
-    one = torch.zeros(1, 1, width_of(model), dtype=weight.dtype, device=weight.device)
+    one = torch.zeros(1, 1, input_width(model), dtype=weight.dtype, device=weight.device)
     model.set_attn_implementation(attention.NAME)
     try:
         with torch.no_grad():
