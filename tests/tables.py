@@ -80,7 +80,7 @@ def drafting(table: Tensor) -> Draft:
 
         def expand(level: Level) -> Tensor:
             lines = []
-            for row, tokens, seen in zip(level.rows, level.tokens.tolist(), level.seen.tolist(), strict=True):
+            for row, tokens, seen in zip(level.rows, level.tokens.tolist(), level.tree_mask.tolist(), strict=True):
                 run[row] = run.get(row, [])[: level.earlier] + tokens
                 for mask in seen:
                     path = [*texts[row], *(token for token, is_seen in zip(run[row], mask, strict=True) if is_seen)]

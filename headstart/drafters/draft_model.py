@@ -135,7 +135,7 @@ class ModelDrafter:
                 (place + 1) * width,
                 self.cache.seating[rows.seats[row]].start,
                 firsts[place] + 1,
-                level.seen[place],
+                level.tree_mask[place],
                 positions[place],
                 level.earlier,
             )

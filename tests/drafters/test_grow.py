@@ -82,12 +82,12 @@ def test_every_node_that_is_run_sees_exactly_its_ancestors_and_itself(depths, wi
         for place, row in enumerate(level.rows):
             above = run.get(row, [()])[-before.get(row, 1) :]
             paths = [
-                (*above[origin], token) for origin, token in zip(level.origins[place], level.tokens[place].tolist(), strict=True)
+                (*above[origin], token) for origin, token in zip(level.parents[place], level.tokens[place].tolist(), strict=True)
             ]
             run[row] = run.get(row, []) + paths
             assert level.earlier + level.width == len(run[row]) == len(level.depths)
             assert level.depths.tolist() == [len(path) for path in run[row]]
-            for path, mask in zip(paths, level.seen[place].tolist(), strict=True):
+            for path, mask in zip(paths, level.tree_mask[place].tolist(), strict=True):
                 seen = [other for other, is_seen in zip(run[row], mask, strict=True) if is_seen]
                 assert seen == [path[: size + 1] for size in range(len(path))]
             before[row] = level.width

@@ -175,7 +175,7 @@ class Memory:
             held = self.length(seat)
             slots = held - 1 + level.depths
             start = self._cache.seating[seat].start
-            row_masks.append(RowMask(place * width, (place + 1) * width, start, held, level.seen[place], slots, level.earlier))
+            row_masks.append(RowMask(place * width, (place + 1) * width, start, held, level.tree_mask[place], slots, level.earlier))
         return self._run(inputs, positions, row_masks)
 
     def fork(self, source: int, seat: int, length: int) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from headstart.drafters.parts.decoder import Memory
-from headstart.drafters.parts.grow import Level, of_parents
+from headstart.drafters.parts.grow import Level, states_of_parents
 from headstart.speculation.rows import Rows
 
 
@@ -41,7 +41,7 @@ class Expansion:
 
     def expand(self, level: Level) -> Tensor:
         """Run one level. Returns [rows * nodes per row, vocab] logits after its nodes."""
-        parents = [of_parents(states, self._rows, level) for states in self.states]
+        parents = [states_of_parents(states, self._rows, level) for states in self.states]
         self.depth += 1
         self.states = tuple(self.run(level, parents))
         self._rows = level.rows

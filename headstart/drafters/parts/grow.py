@@ -1,8 +1,7 @@
-"""Growing a tree level by level: for every drafter that has to run itself once per level.
+"""Growing a draft tree level by level, for drafters that run once per level, and composing one from parallel heads.
 
-The most promising nodes of a level are expanded, their best children join the candidates; EAGLE-2's expansion (Li et al. 2024),
-a chain and a static tree are the same loop with other numbers. This file knows levels and chances. It refuses to know what
-computes the logits.
+The likeliest nodes of a level are expanded, and their best children become candidates; the expansion of EAGLE-2 (Li et al. 2024,
+section 4.1), a chain and a static tree are the same loop with other settings. Must not import a method.
 """
 
 from __future__ import annotations
@@ -20,27 +19,31 @@ from headstart.speculation.tree import ROOT, Drafts
 
 @dataclass(frozen=True, eq=False)
 class Level:
-    """The nodes to be run now: `width` per row, for some rows of the round.
+    """The nodes that a drafter runs at once: `width` of them for each of some rows of the round.
 
-    rows: on the host, rows of the round. tokens: [rows, width]. seen: [rows, width, earlier + width] bool, which of the nodes run
-    at earlier levels (in the order they were run) and now each one sees, itself included. depths: [earlier + width] of these.
-    origins: [rows, width] the parent's place among the nodes of the level before (0 at depth 1).
+    rows: rows of the round, on the host.
+    tokens: [rows, width] int64.
+    tree_mask: [rows, width, earlier + width] bool, which nodes each node attends to: of those run at earlier levels, in the order
+        in which they were run, and of this level; itself included.
+    depths: [earlier + width] int64, the depths of these nodes.
+    parents: [rows, width] int64, the index of each node's parent in the level before; 0 at depth 1.
     """
 
     rows: tuple[int, ...]
     tokens: Tensor
-    seen: Tensor
+    tree_mask: Tensor
     depths: Tensor
-    origins: Tensor
+    parents: Tensor
 
     @property
     def width(self) -> int:
+        """Nodes per row."""
         return self.tokens.shape[1]
 
     @property
     def earlier(self) -> int:
         """Nodes per row that were run at earlier levels."""
-        return self.seen.shape[2] - self.width
+        return self.tree_mask.shape[2] - self.width
 
 
 Expand = Callable[[Level], Tensor]  # -> logits [rows * width, vocab]
@@ -55,12 +58,16 @@ def grow(
     calibration: Calibration = UNFITTED,
     deepest: int | None = None,
 ) -> Drafts:
-    """Candidates behind the root of every row that drafts.
+    """Candidates behind the root of every row that drafts; how deep and wide, `rows.depths` and `rows.plan` say.
 
-    logits: [drafting rows, vocab] after each root, in the order of the rows; expand: runs one level and returns what follows each
-    of its nodes. ids: target ids where the drafter's vocabulary is reduced. deepest: the level at which the drafter must end, None
-    for none. Depth, width and beam: `rows.plan`. A row ends early where another level cannot pay; on a CPU only, since
-    a device would have to be asked.
+    A row stops early where another level cannot pay. On CPU only: on a GPU this would cost a host synchronisation.
+
+    logits: [drafting rows, vocab] after each root, in the order of the rows.
+    expand: runs one level and returns the logits after each of its nodes.
+    ids: [vocab] target ids of the logits' columns where the drafter's vocabulary is reduced; None: it is the target's.
+    source: written into `Drafts.sources`.
+    calibration: turns the drafter's probabilities into chances (acceptance probabilities).
+    deepest: the deepest level that the drafter can reach; None: no limit.
     """
     builder = _TreeBuilder(rows, ids, logits.device, calibration)
     candidates = builder.add_roots(rows.drafting, logits)
@@ -68,70 +75,81 @@ def grow(
         if not (active_rows := builder.active_rows(candidates, depth)):
             break
         beam = builder.select_beam(candidates, active_rows, depth)
-        candidates = builder.expand(beam, builder.choose(beam, depth, expand(beam.level)))
+        candidates = builder.expand(beam, builder.choose_per_node(beam, depth, expand(beam.level)))
     return builder.drafts(source)
 
 
 def compose(rows: Rows, logits: Sequence[Tensor], calibration: Calibration = UNFITTED, source: int = 0) -> Drafts:
-    """The same where what follows depends on the depth alone: parallel heads. One choice per depth serves all parents.
+    """The same for parallel heads, whose logits depend on the depth alone: one choice per row and depth serves all parents.
 
-    logits: per depth [drafting rows, vocab], in the order of the rows. Under a rule that draws children, parents of one level
-    share their draw: a text has one of them at most.
+    Under a rule that draws children, the parents of one level share their draw: at most one of them is in the text.
+
+    logits: per depth [drafting rows, vocab], in the order of the rows.
     """
     drafting = rows.drafting
     builder = _TreeBuilder(rows, None, logits[0].device, calibration)
     candidates = builder.add_roots(drafting, logits[0])
-    for depth, said in enumerate(logits[1 : rows.max_depth], 1):
-        beam = builder.select_beam(candidates, builder.may_go_deeper(candidates, depth), depth)
-        candidates = builder.expand(beam, builder.repeat(beam, drafting, builder.choose_once(drafting, depth, said)))
+    for depth, level_logits in enumerate(logits[1 : rows.max_depth], 1):
+        beam = builder.select_beam(candidates, builder.unfinished_rows(candidates, depth), depth)
+        choice = builder.choose_per_row(drafting, depth, level_logits)
+        candidates = builder.expand(beam, builder.repeat_per_node(beam, drafting, choice))
     return builder.drafts(source)
 
 
-def of_parents(made: Tensor, rows: tuple[int, ...], level: Level) -> Tensor:
-    """What was made of each node's parent, [level's rows, width, ...]. made: [rows, width above, ...], of the nodes of the level
-    above, which was run for `rows`: of those, some may have ended."""
+def states_of_parents(states: Tensor, rows: tuple[int, ...], level: Level) -> Tensor:
+    """[level's rows, level's width, ...] of each node's parent.
+
+    states: [rows, width of the level before, ...] of the nodes of the level before.
+    rows: the rows of the round that the level before had; those of `level` are among them.
+    """
     if level.rows != rows:
-        active_rows = torch.tensor([rows.index(row) for row in level.rows])
-        made = made[active_rows.to(made.device, non_blocking=True)]
-    return _picked(made, level.origins)
+        indices = torch.tensor([rows.index(row) for row in level.rows])
+        states = states[indices.to(states.device, non_blocking=True)]
+    return _select_nodes(states, level.parents)
 
 
 @dataclass(frozen=True, eq=False)
 class _Candidates:
-    """A level of candidates, `size` per row of `rows`. ids: [rows, 1] the rows, on the device; tokens, chances, places: [rows,
-    size], places among all drafts. Of their parents, each of which has as many of them: paths [rows, parents, depth - 1] tokens;
-    seen [rows, parents, run so far] bool, what each sees."""
+    """The candidates of one level, `size` for each of its rows.
+
+    rows: rows of the round, on the host.
+    row_ids: [rows, 1] the same, on the device.
+    tokens, chances: [rows, size].
+    indices: [rows, size] among all drafts.
+    paths: [rows, parents, depth - 1] tokens from the root's child to each of their parents, which have equally many children.
+    tree_mask: [rows, parents, nodes run so far] bool, what each parent attends to.
+    """
 
     rows: tuple[int, ...]
-    ids: Tensor
+    row_ids: Tensor
     tokens: Tensor
     chances: Tensor
-    places: Tensor
+    indices: Tensor
     paths: Tensor
-    seen: Tensor
+    tree_mask: Tensor
 
     def of(self, active_rows: Sequence[int]) -> _Candidates:
-        """The same of some of its rows."""
+        """The candidates of some of the rows; active_rows: indices into `rows`."""
         if len(active_rows) == len(self.rows):
             return self
-        at = torch.tensor(active_rows).to(self.ids.device, non_blocking=True)
-        tensors = (self.ids, self.tokens, self.chances, self.places, self.paths, self.seen)
-        return _Candidates(tuple(self.rows[place] for place in active_rows), *(tensor[at] for tensor in tensors))
+        lines = torch.tensor(active_rows).to(self.row_ids.device, non_blocking=True)
+        tensors = (self.row_ids, self.tokens, self.chances, self.indices, self.paths, self.tree_mask)
+        return _Candidates(tuple(self.rows[line] for line in active_rows), *(tensor[lines] for tensor in tensors))
 
 
 @dataclass(frozen=True, eq=False)
 class _Beam:
-    """The expanded part of a level: `level` for the drafter, and where its nodes stand among all drafts."""
+    """The candidates of a level that are expanded: `level` is what the drafter runs, the rest is as in `_Candidates`."""
 
     level: Level
-    ids: Tensor
-    places: Tensor
+    row_ids: Tensor
+    indices: Tensor
     chances: Tensor
     paths: Tensor
 
 
 class _TreeBuilder:
-    """The candidates so far."""
+    """The candidates of all levels so far."""
 
     def __init__(self, rows: Rows, ids: Tensor | None, device: torch.device, calibration: Calibration) -> None:
         self.rows = rows
@@ -144,36 +162,41 @@ class _TreeBuilder:
         self.chances: list[Tensor] = []
         self.distributions: list[tuple[Tensor, Tensor]] = []  # lines of `Drafts.distributions` and their content
         self.size = 0
-        self.ranks: list[tuple[int, ...]] = []  # paths of ranks of the last level's candidates, the same for all rows of a shape
+        # Of a static tree: for each candidate of the last level, the ranks along its path; the same for all rows.
+        self.ranks: list[tuple[int, ...]] = []
         self.run_depths = torch.empty(0, dtype=torch.int64, device=device)
 
     def add_roots(self, drafting: tuple[int, ...], logits: Tensor) -> _Candidates:
-        """The children of the roots."""
+        """Add the children of the roots. logits: [rows, vocab]."""
         row_ids = torch.tensor(drafting).to(self.device, non_blocking=True)
-        choice = self.choose_once(drafting, 0, logits)
+        choice = self.choose_per_row(drafting, 0, logits)
         if choice.distribution is not None:
             self.distributions.append((row_ids, choice.distribution))
         self.ranks = [(rank,) for rank in range(choice.tokens.shape[1])]
-        places = self._add(choice.tokens, torch.full_like(choice.tokens, ROOT), row_ids[:, None], choice.chances)
-        nothing = row_ids.new_empty(len(drafting), 1, 0)
-        return _Candidates(drafting, row_ids[:, None], choice.tokens, choice.chances, places, nothing, nothing.bool())
+        indices = self._add(choice.tokens, torch.full_like(choice.tokens, ROOT), row_ids[:, None], choice.chances)
+        empty = row_ids.new_empty(len(drafting), 1, 0)
+        return _Candidates(drafting, row_ids[:, None], choice.tokens, choice.chances, indices, empty, empty.bool())
 
-    def may_go_deeper(self, candidates: _Candidates, depth: int) -> list[int]:
-        """Which rows of a level may go deeper at all."""
-        return [place for place, row in enumerate(candidates.rows) if self.rows.depths[row] > depth]
+    def unfinished_rows(self, candidates: _Candidates, depth: int) -> list[int]:
+        """Indices of the candidates' rows that may draft deeper than `depth`."""
+        return [index for index, row in enumerate(candidates.rows) if self.rows.depths[row] > depth]
 
     def active_rows(self, candidates: _Candidates, depth: int) -> list[int]:
-        """Which of them shall."""
-        may_go_deeper = self.may_go_deeper(candidates, depth)
-        is_open = self.rows.plan.min_gain == 0 and self.size < self.rows.plan.nodes  # whatever comes is welcome
-        if is_open or self.rows.plan.parents or self.device.type != "cpu":
-            return may_go_deeper
+        """Indices of the candidates' rows for which another level pays."""
+        unfinished = self.unfinished_rows(candidates, depth)
+        accepts_all = self.rows.plan.min_gain == 0 and self.size < self.rows.plan.nodes
+        if accepts_all or self.rows.plan.parents or self.device.type != "cpu":
+            return unfinished
         pays = self._pays(candidates.chances).tolist()
-        return [place for place in may_go_deeper if pays[place]]
+        return [index for index in unfinished if pays[index]]
 
     def _pays(self, chances: Tensor) -> Tensor:
-        """[rows] bool: whether what would be expanded promises enough, and may be among the drafts that are verified: no child has
-        a better chance than its parent, so that a level below the last of these changes nothing. chances: [rows, size]."""
+        """[rows] bool: whether the beam promises `min_gain`, and a child of it may be among the drafts that are verified.
+
+        No child has a better chance than its parent, so a level below the worst of the verified drafts changes nothing.
+
+        chances: [rows, size].
+        """
         best = chances.topk(min(self.rows.plan.beam, chances.shape[1]), -1).values
         pays = best.sum(-1) >= self.rows.plan.min_gain
         if self.size < self.rows.plan.nodes:
@@ -182,40 +205,44 @@ class _TreeBuilder:
         return pays & (best[:, 0] > last)
 
     def select_beam(self, candidates: _Candidates, active_rows: Sequence[int], depth: int) -> _Beam:
-        """The most promising nodes of each row that goes deeper."""
+        """The nodes of each active row that are expanded."""
         candidates = candidates.of(active_rows)
-        best = self._shaped(len(active_rows)) if self.rows.plan.parents else self._likeliest(candidates)  # [rows, width], ascending
-        origins = best // (candidates.tokens.shape[1] // candidates.paths.shape[1])
-        tokens = candidates.tokens.gather(1, best)
-        paths = torch.cat([_picked(candidates.paths, origins), tokens[..., None]], -1)
-        own = torch.eye(best.shape[1], dtype=torch.bool, device=self.device).expand(len(active_rows), -1, -1)
-        seen = torch.cat([_picked(candidates.seen, origins), own], -1)
-        self.run_depths = torch.cat([self.run_depths, torch.full((best.shape[1],), depth, device=self.device)])
-        level = Level(candidates.rows, tokens, seen, self.run_depths, origins)
-        return _Beam(level, candidates.ids, candidates.places.gather(1, best), candidates.chances.gather(1, best), paths)
+        selected = self._static_beam(len(active_rows)) if self.rows.plan.parents else self._likeliest(candidates)
+        parents = selected // (candidates.tokens.shape[1] // candidates.paths.shape[1])
+        tokens = candidates.tokens.gather(1, selected)
+        paths = torch.cat([_select_nodes(candidates.paths, parents), tokens[..., None]], -1)
+        itself = torch.eye(selected.shape[1], dtype=torch.bool, device=self.device).expand(len(active_rows), -1, -1)
+        tree_mask = torch.cat([_select_nodes(candidates.tree_mask, parents), itself], -1)
+        self.run_depths = torch.cat([self.run_depths, torch.full((selected.shape[1],), depth, device=self.device)])
+        level = Level(candidates.rows, tokens, tree_mask, self.run_depths, parents)
+        indices, chances = candidates.indices.gather(1, selected), candidates.chances.gather(1, selected)
+        return _Beam(level, candidates.row_ids, indices, chances, paths)
 
     def _likeliest(self, candidates: _Candidates) -> Tensor:
-        width = min(self.rows.plan.beam, candidates.places.shape[1])
+        """[rows, width] indices of the likeliest candidates, ascending."""
+        width = min(self.rows.plan.beam, candidates.indices.shape[1])
         return candidates.chances.topk(width, -1).indices.sort(-1).values
 
-    def _shaped(self, num_rows: int) -> Tensor:
-        wanted = [place for place, path in enumerate(self.ranks) if path in self.rows.plan.parents]
-        self.ranks = [self.ranks[place] for place in wanted]
-        return torch.tensor(wanted, dtype=torch.int64).to(self.device, non_blocking=True).expand(num_rows, -1)
+    def _static_beam(self, num_rows: int) -> Tensor:
+        """[rows, width] indices of the candidates that are parents in the plan's static tree, ascending."""
+        selected = [index for index, path in enumerate(self.ranks) if path in self.rows.plan.parents]
+        self.ranks = [self.ranks[index] for index in selected]
+        return torch.tensor(selected, dtype=torch.int64).to(self.device, non_blocking=True).expand(num_rows, -1)
 
-    def choose_once(self, drafting: tuple[int, ...], depth: int, logits: Tensor) -> Choice:
-        """Children for parents of one depth, one choice per row. logits: [rows, vocab]."""
+    def choose_per_row(self, drafting: tuple[int, ...], depth: int, logits: Tensor) -> Choice:
+        """Children for the parents of one depth, one choice per row. logits: [rows, vocab]."""
         row_ids = torch.tensor(drafting).to(self.device, non_blocking=True)
         paths = Paths(row_ids, row_ids.new_empty(len(drafting), 0), torch.zeros_like(row_ids))
         return self.rows.choose(logits, depth + 1, paths, self.rows.plan.width, self.ids, self.calibration)
 
-    def choose(self, beam: _Beam, depth: int, logits: Tensor) -> Choice:
+    def choose_per_node(self, beam: _Beam, depth: int, logits: Tensor) -> Choice:
         """Children for each node of a beam. logits: [rows * width, vocab]."""
-        paths = Paths(beam.ids.expand_as(beam.places).reshape(-1), beam.paths.reshape(-1, depth), beam.places.reshape(-1))
+        row_ids = beam.row_ids.expand_as(beam.indices).reshape(-1)
+        paths = Paths(row_ids, beam.paths.reshape(-1, depth), beam.indices.reshape(-1))
         return self.rows.choose(logits, depth + 1, paths, self.rows.plan.width, self.ids, self.calibration)
 
-    def repeat(self, beam: _Beam, drafting: tuple[int, ...], choice: Choice) -> Choice:
-        """The choice of each node's row, for every node of a beam."""
+    def repeat_per_node(self, beam: _Beam, drafting: tuple[int, ...], choice: Choice) -> Choice:
+        """The choice of its row, for each node of a beam."""
         lines = torch.tensor([drafting.index(row) for row in beam.level.rows]).to(self.device, non_blocking=True)
         lines = lines.repeat_interleave(beam.level.width)
         return Choice(
@@ -223,28 +250,29 @@ class _TreeBuilder:
         )
 
     def expand(self, beam: _Beam, choice: Choice) -> _Candidates:
-        """The children of a beam, chosen [rows * width, k]."""
-        count, width = beam.places.shape
+        """Add the children of a beam. choice: [rows * width, k]."""
+        count, width = beam.indices.shape
         children = choice.tokens.shape[1]
         if choice.distribution is not None:
-            self.distributions.append((len(self.rows) + beam.places.reshape(-1), choice.distribution))
+            self.distributions.append((len(self.rows) + beam.indices.reshape(-1), choice.distribution))
         if self.rows.plan.parents:
             self.ranks = [(*path, rank) for path in self.ranks for rank in range(children)]
         chances = (beam.chances.reshape(-1, 1) * choice.chances).reshape(count, width * children)
         tokens = choice.tokens.reshape(count, width * children)
-        places = self._add(tokens, beam.places.repeat_interleave(children, 1), beam.ids, chances)
-        return _Candidates(beam.level.rows, beam.ids, tokens, chances, places, beam.paths, beam.level.seen)
+        indices = self._add(tokens, beam.indices.repeat_interleave(children, 1), beam.row_ids, chances)
+        return _Candidates(beam.level.rows, beam.row_ids, tokens, chances, indices, beam.paths, beam.level.tree_mask)
 
-    def _add(self, tokens: Tensor, parents: Tensor, ids: Tensor, chances: Tensor) -> Tensor:
-        """Append a level of candidates, all [rows, size] but for ids, [rows, 1]; returns their places."""
+    def _add(self, tokens: Tensor, parents: Tensor, row_ids: Tensor, chances: Tensor) -> Tensor:
+        """Append a level of candidates, all [rows, size] except row_ids, [rows, 1]; returns their indices, [rows, size]."""
         for store, values in ((self.tokens, tokens), (self.parents, parents), (self.chances, chances)):
             store.append(values.reshape(-1))
-        self.row_ids.append(ids.expand_as(tokens).reshape(-1))
-        places = torch.arange(self.size, self.size + tokens.numel(), device=self.device).reshape(tokens.shape)
+        self.row_ids.append(row_ids.expand_as(tokens).reshape(-1))
+        indices = torch.arange(self.size, self.size + tokens.numel(), device=self.device).reshape(tokens.shape)
         self.size += tokens.numel()
-        return places
+        return indices
 
     def drafts(self, source: int) -> Drafts:
+        """All candidates, level after level."""
         tokens = torch.cat(self.tokens)
         distributions = None
         if self.distributions:
@@ -266,6 +294,6 @@ class _TreeBuilder:
         )
 
 
-def _picked(values: Tensor, at: Tensor) -> Tensor:
-    """values: [rows, from, width]; at: [rows, some] places in `from`. Returns [rows, some, width]."""
-    return values.gather(1, at[..., None].expand(-1, -1, values.shape[2]))
+def _select_nodes(values: Tensor, indices: Tensor) -> Tensor:
+    """values: [rows, nodes, width]; indices: [rows, selected] of nodes. Returns [rows, selected, width]."""
+    return values.gather(1, indices[..., None].expand(-1, -1, values.shape[2]))
