@@ -1,9 +1,10 @@
-"""Heads for any target, as training would start them, shaken a little so that every weight matters; a round to draft in."""
+"""Heads for any target, initialised as training does, with noise on every weight; and rows whose every choice is given."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
@@ -14,6 +15,7 @@ from headstart.drafters.medusa import Medusa, MedusaConfig
 from headstart.drafters.mtp import Mtp, MtpConfig
 from headstart.drafters.mtp_parallel import ParallelConfig, ParallelMtp
 from headstart.drafters.parts.heads import Heads
+from headstart.speculation.planner import Plan
 from headstart.speculation.rows import Choice
 from headstart.target.target import Target
 
@@ -22,6 +24,7 @@ KINDS = ("medusa", "medusa, shared", "hydra", "hydra++", "mtp", "mtp, 3 modules"
 
 
 def heads_for(target: Target, kind: str, noise: float = 0.05, num_heads: int = 4) -> Heads:
+    """Heads of one of `KINDS`, bound to the target. noise: standard deviation of what is added to each initial weight."""
     embed_head = target.embed_head
     sizes = embed_head.hidden, embed_head.vocab
     made: dict[str, Callable[[], Heads]] = {
@@ -55,21 +58,24 @@ def heads_for(target: Target, kind: str, noise: float = 0.05, num_heads: int = 4
 
 @dataclass
 class Forced:
-    """Stands in for `Rows`: every choice is the true continuation, and the logits it was made of are noted by depth."""
+    """Stands in for `Rows`: every choice is the text's own next token.
+
+    texts: per row.
+    root_positions: per row, the position of its root.
+    depths: per row, how deep it drafts.
+    logits: by (row, level), the drafter's logits that a choice was made from.
+    """
 
     texts: list[list[int]]
-    places: tuple[int, ...]
+    root_positions: tuple[int, ...]
     depths: tuple[int, ...]
-    width: int = 1
-    beam: int = 1
-    parents: frozenset = frozenset()
-    nodes: int = 10**6
-    min_gain: float = 0.0
-    said: dict = field(default_factory=dict)
+    plan: ClassVar = Plan(depth=64, width=1, beam=1, nodes=10**6)
+    logits: dict = field(default_factory=dict)
 
     def __post_init__(self):
         self.seats = tuple(range(len(self.texts)))
-        self.roots = tuple(text[place] for text, place in zip(self.texts, self.places, strict=True))
+        self.roots = tuple(text[position] for text, position in zip(self.texts, self.root_positions, strict=True))
+        self.drafting = tuple(row for row, depth in enumerate(self.depths) if depth > 0)
         self.max_depth = max(self.depths)
 
     def __len__(self):
@@ -77,6 +83,6 @@ class Forced:
 
     def choose(self, logits, level, paths, k, ids=None, calibration=None):
         rows = paths.rows.tolist()
-        self.said |= {(row, level): line for row, line in zip(rows, logits, strict=True)}
-        tokens = torch.tensor([[self.texts[row][self.places[row] + level]] for row in rows])
+        self.logits |= {(row, level): line for row, line in zip(rows, logits, strict=True)}
+        tokens = torch.tensor([[self.texts[row][self.root_positions[row] + level]] for row in rows])
         return Choice(tokens, torch.ones(len(rows), 1), None)

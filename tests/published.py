@@ -79,7 +79,7 @@ class Trial:
             self._hear(heads, [(seat, row, first, last) for seat, row, first, last in spans if first < last])
         said = Forced([[*texts[row], 0] for row, _ in anchors], tuple(root for _, root in anchors), (steps,) * len(anchors))
         heads.propose(said)
-        told = [torch.stack([said.said[place, step + 1] for place in range(len(anchors))]) for step in range(steps)]
+        told = [torch.stack([said.logits[place, step + 1] for place in range(len(anchors))]) for step in range(steps)]
         return [logits.unflatten(0, (len(texts), len(places))) for logits in told]
 
     def _hear(self, heads: Any, spans: Sequence[tuple[int, int, int, int]]) -> None:

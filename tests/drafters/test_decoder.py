@@ -60,7 +60,7 @@ def test_drafting_says_what_training_said_whatever_the_family(family, kind):
         heads.extend(Kept((0, 1), pieces, tuple(a for a, _ in spans), (), (), known, known.device))
     rows = Forced(LONG, places, (3, 3))
     heads.propose(rows)
-    for (row, level), line in rows.said.items():
+    for (row, level), line in rows.logits.items():
         torch.testing.assert_close(line, wanted[row][level - 1], rtol=0, atol=ROUNDING.get(family, 1e-10))
 
 
@@ -80,7 +80,7 @@ def test_a_text_that_is_forked_in_the_middle_goes_on_as_if_it_had_been_read_alon
     rows = Forced([text] * 3, (7, 7, 7), (2, 2, 2))
     heads.propose(rows)
     for level in (1, 2):
-        torch.testing.assert_close(rows.said[1, level], rows.said[2, level], rtol=0, atol=1e-12)
+        torch.testing.assert_close(rows.logits[1, level], rows.logits[2, level], rtol=0, atol=1e-12)
 
 
 def test_a_layer_is_what_its_settings_say_or_an_error():

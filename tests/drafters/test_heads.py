@@ -45,7 +45,7 @@ def test_drafting_says_what_training_said(kind):
     rows = Forced(TEXTS, places, depths)
     drafts = heads.propose(rows)
     assert len(drafts) == sum(depths)
-    for (row, level), line in rows.said.items():
+    for (row, level), line in rows.logits.items():
         torch.testing.assert_close(line, trained[row][level - 1], rtol=0, atol=1e-12)
 
 
