@@ -49,17 +49,18 @@ def loss_by_depth(
         yield objective.decay ** (depth - 1) * loss, column
 
 
-# Features [...] -> the losses of parts, one after another, which share nothing but features and weights, and of each its columns of
-# `Metrics.stacked`, [4, some depths].
+# Features [rows, length, width] -> for each part its loss, a scalar, and its columns of `Metrics.stacked`, [4, depths of the part].
 Parts = Callable[[Tensor], Iterator[tuple[Tensor, Tensor]]]
 
 
 def backward_by_part(parts: Parts, features: Tensor, weights: Iterable[nn.Parameter]) -> tuple[Tensor, Metrics]:
-    """The sum of the parts' losses, and metrics, with the memory of one part.
+    """The sum of the parts' losses, a scalar, and metrics, with the memory of one part.
 
     Each part is run and differentiated before the next one begins; the gradients of features and weights are kept, and reach the
     trunk when the sum is differentiated (Gloeckle et al. 2024, section 2).
 
+    parts: yields losses that share nothing except the features and the weights.
+    features: [rows, length, width].
     weights: all that learn in any part.
     """
     columns: list[Tensor] = []

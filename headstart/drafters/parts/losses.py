@@ -1,8 +1,7 @@
-"""What a drafter learns from, and by which loss: batches, objectives, and losses that never hold all logits at once.
+"""What a drafter's loss is made of: batches of texts, the objective, output heads and metrics.
 
-At a position t of a text, the drafter knows the features up to t and the root, token t+1; what it guesses at depth d is token
-t+1+d. Losses are sums over positions, so that a step may be split over batches and processes in any way.
-This file knows positions and laws. It refuses to know drafters, targets and optimisers.
+At position t, the drafter knows the features up to t and the root, token t+1; its guess at depth d is token t+1+d. Losses are sums
+over positions, so a step may be split over batches and processes. Must not import a method, a target or an optimiser.
 """
 
 from __future__ import annotations
@@ -22,11 +21,12 @@ CHUNK = 256  # positions whose logits exist at once: 8 MiB of float32 at a vocab
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Texts and what the target made of them.
+    """Texts and the target's hidden states on them.
 
-    tokens: [rows, length] int64, padded on the right. loss_mask: [rows, length] bool, the tokens that an assistant said: neither
-    prompt nor padding. features: [rows, length, taps * hidden], what the drafter reads. last_hidden: [rows, length, hidden], the
-    target's final, normed states: the teacher's logits are their projection.
+    tokens: [rows, length] int64, padded on the right.
+    loss_mask: [rows, length] bool, the tokens that an assistant wrote: neither prompt nor padding.
+    features: [rows, length, taps * hidden], the tapped hidden states, which the drafter reads.
+    last_hidden: [rows, length, hidden], the last hidden states, normed: the teacher's logits are their projection.
     """
 
     tokens: Tensor
@@ -35,7 +35,8 @@ class Batch:
     last_hidden: Tensor
 
     def counted(self, depth: int) -> Tensor:
-        """[rows, length] bool: positions t at which a guess of this depth counts: the root and all guesses are an assistant's."""
+        """[rows, length] bool: positions at which a guess of this depth counts, since it, its root and all between are an
+        assistant's."""
         length = self.tokens.shape[1]
         result = torch.zeros_like(self.loss_mask)
         if length > depth + 1:
@@ -53,17 +54,21 @@ def next_embeddings(embedded: Tensor, depth: int) -> Tensor:
 
 
 class Objective(BaseModel):
-    """How much each loss weighs, and how much less each deeper guess counts.
+    """The weight of each loss, and by how much deeper guesses count less. Without any weight: `soft` alone.
 
-    Where a drafter's vocabulary is reduced, all sums are over the tokens that it has, with the teacher's own masses: a position
-    counts by the mass that its distribution has there (EAGLE-3 renormalises, and leaves out those whose best token is not among
-    them).
-    hard: cross-entropy with the text's own token. soft: with the teacher's distribution (KL but for a constant), which is all
-    there is where
-    no loss is given a weight. tv: total variation,
-    1 - alpha, where alpha = sum(min(p, q)) is the chance that a drawn guess is accepted. alpha: -log alpha. lk: KL and tv mixed
-    by exp(-3 alpha), KL first and acceptance later (LK losses, arXiv 2602.23881). decay: weight of each depth over that of the
-    one before. temperature: of both laws, in all but `hard`.
+    Where a drafter's vocabulary is reduced, all sums are over the tokens that it has, with the teacher's own probabilities: a
+    position counts by the probability that the teacher gives to these tokens (EAGLE-3 renormalises, and leaves out positions whose
+    likeliest token is not among them).
+
+    hard: cross-entropy with the text's own token.
+    soft: cross-entropy with the teacher's distribution; the KL divergence, up to a constant.
+    tv: total variation, 1 - alpha, where alpha = sum(min(p, q)) is the probability that a drawn guess is accepted.
+    alpha: -log alpha.
+    lk: KL divergence and total variation, mixed by exp(-3 alpha): KL first, acceptance later (LK losses, arXiv 2602.23881).
+    decay: weight of each depth over that of the one before.
+    temperature: softmax temperature of both distributions, in all losses except `hard`.
+
+    Raises ValueError where every loss has weight 0.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -78,9 +83,9 @@ class Objective(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _is_soft(cls, given: Any) -> Any:
-        """A teacher's distribution says more per token than its token: heads learn in half the steps (docs/log.md)."""
-        return given if not isinstance(given, dict) or LOSSES & given.keys() else {**given, "soft": 1.0}
+    def _is_soft(cls, settings: Any) -> Any:
+        """With the teacher's distribution, heads need half the steps that they need with its token (docs/log.md)."""
+        return settings if not isinstance(settings, dict) or LOSSES & settings.keys() else {**settings, "soft": 1.0}
 
     @model_validator(mode="after")
     def _has_a_loss(self) -> Objective:
@@ -90,31 +95,36 @@ class Objective(BaseModel):
 
     @property
     def has_teacher(self) -> bool:
-        """Whether the target's own laws are needed."""
+        """Whether the target's distributions are needed."""
         return self.soft + self.tv + self.alpha + self.lk > 0
 
     def __call__(self, logits: Tensor, tokens: Tensor, teacher_logits: Tensor | None, ids: Tensor | None = None) -> Tensor:
-        """Loss of each position, [n]. logits: [n, vocab], or [n, len(ids)] with `ids` the ascending target ids of its columns;
-        teacher_logits: [n, vocab], may be None without a teacher; tokens: [n] int64."""
+        """The loss of each position, [n] float32.
+
+        logits: [n, vocab], or [n, draft vocab] with `ids`.
+        tokens: [n] int64, the text's own.
+        teacher_logits: [n, vocab]; None only where `has_teacher` is False.
+        ids: [draft vocab] ascending target ids of the logits' columns; None: the vocabulary is the target's.
+        """
         loss = logits.new_zeros(logits.shape[0], dtype=torch.float32)
         if self.hard:
             loss = loss + self.hard * F.cross_entropy(logits.float(), columns(tokens, ids), reduction="none", ignore_index=NONE)
         if not self.has_teacher:
             return loss
         assert teacher_logits is not None, "this objective needs a teacher"
-        own = torch.log_softmax(self._tempered(logits), -1)
+        log_probs = torch.log_softmax(self._tempered(logits), -1)
         distribution = torch.softmax(self._tempered(teacher_logits), -1)
         distribution = distribution if ids is None else distribution[:, ids]
         if self.soft:
-            loss = loss - self.soft * (distribution * own).sum(-1)
+            loss = loss - self.soft * (distribution * log_probs).sum(-1)
         if self.tv + self.alpha + self.lk:
-            alpha = torch.minimum(own.exp(), distribution).sum(-1)
+            alpha = torch.minimum(log_probs.exp(), distribution).sum(-1)
             loss = loss + self.tv * (1 - alpha)
             if self.alpha:
                 loss = loss - self.alpha * alpha.clamp(min=1e-6).log()
             if self.lk:
                 share = torch.exp(-3 * alpha.detach())
-                divergence = (torch.special.entr(distribution) * -1 - distribution * own).sum(-1)
+                divergence = (torch.special.entr(distribution) * -1 - distribution * log_probs).sum(-1)
                 loss = loss + self.lk * (share * divergence + (1 - share) * (1 - alpha))
         return loss
 
@@ -126,17 +136,25 @@ NONE = -100  # cross_entropy's own mark of a token that does not count
 
 
 def columns(tokens: Tensor, ids: Tensor | None) -> Tensor:
-    """Where each token stands among ascending `ids`, or `NONE`. tokens: int64 of any shape; ids: None for all tokens."""
+    """The index of each token in ascending `ids`, or `NONE` where it is not there.
+
+    tokens: int64 of any shape.
+    ids: None: the tokens themselves are returned.
+    """
     if ids is None:
         return tokens
-    places = torch.searchsorted(ids, tokens).clamp(max=len(ids) - 1)
-    return torch.where(ids[places] == tokens, places, NONE)
+    indices = torch.searchsorted(ids, tokens).clamp(max=len(ids) - 1)
+    return torch.where(ids[indices] == tokens, indices, NONE)
 
 
 @dataclass(frozen=True, eq=False)
 class OutputHead:
-    """From states to logits, [n, width] -> [n, vocab], and the weights on that way which may learn. ids: where the vocabulary is
-    reduced, the ascending target ids of the logits' columns, [draft vocab]."""
+    """From a drafter's states to its logits, [n, width] -> [n, vocab].
+
+    to_logits: computes them.
+    weights: the parameters that `to_logits` uses and that may learn.
+    ids: [draft vocab] ascending target ids of the logits' columns where the vocabulary is reduced; None: it is the target's.
+    """
 
     to_logits: Callable[[Tensor], Tensor]
     weights: Sequence[nn.Parameter] = ()
@@ -147,7 +165,11 @@ class OutputHead:
 
 
 class HeadOutput(NamedTuple):
-    """What a drafter says at one depth, teacher-forced. states: [rows, length, width]; output_head: to [n, vocab]."""
+    """A drafter's output at one depth, teacher-forced.
+
+    states: [rows, length, width].
+    output_head: turns states into logits.
+    """
 
     states: Tensor
     output_head: OutputHead
@@ -155,10 +177,12 @@ class HeadOutput(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Metrics:
-    """Sums over positions, one entry per depth, on the device: they add up over batches and processes.
+    """Sums over positions, [depth] float32 each, on the device; they add up over batches and processes.
 
-    losses: of the unweighted losses. counts: positions. hits: where the best guess was the token. runs: where it was so at this
-    depth and all before. All [depth] float32.
+    losses: of the losses, without the weight of their depth.
+    counts: number of positions.
+    hits: number of positions at which the best guess was the token.
+    runs: number of positions at which the best guesses of this depth and all before were the tokens.
     """
 
     losses: Tensor
@@ -168,16 +192,16 @@ class Metrics:
 
     @property
     def top1(self) -> Tensor:
-        """[depth] share of positions at which the best guess was right, whatever happened before."""
+        """[depth] top-1 accuracy: share of positions at which the best guess was right, whatever the guesses before."""
         return self.hits / self.counts.clamp(min=1)
 
     @property
     def tau(self) -> Tensor:
-        """Tokens per round, a scalar, that a chain of best guesses would give on this text."""
+        """Acceptance length (tokens per target forward) of a chain of best guesses on these texts, a scalar."""
         return 1 + (self.runs / self.counts.clamp(min=1)).sum()
 
     def stacked(self) -> Tensor:
-        """[4, depth], for one reduction."""
+        """[4, depth] all fields in their order, for one reduction."""
         return torch.stack([self.losses, self.counts, self.hits, self.runs])
 
     @classmethod
