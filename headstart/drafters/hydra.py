@@ -177,7 +177,7 @@ class _Expansion(Expansion):
     """One round. states: what each node and its path have read, side by side, (2 + depth) * hidden wide."""
 
     def __init__(self, hydra: Hydra, rows: Rows, roots: Tensor) -> None:
-        super().__init__(rows, [torch.cat([hydra.drafting(rows), hydra.embed_head.embed(roots)], -1)[:, None]])
+        super().__init__(rows, [torch.cat([hydra.root_states(rows), hydra.embed_head.embed(roots)], -1)[:, None]])
         self.hydra = hydra
 
     def logits(self) -> Tensor:

@@ -48,7 +48,7 @@ class Medusa(Heads):
 
     @torch.inference_mode()
     def propose(self, rows: Rows) -> Drafts:
-        states = self.drafting(rows)
+        states = self.root_states(rows)
         logits = [self._logits(states, depth) for depth in range(min(self.depth, rows.max_depth))]
         return compose(rows, logits, self.calibration)
 

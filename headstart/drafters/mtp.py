@@ -175,7 +175,7 @@ class _Expansion(Expansion):
     reads those before."""
 
     def __init__(self, mtp: Mtp, rows: Rows) -> None:
-        super().__init__(rows, mtp.drafting(rows)[:, None].split(mtp.hidden, -1))
+        super().__init__(rows, mtp.root_states(rows)[:, None].split(mtp.hidden, -1))
         self.mtp = mtp
         self.last = len(mtp.stages) - 1
 

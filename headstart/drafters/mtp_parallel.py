@@ -66,7 +66,7 @@ class ParallelMtp(Layered):
 
     @torch.inference_mode()
     def propose(self, rows: Rows) -> Drafts:
-        states = self.drafting(rows).unflatten(-1, (self.depth, self.hidden))
+        states = self.root_states(rows).unflatten(-1, (self.depth, self.hidden))
         logits = [self.embed_head.logits(states[:, depth]) for depth in range(min(self.depth, rows.max_depth))]
         return compose(rows, logits, self.calibration)
 

@@ -1,9 +1,7 @@
-"""Decoder layers of a drafter's own: transformers' layers of any family, fed with states instead of tokens.
+"""Decoder layers of a drafter, of any family that transformers has, fed with states instead of tokens.
 
-`decoder` makes them, `unrolled` runs them as training does when a layer is fed its own output, `Memory` runs them while drafting,
-with keys and values of their own. Those of the plainest families are in `headstart.drafters.parts.llama_layer`. This file knows
-layers and
-seats. It refuses to know methods, targets and losses.
+`decoder` makes them, `unrolled` runs them as training does when a layer reads its own output, `Memory` runs them while drafting,
+with a KV cache. Must not import a method or a loss. Llama-like layers: `headstart.drafters.parts.llama_layer`.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from headstart.target.cache import KVCache, LayerShape, Seating
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# What says nothing about a layer.
+# Settings of a model that do not describe its layers.
 _NOT_OF_LAYERS = {
     "_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id", "pad_token_id", "quantization_config",
     "tie_word_embeddings", "transformers_version", "use_cache", "vocab_size",
@@ -32,7 +30,7 @@ _NOT_OF_LAYERS = {
 
 
 def block_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """Settings for `decoder` of one layer of the kind that a model's last one is."""
+    """Settings for `decoder` of one layer like the last layer of a model."""
     text = config.get_text_config()
     count = int(text.num_hidden_layers)
     settings = {name: value for name, value in text.to_diff_dict().items() if name not in _NOT_OF_LAYERS}
@@ -40,15 +38,15 @@ def block_of(config: PreTrainedConfig) -> dict[str, Any]:
         name: value[-1:] for name, value in settings.items() if isinstance(value, list) and len(value) == count
     }
     if settings.get("first_k_dense_replace", count) < count:
-        per_layer["first_k_dense_replace"] = 0  # the last layer has experts, and the only one is the first
+        per_layer["first_k_dense_replace"] = 0  # the last layer has experts, so the only one must have them
     return {**settings, **per_layer, "num_hidden_layers": 1, "model_type": text.model_type}
 
 
 def decoder(settings: Mapping[str, Any], hidden: int) -> Any:
-    """A model of transformers without embedding and head: [rows, length, hidden] `inputs_embeds` -> `last_hidden_state`, normed.
+    """A model of transformers without embedding and LM head: [rows, length, hidden] `inputs_embeds` -> `last_hidden_state`, normed.
 
-    settings: of its configuration, `model_type` among them. Raises ValueError where transformers does not know them, or they are
-    of another hidden size.
+    settings: of its configuration, with `model_type`.
+    Raises ValueError where transformers cannot make a model of them, or their hidden size is another one.
     """
     from transformers import AutoConfig, AutoModel
 
@@ -66,8 +64,7 @@ def decoder(settings: Mapping[str, Any], hidden: int) -> Any:
 
 
 def norm_like(model: Any, width: int | None = None) -> nn.Module:
-    """One more norm of the kind that ends a new decoder, with the weights that such a norm begins with, of another `width`
-    perhaps."""
+    """A copy of the norm at the end of a new decoder, with its initial weights. width: of the copy; None: the same."""
     last = [child for child in model.children() if [weight.dim() for weight in child.parameters()] in ([1], [1, 1])][-1]
     norm: nn.Module = copy.deepcopy(last)
     if width is not None:
@@ -77,11 +74,15 @@ def norm_like(model: Any, width: int | None = None) -> nn.Module:
 
 
 def unrolled(model: Any, inputs: Tensor, step: int, positions: Tensor, cache: Any) -> Tensor:
-    """One step of a layer that is fed its own output, at all positions of whole texts at once.
+    """One step of a decoder that reads its own output, at all positions of the texts at once. Returns [rows, length, hidden].
 
-    At step 0 this is causal attention. Later, position t sees the keys of step 0 up to t, and of each step since then only its
-    own: what a chain sees that was drafted from t. inputs: [rows, length, hidden]; positions: [length] of the tokens; cache: a
-    `DynamicCache` that holds the steps before (None: there will be no other). Returns [rows, length, hidden].
+    At step 0 this is causal attention. At later steps, position t attends to the keys of step 0 up to t, and of each step since
+    then only to its own: as a chain does that was drafted from t.
+
+    inputs: [rows, length, hidden].
+    step: from 0.
+    positions: [length] of the tokens.
+    cache: a `DynamicCache` with the steps before; None where there is only one step.
     """
     mask = _chain_mask(model, inputs, step) if step else None
     out = model(
@@ -96,29 +97,30 @@ def unrolled(model: Any, inputs: Tensor, step: int, positions: Tensor, cache: An
 
 
 def _chain_mask(model: Any, inputs: Tensor, step: int) -> Tensor:
-    """[1, 1, length, (1 + step) * length], as the layer's attention wants it: bool for torch's own, else additive."""
+    """[1, 1, length, (1 + step) * length] attention mask: bool for sdpa, else additive."""
     length, device = inputs.shape[1], inputs.device
-    places = torch.arange(length, device=device)
-    behind = places[:, None] - places
-    seen = behind >= 0
+    indices = torch.arange(length, device=device)
+    distance = indices[:, None] - indices
+    causal = distance >= 0
     window = _window(model.config)
     if window is not None:
-        seen = seen & (behind + step < window)
-    visible = torch.cat([seen, *[behind == 0] * step], 1)[None, None]
+        causal = causal & (distance + step < window)
+    mask = torch.cat([causal, *[distance == 0] * step], 1)[None, None]
     if model.config._attn_implementation == "sdpa":
-        return visible
-    return torch.zeros(visible.shape, dtype=inputs.dtype, device=device).masked_fill(~visible, torch.finfo(inputs.dtype).min)
+        return mask
+    return torch.zeros(mask.shape, dtype=inputs.dtype, device=device).masked_fill(~mask, torch.finfo(inputs.dtype).min)
 
 
 def _window(config: Any) -> int | None:
-    kinds = getattr(config, "layer_types", None)
-    return getattr(config, "sliding_window", None) if kinds is None or kinds[0] == "sliding_attention" else None
+    """The sliding window of the first layer, in tokens; None for full attention."""
+    layer_types = getattr(config, "layer_types", None)
+    return getattr(config, "sliding_window", None) if layer_types is None or layer_types[0] == "sliding_attention" else None
 
 
 def memory_shapes(model: Any) -> tuple[tuple[LayerShape, ...], tuple[Window, ...]]:
-    """What each layer of a decoder stores per token, and how far back it looks: heard from the layers themselves."""
+    """What each layer of a decoder stores per token, and its sliding window: found by running the layers on one token."""
     attention.register()
-    before, probe = model.config._attn_implementation, Probe()
+    implementation, probe = model.config._attn_implementation, Probe()
     weight = next(model.parameters())
     one = torch.zeros(1, 1, input_width(model), dtype=weight.dtype, device=weight.device)
     model.set_attn_implementation(attention.NAME)
@@ -127,73 +129,89 @@ def memory_shapes(model: Any) -> tuple[tuple[LayerShape, ...], tuple[Window, ...
             model(inputs_embeds=one, position_ids=torch.zeros(1, 1, dtype=torch.int64, device=weight.device), use_cache=False,
                   headstart=probe)  # fmt: skip
     finally:
-        model.set_attn_implementation(before)
-    places = range(len(probe.shapes))
-    return tuple(LayerShape(*probe.shapes[i]) for i in places), tuple(Window(probe.windows[i]) for i in places)
+        model.set_attn_implementation(implementation)
+    layers = range(len(probe.shapes))
+    return tuple(LayerShape(*probe.shapes[i]) for i in layers), tuple(Window(probe.windows[i]) for i in layers)
 
 
 def slot_bytes(model: Any) -> int:
-    """Of a decoder's keys and values per token, in the precision that it has now."""
+    """Bytes of a decoder's keys and values per token, in the precision of its weights."""
     dtype = next(model.parameters()).dtype
     return sum(shape.slot_bytes(dtype) for shape in memory_shapes(model)[0])
 
 
 class Memory:
-    """A decoder with keys and values of its own for every seat. What `extend` read stays; what `level` read is scratch behind it,
-    overwritten by the next round."""
+    """A decoder with a KV cache of its own for every seat.
+
+    Entries of `extend` stay. Entries of `level` are scratch behind them, which the next round overwrites.
+
+    model: of `decoder`; its attention is replaced.
+    seating: which slots each seat has.
+    """
 
     def __init__(self, model: Any, seating: Seating, device: torch.device, dtype: torch.dtype) -> None:
-        shapes, self._reaches = memory_shapes(model)
+        shapes, self._windows = memory_shapes(model)
         self._model = model
-        self._together = device.type != "cpu"  # one attention call for all rows, where a call costs more than padding
+        self._batched = device.type != "cpu"  # one attention call for all rows: on a GPU a call costs more than padding
         model.set_attn_implementation(attention.NAME)
-        _renew_tables(model, device)
+        _restore_rope(model, device)
         self._cache = KVCache(shapes, seating, device, dtype)
 
     def length(self, seat: int) -> int:
-        """How many entries a seat has."""
+        """Number of entries of a seat, without scratch."""
         return self._cache.lengths[seat]
 
     def extend(self, inputs: Tensor, positions: Tensor, seats: Sequence[int], lengths: Sequence[int]) -> Tensor:
-        """Read more of each seat's text. inputs: [n, hidden], `lengths` of them for each of `seats`; positions: [n]. Returns
-        [n, hidden]."""
+        """Run the decoder over more of each seat's text, and keep the entries. Returns [n, hidden].
+
+        inputs: [n, input width], one seat after another.
+        positions: [n].
+        seats, lengths: how many of the inputs each seat has.
+        """
         row_masks, first = [], 0
         for seat, length in zip(seats, lengths, strict=True):
-            held = self.length(seat)
-            slots = torch.arange(held, held + length, device=inputs.device)
-            row_masks.append(RowMask(first, first + length, self._cache.seating[seat].start, held, None, slots))
+            num_kept = self.length(seat)
+            slots = torch.arange(num_kept, num_kept + length, device=inputs.device)
+            row_masks.append(RowMask(first, first + length, self._cache.seating[seat].start, num_kept, None, slots))
             first += length
         states = self._run(inputs, positions, row_masks)
         self._cache.commit(seats, lengths, [()] * len(seats))
         return states
 
     def level(self, inputs: Tensor, positions: Tensor, seats: Sequence[int], level: Level) -> Tensor:
-        """Read one level of a tree, behind what each row's seat and the levels before hold. inputs: [rows * width, hidden], seats:
-        of the level's rows; positions: [rows * width]. Returns [rows * width, hidden]."""
+        """Run the decoder over one level of a tree, behind the entries of each row's seat and of the levels before.
+
+        inputs: [rows * width, input width].
+        positions: [rows * width].
+        seats: of the level's rows.
+        Returns [rows * width, hidden].
+        """
         width, row_masks = level.width, []
-        for place, seat in enumerate(seats):
-            held = self.length(seat)
-            slots = held - 1 + level.depths
-            start = self._cache.seating[seat].start
-            row_masks.append(RowMask(place * width, (place + 1) * width, start, held, level.tree_mask[place], slots, level.earlier))
+        for row, seat in enumerate(seats):
+            num_kept = self.length(seat)
+            slots = num_kept - 1 + level.depths
+            start, mask = self._cache.seating[seat].start, level.tree_mask[row]
+            row_masks.append(RowMask(row * width, (row + 1) * width, start, num_kept, mask, slots, level.earlier))
         return self._run(inputs, positions, row_masks)
 
     def fork(self, source: int, seat: int, length: int) -> None:
-        """Copy the first `length` entries, or as many as there are."""
+        """Copy the first `length` entries of seat `source` to another seat, or as many as there are."""
         self._cache.fork(source, seat, min(length, self.length(source)))
 
     def free(self, seat: int) -> None:
+        """Drop the entries of a seat."""
         self._cache.free(seat)
 
     def snapshot(self) -> list[int]:
-        """How many entries each seat has: what lies behind them is scratch."""
+        """The number of entries of every seat; entries behind these are scratch."""
         return list(self._cache.lengths)
 
     def restore(self, lengths: list[int]) -> None:
+        """Return to a snapshot."""
         self._cache.lengths[:] = lengths
 
     def _run(self, inputs: Tensor, positions: Tensor, row_masks: Sequence[RowMask]) -> Tensor:
-        metadata = AttentionMetadata(row_masks, self._cache, attention.fused, self._reaches, self._together)
+        metadata = AttentionMetadata(row_masks, self._cache, attention.fused, self._windows, self._batched)
         if is_llama_like(self._model):
             return run_layers(self._model, inputs[None], positions[None], metadata)[0]
         out = self._model(inputs_embeds=inputs[None], position_ids=positions[None], use_cache=False, headstart=metadata)
@@ -201,9 +219,9 @@ class Memory:
         return states
 
 
-def _renew_tables(model: Any, device: torch.device) -> None:
-    """Tables of angles are float32 whatever the weights are; casting a model rounds them."""
+def _restore_rope(model: Any, device: torch.device) -> None:
+    """Make the RoPE modules anew: their frequencies are float32 in any precision, and casting a model rounds them."""
     for name, module in list(model.named_modules()):
-        if module._non_persistent_buffers_set and any(table.is_floating_point() for table in module.buffers(recurse=False)):
-            parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, type(module)(model.config).to(device))
+        if module._non_persistent_buffers_set and any(buffer.is_floating_point() for buffer in module.buffers(recurse=False)):
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, type(module)(model.config).to(device))

@@ -1,6 +1,6 @@
-"""What drafters made of whole decoder layers have in common: the target's own kind of layer, its voice, and memories.
+"""What drafters made of whole decoder layers share: layers like the target's, the target's LM head, and KV caches.
 
-A method's own file says what its layers read and in which order they run. This file refuses to know any method.
+Must not import a method.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 class Layered(Heads):
-    """Heads with decoder layers, which speak through the target's own head and may learn with its trunk from the start.
+    """Heads made of decoder layers, which use the target's LM head and can be pretrained with the target's trunk.
 
-    Their `config` has `block`: the configuration of one layer, None for the target's own kind.
+    Their `config` has `block`: the configuration of one layer; None: a layer like the target's last one.
     """
 
     joins_pretraining = True
-    min_gain = 0.5  # a level costs a whole layer and the way to the vocabulary (docs/log.md)
+    min_gain = 0.5  # a level costs a decoder layer and the LM head (docs/log.md)
 
     @classmethod
     def resolve_config(cls, config: Any, target: PreTrainedConfig) -> Any:
@@ -34,21 +34,21 @@ class Layered(Heads):
 
     @property
     def decoders(self) -> Sequence[Any]:
-        """In the order of what is remembered of them."""
+        """The decoders, in the order of their states in `encode` and of `memories`."""
         raise NotImplementedError
 
     @property
     def state_width(self) -> int:
-        """What each decoder made of the last token."""
+        """One state per decoder."""
         return self.hidden * len(self.decoders)
 
     @property
     def slot_bytes(self) -> int:
-        """Keys and values of all decoders, in the precision that they have now."""
+        """Bytes of all decoders' keys and values per token, in the precision of their weights."""
         return sum(map(slot_bytes, self.decoders))
 
     def init_from_target(self) -> Self:
-        """Nothing of the target's is copied: it is all shared."""
+        """Returns itself: embedding and LM head are the target's, and the layers keep their random weights."""
         return self
 
     def output_head(self, depth: int) -> OutputHead:

@@ -1,6 +1,6 @@
-"""What drafters made of heads behind the target's last layer have in common: embed_head, seats, loss, and their facts.
+"""What trainable drafters share: their target's embedding and LM head, the state of each seat, loss and planner.
 
-A method's own file says what a head computes; this one what is the same for all of them. It refuses to know any method.
+A method's own file says what its heads compute. Must not import a method.
 """
 
 from __future__ import annotations
@@ -29,8 +29,12 @@ if TYPE_CHECKING:
 
 
 class HeadsConfig(BaseModel):
-    """num_heads: how deep it drafts. num_layers: blocks per head. projection: a matrix to the vocabulary of each head's own, which
-    starts as the target's, or the target's head shared."""
+    """Settings of heads, one per depth.
+
+    num_heads: number of heads; the deepest guess.
+    num_layers: residual blocks per head.
+    projection: "own", each head has an LM head, initialised as the target's; "shared", all use the target's.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -40,7 +44,7 @@ class HeadsConfig(BaseModel):
 
 
 class Block(nn.Module):
-    """x + SiLU(W x + b), a residual block of Medusa (Cai et al. 2024). Starts as the identity: W and b are zero."""
+    """x + SiLU(W x + b), a residual block of Medusa (Cai et al. 2024). Initially the identity: W and b are zero."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -54,19 +58,30 @@ class Block(nn.Module):
 
 
 class Heads(nn.Module):
-    """A drafter of `num_heads` heads that read the target's final, normed states; for subclasses that say what a head is.
+    """A trainable drafter on the target's hidden states. Subclasses define `states` and `propose`.
 
-    hidden, vocab: of the target. `bind` lends it the target's ends: nothing works before that. `attach` does so for drafting.
+    `bind`, or `attach` for drafting, gives it the target's embedding and LM head; nothing works before that.
+
+    config: of type `config_type`.
+    hidden, vocab: sizes of the target.
+
+    name: of the method.
+    taps: the target layers whose hidden states are read; by default the last, normed.
+    joins_pretraining: whether a trunk can be pretrained with these heads.
+    min_gain: kept tokens that another level must promise; see `Best`.
+    memories: the KV caches of its decoders, once attached; empty where it has none.
+    loss_defaults: settings of `Objective` where the run gives none.
+    heads: one per depth.
     """
 
     name: str
     config_type: ClassVar[type[BaseModel]]
     taps: tuple[int, ...] = (-1,)
-    joins_pretraining: ClassVar[bool] = False  # whether a trunk may learn with them from the start
-    min_gain: ClassVar[float] = 0.0  # kept tokens that another level must promise; see `Best`
-    memories: Sequence[Memory] = ()  # of decoders that read whole texts, once attached
-    loss_defaults: ClassVar[dict[str, float]] = {}  # what their `Objective` is, where nothing else is said
-    heads: nn.ModuleList  # one per depth
+    joins_pretraining: ClassVar[bool] = False
+    min_gain: ClassVar[float] = 0.0
+    memories: Sequence[Memory] = ()
+    loss_defaults: ClassVar[dict[str, float]] = {}
+    heads: nn.ModuleList
 
     def __init__(self, config: Any, hidden: int, vocab: int) -> None:
         super().__init__()
@@ -76,54 +91,57 @@ class Heads(nn.Module):
         self.calibration: Calibration = UNFITTED
         self.planner: Planner = Best(nodes=10, depth=self.depth, width=4, beam=6, min_gain=self.min_gain)
         self._embed_head: EmbedHead | None = None
-        self._states = torch.empty(0)  # [seats, remembered] what each seat's next draft starts from
+        self._states = torch.empty(0)  # [seats, state_width] what each seat's next draft starts from
 
     @classmethod
     def resolve_config(cls, config: Any, target: PreTrainedConfig) -> Any:
-        """The settings with everything filled in that the target's own configuration decides."""
+        """The config with everything filled in that follows from the target's configuration."""
         return config
 
     @property
     def state_width(self) -> int:
-        """Width of what a seat's next draft starts from: a state, unless a method says otherwise."""
+        """Width of the state that a seat's next draft starts from."""
         return self.hidden
 
     @property
     def slot_bytes(self) -> int:
-        """A state per seat is all; nothing per slot, unless a method says otherwise."""
+        """Bytes of its own memory per slot; 0 where it has no KV cache."""
         return 0
 
     @property
     def depth(self) -> int:
-        """The deepest guess."""
+        """The depth of the deepest guess."""
         return int(self.config.num_heads)
 
     @property
     def embed_head(self) -> EmbedHead:
+        """The target's embedding and LM head."""
         assert self._embed_head is not None, "bind the drafter to its target first"
         return self._embed_head
 
     def bind(self, embed_head: EmbedHead) -> Self:
-        """Borrow the target's embedding and head. Raises ValueError where the sizes differ."""
+        """Use the target's embedding and LM head. Raises ValueError where the sizes differ."""
         if (self.hidden, self.vocab) != (embed_head.hidden, embed_head.vocab):
             raise ValueError(
                 f"these {self.name} heads are for a hidden size of {self.hidden} and a vocabulary of {self.vocab}, the target has "
-                f"{embed_head.hidden} and {embed_head.vocab}; train heads for this target, or name theirs"
+                f"{embed_head.hidden} and {embed_head.vocab}; train heads for this target, or choose the target they were trained for"
             )
         self._embed_head = embed_head
         return self
 
     def choose_vocab(self, counts: Tensor, special: Sequence[int]) -> None:
-        """Before training and before `init_from_target`: how often an assistant says each token, [vocab] int64, and which tokens
-        are special.
-        For those that can say some tokens only."""
+        """Choose the tokens of a reduced vocabulary, before `init_from_target` and training; nothing where it is not reduced.
+
+        counts: [vocab] int64, how often each token occurs in an assistant's text.
+        special: tokens that must be in it.
+        """
 
     def coverage(self, counts: Tensor) -> float | None:
-        """Share of these tokens, as in `choose_vocab`, that it can say; None where that is all."""
+        """Share of the tokens of the texts that are in a reduced vocabulary; None where it is not reduced. counts: [vocab]."""
         return None
 
     def init_from_target(self) -> Self:
-        """Before training: own projections begin as the target's head."""
+        """Initialise weights from the target, before training; here, own projections as the target's LM head."""
         if self.config.projection == "own":
             for depth in range(self.depth):
                 with torch.no_grad():
@@ -131,7 +149,7 @@ class Heads(nn.Module):
         return self
 
     def clone(self) -> Self:
-        """The same heads once more, unbound, to be attached while these go on learning."""
+        """A copy, not bound, to be attached while these heads go on training."""
         weight = next(self.parameters())
         clone = type(self)(self.config, self.hidden, self.vocab).to(weight.device, weight.dtype)
         clone.load_state_dict(self.state_dict())
@@ -139,44 +157,50 @@ class Heads(nn.Module):
         return clone
 
     def head(self, depth: int) -> Any:
-        """The head of a depth (from 0), which has a `projection` if that is its own."""
+        """The head of a depth (from 0). It has a `projection` where that is its own."""
         return self.heads[depth]
 
-    # -- learning --
+    # -- training --
 
     def states(self, batch: Batch) -> Iterator[HeadOutput]:
-        """Per depth what the heads say at every position, given the features and true tokens so far: the numbers of drafting."""
+        """Yields for each depth the output at all positions, teacher-forced; its logits are those of drafting."""
         raise NotImplementedError
 
     def loss(self, batch: Batch, objective: Objective) -> tuple[Tensor, Metrics]:
-        """Summed over the positions that count, and metrics; see `headstart.drafters.parts.drafter_loss`."""
+        """The loss, a scalar summed over the positions that count, and metrics; see `headstart.drafters.parts.drafter_loss`."""
         return drafter_loss(self.states(batch), batch, objective, self.embed_head.logits)
 
     def parts(self, batch: Batch, objective: Objective) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields the same loss in parts that share nothing but features and weights, for `backward_by_part`: each part's loss, and
-        its columns of `Metrics.stacked`. One part is always right."""
+        """Yields the same loss in parts that share nothing except features and weights, for `backward_by_part`.
+
+        Of each part, its loss and its columns of `Metrics.stacked`. A single part is always correct.
+        """
         loss, metrics = self.loss(batch, objective)
         yield loss, metrics.stacked()
 
     def output_head(self, depth: int) -> OutputHead:
-        """From a head's states to logits, [n, hidden] -> [n, vocab]; depth counts from 0."""
+        """From the states of a depth (from 0) to logits, [n, hidden] -> [n, vocab]."""
         if self.config.projection == "shared":
             return OutputHead(self.embed_head.logits, self.embed_head.parameters)
-        own = self.head(depth).projection
-        return OutputHead(lambda states: self.embed_head.scale_logits(own(states)), tuple(own.parameters()))
+        projection = self.head(depth).projection
+        return OutputHead(lambda states: self.embed_head.scale_logits(projection(states)), tuple(projection.parameters()))
 
     # -- drafting --
 
     @property
     def device(self) -> torch.device:
+        """Where it drafts."""
         return self._states.device
 
     def attach(self, target: Target, seating: Seating) -> None:
-        """Raises ValueError where the sizes differ, and for a target without the layers that are read."""
+        """Bind to the target, move to its device and precision, and allocate a state per seat.
+
+        Raises ValueError where the sizes differ, and where the target has not all layers that are read.
+        """
         self.bind(target.embed_head)
-        if deep := [tap for tap in self.taps if not -target.num_layers <= tap < target.num_layers]:
+        if missing := [tap for tap in self.taps if not -target.num_layers <= tap < target.num_layers]:
             raise ValueError(
-                f"these {self.name} heads read layer {deep[0]}, counted from 0, and {target.name} has {target.num_layers}; use "
+                f"these {self.name} heads read layer {missing[0]}, counted from 0, and {target.name} has {target.num_layers}; use "
                 "them with the model that they were made for"
             )
         self.requires_grad_(False).eval().to(target.device, target.dtype)
@@ -185,35 +209,39 @@ class Heads(nn.Module):
 
     @torch.inference_mode()
     def extend(self, kept: Kept) -> None:
+        """Encode the kept tokens, and keep the state of each seat's last one."""
         assert kept.features is not None, "these heads read features"
         lasts = torch.tensor(kept.lengths).cumsum(0) - 1
         seats = torch.tensor([kept.seats, lasts.tolist()]).to(self.device, non_blocking=True)
-        # Replaced, not written to: a snapshot holds the states as they were.
+        # Not in place: a snapshot refers to the tensor as it was.
         self._states = self._states.index_copy(0, seats[0], self.encode(kept)[seats[1]].to(self._states))
 
     def encode(self, kept: Kept) -> Tensor:
-        """What drafts start from at each kept token, [kept, remembered]: the features, unless something stands between."""
+        """[kept, state_width] what a draft starts from at each kept token: its features, unless a method computes more."""
         assert kept.features is not None
         return kept.features
 
     def propose(self, rows: Rows) -> Drafts:
+        """See `Drafter.propose`."""
         raise NotImplementedError
 
-    def drafting(self, rows: Rows) -> Tensor:
-        """[drafting rows, remembered] of the rows that draft."""
+    def root_states(self, rows: Rows) -> Tensor:
+        """[drafting rows, state_width] what the drafts of each row that drafts start from."""
         seats = [rows.seats[row] for row in rows.drafting]
         return self._states[torch.tensor(seats).to(self.device, non_blocking=True)]
 
     def fork(self, source: int, seat: int, length: int) -> None:
-        """Nothing to copy: the last token of a forked prompt is scored again, and brings its state with it."""
+        """Does nothing: the last token of a forked prompt is scored again, which gives its state."""
 
     def free(self, seat: int) -> None:
-        """A seat's state is overwritten by its next occupant."""
+        """Does nothing: the next text of a seat overwrites its state."""
 
     def snapshot(self) -> tuple[Tensor, list[list[int]]]:
+        """The states, and the number of entries of each memory."""
         return self._states, [memory.snapshot() for memory in self.memories]
 
     def restore(self, snapshot: tuple[Tensor, list[list[int]]]) -> None:
+        """Return to a snapshot."""
         self._states, lengths = snapshot
         for memory, entries in zip(self.memories, lengths, strict=True):
             memory.restore(entries)

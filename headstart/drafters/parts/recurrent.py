@@ -1,8 +1,8 @@
-"""What drafters have in common whose layer is fed its own output: EAGLE and EAGLE-3.
+"""What EAGLE and EAGLE-3 share: one decoder that reads its own output. Must not import a method.
 
-The layer reads pairs: a state, and the embedding of the token behind it. At first the states are the target's; from the first
-guess on they are what the layer itself made. The pair of the token at position i sits at position i. A method's own file says
-how a pair is read and how a state speaks. This file refuses to know any method.
+The decoder reads pairs: a state, and the embedding of the token behind it. On known text the states are the target's; from the
+first guess on they are the decoder's own. The pair with the state of token i has position i. Subclasses define the layer input and the
+output head.
 """
 
 from __future__ import annotations
@@ -26,9 +26,14 @@ from headstart.speculation.tree import Drafts, Kept
 
 
 class RecurrentConfig(BaseModel):
-    """depth: how deep it drafts. steps: how many guesses in a row it learns from, each made from what the one before made of
-    itself; deeper ones are drafted all the same. block: configuration of its layers, as transformers has it, None for one of
-    Llama's with the sizes of the target's. embedding: the target's table, or one of its own, which does not learn either."""
+    """Settings of a drafter that reads its own output.
+
+    depth: the deepest guess.
+    steps: training steps that the decoder is unrolled on its own output; drafting may go deeper.
+    block: configuration of the decoder's layers, as transformers has it; None: one Llama layer with the sizes of the target's.
+    context: positions that the decoder can read; None: no limit.
+    embedding: the target's, or one of its own, which does not learn.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -40,7 +45,10 @@ class RecurrentConfig(BaseModel):
 
 
 class Recurrent(Layered):
-    """Drafts level by level with one decoder, which hands its output on."""
+    """Drafts level by level with one decoder.
+
+    Raises ValueError where the block's hidden size is not that of a shared embedding.
+    """
 
     joins_pretraining = False
     block: Any  # the decoder
@@ -49,7 +57,7 @@ class Recurrent(Layered):
     def __init__(self, config: Any, hidden: int, vocab: int) -> None:
         config = config.model_copy(update={"block": config.block or llama_block(hidden)})
         super().__init__(config, hidden, vocab)
-        self.width = int(config.block["hidden_size"])  # of its states
+        self.width = int(config.block["hidden_size"])  # of the decoder's states
         if self.width != hidden and config.embedding == "shared":
             raise ValueError(
                 f"the drafter's layer has a hidden size of {self.width}, the target and its embedding, which it reads, one of "
@@ -76,38 +84,38 @@ class Recurrent(Layered):
         return self.width
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """[...] int64 -> [..., width]"""
+        """Embeddings of tokens: [...] int64 -> [..., width]."""
         embedded: Tensor = self.embed_head.embed(tokens) if self.config.embedding == "shared" else self.embedding(tokens)
         return embedded
 
     def project_taps(self, features: Tensor) -> Tensor:
-        """The states that come from the target: [..., taps * hidden] -> [..., width]."""
+        """The states of known tokens, from the target's features: [..., taps * hidden] -> [..., width]."""
         return features
 
     def layer_input(self, states: Tensor, embedded: Tensor) -> Tensor:
-        """What the decoder reads of pairs: [..., width] twice -> [..., its input]."""
+        """The decoder's input for pairs: [..., width] twice -> [..., input width]."""
         raise NotImplementedError
 
     def next_state(self, states: Tensor) -> Tensor:
-        """What is handed on of the decoder's output, [..., width] -> the same."""
+        """The state of the next pair, from the decoder's output: [..., width] -> [..., width]."""
         return states
 
     def init_from_target(self) -> Self:
-        """Raises ValueError for an embedding of its own that cannot begin as the target's, for it never learns."""
+        """Initialise an embedding of its own as the target's. Raises ValueError where their widths differ."""
         if self.config.embedding == "own":
             if self.width != self.hidden:
                 raise ValueError(
                     f"an embedding {self.width} wide cannot begin as the target's of {self.hidden}; give the block that hidden "
-                    "size, or go on from heads that have one"
+                    "size, or start from heads that have an embedding"
                 )
             with torch.no_grad():
                 self.embedding.weight.copy_(self.embed_head.embed_weight)
         return self
 
-    # -- learning --
+    # -- training --
 
     def states(self, batch: Batch) -> Iterator[HeadOutput]:
-        """One guess per unrolled step, all `depth` of them while nothing is learned (training-time test, arXiv 2503.01840)."""
+        """The output of each unrolled step (training-time test, arXiv 2503.01840): `steps` in training, else `depth`."""
         from transformers import DynamicCache
 
         count = min(self.config.steps, self.depth) if self.training else self.depth
@@ -115,16 +123,16 @@ class Recurrent(Layered):
         embedded, states = self.embed(batch.tokens), self.project_taps(batch.features)
         positions = torch.arange(batch.tokens.shape[1], device=states.device)
         for step in range(count):
-            read = self.layer_input(states, next_embeddings(embedded, step + 1))
-            states = self.next_state(unrolled(self.block, read, step, positions + step, cache))
+            inputs = self.layer_input(states, next_embeddings(embedded, step + 1))
+            states = self.next_state(unrolled(self.block, inputs, step, positions + step, cache))
             yield HeadOutput(states, self.output_head(step))
 
     # -- drafting --
 
     def encode(self, kept: Kept) -> Tensor:
         states = self.project_taps(super().encode(kept))
-        read = self.layer_input(states, self.embed(kept.nexts))
-        return self.next_state(self.memories[0].extend(read, kept.positions, kept.seats, kept.lengths))
+        inputs = self.layer_input(states, self.embed(kept.nexts))
+        return self.next_state(self.memories[0].extend(inputs, kept.positions, kept.seats, kept.lengths))
 
     @torch.inference_mode()
     def propose(self, rows: Rows) -> Drafts:
@@ -135,7 +143,7 @@ class Recurrent(Layered):
         return grow(rows, expansion.logits(), expansion.expand, self.ids, calibration=self.calibration, deepest=self.depth)
 
     def _within_context(self, rows: Rows) -> Rows:
-        """The same round; rows are drafted only as deep as their positions go. The deepest guess is never read."""
+        """The same rows, with depths that keep within `context`. The decoder does not read the deepest guess."""
         if (most := self.config.context) is None:
             return rows
         left = [1 + most - self.memories[0].length(seat) for seat in rows.seats]
@@ -146,10 +154,10 @@ class Recurrent(Layered):
 
 
 class _Expansion(Expansion):
-    """One round. states: what the decoder hands on of each node."""
+    """One round. states: one tensor, the decoder's states of the nodes."""
 
     def __init__(self, drafter: Recurrent, rows: Rows) -> None:
-        super().__init__(rows, [drafter.drafting(rows)[:, None]])
+        super().__init__(rows, [drafter.root_states(rows)[:, None]])
         self.drafter = drafter
 
     def logits(self) -> Tensor:
