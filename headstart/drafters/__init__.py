@@ -1,8 +1,6 @@
-"""What a drafter is.
+"""The protocol of a drafter, which proposes tokens for the target to verify.
 
-A drafter proposes and never judges; it knows no temperature and no seed: `Rows.choose` turns its logits into children. Must not
-import the engine,
-the verifier or training.
+A drafter knows no temperature and no seed: `Rows.choose` turns its logits into children. Must not import the engine or training.
 """
 
 from __future__ import annotations
@@ -20,10 +18,12 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class Drafter(Protocol):
-    """Guesses what the target will say.
+    """Proposes tokens that may follow the text of each row.
 
-    name: for tables and metrics. taps: the target layers whose output it reads, () for none. slot_bytes: its own memory per
-    slot, counted in the announced budget. planner: how much to speculate, unless the user chooses.
+    name: for tables and metrics.
+    taps: the target layers whose hidden states it reads; () for none.
+    planner: how much to speculate, unless the user chooses.
+    slot_bytes: bytes of its own memory per slot of the KV cache, counted in the announced budget.
     """
 
     name: str
@@ -34,19 +34,22 @@ class Drafter(Protocol):
     def slot_bytes(self) -> int: ...
 
     def attach(self, target: Target, seating: Seating) -> None:
-        """Get to know the target (embedding, device, dtype) and allocate; seats and slots are those of `seating`."""
+        """Take what is needed from the target (embedding, LM head, device, dtype), and allocate memory for the seats of `seating`.
+
+        Raises ValueError where it cannot draft for this target.
+        """
         ...
 
     def extend(self, kept: Kept) -> None:
-        """Learn what is now certain; every prompt chunk too."""
+        """Read the tokens that became certain in a round, and their features; every chunk of a prompt, too."""
         ...
 
     def propose(self, rows: Rows) -> Drafts:
-        """Drafts behind the root of every row whose `depths` is above 0, that deep at most; on any device."""
+        """Drafts behind the root of every row in `rows.drafting`, at most `rows.depths` deep; on any device."""
         ...
 
     def fork(self, source: int, seat: int, length: int) -> None:
-        """Copy what is known of the first `length` tokens of one seat to another."""
+        """Copy what is known of the first `length` tokens of seat `source` to another seat."""
         ...
 
     def free(self, seat: int) -> None:
@@ -56,16 +59,16 @@ class Drafter(Protocol):
 
 @runtime_checkable
 class Restorable(Protocol):
-    """A drafter that can return to what it remembered before a round, for rounds that do not end (an interruption, no memory).
+    """A drafter that can return to its state before a round, where a round does not end (an interruption, out of memory).
 
-    Worth having for drafters with `taps`, whose features do not come again: without it they no longer draft for the rows of such
-    a round. Drafters without taps are told their texts again.
+    Drafters with `taps` need it to go on drafting for the rows of such a round, since their features are not computed again.
+    Drafters without taps get their texts again.
     """
 
     def snapshot(self) -> Any:
-        """What is remembered of all seats. Called before every round, so it must be cheap: lengths and references."""
+        """The state of all seats. Called before every round, so it must be cheap: lengths and references."""
         ...
 
     def restore(self, snapshot: Any) -> None:
-        """Back to a snapshot of the same round. May be called again where it was interrupted."""
+        """Return to a snapshot of the same round. May be called again where it was interrupted."""
         ...

@@ -1,8 +1,7 @@
-"""EAGLE (Li et al. 2024, arXiv 2401.15077): one decoder layer that guesses the target's next final state, and speaks by its head.
+"""EAGLE (Li et al. 2024, arXiv 2401.15077): one decoder layer that predicts the target's next state, and the target's LM head.
 
-EAGLE-2 (arXiv 2406.16858) is the same head drafting with growing trees. It learns to be close to the state that the target will
-have, and to say what that state says; teacher forcing is one step deep, with noise on the states in place of its own mistakes.
-More `steps` unroll it on its own states.
+EAGLE-2 (arXiv 2406.16858) is the same drafter with dynamic trees. The loss compares both the states and the distributions with the
+target's. Training unrolls one step, with noise on the states in place of the drafter's own errors; `steps` unrolls more.
 """
 
 from __future__ import annotations
@@ -22,9 +21,13 @@ from headstart.drafters.parts.recurrent import Recurrent, RecurrentConfig
 
 
 class EagleConfig(RecurrentConfig):
-    """bias: of the projection, which some published heads have. noise: half the width of the uniform noise on the target's states
-    while it learns. regression: weight of the distance between its states and the target's, smooth L1, beside that of the losses
-    of its laws; published are 1 and 0.1."""
+    """Settings of EAGLE, besides those of all drafters that read their own output.
+
+    bias: the projection has one, as some published ones do.
+    noise: half the width of the uniform noise on the target's states in training.
+    regression: weight of the smooth L1 distance between its states and the target's, relative to the `Objective`; published: 1,
+        with 0.1 for the distributions.
+    """
 
     bias: bool = False
     noise: float = Field(default=0.1, ge=0)
@@ -32,7 +35,7 @@ class EagleConfig(RecurrentConfig):
 
 
 class Eagle(Recurrent):
-    """Drafts with a layer that hands its guess of the target's state on."""
+    """Drafts with a decoder layer that predicts the target's states and reads its predictions."""
 
     name = "eagle"
     config_type = EagleConfig
@@ -43,7 +46,7 @@ class Eagle(Recurrent):
         self.block = without_norms(decoder(self.config.block, hidden))
 
     def init_from_target(self) -> Self:
-        """It begins by handing the state on, so that it says at first what the target would."""
+        """Initialise the projection so that it passes the state on: the first guesses are then close to the target's."""
         with torch.no_grad():
             self.fc.weight[:, self.hidden :] = torch.eye(self.hidden)
         return super().init_from_target()
@@ -55,21 +58,25 @@ class Eagle(Recurrent):
         return features + float(self.config.noise) * noise
 
     def layer_input(self, states: Tensor, embedded: Tensor) -> Tensor:
-        """The embedding first."""
-        read: Tensor = self.fc(torch.cat([embedded, states], -1))
-        return read
+        """The projection of [embedding, state]."""
+        projected: Tensor = self.fc(torch.cat([embedded, states], -1))
+        return projected
 
     def loss(self, batch: Batch, objective: Objective) -> tuple[Tensor, Metrics]:
-        """That of its laws, and the distance of its states to those that they stand for."""
-        guesses = list(self.states(batch))
-        loss, metrics = drafter_loss(iter(guesses), batch, objective, self.embed_head.logits)
-        return loss + self.config.regression * torch.stack([*_distances(guesses, batch, objective.decay)]).sum(), metrics
+        """The loss of all heads, plus the distance of its states to the target's that they predict."""
+        outputs = list(self.states(batch))
+        loss, metrics = drafter_loss(iter(outputs), batch, objective, self.embed_head.logits)
+        return loss + self.config.regression * torch.stack([*_distances(outputs, batch, objective.decay)]).sum(), metrics
 
 
-def _distances(guesses: Sequence[HeadOutput], batch: Batch, decay: float) -> Iterator[Tensor]:
-    """Smooth L1 of each guess, the mean over a state, summed over the positions that count, weighted as its law."""
-    for depth, guess in enumerate(guesses, 1):
-        rows, places = batch.counted(depth).nonzero(as_tuple=True)
-        own, wanted = guess.states[rows, places], batch.last_hidden[rows, places + depth].detach()  # where the target learns, too
-        apart = nn.functional.smooth_l1_loss(own.float(), wanted.float(), reduction="none")
-        yield decay ** (depth - 1) * apart.mean(-1).sum()
+def _distances(outputs: Sequence[HeadOutput], batch: Batch, decay: float) -> Iterator[Tensor]:
+    """Yields for each depth the smooth L1 distance of its states, a scalar with the depth's weight.
+
+    It is the mean over a state, summed over the positions that count.
+    """
+    for depth, output in enumerate(outputs, 1):
+        rows, positions = batch.counted(depth).nonzero(as_tuple=True)
+        # Detached, as the target may be trained in the same run.
+        actual, expected = output.states[rows, positions], batch.last_hidden[rows, positions + depth].detach()
+        distance = nn.functional.smooth_l1_loss(actual.float(), expected.float(), reduction="none")
+        yield decay ** (depth - 1) * distance.mean(-1).sum()

@@ -1,8 +1,7 @@
-"""EAGLE-3 (Li et al. 2025, arXiv 2503.01840), and the norms that 3.1 adds: one decoder layer on states from several depths of the
-target, with a head of its own over the words that matter.
+"""EAGLE-3 (Li et al. 2025, arXiv 2503.01840) and the norms of EAGLE 3.1: one decoder layer on features of several target layers.
 
-It need not resemble any state of the target: it learns by being unrolled on its own output as it will be when it drafts. Settings
-are those of published checkpoints; see `headstart.formats.published.eagle3`.
+It has an LM head of its own, of a reduced vocabulary perhaps, and its states need not resemble the target's: training unrolls it on
+its own output. Settings are those of published checkpoints; see `headstart.formats.published.eagle3`.
 """
 
 from __future__ import annotations
@@ -21,10 +20,17 @@ from headstart.drafters.parts.recurrent import Recurrent, RecurrentConfig
 
 
 class Eagle3Config(RecurrentConfig):
-    """taps: target layers whose output is read, from 0; empty for three that suit the target. draft_vocab: how many tokens it can
-    say, the most frequent of its texts; None for all. norm_before_residual: see `Wide`. fc_bias: of the projection that fuses
-    the taps. norm_before_fc: one norm over all taps together. 3.1: fc_norm, a norm for each tap; norm_output, its states are
-    handed on normed; without them it is EAGLE-3 as first published, which learns more slowly (docs/log.md)."""
+    """Settings of EAGLE-3, besides those of all drafters that read their own output.
+
+    taps: target layers whose hidden states are read, from 0; empty: those of `default_taps`.
+    draft_vocab: size of the reduced vocabulary, the most frequent tokens of its training texts; None: not reduced.
+    norm_before_residual: see `Wide`.
+    norm_before_fc: one norm over the features of all taps, before the projection.
+    fc_bias: the projection that fuses the features has a bias.
+    fc_norm: a norm for the features of each tap (3.1).
+    norm_output: the next layer input is the normed state (3.1). Without both, EAGLE-3 as first published, which learns more
+        slowly (docs/log.md).
+    """
 
     depth: int = Field(default=6, ge=1, le=64)
     steps: int = Field(default=4, ge=1, le=64)
@@ -51,7 +57,7 @@ class Eagle3Config(RecurrentConfig):
 
 
 class Eagle3(Recurrent):
-    """Drafts with a layer that reads several depths of the target."""
+    """Drafts with a decoder layer that reads several layers of the target."""
 
     name = "eagle3"
     config_type = Eagle3Config
@@ -62,12 +68,12 @@ class Eagle3(Recurrent):
         config = self.config
         self.taps = config.taps or (-1,)
         block = decoder(config.block or {}, self.width)
-        together = len(self.taps) * hidden
+        features_width = len(self.taps) * hidden
         if config.fc_norm:
             self.fc_norms = nn.ModuleList(norm_like(block, hidden) for _ in self.taps)
         if config.norm_before_fc:
-            self.input_norm = norm_like(block, together)
-        self.fc = nn.Linear(together, self.width, bias=config.fc_bias)
+            self.input_norm = norm_like(block, features_width)
+        self.fc = nn.Linear(features_width, self.width, bias=config.fc_bias)
         self.norm = norm_like(block)
         self.block = widened(block, config.norm_before_residual)
         self.lm_head = nn.Linear(self.width, config.draft_vocab or vocab, bias=False)
@@ -81,18 +87,21 @@ class Eagle3(Recurrent):
         return config if config.taps else config.model_copy(update={"taps": default_taps(count)})
 
     def choose_vocab(self, counts: Tensor, special: Sequence[int]) -> None:
-        """Choose its tokens: the special ones, and the most frequent. Raises ValueError where there is no such number of them."""
+        """Choose the tokens of the reduced vocabulary: the special ones, and the most frequent.
+
+        Raises ValueError where it cannot have `draft_vocab` tokens.
+        """
         if self.ids is None:
             return
-        wanted, least = len(self.ids), max(1, len({*special}))
-        if not least <= wanted <= self.vocab:
+        size, least = len(self.ids), max(1, len({*special}))
+        if not least <= size <= self.vocab:
             raise ValueError(
-                f"draft_vocab is {wanted}; it must be at least {least}, the number of special tokens, and at most {self.vocab}, "
+                f"draft_vocab is {size}; it must be at least {least}, the number of special tokens, and at most {self.vocab}, "
                 "the number of all"
             )
-        order = counts.clone()
-        order[list(special)] = int(counts.max()) + 1
-        best = order.sort(descending=True, stable=True).indices[:wanted]
+        ranked = counts.clone()
+        ranked[list(special)] = int(counts.max()) + 1
+        best = ranked.sort(descending=True, stable=True).indices[:size]
         self.ids.copy_(best.sort().values)
 
     def coverage(self, counts: Tensor) -> float | None:
@@ -101,7 +110,7 @@ class Eagle3(Recurrent):
         return float(counts[self.ids.to(counts.device)].sum() / counts.sum().clamp(min=1))
 
     def init_from_target(self) -> Self:
-        """It begins by handing the highest tap on, each place on its own, and with the target's own head."""
+        """Initialise the layer so that it passes the last tap's states on, and the LM head as the target's."""
         super().init_from_target()
         self.block.layers[0].init_self_attention()
         with torch.no_grad():
@@ -111,7 +120,7 @@ class Eagle3(Recurrent):
         return self
 
     def project_taps(self, features: Tensor) -> Tensor:
-        """The taps, fused."""
+        """The features of all taps, fused into one state."""
         if self.config.fc_norm:
             parts = features.split(self.hidden, -1)
             features = torch.cat([norm(part) for norm, part in zip(self.fc_norms, parts, strict=True)], -1)
@@ -121,12 +130,12 @@ class Eagle3(Recurrent):
         return fused
 
     def layer_input(self, states: Tensor, embedded: Tensor) -> Tensor:
-        """Side by side, the embedding first."""
+        """[embedding, state], side by side."""
         return torch.cat([embedded, states], -1)
 
     def next_state(self, states: Tensor) -> Tensor:
-        normed: Tensor = self.norm(states) if self.config.norm_output else states
-        return normed
+        result: Tensor = self.norm(states) if self.config.norm_output else states
+        return result
 
     def output_head(self, depth: int) -> OutputHead:
         weights = [*self.lm_head.parameters()]
@@ -136,10 +145,13 @@ class Eagle3(Recurrent):
 
 
 def default_taps(num_layers: int) -> Sequence[int]:
-    """Outputs of three layers, low, middle and high: as published for deep targets; spread evenly over shallow ones, of which the
-    published layers coincide or leave out the upper third (docs/log.md). Fewer than three where there are not as many."""
+    """Three layers, low, middle and high, from 0; fewer where the target has fewer.
+
+    For targets of at least 16 layers those of published checkpoints, else evenly spread: in shallow targets the published ones
+    coincide or leave out the upper third (docs/log.md).
+    """
     published = (1, num_layers // 2 - 1, num_layers - 4)
     if num_layers >= 16:
         return published
-    top = max(0, num_layers - 2)  # the last layer's output is normed, unlike all others
-    return tuple(sorted({round(place * top / 2) for place in range(3)}))
+    top = max(0, num_layers - 2)  # not the last layer, whose hidden states are normed, unlike all others
+    return tuple(sorted({round(third * top / 2) for third in range(3)}))

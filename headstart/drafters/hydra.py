@@ -1,7 +1,7 @@
-"""Hydra (Ankner et al. 2024, arXiv 2402.05109): Medusa's heads, told what has been guessed before them.
+"""Hydra (Ankner et al. 2024, arXiv 2402.05109): heads like Medusa's that also read the guesses before theirs.
 
-Head d reads the state h_t and the embeddings of the root and of the d - 1 guesses on its path, side by side. Hydra++ (`prefix`)
-first runs one more decoder layer over the states of the whole text, with keys and values of its own.
+Head d reads the last hidden state h_t and the embeddings of the root and of the d - 1 guesses on its path, side by side. Hydra++
+(`prefix`) first runs one more decoder layer, with its own KV cache, over the states of the text.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class PrefixConfig(BaseModel):
-    """The decoder layer of Hydra++, a Llama's. Sizes default to those that fit a hidden size; see `for_hidden`."""
+    """Settings of the decoder layer of Hydra++, a Llama layer; names are those of `LlamaConfig`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -40,31 +40,41 @@ class PrefixConfig(BaseModel):
 
     @classmethod
     def for_hidden(cls, hidden: int) -> PrefixConfig:
-        """As `llama_block` has it."""
+        """The sizes of `llama_block` for a hidden size."""
         return cls(**{name: value for name, value in llama_block(hidden).items() if name in cls.model_fields})
 
     def block(self, hidden: int) -> dict[str, Any]:
         """Settings of the layer, for `decoder`."""
-        own = self.model_dump(exclude={"rope_theta"})
+        sizes = self.model_dump(exclude={"rope_theta"})
         rope = {"rope_type": "default", "rope_theta": self.rope_theta}
-        return {**llama_block(hidden), **own, "head_dim": hidden // self.num_attention_heads, "rope_parameters": rope}
+        return {**llama_block(hidden), **sizes, "head_dim": hidden // self.num_attention_heads, "rope_parameters": rope}
 
 
 class HydraConfig(HeadsConfig):
-    """projection_bias: published projections have a bias. dropout: in training, before each block and the projection."""
+    """Settings of Hydra heads, besides those of all heads.
+
+    projection_bias: own LM heads have a bias, as published ones do.
+    dropout: in training, before each block and the LM head.
+    """
 
     projection_bias: bool = False
     dropout: float = Field(default=0.0, ge=0, lt=1)
 
 
 class HydraPlusConfig(HydraConfig):
-    """Published heads have 4 heads of 4 layers. prefix: the extra layer, None for one that suits the target."""
+    """Settings of Hydra++ heads; published ones have 4 heads of 4 layers.
+
+    prefix: the decoder layer before the heads; None: one with the sizes of `PrefixConfig.for_hidden`.
+    """
 
     prefix: PrefixConfig | None = None
 
 
 class Fuse(nn.Module):
-    """R z + SiLU(W z + b): from state and embeddings side by side to one state. Starts as the state itself: R picks it, W is 0."""
+    """R z + SiLU(W z + b), from state and embeddings side by side to one state. Initially the state itself: R selects it, W is 0.
+
+    width: of the input.
+    """
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -76,13 +86,13 @@ class Fuse(nn.Module):
             self.residual.weight.copy_(torch.eye(hidden, width))
 
     def forward(self, z: Tensor) -> Tensor:
-        """[..., width] -> [..., hidden]"""
+        """[..., width] -> [..., hidden]."""
         fused: Tensor = self.residual(z) + nn.functional.silu(self.linear(z))
         return fused
 
 
 class Head(nn.Module):
-    """The head of one depth (from 1): it reads `1 + depth` vectors of the hidden size."""
+    """The head of one depth (from 1), which reads a state and `depth` embeddings side by side."""
 
     def __init__(self, config: HydraConfig, depth: int, hidden: int, vocab: int) -> None:
         super().__init__()
@@ -93,7 +103,7 @@ class Head(nn.Module):
             self.projection = nn.Linear(hidden, vocab, bias=config.projection_bias)
 
     def forward(self, z: Tensor) -> Tensor:
-        """[..., (1 + depth) * hidden] -> [..., hidden]"""
+        """[..., (1 + depth) * hidden] -> [..., hidden]."""
         x = self.fuse(self.dropout(z))
         for block in self.blocks:
             x = block(self.dropout(x))
@@ -102,7 +112,7 @@ class Head(nn.Module):
 
 
 class Hydra(Heads):
-    """Drafts with sequentially dependent heads, level by level."""
+    """Drafts level by level with heads that depend on the guesses before theirs."""
 
     name = "hydra"
     config_type = HydraConfig
@@ -113,7 +123,7 @@ class Hydra(Heads):
         self.prefix: Any = None
         self._memory: Memory | None = None
 
-    # -- learning --
+    # -- training --
 
     def states(self, batch: Batch) -> Iterator[HeadOutput]:
         z = self._prefixed(batch.features)
@@ -123,11 +133,11 @@ class Hydra(Heads):
             yield HeadOutput(head(z), self.output_head(depth - 1))
 
     def _prefixed(self, features: Tensor) -> Tensor:
-        """The states that heads read, of whole texts: [rows, length, hidden] -> the same."""
+        """The states that the heads read, of whole texts: [rows, length, hidden] -> [rows, length, hidden]."""
         if self.prefix is None:
             return features
-        read: Tensor = self.prefix(inputs_embeds=features, use_cache=False).last_hidden_state
-        return read
+        states: Tensor = self.prefix(inputs_embeds=features, use_cache=False).last_hidden_state
+        return states
 
     # -- drafting --
 
@@ -139,7 +149,7 @@ class Hydra(Heads):
 
     @property
     def slot_bytes(self) -> int:
-        """Keys and values of the prefix layer, in the precision that the heads have now."""
+        """Bytes of the prefix layer's keys and values per token, in the precision of its weights."""
         return 0 if self.prefix is None else slot_bytes(self.prefix)
 
     def encode(self, kept: Kept) -> Tensor:
@@ -162,7 +172,7 @@ class Hydra(Heads):
 
 
 class HydraPlus(Hydra):
-    """Hydra++: the heads read what one more decoder layer makes of the states."""
+    """Hydra++: the heads read the states of one more decoder layer."""
 
     name = "hydra++"
     config_type = HydraPlusConfig
@@ -174,7 +184,7 @@ class HydraPlus(Hydra):
 
 
 class _Expansion(Expansion):
-    """One round. states: what each node and its path have read, side by side, (2 + depth) * hidden wide."""
+    """One round. states: one tensor, each node's head input: a state and the embeddings of its path, (2 + depth) * hidden wide."""
 
     def __init__(self, hydra: Hydra, rows: Rows, roots: Tensor) -> None:
         super().__init__(rows, [torch.cat([hydra.root_states(rows), hydra.embed_head.embed(roots)], -1)[:, None]])

@@ -1,7 +1,7 @@
-"""Medusa (Cai et al. 2024, arXiv 2401.10774): heads that guess the tokens after the root in parallel, each from the same state.
+"""Medusa (Cai et al. 2024, arXiv 2401.10774): heads that guess the tokens after the root in parallel, from one hidden state.
 
-Head d reads the target's final, normed state h_t, from which the root x_{t+1} was decided, and guesses x_{t+1+d} without knowing
-what stands between. All paths of a tree share the heads' answers, so one choice per depth is enough.
+Head d reads the target's last hidden state h_t, whose logits gave the root x_{t+1}, and guesses x_{t+1+d} without the tokens
+between. All paths of a tree share the heads' logits, so one choice per depth is enough.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from headstart.speculation.tree import Drafts
 
 
 class MedusaConfig(HeadsConfig):
-    """Published heads have 5 heads (of which trees use 4) of 1 layer, with projections of their own."""
+    """Settings of Medusa heads; published ones have 5 heads (trees use 4) of 1 layer, with their own LM heads."""
 
 
 class Head(nn.Module):
-    """`num_layers` residual blocks, each with weights of its own, and a projection unless that is shared."""
+    """`num_layers` residual blocks, and an LM head (`projection`) unless that is shared."""
 
     def __init__(self, config: MedusaConfig, hidden: int, vocab: int) -> None:
         super().__init__()
@@ -53,6 +53,6 @@ class Medusa(Heads):
         return compose(rows, logits, self.calibration)
 
     def _logits(self, states: Tensor, depth: int) -> Tensor:
-        """[rows, hidden] -> [rows, vocab]"""
+        """[rows, hidden] -> [rows, vocab]."""
         logits: Tensor = self.output_head(depth)(self.head(depth).blocks(states))
         return logits

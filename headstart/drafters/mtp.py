@@ -1,10 +1,8 @@
-"""Multi-token prediction by modules, one after another (DeepSeek-V3, arXiv 2412.19437), the last of them used again on its own
-output (FastMTP, arXiv 2509.18362).
+"""Multi-token prediction with sequential modules (DeepSeek-V3, arXiv 2412.19437, section 2.2); deeper guesses come from the last
+module, which reads its own states (FastMTP, arXiv 2509.18362).
 
-Module k reads, for every token from the k-th on, the embedding of that token and what module k - 1 made of the one before; module
-1 reads the target's final, normed states. What it says, through the target's own head, is the next token: so the first guess
-behind the root costs one layer, as does each level below it. Guesses deeper than there are modules come from the last one, fed
-with what it said itself.
+Module m (from 0) reads the embedding of a token and the state that module m - 1 has of the token before; module 0 reads the
+target's last hidden states. Through the target's LM head, each predicts the next token.
 """
 
 from __future__ import annotations
@@ -27,9 +25,13 @@ from headstart.speculation.tree import Drafts, Kept
 
 
 class MtpConfig(BaseModel):
-    """num_modules: modules of their own weights. depth: how deep it drafts; from there on the last module is used again. block:
-    configuration of a module's decoder layer, as transformers has it; None for the target's own kind. hidden_first: whether the
-    projection reads [state, embedding] (MiMo), not [embedding, state] (DeepSeek, GLM, Qwen)."""
+    """Settings of MTP modules.
+
+    num_modules: number of modules, each with its own weights.
+    depth: the deepest guess; guesses deeper than `num_modules` come from the last module.
+    block: configuration of a module's decoder layer, as transformers has it; None: a layer like the target's last one.
+    hidden_first: the projection reads [state, embedding] (MiMo); False: [embedding, state] (DeepSeek, GLM, Qwen).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -40,7 +42,7 @@ class MtpConfig(BaseModel):
 
 
 class Stage(nn.Module):
-    """One module: two norms, a projection, a decoder layer and its norm."""
+    """One MTP module: two norms, a projection, a decoder layer and its norm."""
 
     def __init__(self, block: dict[str, Any], hidden: int, hidden_first: bool) -> None:
         super().__init__()
@@ -50,10 +52,10 @@ class Stage(nn.Module):
         self.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
 
     def layer_input(self, hidden: Tensor, embedded: Tensor) -> Tensor:
-        """[..., hidden] twice -> what the layer reads, [..., hidden]."""
+        """The decoder layer's input, from states and embeddings: [..., hidden] twice -> [..., hidden]."""
         parts = self.enorm(embedded), self.hnorm(hidden)
-        read: Tensor = self.eh_proj(torch.cat(parts[::-1] if self.hidden_first else parts, -1))
-        return read
+        projected: Tensor = self.eh_proj(torch.cat(parts[::-1] if self.hidden_first else parts, -1))
+        return projected
 
 
 class Mtp(Layered):
@@ -74,21 +76,21 @@ class Mtp(Layered):
 
     @property
     def decoders(self) -> Sequence[Any]:
-        return [self.stage(place).block for place in range(len(self.stages))]
+        return [self.stage(module).block for module in range(len(self.stages))]
 
-    def stage(self, place: int) -> Any:
-        """The module that speaks `place` (from 0) levels below the root."""
-        return self.stages[min(place, len(self.stages) - 1)]
+    def stage(self, depth: int) -> Any:
+        """The module that guesses the token of a depth (from 0)."""
+        return self.stages[min(depth, len(self.stages) - 1)]
 
     def init_from_target(self) -> Self:
-        """Modules begin by handing the state on, so that they say at first what the target would."""
+        """Initialise the projections so that they pass the state on: the first guesses are then close to the target's."""
         with torch.no_grad():
             for stage in map(self.stage, range(len(self.stages))):
                 first = 0 if self.config.hidden_first else self.hidden
                 stage.eh_proj.weight[:, first : first + self.hidden] = torch.eye(self.hidden)
         return self
 
-    # -- learning --
+    # -- training --
 
     def states(self, batch: Batch) -> Iterator[HeadOutput]:
         from transformers import DynamicCache
@@ -96,29 +98,29 @@ class Mtp(Layered):
         embedded, hidden = self.embed_head.embed(batch.tokens), batch.features
         positions = torch.arange(batch.tokens.shape[1], device=hidden.device)
         cache = None
-        for place in range(self.depth):
-            stage, again = self.stage(place), max(0, place + 1 - len(self.stages))
-            if again == 0:
-                cache = DynamicCache() if place + 1 == len(self.stages) < self.depth else None
-            read = stage.layer_input(hidden, next_embeddings(embedded, place + 1))
-            hidden = unrolled(stage.block, read, again, positions + place + 1, cache)
-            yield HeadOutput(hidden, self.output_head(place))
+        for depth in range(self.depth):
+            stage, step = self.stage(depth), max(0, depth + 1 - len(self.stages))  # steps of the last module on its own states
+            if step == 0:
+                cache = DynamicCache() if depth + 1 == len(self.stages) < self.depth else None
+            inputs = stage.layer_input(hidden, next_embeddings(embedded, depth + 1))
+            hidden = unrolled(stage.block, inputs, step, positions + depth + 1, cache)
+            yield HeadOutput(hidden, self.output_head(depth))
 
     # -- drafting --
 
     def encode(self, kept: Kept) -> Tensor:
-        """[kept, modules * hidden]: what each module makes of the token after each kept one."""
+        """[kept, modules * hidden] each module's state of the token after each kept one."""
         embedded, positions = self.embed_head.embed(kept.nexts), kept.positions + 1
-        hidden, made = super().encode(kept), []
+        hidden, states = super().encode(kept), []
         shift = _Shift(kept, self.device)
-        for place, memory in enumerate(self.memories):
-            if place == 0:
+        for module, memory in enumerate(self.memories):
+            if module == 0:
                 hidden = memory.extend(self.stage(0).layer_input(hidden, embedded), positions, kept.seats, kept.lengths)
             else:
-                before = self._states[shift.seats, (place - 1) * self.hidden : place * self.hidden]
-                hidden = shift.extend(place, memory, self.stage(place), hidden, before, embedded, positions)
-            made.append(hidden)
-        return torch.cat(made, -1)
+                before = self._states[shift.seats, (module - 1) * self.hidden : module * self.hidden]
+                hidden = shift.extend(module, memory, self.stage(module), hidden, before, embedded, positions)
+            states.append(hidden)
+        return torch.cat(states, -1)
 
     @torch.inference_mode()
     def propose(self, rows: Rows) -> Drafts:
@@ -126,53 +128,59 @@ class Mtp(Layered):
         return grow(rows, expansion.logits(), expansion.expand, calibration=self.calibration, deepest=self.depth)
 
     def fork(self, source: int, seat: int, length: int) -> None:
-        """Behind a fork from the middle of a text, modules after the first begin without the state before it."""
-        whole = self.memories[0].length(source) == length
-        states = self._states.clone()  # a snapshot may hold them as they are
-        states[seat] = states[source] if whole else 0
+        """Copy entries and state; after a fork in the middle of a text, modules after the first start from a state of zeros."""
+        is_at_end = self.memories[0].length(source) == length
+        states = self._states.clone()  # not in place: a snapshot refers to the tensor as it was
+        states[seat] = states[source] if is_at_end else 0
         self._states = states
-        for place, memory in enumerate(self.memories):
-            memory.fork(source, seat, max(0, length - place))
+        for module, memory in enumerate(self.memories):
+            memory.fork(source, seat, max(0, length - module))
 
 
 class _Shift:
-    """What modules after the first read: what the one before made of the token before. A text's first token has none."""
+    """The inputs of the modules after the first, for kept tokens: the states of the module before, one token to the right.
+
+    Module m (from 0) has no input for the first m tokens after a text's first.
+    """
 
     def __init__(self, kept: Kept, device: torch.device) -> None:
         lengths = kept.lengths
         ends = [sum(lengths[: row + 1]) for row in range(len(lengths))]
         self.kept = kept
-        self.firsts = [end - length for end, length in zip(ends, lengths, strict=True)]
+        self.offsets = [end - length for end, length in zip(ends, lengths, strict=True)]
         self.seats = torch.tensor(kept.seats).to(device, non_blocking=True)
-        self.at = torch.tensor(self.firsts).to(device, non_blocking=True)
+        self.offset_indices = torch.tensor(self.offsets).to(device, non_blocking=True)
 
     def extend(
-        self, place: int, memory: Memory, stage: Any, made: Tensor, before: Tensor, embedded: Tensor, positions: Tensor
+        self, module: int, memory: Memory, stage: Any, states: Tensor, before: Tensor, embedded: Tensor, positions: Tensor
     ) -> Tensor:
-        """Module `place` reads on. made: [kept, hidden] by the module before it; before: [rows, hidden] what that made of the
-        last token of each row's text so far. Returns [kept, hidden], zero where there is nothing to read."""
-        hidden = made.roll(1, 0)
-        hidden[self.at] = before
-        read = stage.layer_input(hidden, embedded)
-        # Module `place` has nothing to read for the first `place` tokens after a text's first.
-        skipped = [min(length, max(0, place - start)) for start, length in zip(self.kept.starts, self.kept.lengths, strict=True)]
+        """Run one module over the kept tokens. Returns its states, [kept, hidden], zero where it has no input.
+
+        memory, stage: of the module.
+        states: [kept, hidden] of the module before.
+        before: [rows, hidden] that module's state of each row's last token before the kept ones.
+        embedded: [kept, hidden] of the tokens after the kept ones; positions: [kept] of these.
+        """
+        hidden = states.roll(1, 0)
+        hidden[self.offset_indices] = before
+        inputs = stage.layer_input(hidden, embedded)
+        skipped = [min(length, max(0, module - start)) for start, length in zip(self.kept.starts, self.kept.lengths, strict=True)]
         if not any(skipped):
-            return memory.extend(read, positions, self.kept.seats, self.kept.lengths)
+            return memory.extend(inputs, positions, self.kept.seats, self.kept.lengths)
         lengths = [length - skip for length, skip in zip(self.kept.lengths, skipped, strict=True)]
-        spans = zip(self.firsts, skipped, lengths, strict=True)
-        places = torch.tensor([at for first, skip, length in spans for at in range(first + skip, first + skip + length)])
-        places = places.to(made.device, non_blocking=True).long()
+        spans = zip(self.offsets, skipped, lengths, strict=True)
+        kept_indices = [index for offset, skip, length in spans for index in range(offset + skip, offset + skip + length)]
+        indices = torch.tensor(kept_indices).to(states.device, non_blocking=True).long()
         rows = [row for row, length in enumerate(lengths) if length]
-        states = torch.zeros_like(made)
+        result = torch.zeros_like(states)
         if rows:
             seats = [self.kept.seats[row] for row in rows]
-            states[places] = memory.extend(read[places], positions[places], seats, [lengths[row] for row in rows])
-        return states
+            result[indices] = memory.extend(inputs[indices], positions[indices], seats, [lengths[row] for row in rows])
+        return result
 
 
 class _Expansion(Expansion):
-    """One round. states: what each module made of the last level's nodes, from module `min(depth, last)` on: no deeper level
-    reads those before."""
+    """One round. states: one tensor for each module from `min(depth, last)` on; no deeper level reads those of earlier modules."""
 
     def __init__(self, mtp: Mtp, rows: Rows) -> None:
         super().__init__(rows, mtp.root_states(rows)[:, None].split(mtp.hidden, -1))
@@ -184,9 +192,12 @@ class _Expansion(Expansion):
         return logits
 
     def run(self, level: Level, parents: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Each module reads what the one before it made of the parent; the last one, below them all, what it made itself."""
+        # Each module reads the parent's state of the module before it; deeper than there are modules, the last one reads its own.
         embedded = self.mtp.embed_head.embed(level.tokens)
         modules = range(min(self.depth, self.last), self.last + 1)
         inputs = [self.mtp.stage(module).layer_input(states, embedded) for module, states in zip(modules, parents, strict=False)]
         positions = self.positions(level, self.mtp.memories[0], offset=1)
-        return [self.read(level, self.mtp.memories[module], one, positions) for module, one in zip(modules, inputs, strict=True)]
+        return [
+            self.read(level, self.mtp.memories[module], module_inputs, positions)
+            for module, module_inputs in zip(modules, inputs, strict=True)
+        ]

@@ -1,7 +1,7 @@
-"""Multi-token prediction in parallel (Gloeckle et al. 2024, arXiv 2404.19737): one decoder layer per guess, all on one trunk.
+"""Multi-token prediction with parallel heads (Gloeckle et al. 2024, arXiv 2404.19737): one decoder layer per guess on one trunk.
 
-The target's last layer is the head of the next token; head d beside it is one more such layer, which reads what the last layer
-reads and says, through a norm of its own and the target's head, the token d places later. Guesses know nothing of each other.
+The target's last layer is the head of the next token. Each head here is one more such layer, which reads what the last layer reads
+and predicts, through its own norm and the target's LM head, a later token. No head knows the guesses of another.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ from headstart.speculation.tree import Drafts, Kept
 
 
 class ParallelConfig(BaseModel):
-    """num_heads: beside the target's own; the paper's n is one more. block: configuration of a head's decoder layer, as
-    transformers has it; None for the target's own kind."""
+    """Settings of parallel MTP heads.
+
+    num_heads: number of heads, without the target's own; the paper's n is one more.
+    block: configuration of a head's decoder layer, as transformers has it; None: a layer like the target's last one.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -34,7 +37,7 @@ class ParallelConfig(BaseModel):
 
 
 class ParallelMtp(Layered):
-    """Drafts with parallel layers."""
+    """Drafts with parallel decoder layers."""
 
     name = "mtp-parallel"
     config_type = ParallelConfig
@@ -55,12 +58,12 @@ class ParallelMtp(Layered):
             yield HeadOutput(out.last_hidden_state, self.output_head(depth))
 
     def parts(self, batch: Batch, objective: Objective) -> Iterator[tuple[Tensor, Tensor]]:
-        """Head after head."""
+        """One part per head."""
         for loss, column in loss_by_depth(self.states(batch), batch, objective, self.embed_head.logits):
             yield loss, column[:, None]
 
     def encode(self, kept: Kept) -> Tensor:
-        """[kept, heads * hidden]: what each head makes of each kept token."""
+        """[kept, heads * hidden] each head's state of each kept token."""
         features = super().encode(kept)
         return torch.cat([memory.extend(features, kept.positions, kept.seats, kept.lengths) for memory in self.memories], -1)
 

@@ -1,4 +1,4 @@
-"""The methods whose drafters are trained and kept in a folder, by name."""
+"""The methods whose drafters are trained and saved in a folder, by name. Imports their modules only when asked for."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ if TYPE_CHECKING:
     from headstart.drafters.parts.heads import Heads
 
 
-# Methods whose drafters are trained and kept in a folder: where their class is, which has a `config_type` and is made of
-# (config, hidden, vocab).
+# Method -> module and class. The class is a subclass of `Heads`, made of (config, hidden, vocab).
 METHODS: dict[str, str] = {
     "eagle": "headstart.drafters.eagle:Eagle",
     "eagle3": "headstart.drafters.eagle3:Eagle3",
@@ -23,9 +22,9 @@ METHODS: dict[str, str] = {
 
 
 def method(name: str) -> type[Heads]:
-    """The class of a method that is trained. Raises ValueError for a name that nobody knows."""
+    """The class of a trainable method. Raises ValueError for a name that is not in `METHODS`."""
     if name not in METHODS:
         raise ValueError(f"method {name!r} is unknown; there are {', '.join(METHODS)}")
-    module, _, kind = METHODS[name].partition(":")
-    found: type[Heads] = getattr(import_module(module), kind)
-    return found
+    module, _, class_name = METHODS[name].partition(":")
+    heads: type[Heads] = getattr(import_module(module), class_name)
+    return heads

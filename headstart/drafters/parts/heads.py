@@ -124,7 +124,7 @@ class Heads(nn.Module):
         if (self.hidden, self.vocab) != (embed_head.hidden, embed_head.vocab):
             raise ValueError(
                 f"these {self.name} heads are for a hidden size of {self.hidden} and a vocabulary of {self.vocab}, the target has "
-                f"{embed_head.hidden} and {embed_head.vocab}; train heads for this target, or choose the target they were trained for"
+                f"{embed_head.hidden} and {embed_head.vocab}; train heads for this target, or choose the target of these"
             )
         self._embed_head = embed_head
         return self

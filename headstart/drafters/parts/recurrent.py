@@ -1,8 +1,8 @@
 """What EAGLE and EAGLE-3 share: one decoder that reads its own output. Must not import a method.
 
 The decoder reads pairs: a state, and the embedding of the token behind it. On known text the states are the target's; from the
-first guess on they are the decoder's own. The pair with the state of token i has position i. Subclasses define the layer input and the
-output head.
+first guess on they are the decoder's own. The pair with the state of token i has position i. Subclasses define the layer input and
+the output head.
 """
 
 from __future__ import annotations
