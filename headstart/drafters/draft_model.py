@@ -1,7 +1,7 @@
-"""A smaller causal language model with the same vocabulary as drafter: classical speculative decoding, as trees.
+"""A smaller causal language model with the same vocabulary as draft model: speculative decoding as first published, with trees.
 
-Its own cache mirrors the target's seats. What is certain is scored as a stem together with the root, one forward per round before
-the first level; deeper levels are scratch behind it, overwritten in the next round and never committed.
+It has a KV cache with the target's seats. Tokens that are certain are scored together with the root, in one forward per round before
+the first level; the entries of deeper levels are scratch behind them, which the next round overwrites.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from headstart.target.cache import KVCache, Seating
 from headstart.target.target import Target
 from headstart.target.tokenizer_loading import load_tokenizer
 
-_PIECE = 256  # certain tokens scored at once while a prompt streams in
+_PIECE = 256  # pending tokens of a prompt that are scored at once
 
 
 class ModelDrafter:
-    """Drafts with `model`, a `Target` of its own.
+    """Drafts with a smaller model.
 
-    has_same_tokens: whether a number is known to stand for one token in both models. The widths of their logits may then differ:
-    models of one family are padded to different sizes. Tokens that only the target has are never drafted, tokens that only the
-    draft model has never proposed. Where it is not known, `attach` raises ValueError if the widths differ.
+    model: the draft model, loaded as a `Target`.
+    has_same_tokens: each token id is known to stand for the same token in both models. The sizes of their vocabularies may then
+        differ, since models of one family are padded to different sizes; tokens that only one of them has are never drafted.
+        False: `attach` raises ValueError where the sizes differ.
     """
 
     name = "model"
@@ -42,13 +43,16 @@ class ModelDrafter:
         self.has_same_tokens = has_same_tokens
         self.slot_bytes = model.slot_bytes
         self._cache: KVCache | None = None
-        self._pending: dict[int, list[int]] = {}  # per seat: certain tokens behind what the cache holds
-        self._ids: Tensor | None = None  # of the target's tokens, those that can be drafted; None for all of them
-        self._width = model.vocab  # of the draft model's logits that the target has too
+        self._pending: dict[int, list[int]] = {}  # per seat: certain tokens that are not in the cache yet
+        self._ids: Tensor | None = None  # the target's tokens that can be drafted; None: all of them
+        self._width = model.vocab  # number of the draft model's logits that the target has, too
 
     @classmethod
     def load(cls, path: str | Path, target: Target) -> ModelDrafter:
-        """From a folder or hub id, in the target's precision, on its device. Raises ValueError if it speaks other tokens."""
+        """Load a draft model from a folder or hub id, in the target's precision, on its device.
+
+        Raises ValueError where its tokenizer contradicts the target's.
+        """
         has_same_tokens = _has_same_tokens(path, target)
         trust = target.trust_remote_code
         model = Target.load(path, dtype=target.dtype, device=str(target.device), exact=False, trust_remote_code=trust)
@@ -56,10 +60,12 @@ class ModelDrafter:
 
     @property
     def cache(self) -> KVCache:
+        """The draft model's KV cache."""
         assert self._cache is not None, "attach the drafter first"
         return self._cache
 
     def attach(self, target: Target, seating: Seating) -> None:
+        """Allocate the KV cache. Raises ValueError where the vocabularies differ in size and `has_same_tokens` is False."""
         if self.model.vocab != target.vocab and not self.has_same_tokens:
             raise ValueError(
                 f"drafter {self.model.name} has a vocabulary of {self.model.vocab} tokens, target {target.name} one of "
@@ -71,16 +77,18 @@ class ModelDrafter:
         self._pending = {}
 
     def extend(self, kept: Kept) -> None:
+        """Append the kept tokens to the pending ones of their seats, and score these where they are many."""
         for seat, text, start in zip(kept.seats, kept.texts, kept.starts, strict=True):
             pending = self._pending.setdefault(seat, [])
-            have = self.cache.lengths[seat] + len(pending)
-            pending += self._known(text[have - start : -1])
+            num_known = self.cache.lengths[seat] + len(pending)
+            pending += self._known(text[num_known - start : -1])
         long = [seat for seat in kept.seats if len(self._pending[seat]) >= _PIECE and self._fits(seat, 0)]
         if long:
             self._score_stems(long, [self._pending[seat] for seat in long])
 
     def propose(self, rows: Rows) -> Drafts:
-        # Where the draft model's context is shorter than the target's, a row stops drafting when it has outgrown it.
+        """Score the pending tokens and the roots, then grow a tree level by level."""
+        # Where the draft model's context is shorter than the target's, rows beyond it do not draft.
         fitting = [depth if self._fits(seat, 1 + depth) else 0 for seat, depth in zip(rows.seats, rows.depths, strict=True)]
         rows = replace(rows, depths=tuple(fitting))
         if not rows.drafting:
@@ -92,29 +100,33 @@ class ModelDrafter:
         return grow(rows, logits, lambda level: self._score_level(level, rows), self._ids)
 
     def fork(self, source: int, seat: int, length: int) -> None:
-        have = min(length, self.cache.lengths[source])
-        self.cache.fork(source, seat, have)
-        self._pending[seat] = list(self._pending.get(source, [])[: length - have])
+        """Copy the first `length` tokens of one seat to another, from cache and pending ones."""
+        num_scored = min(length, self.cache.lengths[source])
+        self.cache.fork(source, seat, num_scored)
+        self._pending[seat] = list(self._pending.get(source, [])[: length - num_scored])
 
     def free(self, seat: int) -> None:
+        """Forget a seat."""
         self.cache.free(seat)
         self._pending.pop(seat, None)
 
     def snapshot(self) -> tuple[list[int], dict[int, list[int]]]:
+        """The lengths of the cache's seats, and the pending tokens."""
         return list(self.cache.lengths), {seat: list(pending) for seat, pending in self._pending.items()}
 
     def restore(self, snapshot: tuple[list[int], dict[int, list[int]]]) -> None:
+        """Return to a snapshot."""
         self.cache.lengths[:], self._pending = snapshot
 
     def _fits(self, seat: int, more: int) -> bool:
         return self.cache.lengths[seat] + len(self._pending.get(seat, [])) + more <= self.model.context
 
     def _known(self, tokens: Sequence[int]) -> Sequence[int]:
-        """Tokens as the draft model reads them: one that it does not have, of the target's padding, as its own last one."""
+        """The tokens, with those that the draft model does not have (the target's padding) replaced by its last one."""
         return tokens if self._ids is None else [min(token, self.model.vocab - 1) for token in tokens]
 
     def _score_stems(self, seats: list[int], stems: list[list[int]]) -> Tensor:
-        """Score and commit what is certain. Returns [seats, common vocab]: what the model expects after each stem."""
+        """Score and commit certain tokens. Returns [seats, common vocab] logits after each stem."""
         starts = [self.cache.lengths[seat] for seat in seats]
         forest = merge(stems, starts, [True] * len(stems), Drafts.none(self.model.device), self.model.min_nodes)
         logits = self.model.score(forest, self.cache, seats).logits[: len(seats)]
@@ -124,41 +136,44 @@ class ModelDrafter:
         return logits[:, : self._width]
 
     def _score_level(self, level: Level, rows: Rows) -> Tensor:
-        """[rows * width, common vocab] behind the nodes of a level, whose earlier levels lie as scratch in the cache."""
+        """[rows * width, common vocab] logits after the nodes of a level; those of earlier levels are scratch in the cache."""
         width = level.width
-        firsts = [self.cache.lengths[rows.seats[row]] - 1 for row in level.rows]  # the roots' positions
-        roots = torch.tensor(firsts).to(level.tokens.device, non_blocking=True)
+        root_positions = [self.cache.lengths[rows.seats[row]] - 1 for row in level.rows]
+        roots = torch.tensor(root_positions).to(level.tokens.device, non_blocking=True)
         positions = roots[:, None] + level.depths  # [rows, earlier + width]
-        seen = [
+        row_masks = [
             RowMask(
-                place * width,
-                (place + 1) * width,
+                index * width,
+                (index + 1) * width,
                 self.cache.seating[rows.seats[row]].start,
-                firsts[place] + 1,
-                level.tree_mask[place],
-                positions[place],
+                root_positions[index] + 1,
+                level.tree_mask[index],
+                positions[index],
                 level.earlier,
             )
-            for place, row in enumerate(level.rows)
+            for index, row in enumerate(level.rows)
         ]
         tokens = level.tokens.reshape(-1)
-        everything = torch.arange(len(tokens), device=tokens.device)
-        logits = self.model.forward(tokens, positions[:, level.earlier :].reshape(-1), seen, self.cache, everything).logits
+        asked = torch.arange(len(tokens), device=tokens.device)
+        logits = self.model.forward(tokens, positions[:, level.earlier :].reshape(-1), row_masks, self.cache, asked).logits
         return logits[:, : self._width]
 
 
 def _has_same_tokens(path: str | Path, target: Target) -> bool:
-    """Whether both tokenizers are known to have the same tokens; False where one has tokens more than the other, or where either
-    model has no tokenizer beside it. Raises ValueError where a number stands for two tokens, or a token for two numbers."""
+    """Whether the tokenizers of draft model and target have the same tokens.
+
+    False where one has tokens that the other lacks, and where either model has no tokenizer beside it.
+    Raises ValueError where an id stands for two tokens, or a token has two ids.
+    """
     try:
-        own, its = (load_tokenizer(place, target.trust_remote_code).get_vocab() for place in (path, target.name))
+        draft_vocab, target_vocab = (load_tokenizer(name, target.trust_remote_code).get_vocab() for name in (path, target.name))
     except ValueError:
         return False
-    by_number = {number: token for token, number in its.items()}
-    for token, number in own.items():
-        if its.get(token, number) != number or by_number.get(number, token) != token:
+    target_tokens = {token_id: token for token, token_id in target_vocab.items()}
+    for token, token_id in draft_vocab.items():
+        if target_vocab.get(token, token_id) != token_id or target_tokens.get(token_id, token) != token:
             raise ValueError(
-                f"drafter {path} and target {target.name} have different tokenizers: token {number} is {token!r} for the drafter "
-                f"and {by_number.get(number)!r} for the target; a model can only draft for a target with the same tokenizer"
+                f"drafter {path} and target {target.name} have different tokenizers: token {token_id} is {token!r} for the drafter "
+                f"and {target_tokens.get(token_id)!r} for the target; a model can only draft for a target with the same tokenizer"
             )
-    return own == its
+    return draft_vocab == target_vocab

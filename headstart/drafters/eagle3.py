@@ -154,4 +154,4 @@ def default_taps(num_layers: int) -> Sequence[int]:
     if num_layers >= 16:
         return published
     top = max(0, num_layers - 2)  # not the last layer, whose hidden states are normed, unlike all others
-    return tuple(sorted({round(third * top / 2) for third in range(3)}))
+    return tuple(sorted({round(half * top / 2) for half in range(3)}))

@@ -1,8 +1,8 @@
-"""Drafting without a model: what followed the last time these words stood in the prompt or the answer.
+"""Drafting without a model: the tokens that followed earlier occurrences of the text's last tokens. Must not import torch.
 
 Prompt lookup (Saxena 2023) with a suffix automaton (SAM decoding, Hu et al. 2024) in place of a search: the longest suffix that
-occurred before is known at any time, in time that does not grow with the text. Chances come from counts: how often such
-followers turned out right in this request, whether they were drafted or not.
+occurred before is always known, at a cost that does not grow with the text. Chances (acceptance probabilities) come from counts of
+how often such tokens were right in this request, drafted or not.
 """
 
 from __future__ import annotations
@@ -20,29 +20,32 @@ if TYPE_CHECKING:
     from headstart.target.cache import Seating
     from headstart.target.target import Target
 
-Place = tuple[int, int]  # where reading has come to: a state of the automaton, and how many of the last tokens it matches
+Match = tuple[int, int]  # the automaton's state after reading a text, and how many of the text's last tokens it matches
 
 
 class Follower(NamedTuple):
-    """A token that came after the last `length` tokens before.
+    """A token that followed an earlier occurrence of the text's last tokens.
 
-    rank: how many others came after as many or more, more recently. rivals: how many different tokens came after these
-    `length`. place: where reading goes on after it.
+    token: the token.
+    length: how many of the last tokens it followed.
+    rank: how many other tokens followed a longer match, or as long a match more recently.
+    rivals: how many different tokens followed these `length` tokens, itself included.
+    match: of the text with this token appended.
     """
 
     token: int
     length: int
     rank: int
     rivals: int
-    place: Place
+    match: Match
 
 
 class SuffixAutomaton:
-    """Every substring of a growing text, with the tokens that followed it, the latest last (Blumer et al. 1985).
+    """Every substring of a growing text, with the tokens that followed it (Blumer et al. 1985).
 
-    A state stands for all substrings that end at the same places. `followers` of a state are its transitions: a dict, kept in
-    order of recency by putting a token back at its end whenever it follows again. A text of one token over and over has a
-    chain of states as long as itself; only the `_REACH` longest matches are kept in order and looked at.
+    A state stands for all substrings that end at the same positions. The followers of a state are its transitions: a dict in order
+    of recency, the latest last, since a token is moved to the end whenever it follows again. A text of one repeated token has a
+    chain of states as long as itself, so only the `_REACH` longest matches are kept in this order and read.
     """
 
     _REACH = 32
@@ -50,7 +53,7 @@ class SuffixAutomaton:
     def __init__(self, tokens: Iterable[int] = ()) -> None:
         self.tokens: list[int] = []
         self._followers: list[dict[int, int]] = [{}]  # per state: token -> state
-        self._links = [-1]  # per state: that of its longest suffix which ends at more places
+        self._links = [-1]  # per state: the state of its longest suffix that ends at more positions
         self._lengths = [0]  # per state: tokens in its longest substring
         self._last = 0  # the state of the whole text
         for token in tokens:
@@ -75,7 +78,7 @@ class SuffixAutomaton:
             state = links[state]
 
     def _ending_here(self, state: int, token: int) -> int:
-        """The state of `state`'s longest substring and `token`; split off where it shared one with longer substrings."""
+        """The state of `state`'s longest substring followed by `token`; split from another where longer substrings share that."""
         shared = self._followers[state][token]
         if self._lengths[shared] == self._lengths[state] + 1:
             return shared
@@ -93,129 +96,134 @@ class SuffixAutomaton:
         return len(self._lengths) - 1
 
     @property
-    def end(self) -> Place:
-        """The longest suffix of the text that occurred before."""
+    def end(self) -> Match:
+        """The match of the text itself: its longest suffix that occurred before."""
         state = max(self._links[self._last], 0)
         return state, self._lengths[state]
 
-    def followers(self, place: Place, count: int) -> list[Follower]:
-        """Up to `count` different tokens that came after this place before: longest match first, then the latest."""
-        state, length = place
-        found: dict[int, Follower] = {}
+    def followers(self, match: Match, count: int) -> list[Follower]:
+        """Up to `count` different tokens that followed this match: longest match first, then the latest."""
+        state, length = match
+        followers: dict[int, Follower] = {}
         for _ in range(self._REACH):
-            if state <= 0 or len(found) == count:
+            if state <= 0 or len(followers) == count:
                 break
             length = min(length, self._lengths[state])
-            after = self._followers[state]
-            new = (token for token in reversed(after) if token not in found)
-            for token in islice(new, count - len(found)):
-                found[token] = Follower(token, length, len(found), len(after), (after[token], length + 1))
+            transitions = self._followers[state]
+            new = (token for token in reversed(transitions) if token not in followers)
+            for token in islice(new, count - len(followers)):
+                next_match = (transitions[token], length + 1)
+                followers[token] = Follower(token, length, len(followers), len(transitions), next_match)
             state = self._links[state]
-        return list(found.values())
+        return list(followers.values())
 
 
-# Priors of `Record`, measured on stories, dialogues, answers, documentation and code (docs/log.md); tables are by length of the
+# Priors of `Record`, measured on stories, dialogues, answers, documentation and code (docs/log.md). Columns are by length of the
 # match: 1, 2, 3, 4-7, 8-15, 16 and more tokens.
 _LEVELS = (0, 0, 1, 2, 3, 3, 3, 3, 4, 4, 4, 4, 4, 4, 4, 4, 5)
 _PRIORS = (
     (0.32, 0.50, 0.61, 0.65, 0.81, 0.89),  # the only token that ever followed
     (0.19, 0.27, 0.20, 0.28, 0.40, 0.40),  # the later of two
     (0.12, 0.16, 0.14, 0.15, 0.20, 0.20),  # the latest of more
-    (0.09, 0.15, 0.15, 0.18, 0.20, 0.20),  # a next best, if those before it were wrong
+    (0.09, 0.15, 0.15, 0.18, 0.20, 0.20),  # of a higher rank, where those before it were wrong
 )
 
 
 class Record:
-    """How followers of each kind fared in one request, lately: chances by Laplace's rule of succession, with priors.
+    """How often followers of each kind were right in one request, lately: chances by Laplace's rule of succession, with priors.
 
-    `learn` is told of every token of the answer, whatever was drafted, so that a drafter that has fallen silent still notices
-    when the text begins to repeat.
+    `learn` gets every token of the answer, whatever was drafted, so that a drafter that has stopped drafting for a text starts
+    again when the text begins to repeat.
     """
 
     _PRIOR_TRIALS = 4.0
-    _MEMORY = 0.97  # what a trial still counts one trial later: about the last thirty of a kind matter
+    _DECAY = 0.97  # weight of a trial one trial later: about the last thirty of a kind count
 
     def __init__(self) -> None:
-        self._tried = [[0.0] * len(line) for line in _PRIORS]
-        self._held = [[0.0] * len(line) for line in _PRIORS]
+        self._tried = [[0.0] * len(priors) for priors in _PRIORS]
+        self._held = [[0.0] * len(priors) for priors in _PRIORS]
 
     def chance(self, follower: Follower) -> float:
-        """The chance that the next token is this one, given that it is none of a lower rank."""
-        kind, level = self.kind(follower)
-        held = self._held[kind][level] + self._PRIOR_TRIALS * _PRIORS[kind][level]
-        return held / (self._tried[kind][level] + self._PRIOR_TRIALS)
+        """The probability that the next token is this one, given that it is none of a lower rank."""
+        kind, column = self.kind(follower)
+        held = self._held[kind][column] + self._PRIOR_TRIALS * _PRIORS[kind][column]
+        return held / (self._tried[kind][column] + self._PRIOR_TRIALS)
 
     def learn(self, followers: Iterable[Follower], token: int) -> None:
-        """`followers` of a place, by rank, and the token that really came."""
+        """Count the followers of a text, by rank, given the token that came next."""
         for follower in followers:
-            kind, level = self.kind(follower)
+            kind, column = self.kind(follower)
             is_right = follower.token == token
-            self._tried[kind][level] = self._MEMORY * self._tried[kind][level] + 1
-            self._held[kind][level] = self._MEMORY * self._held[kind][level] + is_right
+            self._tried[kind][column] = self._DECAY * self._tried[kind][column] + 1
+            self._held[kind][column] = self._DECAY * self._held[kind][column] + is_right
             if is_right:
                 return
 
     @staticmethod
     def kind(follower: Follower) -> tuple[int, int]:
-        """Where its trials are counted: which line of the table, which column."""
+        """Row and column of the tables in which it is counted."""
         kind = 3 if follower.rank else min(follower.rivals, 3) - 1
         return kind, _LEVELS[min(follower.length, 16)]
 
 
 class _Draft(NamedTuple):
-    """A candidate, in the order of a heap: the most promising first, then the first found."""
+    """A candidate, ordered for a heap: the likeliest first, then the one that was added first."""
 
-    doubt: float  # minus the chance
-    number: int
+    negative_chance: float
+    order: int
     token: int
     parent: int
     depth: int
-    place: Place
+    match: Match
 
 
 class _Text:
-    """What is known of one seat: its text and how guesses fared in it."""
+    """The text of one seat, and how often followers were right in it."""
 
     def __init__(self, tokens: Iterable[int] = ()) -> None:
         self.automaton = SuffixAutomaton(tokens)
         self.record = Record()
-        self.is_answer = False  # a prompt teaches words, but its repetitions say little about the answer's
+        self.is_answer = False  # followers in the prompt are not counted: its repetitions say little about the answer's
 
     def extend(self, tokens: Iterable[int]) -> None:
+        """Append tokens; in an answer, count which followers were right."""
         for token in tokens:
             if self.is_answer:
                 self.record.learn(self.automaton.followers(self.automaton.end, 4), token)
             self.automaton.extend(token)
 
     def grow(self, depth: int, rows: Rows, floor: float) -> list[_Draft]:
-        """The most promising candidates, best first, hence parents before children; none below `floor`."""
+        """The likeliest candidates, best first and so parents before children; none with a chance below `floor`."""
         heap: list[_Draft] = []
-        grown: list[_Draft] = []
+        candidates: list[_Draft] = []
         expanded = [0] * depth
         self._push_children(heap, _Draft(-1.0, 0, -1, ROOT, 0, self.automaton.end), ROOT, rows.plan.width, floor)
-        while heap and len(grown) < rows.plan.nodes:
+        while heap and len(candidates) < rows.plan.nodes:
             draft = heappop(heap)
-            grown.append(draft)
+            candidates.append(draft)
             if draft.depth < depth and expanded[draft.depth] < rows.plan.beam:
                 expanded[draft.depth] += 1
-                self._push_children(heap, draft, len(grown) - 1, rows.plan.width, floor)
-        return grown
+                self._push_children(heap, draft, len(candidates) - 1, rows.plan.width, floor)
+        return candidates
 
-    def _push_children(self, heap: list[_Draft], draft: _Draft, number: int, width: int, floor: float) -> None:
-        left = -draft.doubt  # the chance that the draft is kept and no earlier child is
-        for follower in self.automaton.followers(draft.place, width):
+    def _push_children(self, heap: list[_Draft], draft: _Draft, index: int, width: int, floor: float) -> None:
+        left = -draft.negative_chance  # probability that the draft is kept and no earlier child is
+        for follower in self.automaton.followers(draft.match, width):
             chance = left * self.record.chance(follower)
             left -= chance
             if chance >= floor:
-                order = number * width + follower.rank
-                heappush(heap, _Draft(-chance, order, follower.token, number, draft.depth + 1, follower.place))
+                order = index * width + follower.rank
+                heappush(heap, _Draft(-chance, order, follower.token, index, draft.depth + 1, follower.match))
 
 
 class Lookup:
-    """Drafts what followed before.
+    """Drafts the tokens that followed earlier occurrences of the text's last tokens.
 
-    floor: candidates less likely than that are left out. min_gain: a row whose candidates together promise fewer kept tokens is
-    not drafted for; so a text without repetition costs a few microseconds per token and nothing else.
+    floor: candidates with a lower chance (acceptance probability) are left out.
+    min_gain: a row whose candidates together promise fewer kept tokens is not drafted for; so a text without repetitions costs only
+        a few microseconds per token.
+
+    Raises ValueError where `floor` is not in (0, 1) or `min_gain` is negative.
     """
 
     name = "lookup"
@@ -233,9 +241,11 @@ class Lookup:
         self._texts: dict[int, _Text] = {}
 
     def attach(self, target: Target, seating: Seating) -> None:
+        """Forget all texts."""
         self._texts = {}
 
     def extend(self, kept: Kept) -> None:
+        """Append the kept tokens to the texts of their seats, without those that these have already."""
         for seat, tokens, start in zip(kept.seats, kept.texts, kept.starts, strict=True):
             text = self._texts.setdefault(seat, _Text())
             num_known = len(text.automaton.tokens) - start
@@ -243,23 +253,26 @@ class Lookup:
             text.extend(tokens[num_known:])
 
     def propose(self, rows: Rows) -> Drafts:
+        """Drafts on the CPU, row after row, for the rows whose candidates promise `min_gain` kept tokens."""
         drafts: list[tuple[int, int, int, int, float]] = []  # token, parent, row, depth, chance
         for row in rows.drafting:
             text = self._texts[rows.seats[row]]
             text.is_answer = True
-            grown = text.grow(rows.depths[row], rows, self.floor)
-            if -sum(draft.doubt for draft in grown) < self.min_gain:
+            candidates = text.grow(rows.depths[row], rows, self.floor)
+            if -sum(draft.negative_chance for draft in candidates) < self.min_gain:
                 continue
             first = len(drafts)
-            for doubt, _, token, parent, level, _ in grown:
-                drafts.append((token, ROOT if parent == ROOT else first + parent, row, level, -doubt))
+            for negative_chance, _, token, parent, depth, _ in candidates:
+                drafts.append((token, ROOT if parent == ROOT else first + parent, row, depth, -negative_chance))
         if not drafts:
             return Drafts.none()
         tokens, parents, row_ids, depths, chances = zip(*drafts, strict=True)
         return Drafts.of(tokens, parents, row_ids, depths, chances)
 
     def fork(self, source: int, seat: int, length: int) -> None:
+        """Copy the first `length` tokens of one seat's text to another seat, without its counts."""
         self._texts[seat] = _Text(self._texts[source].automaton.tokens[:length])
 
     def free(self, seat: int) -> None:
+        """Forget a seat's text."""
         self._texts.pop(seat, None)

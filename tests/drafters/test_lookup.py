@@ -62,7 +62,7 @@ def test_reading_on_along_a_draft_finds_what_followed_text_and_draft(text, choic
         if not followers:
             return
         chosen = followers[choice % len(followers)]
-        read, place = [*read, chosen.token], chosen.place
+        read, place = [*read, chosen.token], chosen.match
 
 
 def fibonacci_word(size: int) -> list[int]:
