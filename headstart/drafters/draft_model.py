@@ -1,6 +1,6 @@
 """A smaller causal language model with the same vocabulary as draft model: speculative decoding as first published, with trees.
 
-It has a KV cache with the target's seats. Tokens that are certain are scored together with the root, in one forward per round before
+It has a KV cache with the target's seats. Certain tokens are scored together with the root, in one forward per round before
 the first level; the entries of deeper levels are scratch behind them, which the next round overwrites.
 """
 

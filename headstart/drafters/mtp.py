@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from headstart.drafters.parts.decoder import Memory, decoder, norm_like, unrolled
-from headstart.drafters.parts.decoder_heads import Layered
+from headstart.drafters.parts.decoder_heads import DecoderHeads
 from headstart.drafters.parts.expansion import Expansion
 from headstart.drafters.parts.grow import Level, grow
 from headstart.drafters.parts.llama_layer import llama_block
@@ -58,7 +58,7 @@ class Stage(nn.Module):
         return projected
 
 
-class Mtp(Layered):
+class Mtp(DecoderHeads):
     """Drafts with sequential modules, level by level."""
 
     name = "mtp"

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from headstart.drafters.parts.decoder import decoder
-from headstart.drafters.parts.decoder_heads import Layered
+from headstart.drafters.parts.decoder_heads import DecoderHeads
 from headstart.drafters.parts.drafter_loss import loss_by_depth
 from headstart.drafters.parts.grow import compose
 from headstart.drafters.parts.llama_layer import llama_block
@@ -36,7 +36,7 @@ class ParallelConfig(BaseModel):
     block: dict[str, Any] | None = None
 
 
-class ParallelMtp(Layered):
+class ParallelMtp(DecoderHeads):
     """Drafts with parallel decoder layers."""
 
     name = "mtp-parallel"

@@ -1,1 +1,1 @@
-"""What several drafting methods share: heads, tree growth, decoder layers and losses."""
+"""What several methods share: heads, tree growth, decoder layers and losses. Must not import a method."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from headstart.target.target import Target
 
 
-class Layered(Heads):
+class DecoderHeads(Heads):
     """Heads made of decoder layers, which use the target's LM head and can be pretrained with the target's trunk.
 
     Their `config` has `block`: the configuration of one layer; None: a layer like the target's last one.

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from headstart.drafters.parts.decoder import unrolled
-from headstart.drafters.parts.decoder_heads import Layered
+from headstart.drafters.parts.decoder_heads import DecoderHeads
 from headstart.drafters.parts.expansion import Expansion
 from headstart.drafters.parts.grow import Level, grow
 from headstart.drafters.parts.llama_layer import llama_block, llama_block_of
@@ -44,7 +44,7 @@ class RecurrentConfig(BaseModel):
     embedding: Literal["shared", "own"] = "shared"
 
 
-class Recurrent(Layered):
+class Recurrent(DecoderHeads):
     """Drafts level by level with one decoder.
 
     Raises ValueError where the block's hidden size is not that of a shared embedding.
