@@ -1,6 +1,6 @@
-"""Layers of published drafters, one token after another, in plain operations on vectors: what the formulas say, slowly.
+"""Decoder layers of published drafters, written from the formulas: one token after another, in operations on vectors.
 
-Nothing here knows transformers or headstart. A layer's past is a list of keys and values, which grows by one pair per token.
+Must not import transformers or headstart. A layer's past is a list of keys and values, which grows by one pair per token.
 """
 
 import math
@@ -14,15 +14,17 @@ Past = list[tuple[Tensor, Tensor]]
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of a vector."""
     return x / (x.pow(2).mean() + eps).sqrt() * weight
 
 
 def frequencies(size: int, theta: float) -> list[float]:
-    return [theta ** (-2 * place / size) for place in range(size // 2)]
+    """RoPE frequencies of a head of this size."""
+    return [theta ** (-2 * pair / size) for pair in range(size // 2)]
 
 
 def llama3(frequency: float, factor: float, low: float, high: float, before: int) -> float:
-    """Slow turns are slowed down by the factor, fast ones stay, those between are blended."""
+    """A RoPE frequency of type `llama3`: low ones are divided by the factor, high ones stay, those between are blended."""
     wavelength = 2 * math.pi / frequency
     if wavelength < before / high:
         return frequency
@@ -32,19 +34,27 @@ def llama3(frequency: float, factor: float, low: float, high: float, before: int
     return (1 - blend) * frequency / factor + blend * frequency
 
 
-def turned(x: Tensor, position: int, turns: Sequence[float]) -> Tensor:
-    """One head's [size], whose two halves are the coordinates of points that turn with the position."""
-    half = len(turns)
-    angles = torch.tensor([position * turn for turn in turns], dtype=x.dtype)
+def rotated(x: Tensor, position: int, frequencies: Sequence[float]) -> Tensor:
+    """RoPE of one head's [size], whose two halves are the coordinates of points that rotate with the position."""
+    half = len(frequencies)
+    angles = torch.tensor([position * frequency for frequency in frequencies], dtype=x.dtype)
     a, b = x[:half], x[half:]
     return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()])
 
 
 class Layer:
-    """heads, kv_heads: of queries, and of keys and values; size: of one; turns: of each pair of coordinates, per position."""
+    """A Llama-like decoder layer.
 
-    def __init__(self, get: Get, heads: int, kv_heads: int, size: int, turns: Sequence[float], eps: float) -> None:
-        self.get, self.heads, self.kv_heads, self.size, self.turns, self.eps = get, heads, kv_heads, size, turns, eps
+    get: its weights.
+    heads, kv_heads: number of heads of queries, and of keys and values.
+    size: of a head.
+    frequencies: of RoPE, one per pair of coordinates.
+    eps: of the norms.
+    """
+
+    def __init__(self, get: Get, heads: int, kv_heads: int, size: int, frequencies: Sequence[float], eps: float) -> None:
+        self.get, self.heads, self.kv_heads, self.size, self.eps = get, heads, kv_heads, size, eps
+        self.frequencies = frequencies
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         weight, bias = self.get(f"{name}.weight"), self.get(f"{name}.bias")
@@ -56,18 +66,18 @@ class Layer:
         return x if weight is None else norm(x, weight, self.eps)
 
     def attend(self, x: Tensor, position: int, past: Past) -> Tensor:
-        """Every query looks at all tokens so far, and at its own."""
+        """Attention of one token to all tokens so far and to itself; appends its keys and values to `past`."""
         queries, keys, values = (self.linear(f"self_attn.{name}_proj", x).view(-1, self.size) for name in "qkv")
         queries, keys = (
-            torch.stack([turned(self.normed(f"self_attn.{name}_norm", one), position, self.turns) for one in several])
-            for name, several in (("q", queries), ("k", keys))
+            torch.stack([rotated(self.normed(f"self_attn.{name}_norm", head), position, self.frequencies) for head in heads])
+            for name, heads in (("q", queries), ("k", keys))
         )
         past.append((keys, values))
         mixed = []
         for head in range(self.heads):
-            shared = head * self.kv_heads // self.heads
-            weights = torch.stack([queries[head] @ key[shared] / self.size**0.5 for key, _ in past]).softmax(0)
-            mixed.append(sum(weight * value[shared] for weight, (_, value) in zip(weights, past, strict=True)))
+            kv_head = head * self.kv_heads // self.heads
+            weights = torch.stack([queries[head] @ key[kv_head] / self.size**0.5 for key, _ in past]).softmax(0)
+            mixed.append(sum(weight * value[kv_head] for weight, (_, value) in zip(weights, past, strict=True)))
         return self.linear("self_attn.o_proj", torch.cat(mixed))
 
     def mlp(self, x: Tensor) -> Tensor:
@@ -75,7 +85,7 @@ class Layer:
         return self.linear("mlp.down_proj", gate * gate.sigmoid() * self.linear("mlp.up_proj", x))
 
     def finish(self, residual: Tensor, x: Tensor, position: int, past: Past) -> Tensor:
-        """The attention's part on top of the residual, then the MLP's on top of that."""
+        """The residual plus the attention's output, then plus the MLP's."""
         h = residual + self.attend(x, position, past)
         return h + self.mlp(self.normed("post_attention_layernorm", h))
 
@@ -83,11 +93,12 @@ class Layer:
 def unrolled(
     step: Callable[[Tensor, Tensor, int, list[Past]], Tensor], states: Tensor, embedded: Tensor, steps: int
 ) -> list[list[Tensor]]:
-    """[steps][length - steps] outputs behind every position of one text: the true states up to there, then the outputs themselves.
+    """[steps][length - steps] outputs after every position of one text, from the true states up to there, then from the outputs.
 
-    step: (state, embedding of the next token, position, pasts of the layers) -> output. states, embedded: [length, width].
+    step: (state, embedding of the next token, position, pasts of the layers) -> output.
+    states, embedded: [length, width].
     """
-    found: list[list[Tensor]] = [[] for _ in range(steps)]
+    outputs: list[list[Tensor]] = [[] for _ in range(steps)]
     for anchor in range(len(states) - steps):
         pasts: list[Past] = [[], [], []]
         for position in range(anchor):
@@ -95,17 +106,19 @@ def unrolled(
         out = states[anchor]
         for more in range(steps):
             out = step(out, embedded[anchor + more + 1], anchor + more, pasts)
-            found[more].append(out)
-    return found
+            outputs[more].append(out)
+    return outputs
 
 
-def assert_same(found: Sequence[Tensor], wanted: Iterable[Sequence[Sequence[Tensor]]]) -> None:
-    """To 1e-5 of the largest number, for norms and angles are float32 in transformers whatever the rest is.
+def assert_same(actual: Sequence[Tensor], expected: Iterable[Sequence[Sequence[Tensor]]]) -> None:
+    """Equal to 1e-5 of the largest number: norms and RoPE are float32 in transformers, whatever the precision of the rest.
 
-    found: [steps][rows, length, vocab]; wanted: [rows][steps][places] of [vocab].
+    actual: [steps][rows, length, vocab].
+    expected: [rows][steps][positions] of [vocab].
     """
-    for row, steps in enumerate(wanted):
-        assert len(steps) == len(found)
-        for step, places in enumerate(steps):
-            right = torch.stack(list(places))
-            assert (found[step][row, : len(places)] - right).abs().max() < 1e-5 * right.abs().max(), f"row {row}, step {step}"
+    for row, steps in enumerate(expected):
+        assert len(steps) == len(actual)
+        for step, positions in enumerate(steps):
+            logits = torch.stack(list(positions))
+            gap = (actual[step][row, : len(positions)] - logits).abs().max()
+            assert gap < 1e-5 * logits.abs().max(), f"row {row}, step {step}"

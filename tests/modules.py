@@ -1,6 +1,6 @@
-"""Models with MTP modules, as their makers publish them: tiny, random, named by hand, and transformers' own modules as the oracle.
+"""Tiny random models with MTP modules, with the tensor names of their publishers; transformers' own modules are the oracle.
 
-Modules and layers add little to a token's own embedding, so that what a module guesses is often what the model says.
+Modules and layers add little to a token's own embedding, so that a module's guess is often the model's token.
 """
 
 from __future__ import annotations
@@ -44,47 +44,47 @@ def mellum(modules: int = 1) -> Any:
 
 
 def qwen(modules: int = 1) -> Any:
-    """A plain Qwen3 with modules, which transformers reads if it is told of them."""
+    """A Qwen3 with modules; transformers reads them where the config has `num_mtp_layers`."""
     return hf.Qwen3Config(**_COMMON, num_mtp_layers=modules, mtp_layer_types=["full_attention"] * modules)
 
 
 def mimo(modules: int = 1) -> Any:
-    """What MiMo is underneath: a Qwen2, and modules that read the state first."""
+    """MiMo's architecture: a Qwen2, and modules whose projection reads the state first."""
     return hf.Qwen2Config(
         **_COMMON, num_mtp_layers=modules, mtp_layer_types=["full_attention"] * modules, mtp_hidden_states_first=True
     )
 
 
-# -- names, by hand --
+# -- tensor names --
 
 
-def as_deepseek(place: int, around: Tensors, layer: Tensors) -> Tensors:
+def as_deepseek(module: int, around: Tensors, layer: Tensors) -> Tensors:
     names = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "post_norm": "shared_head.norm"}
-    return _named(f"model.layers.{3 + place}.", names, around, layer)
+    return _named(f"model.layers.{3 + module}.", names, around, layer)
 
 
-def as_mimo(place: int, around: Tensors, layer: Tensors) -> Tensors:
+def as_mimo(module: int, around: Tensors, layer: Tensors) -> Tensors:
     names = {"enorm": "token_layernorm", "hnorm": "hidden_layernorm", "eh_proj": "input_proj", "post_norm": "final_layernorm"}
-    return _named(f"model.mtp_layers.{place}.", names, around, layer)
+    return _named(f"model.mtp_layers.{module}.", names, around, layer)
 
 
-def as_qwen(place: int, around: Tensors, layer: Tensors) -> Tensors:
+def as_qwen(module: int, around: Tensors, layer: Tensors) -> Tensors:
     names = {"enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "eh_proj": "fc", "post_norm": "norm"}
     return _named("mtp.", names, around, {f"layers.0.{name}": tensor for name, tensor in layer.items()})
 
 
 def _named(prefix: str, names: dict[str, str], around: Tensors, layer: Tensors) -> Tensors:
-    found = {f"{prefix}{theirs}.weight": around[f"{ours}.weight"] for ours, theirs in names.items()}
-    return found | {prefix + name: tensor for name, tensor in layer.items()}
+    tensors = {f"{prefix}{theirs}.weight": around[f"{ours}.weight"] for ours, theirs in names.items()}
+    return tensors | {prefix + name: tensor for name, tensor in layer.items()}
 
 
-def apart(layer: Tensors) -> Iterator[tuple[str, Tensor]]:
-    """A layer's tensors as they are published: every expert by itself."""
+def split_experts(layer: Tensors) -> Iterator[tuple[str, Tensor]]:
+    """A layer's tensors as they are published: one tensor per expert."""
     for name, tensor in layer.items():
         kind = name.rpartition(".")[2]
         if kind == "gate_up_proj":
-            for expert, both in enumerate(tensor):
-                gate, up = both.chunk(2)
+            for expert, gate_and_up in enumerate(tensor):
+                gate, up = gate_and_up.chunk(2)
                 yield name.replace(kind, f"{expert}.gate_proj.weight"), gate
                 yield name.replace(kind, f"{expert}.up_proj.weight"), up
         elif kind == "down_proj":
@@ -93,7 +93,7 @@ def apart(layer: Tensors) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-# family: its configuration, its naming, and the pattern by which transformers finds the modules
+# family: its configuration, its tensor names, and the pattern by which transformers finds the modules
 FAMILIES: dict[str, tuple[Callable[[int], Any], Callable[[int, Tensors, Tensors], Tensors], str]] = {
     "deepseek_v3": (deepseek, as_deepseek, r"model\.layers\.[3-9]\."),
     "glm4_moe": (glm, as_deepseek, r"model\.layers\.[3-9]\."),
@@ -104,27 +104,27 @@ FAMILIES: dict[str, tuple[Callable[[int], Any], Callable[[int, Tensors, Tensors]
 
 
 class Publication:
-    """A published model: `folder` is what one downloads, `model` and `oracle` are what transformers makes of it in memory."""
+    """A published model: `folder` as downloaded, and in memory `model` and `oracle`, its modules, as transformers runs them."""
 
     def __init__(self, folder: Path, family: str, modules: int = 1, shards: bool = False) -> None:
         self.folder, self.count = folder, modules
         config, name, self.pattern = FAMILIES[family]
-        self.model = _timid(random_model(config(modules), torch.float32))
+        self.model = _with_small_layers(random_model(config(modules), torch.float32))
         self.model._keys_to_ignore_on_load_unexpected = [self.pattern]
         torch.manual_seed(5)
-        self.oracle = _timid(_shaken(MtpModel(self.model, modules)))
+        self.oracle = _with_small_layers(_with_noise(MtpModel(self.model, modules)))
         self.tensors: Tensors = {}
-        for place, layer in enumerate(self.oracle.layers):
+        for module, layer in enumerate(self.oracle.layers):
             state = {key: tensor.detach().clone() for key, tensor in layer.state_dict().items()}
             block = {key.removeprefix("mtp_block."): state.pop(key) for key in [*state] if key.startswith("mtp_block.")}
-            self.tensors |= name(place, state, dict(apart(block)))
+            self.tensors |= name(module, state, dict(split_experts(block)))
         self.model.save_pretrained(folder)
         write_tokenizer(folder, VOCAB)
         self.rest = load_file(folder / "model.safetensors")
         self.write(self.tensors, shards)
 
     def write(self, tensors: Tensors, shards: bool = False, folder: Path | None = None) -> None:
-        """The weights once more, with these tensors of modules."""
+        """Write the weights again, with these tensors of modules."""
         folder = folder or self.folder
         for name in folder.glob("model*safetensors*"):
             name.unlink()
@@ -134,11 +134,11 @@ class Publication:
         parts = {"model-00001-of-00002.safetensors": self.rest, "model-00002-of-00002.safetensors": tensors}
         for file, part in parts.items():
             _save(part, folder / file)
-        places = {name: file for file, part in parts.items() for name in part}
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+        weight_map = {name: file for file, part in parts.items() for name in part}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
     def reloaded(self) -> Any:
-        """The model from its folder, told where transformers finds modules: it knows the layers' numbers of the released sizes."""
+        """The model from its folder, with the pattern of its modules: transformers knows those of the published sizes only."""
         model = hf.AutoModelForCausalLM.from_pretrained(self.folder, experts_implementation="eager").eval()
         model._keys_to_ignore_on_load_unexpected = [self.pattern]
         return model
@@ -148,7 +148,7 @@ def _save(tensors: Tensors, file: Path) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
 
 
-def _shaken(oracle: Any) -> Any:
+def _with_noise(oracle: Any) -> Any:
     with torch.no_grad():
         for name, weight in oracle.layers.named_parameters():
             is_projection = name.endswith("eh_proj.weight")
@@ -160,8 +160,8 @@ def _shaken(oracle: Any) -> Any:
     return oracle.float().eval()
 
 
-def _timid(model: Any) -> Any:
-    """What layers add to the stream is made small."""
+def _with_small_layers(model: Any) -> Any:
+    """The model, with layers that add little to the residual."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "o_proj" in name or "down_proj" in name:

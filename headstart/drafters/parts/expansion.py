@@ -57,8 +57,9 @@ class Expansion:
 
     def read(self, level: Level, memory: Memory, inputs: Tensor, positions: Tensor) -> Tensor:
         """Run a decoder over a level's nodes: [rows, nodes per row, input width] -> [rows, nodes per row, hidden]."""
-        states: Tensor = memory.level(inputs.flatten(0, 1), positions, self._seats_of(level), level)
-        return states.unflatten(0, level.tokens.shape)
+        flat = memory.level(inputs.flatten(0, 1), positions, self._seats_of(level), level)
+        states: Tensor = flat.unflatten(0, level.tokens.shape)
+        return states
 
     def _seats_of(self, level: Level) -> list[int]:
         return [self._seats[row] for row in level.rows]
