@@ -122,7 +122,7 @@ def test_parallel_heads_are_projected_level_by_level_before_any_choice():
 def test_every_level_of_a_drafter_is_seen(kind, parents, model_folder, tmp_path, monkeypatch, capsys):
     target = Target.load(model_folder)
     save(tmp_path / kind, heads_for(target, kind), describe_target(target.model, load_tokenizer(model_folder)), {})
-    before = Rows.choose, grow._TreeBuilder.narrow
+    before = Rows.choose, grow._TreeBuilder.select_beam
     arguments = ["--model", model_folder, "--drafter", tmp_path / kind, "--planner", "full:2,1,1", "--temperature", "1"]
     found = result_of(draft_cost.main, monkeypatch, capsys, *arguments, "--limit", "2", "--max-tokens", "24", "--threads", "1")[
         "ms"
@@ -132,7 +132,7 @@ def test_every_level_of_a_drafter_is_seen(kind, parents, model_folder, tmp_path,
     assert all(found["levels"][level][what] > 0 for level in "123" for what in ("project", "noise", "choose", "tree"))
     assert all((found["levels"][level]["layers"] > 0) == (kind != "mtp" or level != "1") for level in "123")
     assert found["sum of these"] == pytest.approx(found["whole round"], rel=0.3)
-    assert (Rows.choose, grow._TreeBuilder.narrow) == before
+    assert (Rows.choose, grow._TreeBuilder.select_beam) == before
 
 
 def test_a_drafter_without_logits_is_refused(model_folder, monkeypatch, capsys):
