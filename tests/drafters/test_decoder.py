@@ -1,4 +1,4 @@
-"""Layers of a drafter's own, of any family: while drafting they say what they say on whole texts."""
+"""A drafter's decoder layers, of any family: the logits of drafting are those of teacher forcing."""
 
 import copy
 
@@ -23,11 +23,12 @@ ROUNDING = {"gemma2": 1e-5, "deepseek_v3": 1e-7}
 LONG = [list(range(1, 41)), [(7 * i) % 90 + 2 for i in range(33)]]
 
 
-def made(kind, target):
+def random_heads(kind, target):
+    """Heads with layers like the target's, with random weights."""
     torch.manual_seed(1)
     config = {"mtp": MtpConfig(num_modules=2, depth=4), "mtp-parallel": ParallelConfig(num_heads=3)}[kind]
-    of = {"mtp": Mtp, "mtp-parallel": ParallelMtp}[kind]
-    heads = of(of.resolve_config(config, target.model.config), target.embed_head.hidden, target.embed_head.vocab)
+    method = {"mtp": Mtp, "mtp-parallel": ParallelMtp}[kind]
+    heads = method(method.resolve_config(config, target.model.config), target.embed_head.hidden, target.embed_head.vocab)
     for block in (module for module in heads.modules() if isinstance(module, PreTrainedModel)):
         block.set_experts_implementation("eager")  # there is no grouped product in fp64
     with torch.no_grad():
@@ -36,35 +37,36 @@ def made(kind, target):
     return heads.to(target.dtype).bind(target.embed_head).eval()
 
 
-def taught(heads, text, place, features):
+def teacher_forced(heads, text, root_position, features):
+    """[depth][vocab] logits after one root, as in training."""
     batch = Batch(torch.tensor([text]), torch.ones(1, len(text), dtype=torch.bool), features[None], features[None])
-    return [guess.output_head(guess.states[:, place - 1])[0].detach() for guess in heads.states(batch)]
+    return [output.output_head(output.states[:, root_position - 1])[0].detach() for output in heads.states(batch)]
 
 
 @pytest.mark.parametrize("kind", ["mtp", "mtp-parallel"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_drafting_says_what_training_said_whatever_the_family(family, kind):
-    target, places = tiny(family), (36, 29)  # beyond every window
-    heads = made(kind, target)
+def test_drafting_logits_are_the_teacher_forced_ones_in_any_family(family, kind):
+    target, root_positions = tiny(family), (36, 29)  # beyond every sliding window
+    heads = random_heads(kind, target)
     torch.manual_seed(0)
     features = [torch.randn(len(text), 64, dtype=target.dtype) for text in LONG]
-    wanted = [taught(heads, text, place, known) for text, place, known in zip(LONG, places, features, strict=True)]
+    expected = [teacher_forced(heads, *row) for row in zip(LONG, root_positions, features, strict=True)]
     seating = Seating(2, 128)
     for text in LONG:
         seating.take(len(text) + 8)
     heads.attach(target, seating)
     for cut in (0, 1), (1, 20), (20, 21), (21, 99):
-        spans = [(cut[0], min(cut[1], place)) for place in places]
+        spans = [(cut[0], min(cut[1], position)) for position in root_positions]
         pieces = tuple(tuple(text[a : b + 1]) for text, (a, b) in zip(LONG, spans, strict=True))
-        known = torch.cat([one[a:b] for one, (a, b) in zip(features, spans, strict=True)])
-        heads.extend(Kept((0, 1), pieces, tuple(a for a, _ in spans), (), (), known, known.device))
-    rows = Forced(LONG, places, (3, 3))
+        kept = torch.cat([row[a:b] for row, (a, b) in zip(features, spans, strict=True)])
+        heads.extend(Kept((0, 1), pieces, tuple(a for a, _ in spans), (), (), kept, kept.device))
+    rows = Forced(LONG, root_positions, (3, 3))
     heads.propose(rows)
     for (row, level), line in rows.logits.items():
-        torch.testing.assert_close(line, wanted[row][level - 1], rtol=0, atol=ROUNDING.get(family, 1e-10))
+        torch.testing.assert_close(line, expected[row][level - 1], rtol=0, atol=ROUNDING.get(family, 1e-10))
 
 
-def test_a_text_that_is_forked_in_the_middle_goes_on_as_if_it_had_been_read_alone():
+def test_a_text_forked_in_the_middle_is_drafted_for_like_one_read_alone():
     target = tiny()
     torch.manual_seed(1)
     heads = Mtp(MtpConfig(depth=3, block=llama_block(64)), 64, 97).to(target.dtype).bind(target.embed_head)
@@ -83,7 +85,7 @@ def test_a_text_that_is_forked_in_the_middle_goes_on_as_if_it_had_been_read_alon
         torch.testing.assert_close(rows.logits[1, level], rows.logits[2, level], rtol=0, atol=1e-12)
 
 
-def test_a_layer_is_what_its_settings_say_or_an_error():
+def test_a_decoder_has_its_settings_or_is_refused():
     layer = decoder(llama_block(48), 48)
     assert layer.config.head_dim == 16
     assert slot_bytes(layer) == 2 * 48 * 4
@@ -94,7 +96,7 @@ def test_a_layer_is_what_its_settings_say_or_an_error():
         decoder({"model_type": "nobody"}, 64)
 
 
-def test_a_block_is_one_layer_like_the_last():
+def test_the_block_of_a_model_is_one_layer_like_its_last():
     settings = block_of(tiny("gemma2").model.config)
     assert settings["num_hidden_layers"] == 1
     assert settings["layer_types"] == [tiny("gemma2").model.config.layer_types[-1]]
@@ -114,36 +116,36 @@ ROPES = {
 
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("family", ["llama", "qwen3", "qwen2", "mistral"])
-def test_a_wide_layer_whose_attention_ignores_the_embedding_is_transformers_own_layer(family, rope):
+def test_a_wide_layer_that_ignores_the_embedding_equals_the_layer_of_transformers(family, rope):
     torch.manual_seed(0)
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24, "rope_parameters": ROPES[rope]}
     block = {**llama_block(64), **sizes, "model_type": family}
-    plain = decoder(block, 64).double()
+    layer_model = decoder(block, 64).double()
     with torch.no_grad():
-        for weight in plain.parameters():
+        for weight in layer_model.parameters():
             weight.add_(torch.randn_like(weight) * 0.1)
-    wide = widened(copy.deepcopy(plain)).double()
-    layer, own = wide.layers[0], plain.layers[0]
-    assert isinstance(layer, Wide)
+    wide = widened(copy.deepcopy(layer_model)).double()
+    wide_layer, layer = wide.layers[0], layer_model.layers[0]
+    assert isinstance(wide_layer, Wide)
     with torch.no_grad():
         for name in ("q_proj", "k_proj", "v_proj"):
-            there, here = getattr(layer.self_attn, name), getattr(own.self_attn, name)
-            there.weight.copy_(torch.cat([torch.zeros_like(here.weight), here.weight], 1))
-            if here.bias is not None:
-                there.bias.copy_(here.bias)
-    plain.norm = torch.nn.Identity()
+            wide_linear, linear = getattr(wide_layer.self_attn, name), getattr(layer.self_attn, name)
+            wide_linear.weight.copy_(torch.cat([torch.zeros_like(linear.weight), linear.weight], 1))
+            if linear.bias is not None:
+                wide_linear.bias.copy_(linear.bias)
+    layer_model.norm = torch.nn.Identity()
     states, other = torch.randn(2, 2, 40, 64, dtype=torch.float64)
     positions = torch.arange(40)
-    found = unrolled(wide, torch.cat([other, states], -1), 0, positions, None)
-    torch.testing.assert_close(found, unrolled(plain, states, 0, positions, None), rtol=0, atol=1e-12)
+    actual = unrolled(wide, torch.cat([other, states], -1), 0, positions, None)
+    torch.testing.assert_close(actual, unrolled(layer_model, states, 0, positions, None), rtol=0, atol=1e-12)
 
 
 def test_a_layer_that_is_not_llama_like_is_refused_by_its_type():
     for family in ("gemma2", "olmo2", "phi3", "cohere"):
         block = block_of(tiny(family).model.config)
-        for made_of in (without_norms, widened):
+        for change in (without_norms, widened):
             with pytest.raises(ValueError, match=f"Llama-like decoder layer .* but its block is of '{family}'"):
-                made_of(decoder(block, 64))
+                change(decoder(block, 64))
 
 
 @pytest.mark.parametrize(

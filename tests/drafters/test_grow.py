@@ -1,4 +1,4 @@
-"""Level-by-level growth against a walk over a dictionary of paths."""
+"""Trees grown level by level, against a search over a dictionary of paths."""
 
 from itertools import pairwise
 
@@ -27,36 +27,39 @@ Path = tuple[int, ...]
 
 
 def children(rows: Rows, row: int, text: Path, path: Path) -> list[tuple[int, float]]:
-    """What `choose` gives for one parent, alone."""
+    """The choice for one parent alone: (token, chance), best first."""
     before, last = (*text, *path)[-2:]
-    place = paths_of([row], [[*path]] if path else None)
-    choice = rows.choose(TABLE[before, last][None], len(path) + 1, place, rows.plan.width)
+    paths = paths_of([row], [[*path]] if path else None)
+    choice = rows.choose(TABLE[before, last][None], len(path) + 1, paths, rows.plan.width)
     return list(zip(choice.tokens[0].tolist(), choice.chances[0].tolist(), strict=True))
 
 
 def grow_naively(rows: Rows, row: int, text: Path) -> dict[Path, float]:
     """Every candidate of a row: its path and chance."""
-    found: dict[Path, float] = {}
+    candidates: dict[Path, float] = {}
     level: dict[Path, float] = {(): 1.0}
     for _ in range(rows.depths[row]):
         beam = sorted(level, key=lambda path: -level[path])[: rows.plan.beam]
         level = {(*path, token): level[path] * chance for path in beam for token, chance in children(rows, row, text, path)}
-        found |= level
-    return found
+        candidates |= level
+    return candidates
 
 
 def paths_in(drafts: Drafts, row: int) -> dict[Path, float]:
+    """The drafts of a row: path and chance."""
     paths: list[Path] = []
     for token, parent in zip(drafts.tokens.tolist(), drafts.parents.tolist(), strict=True):
         paths.append((*(() if parent == ROOT else paths[parent]), token))
     return {
-        path: chance for path, chance, own in zip(paths, drafts.chances.tolist(), drafts.rows.tolist(), strict=True) if own == row
+        path: chance
+        for path, chance, draft_row in zip(paths, drafts.chances.tolist(), drafts.rows.tolist(), strict=True)
+        if draft_row == row
     }
 
 
 @settings(deadline=None)
 @given(DEPTHS, st.integers(1, 3), st.integers(1, 5), st.integers(0, 999))
-def test_grown_trees_are_those_of_the_naive_walk(depths, width, beam, seed):
+def test_trees_are_those_of_a_naive_search(depths, width, beam, seed):
     count = len(depths)
     rows = make_rows(KINDS[:count], range(seed, seed + count), VOCAB, depths=depths, width=width, beam=beam)
     texts = [(row, (row + seed) % VOCAB) for row in range(count)]
@@ -64,44 +67,42 @@ def test_grown_trees_are_those_of_the_naive_walk(depths, width, beam, seed):
     drafts.check()
     assert drafts.max_depth == max(depths) == int(drafts.depths.max())
     for row in range(count):
-        found, expected = paths_in(drafts, row), grow_naively(rows, row, texts[row])
-        unsure = {path for path, chance in expected.items() if chance < 1e-6}  # which of the hopeless are run is no matter
-        if not unsure:
-            assert found.keys() == expected.keys()
-        for path in found.keys() & expected.keys():
-            assert abs(found[path] - expected[path]) < 1e-5
+        actual, expected = paths_in(drafts, row), grow_naively(rows, row, texts[row])
+        if min(expected.values(), default=1.0) >= 1e-6:  # below, rounding decides which nodes are in the beam
+            assert actual.keys() == expected.keys()
+        for path in actual.keys() & expected.keys():
+            assert abs(actual[path] - expected[path]) < 1e-5
 
 
 @settings(deadline=None)
 @given(DEPTHS, st.integers(1, 3), st.integers(1, 4))
-def test_every_node_that_is_run_sees_exactly_its_ancestors_and_itself(depths, width, beam):
+def test_every_node_attends_to_exactly_its_ancestors_and_itself(depths, width, beam):
     rows = make_rows([KINDS[1]] * len(depths), range(len(depths)), VOCAB, depths=depths, width=width, beam=beam)
     run: dict[int, list[Path]] = {}
 
     def expand(level: Level) -> torch.Tensor:
-        for place, row in enumerate(level.rows):
-            above = run.get(row, [()])[-before.get(row, 1) :]
+        for index, row in enumerate(level.rows):
+            above = run.get(row, [()])[-widths.get(row, 1) :]
             paths = [
-                (*above[origin], token) for origin, token in zip(level.parents[place], level.tokens[place].tolist(), strict=True)
+                (*above[parent], token) for parent, token in zip(level.parents[index], level.tokens[index].tolist(), strict=True)
             ]
             run[row] = run.get(row, []) + paths
             assert level.earlier + level.width == len(run[row]) == len(level.depths)
             assert level.depths.tolist() == [len(path) for path in run[row]]
-            for path, mask in zip(paths, level.tree_mask[place].tolist(), strict=True):
-                seen = [other for other, is_seen in zip(run[row], mask, strict=True) if is_seen]
-                assert seen == [path[: size + 1] for size in range(len(path))]
-            before[row] = level.width
+            for path, mask in zip(paths, level.tree_mask[index].tolist(), strict=True):
+                attended = [other for other, is_attended in zip(run[row], mask, strict=True) if is_attended]
+                assert attended == [path[: size + 1] for size in range(len(path))]
+            widths[row] = level.width
         assert all(rows.depths[row] > int(level.depths[-1]) for row in level.rows)
         return torch.zeros(len(level.rows) * level.width, VOCAB)
 
-    before: dict[int, int] = {}
-    drafting_rows = sum(depth > 0 for depth in depths)
-    drafts = grow(rows, torch.zeros(drafting_rows, VOCAB), expand)
+    widths: dict[int, int] = {}  # of each row's level before
+    drafts = grow(rows, torch.zeros(len(rows.drafting), VOCAB), expand)
     for row, paths in run.items():
         assert set(paths) <= paths_in(drafts, row).keys()
 
 
-def test_every_parent_has_the_line_of_the_law_its_children_were_drawn_from():
+def test_every_parent_has_the_distribution_that_its_children_were_drawn_from():
     rows = make_rows([SamplingParams(temperature=1.0)] * 3, range(3), VOCAB, depths=[3, 0, 2], beam=2, noise_rule="fresh")
     texts = [(0, 1), (2, 2), (3, 4)]
     drafts = drafting(TABLE)(rows, texts).by_row(3)
@@ -110,25 +111,24 @@ def test_every_parent_has_the_line_of_the_law_its_children_were_drawn_from():
     parents = drafts.parents.tolist()
     for node, parent in enumerate(parents):
         row = int(drafts.rows[node])
-        path = [*texts[row]]
-        walk = parent
-        tail: list[int] = []
-        while walk != ROOT:
-            tail.insert(0, int(drafts.tokens[walk]))
-            walk = parents[walk]
-        before, last = (path + tail)[-2:]
+        ancestor = parent
+        path: list[int] = []
+        while ancestor != ROOT:
+            path.insert(0, int(drafts.tokens[ancestor]))
+            ancestor = parents[ancestor]
+        before, last = (*texts[row], *path)[-2:]
         line = drafts.distributions[row if parent == ROOT else 3 + parent]
         assert torch.allclose(line, TABLE[before, last].double().softmax(-1), atol=1e-6)
     leaves = [node for node in range(len(drafts)) if node not in parents]
     assert float(drafts.distributions[3:][leaves].sum()) == 0
 
 
-def test_picked_children_have_no_law():
+def test_children_that_were_not_drawn_have_no_distribution():
     rows = make_rows([SamplingParams(temperature=1.0)], [0], VOCAB, depths=[2])
     assert drafting(TABLE)(rows, [(0, 1)]).distributions is None
 
 
-def test_a_child_stands_behind_its_parent_and_is_never_likelier():
+def test_a_child_comes_after_its_parent_and_is_never_likelier():
     rows = make_rows(KINDS, range(4), VOCAB, depths=[4, 3, 4, 1], width=3, beam=3)
     drafts = drafting(TABLE)(rows, [(0, 1)] * 4)
     inner = drafts.parents != ROOT
@@ -147,31 +147,30 @@ def test_a_reduced_vocabulary_and_the_source_reach_the_drafts():
 
 @settings(deadline=None)
 @given(DEPTHS, st.integers(1, 3), st.integers(1, 5), st.integers(0, 99), st.booleans())
-def test_parallel_heads_compose_what_would_be_grown(depths, width, beam, seed, is_shaped):
-    """One choice per depth gives the tree that one choice per node would give, where all nodes of a depth are told the same."""
+def test_composed_trees_are_those_grown_from_logits_that_depend_on_the_depth_alone(depths, width, beam, seed, is_static):
+    """One choice per depth gives the tree that one choice per node would give."""
     count = len(depths)
-    parents = frozenset({(0,), (0, 0)}) if is_shaped else frozenset()
-    width = min(width, 1) if is_shaped else width
+    parents = frozenset({(0,), (0, 0)}) if is_static else frozenset()
+    width = min(width, 1) if is_static else width
     rows = make_rows(
-        KINDS[:count], range(seed, seed + count), VOCAB, depths=depths, width=width, beam=1 if is_shaped else beam, parents=parents
+        KINDS[:count], range(seed, seed + count), VOCAB, depths=depths, width=width, beam=1 if is_static else beam, parents=parents
     )
-    drafting_rows = [row for row, depth in enumerate(depths) if depth]
-    said = [TABLE[depth, torch.tensor(drafting_rows)] for depth in range(4)]  # [depth][drafting rows, vocab]
+    logits = [TABLE[depth, torch.tensor(rows.drafting)] for depth in range(4)]  # [depth][drafting rows, vocab]
 
-    def tell(level: Level) -> torch.Tensor:
-        lines = torch.tensor([drafting_rows.index(row) for row in level.rows])
-        return said[int(level.depths[-1])][lines].repeat_interleave(level.width, 0)
+    def expand(level: Level) -> torch.Tensor:
+        lines = torch.tensor([rows.drafting.index(row) for row in level.rows])
+        return logits[int(level.depths[-1])][lines].repeat_interleave(level.width, 0)
 
-    if is_shaped and max(depths) > 3:
-        return  # the shape names no parent so deep
-    grown, composed = grow(rows, said[0], tell), compose(rows, said[: max(depths)])
+    if is_static and max(depths) > 3:
+        return  # the static tree has no parent so deep
+    by_node, by_depth = grow(rows, logits[0], expand), compose(rows, logits[: max(depths)])
     for name in ("tokens", "parents", "rows", "depths", "chances"):
-        assert torch.equal(getattr(grown, name), getattr(composed, name))
+        assert torch.equal(getattr(by_node, name), getattr(by_depth, name))
 
 
 @settings(deadline=None)
 @given(DEPTHS, st.integers(1, 3), st.integers(1, 4), st.integers(1, 12), st.integers(0, 99))
-def test_levels_that_cannot_be_verified_are_not_grown_and_nothing_is_lost(depths, width, beam, nodes, seed):
+def test_levels_that_cannot_be_verified_are_not_run_and_no_draft_is_lost(depths, width, beam, nodes, seed):
     count = len(depths)
     planner = Best(nodes=nodes, depth=4, width=width, beam=beam)
     kept = []
@@ -182,7 +181,7 @@ def test_levels_that_cannot_be_verified_are_not_grown_and_nothing_is_lost(depths
     assert kept[0] == kept[1]
 
 
-def test_growth_ends_where_the_tree_is_full_of_better_drafts():
+def test_growth_stops_where_the_tree_is_full_of_better_drafts():
     certain = torch.full((VOCAB,), -9.0)
     certain[:2] = torch.tensor([1.0, 0.9])
     levels = []
@@ -196,7 +195,7 @@ def test_growth_ends_where_the_tree_is_full_of_better_drafts():
     assert levels == []
 
 
-def test_a_row_goes_deeper_only_where_that_promises_enough():
+def test_a_row_is_drafted_deeper_only_where_that_promises_min_gain():
     sure, unsure = torch.tensor([9.0, 0, 0, 0, 0]), torch.zeros(VOCAB)
     for min_gain, expected in ((0.0, {0, 1}), (0.9, {0})):
         rows = make_rows([SamplingParams()] * 2, [0, 1], VOCAB, depths=[2, 2], width=2, beam=2, min_gain=min_gain)
@@ -204,6 +203,6 @@ def test_a_row_goes_deeper_only_where_that_promises_enough():
         grow(
             rows,
             torch.stack([sure, unsure]),
-            lambda level, to=deeper: to.extend(level.rows) or torch.zeros(2 * len(level.rows), VOCAB),
+            lambda level, rows_run=deeper: rows_run.extend(level.rows) or torch.zeros(2 * len(level.rows), VOCAB),
         )
         assert set(deeper) == expected

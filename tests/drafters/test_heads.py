@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from folders import write_model
 from heads import KINDS, Forced, heads_for
 from scripted import Ask, decode
-from teacher_forcing import TEXTS, batch_of, hear, states_of
+from teacher_forcing import TEXTS, batch_of, read_texts, states_of
 from tiny import tiny
 
 import headstart
@@ -41,7 +41,7 @@ def test_drafting_says_what_training_said(kind):
         guesses = heads.eval().states(batch_of(torch.tensor([text]), taps=heads.taps))
         trained.append([guess.output_head(guess.states[:, place - 1])[0].detach() for guess in guesses])
     heads.attach(target, seating)
-    hear(heads, TEXTS, places)
+    read_texts(heads, TEXTS, places)
     rows = Forced(TEXTS, places, depths)
     drafts = heads.propose(rows)
     assert len(drafts) == sum(depths)
