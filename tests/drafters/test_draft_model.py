@@ -1,4 +1,4 @@
-"""A smaller model that drafts: its tokens must be the target's, the widths of the two models' logits need not be equal."""
+"""The draft model: its tokens must be the target's; the vocabularies may be padded to different sizes."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ PROMPTS = [[7, 30, 2, 311], [9, 8, 250, 19, 5]]
 
 
 def padded(folder, vocab, layers):
-    """A model whose embedding has rows behind the last token, which it says as readily as any other."""
+    """A model whose embedding has more rows than the tokenizer has tokens, and which gives these rows no lower logits."""
     write_model(folder, TOKENS, layers)
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.random.fork_rng():
@@ -30,7 +30,7 @@ def padded(folder, vocab, layers):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Models with one tokenizer, by the width of their logits; the wider they are, the deeper."""
+    """Models with one tokenizer, by the size of their vocabulary; the larger it is, the more layers."""
     home = tmp_path_factory.mktemp("padded")
     return {vocab: padded(home / str(vocab), vocab, layers) for vocab, layers in ((336, 1), (352, 2), (400, 3))}
 
@@ -49,17 +49,17 @@ def decode(target, drafter, planner, temperature, accept="coupled"):
     return [list(request.output) for request in requests], engine.stats.drafts
 
 
-def listened(drafter):
-    """The tokens that a drafter proposes from now on."""
-    original, heard = drafter.propose, set()
+def record_tokens(drafter):
+    """The set of tokens that a drafter proposes from now on."""
+    original, proposed = drafter.propose, set()
 
     def propose(rows):
         drafts = original(rows)
-        heard.update(drafts.tokens.tolist())
+        proposed.update(drafts.tokens.tolist())
         return drafts
 
     drafter.propose = propose
-    return heard
+    return proposed
 
 
 TREE = Best(nodes=9, depth=3, width=3, beam=3)
@@ -74,27 +74,27 @@ TREE = Best(nodes=9, depth=3, width=3, beam=3)
 @pytest.mark.parametrize(("wide", "narrow"), [(352, 400), (352, 336)], ids=["the draft is wider", "the target is wider"])
 def test_models_padded_to_different_sizes_draft_for_each_other(targets, wide, narrow, temperature, planner, accept):
     target, drafter = targets[wide], ModelDrafter(targets[narrow], has_same_tokens=True)
-    plain, _ = decode(target, None, None, temperature)
-    heard = listened(drafter)
-    found, drafts = decode(target, drafter, planner, temperature, accept)
+    expected, _ = decode(target, None, None, temperature)
+    proposed = record_tokens(drafter)
+    actual, drafts = decode(target, drafter, planner, temperature, accept)
     assert drafts > 0
-    assert max(heard) < min(wide, narrow)
+    assert max(proposed) < min(wide, narrow)
     if accept == "coupled" or temperature == 0:
-        assert found == plain
+        assert actual == expected
     if temperature == 1 and narrow < wide:
-        assert max(max(text) for text in found) >= narrow, "no text has a token that the draft model lacks"
+        assert max(max(text) for text in actual) >= narrow, "no text has a token that the draft model lacks"
 
 
-def test_models_of_one_tokenizer_are_found_to_have_the_same_tokens(folders, targets):
+def test_models_of_one_tokenizer_are_known_to_have_the_same_tokens(folders, targets):
     drafter = make(f"model:{folders[400]}", targets[352])
     assert drafter.has_same_tokens
-    found, drafts = decode(targets[352], drafter, None, 0.0)
-    assert found == decode(targets[352], None, None, 0.0)[0]
+    actual, drafts = decode(targets[352], drafter, None, 0.0)
+    assert actual == decode(targets[352], None, None, 0.0)[0]
     assert drafts > 0
 
 
 @pytest.mark.parametrize("vocab", [352, 400])
-def test_tokens_that_were_added_to_one_tokenizer_do_no_harm_where_the_sizes_agree(targets, tmp_path, vocab):
+def test_a_token_added_to_one_tokenizer_is_accepted_where_the_sizes_agree(targets, tmp_path, vocab):
     folder = padded(tmp_path / "more", vocab, 1)
     tokenizer = write_tokenizer(folder, TOKENS)
     tokenizer.add_tokens(["<|new|>"])
@@ -107,7 +107,7 @@ def test_tokens_that_were_added_to_one_tokenizer_do_no_harm_where_the_sizes_agre
             Engine(targets[352], drafter)
 
 
-def test_a_token_that_means_something_else_is_named(targets, tmp_path):
+def test_an_id_that_stands_for_another_token_is_named_in_the_error(targets, tmp_path):
     folder = padded(tmp_path / "other", 352, 1)
     tokenizer = write_tokenizer(folder, TOKENS - 1)
     tokenizer.add_tokens(["<|new|>"])

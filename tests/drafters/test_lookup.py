@@ -1,4 +1,4 @@
-"""The automaton against reading the whole text again for every question; then how the drafter uses its answers."""
+"""The suffix automaton against a search of the whole text, then the drafter that uses it."""
 
 import random
 import sys
@@ -24,28 +24,28 @@ TEXTS = st.lists(st.integers(0, 2), max_size=30)
 
 
 def occurrences(text: list[int], words: list[int]) -> list[int]:
-    """The places behind each occurrence of `words` that a token follows."""
-    return [end for end in range(len(words), len(text)) if text[end - len(words) : end] == words]
+    """The indices of the tokens that follow each occurrence of `words`."""
+    return [index for index in range(len(words), len(text)) if text[index - len(words) : index] == words]
 
 
 def naive_followers(text: list[int], read: list[int]) -> list[tuple[int, int, int]]:
-    """(token, length of the match, rivals) of all that ever followed a suffix of `read`: longest match, then latest first."""
-    found: dict[int, tuple[int, int, int]] = {}
+    """(token, length of the match, rivals) of all tokens that followed a suffix of `read`: longest match, then latest first."""
+    followers: dict[int, tuple[int, int, int]] = {}
     for length in range(len(read), 0, -1):
-        places = occurrences(text, read[len(read) - length :])
-        for place in reversed(places):
-            found.setdefault(text[place], (text[place], length, len({text[p] for p in places})))
-    return list(found.values())
+        indices = occurrences(text, read[len(read) - length :])
+        for index in reversed(indices):
+            followers.setdefault(text[index], (text[index], length, len({text[i] for i in indices})))
+    return list(followers.values())
 
 
 @given(TEXTS)
-def test_the_end_is_the_longest_suffix_that_occurred_before(text):
+def test_the_texts_match_is_its_longest_suffix_that_occurred_before(text):
     lengths = [length for length in range(1, len(text)) if occurrences(text, text[len(text) - length :])]
     assert SuffixAutomaton(text).end[1] == max(lengths, default=0)
 
 
 @given(TEXTS, st.integers(1, 3))
-def test_followers_are_those_that_reading_the_text_again_would_find(text, count):
+def test_followers_are_those_that_a_search_of_the_text_finds(text, count):
     automaton = SuffixAutomaton(text)
     followers = automaton.followers(automaton.end, count)
     assert [(f.token, f.length, f.rivals) for f in followers] == naive_followers(text, text)[:count]
@@ -53,20 +53,20 @@ def test_followers_are_those_that_reading_the_text_again_would_find(text, count)
 
 
 @given(TEXTS, st.lists(st.integers(0, 2), max_size=6))
-def test_reading_on_along_a_draft_finds_what_followed_text_and_draft(text, choices):
+def test_followers_of_a_draft_are_those_of_text_and_draft_together(text, choices):
     automaton, read = SuffixAutomaton(text), list(text)
-    place = automaton.end
+    match = automaton.end
     for choice in choices:
-        followers = automaton.followers(place, 3)
+        followers = automaton.followers(match, 3)
         assert [(f.token, f.length, f.rivals) for f in followers] == naive_followers(text, read)
         if not followers:
             return
         chosen = followers[choice % len(followers)]
-        read, place = [*read, chosen.token], chosen.match
+        read, match = [*read, chosen.token], chosen.match
 
 
 def fibonacci_word(size: int) -> list[int]:
-    """As repetitive as a text can be without being periodic."""
+    """A text that repeats as much as one can without being periodic."""
     first, second = [0], [0, 1]
     while len(second) < size:
         first, second = second, second + first
@@ -74,7 +74,7 @@ def fibonacci_word(size: int) -> list[int]:
 
 
 def count_lines(action) -> int:
-    """Lines of lookup.py that run: the cost, without a clock."""
+    """How many lines of lookup.py run: a cost without a clock."""
     num_lines = 0
 
     def trace(frame, event, _):
@@ -126,25 +126,25 @@ def test_memory_grows_with_the_text_and_no_faster(text):
 # -- chances --
 
 
-def test_a_longer_match_and_fewer_rivals_make_a_better_chance():
+def test_a_longer_match_with_fewer_rivals_has_a_better_chance():
     record, automaton = Record(), SuffixAutomaton([1, 2, 3, 4, 9, 3, 5, 1, 2, 3])
     best, other = automaton.followers(automaton.end, 2)
     assert (best.token, best.length, best.rivals, other.token, other.length, other.rivals) == (4, 3, 1, 5, 1, 2)
     assert record.chance(best) > 0.5 > record.chance(other)
 
 
-def test_chances_follow_how_such_guesses_fared():
+def test_chances_follow_how_often_such_followers_were_right():
     automaton = SuffixAutomaton([1, 2, 1])
     followers = automaton.followers(automaton.end, 1)
-    lucky, unlucky = Record(), Record()
+    always_right, never_right = Record(), Record()
     for _ in range(50):
-        lucky.learn(followers, 2)
-        unlucky.learn(followers, 3)
-    assert lucky.chance(followers[0]) > 0.9
-    assert unlucky.chance(followers[0]) < 0.1
+        always_right.learn(followers, 2)
+        never_right.learn(followers, 3)
+    assert always_right.chance(followers[0]) > 0.9
+    assert never_right.chance(followers[0]) < 0.1
 
 
-def test_a_next_best_is_only_judged_where_the_better_ones_failed():
+def test_a_follower_is_counted_only_where_those_of_lower_rank_were_wrong():
     automaton = SuffixAutomaton([1, 2, 1, 3, 1])
     followers = automaton.followers(automaton.end, 2)
     record, untouched = Record(), Record()
@@ -178,17 +178,17 @@ def drafter_of(*texts: list[int], **settings: float) -> Lookup:
     return drafter
 
 
-def say(drafter: Lookup, prompt: list[int], answer: list[int], **plan: int) -> list[int]:
-    """Drafts in each round, until a target that says `answer` has said it; the drafter knows `prompt`."""
+def num_drafts(drafter: Lookup, prompt: list[int], answer: list[int], **plan: int) -> list[int]:
+    """The number of drafts in each round of a target whose answer is `answer`; the drafter has read `prompt`."""
     text, sizes = list(prompt), []
     while left := answer[len(text) - len(prompt) :]:
         drafts = drafter.propose(rows_of(text, **plan))
         drafts.check()
         path = {ROOT: 0}  # kept nodes: their depth
         nodes = zip(drafts.tokens.tolist(), drafts.parents.tolist(), drafts.depths.tolist(), strict=True)
-        for place, (token, parent, depth) in enumerate(nodes):
+        for node, (token, parent, depth) in enumerate(nodes):
             if parent in path and depth < len(left) and token == left[depth - 1]:
-                path[place] = depth
+                path[node] = depth
         new = left[: max(path.values()) + 1]
         drafter.extend(kept_of([text[-1], *new], starts=(len(text) - 1,)))
         text += new
@@ -203,23 +203,23 @@ def test_lookup_is_a_drafter():
 def test_a_copied_passage_takes_one_round_for_every_depth_plus_one_tokens():
     passage = list(range(10, 50))
     prompt = [*passage, 1, *passage[:8]]
-    assert len(say(drafter_of(prompt), prompt, passage[8:38], depth=4)) == 30 / 5
+    assert len(num_drafts(drafter_of(prompt), prompt, passage[8:38], depth=4)) == 30 / 5
 
 
 def test_a_text_that_repeats_nothing_is_never_drafted_for():
-    assert say(drafter_of([1, 2, 3]), [1, 2, 3], list(range(10, 60))) == [0] * 50
+    assert num_drafts(drafter_of([1, 2, 3]), [1, 2, 3], list(range(10, 60))) == [0] * 50
 
 
-def test_followers_that_keep_failing_silence_the_drafter_and_a_repetition_wakes_it():
-    noise = random.Random(0).choices(range(60), k=900)  # every word occurred before, and says nothing about the next
+def test_wrong_followers_stop_the_drafting_and_a_repetition_starts_it_again():
+    noise = random.Random(0).choices(range(60), k=900)  # every token occurred before, and does not predict the next
     drafter = drafter_of([0])
-    sizes = say(drafter, [0], noise)
+    sizes = num_drafts(drafter, [0], noise)
     assert sum(sizes[:100]) > 0.2 * 100
     assert sum(sizes[-300:]) < 0.1 * 300
-    assert len(say(drafter, [0, *noise], list(range(70, 90)) * 3)) < 40
+    assert len(num_drafts(drafter, [0, *noise], list(range(70, 90)) * 3)) < 40
 
 
-def test_several_continuations_become_branches():
+def test_several_followers_become_branches():
     text = [5, 1, 20, 21, 22, 6, 1, 30, 31, 32, 7, 1]
     drafts = drafter_of(text, floor=0.01).propose(rows_of(text, depth=2))
     drafts.check()
@@ -227,7 +227,7 @@ def test_several_continuations_become_branches():
     assert drafts.tokens[drafts.depths == 2].tolist() == [31, 21]
 
 
-def test_branches_of_one_continuation_share_their_beginning():
+def test_branches_share_their_common_beginning():
     text = [1, 2, 3, 10, 0, 1, 2, 3, 11, 0, 1, 2]
     drafts = drafter_of(text, floor=0.01).propose(rows_of(text, depth=2))
     assert drafts.tokens.tolist() == [3, 11, 10]
@@ -270,7 +270,7 @@ def test_settings_out_of_range_are_refused_by_name(settings):
         Lookup(**settings)
 
 
-def test_rows_are_drafted_for_from_their_own_text_alone():
+def test_each_row_is_drafted_for_from_its_own_text_alone():
     copied, fresh = [1, 2, 3, 4, 5, 6, 1, 2], [7, 8, 9]
     drafts = drafter_of(copied, fresh, copied).propose(rows_of(copied, fresh, copied))
     drafts.check()
@@ -278,14 +278,14 @@ def test_rows_are_drafted_for_from_their_own_text_alone():
     assert 1 not in drafts.rows
 
 
-def test_a_prompt_in_chunks_is_known_like_a_prompt_at_once():
+def test_a_prompt_in_chunks_gives_the_drafts_of_a_prompt_at_once():
     text = [1, 2, 3, 4, 5, 6, 1, 2, 3]
     chunked = drafter_of(text[:5])
     chunked.extend(kept_of(text[4:], starts=(4,)))
     assert chunked.propose(rows_of(text)).tokens.tolist() == drafter_of(text).propose(rows_of(text)).tokens.tolist()
 
 
-def test_a_fork_knows_the_first_tokens_and_goes_its_own_way():
+def test_a_fork_has_the_first_tokens_and_a_text_of_its_own():
     text = [1, 2, 3, 4, 1, 9]
     drafter = drafter_of(text, floor=0.01)
     drafter.fork(0, 1, 5)
