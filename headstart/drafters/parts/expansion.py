@@ -1,4 +1,4 @@
-"""How a drafter that reads its own output runs the levels of a tree: the states of the last level's nodes, and where to read on.
+"""Running a drafter that reads its own output over the levels of a tree: it keeps the states of the level that was run last.
 
 Must not import a method.
 """
