@@ -348,7 +348,7 @@ def served(*replies: object):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever)
-    thread.init_from_target()
+    thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}/v1", asked
     finally:
