@@ -17,10 +17,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def assert_same_bits(one: Path, other: Path) -> None:
+def assert_same_bits(one: Path, other: Path, how: str = "") -> None:
+    """how: what happened to the second run, for the message of a failure."""
     first, second = weights(one), weights(other)
-    assert first.keys() == second.keys()
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    assert first.keys() == second.keys(), how
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert different == [], how
 
 
 def log(folder: Path, key: str = "loss") -> list[float]:
@@ -34,7 +36,7 @@ def killed(config, at: str, resume: bool = False) -> None:
     die = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
     child = os.fork()
     if not child:
-        set_pace, rename = loops.Loop._set_pace, os.rename
+        set_pace, rename = loops.Loop._set_learning_rate, os.rename
 
         def pacing(self):
             set_pace(self)
@@ -49,7 +51,7 @@ def killed(config, at: str, resume: bool = False) -> None:
             if is_it and moment == "renamed":
                 die()
 
-        loops.Loop._set_pace, os.rename = pacing, renaming
+        loops.Loop._set_learning_rate, os.rename = pacing, renaming
         try:
             train(config, resume=resume)
         finally:
@@ -60,6 +62,6 @@ def killed(config, at: str, resume: bool = False) -> None:
 def dataset_of(model_folder: Path, data: Path) -> Dataset:
     from headstart.target.tokenizer_loading import load_tokenizer
     from headstart.text.conversations import read_examples
-    from headstart.training.dataset import shelve
+    from headstart.training.dataset import split
 
-    return shelve(read_examples([data], load_tokenizer(model_folder))[0], 0.0)
+    return split(read_examples([data], load_tokenizer(model_folder))[0], 0.0)

@@ -16,7 +16,7 @@ from headstart.text.jsonl import ENCODING
 from headstart.training.run_config import RunConfig, TrainConfig
 
 Kind = TypeVar("Kind", bound=BaseModel)
-Run = TypeVar("Run", bound=RunConfig)
+AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
 
 
 @overload
@@ -25,8 +25,8 @@ def resolve(path: Path | None, options: Mapping[str, Any], default_target: Calla
 
 @overload
 def resolve(
-    path: Path | None, options: Mapping[str, Any], default_target: Callable[[], str] | None = None, *, kind: type[Run]
-) -> Run: ...
+    path: Path | None, options: Mapping[str, Any], default_target: Callable[[], str] | None = None, *, kind: type[AnyConfig]
+) -> AnyConfig: ...
 
 
 def resolve(

@@ -31,7 +31,7 @@ class Text:
     mask: tuple[bool, ...]
 
     @cached_property
-    def num_counted(self) -> int:
+    def num_targets(self) -> int:
         """Positions at which a first guess counts: what the loss of a step is divided by."""
         return int(counted(torch.tensor([self.mask])).sum())
 
@@ -75,7 +75,7 @@ class Dataset:
             counts[row, : len(text.tokens)] = torch.tensor(text.mask)
         return TextBatch(tokens, counts, tuple(indices))
 
-    def nothing(self) -> TextBatch:
+    def masked_batch(self) -> TextBatch:
         """The shortest text, of which nothing counts: a process without a batch still takes part in the step."""
         shortest = min(range(len(self.texts)), key=lambda index: len(self.texts[index].tokens))
         padded = self.pad([shortest])
@@ -127,7 +127,7 @@ def split(examples: Sequence[Example], held_out: float | Sequence[Example]) -> D
 
 def _useful(examples: Sequence[Example]) -> list[Text]:
     texts = [Text(tuple(map(int, one.tokens)), tuple(map(bool, one.mask))) for one in examples]
-    return [text for text in texts if text.num_counted]
+    return [text for text in texts if text.num_targets]
 
 
 def _share(texts: Sequence[Text], share: float) -> set[int]:

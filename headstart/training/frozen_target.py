@@ -1,7 +1,7 @@
-"""What a step learns: a module from texts to a loss. Here the target is frozen and only the drafter learns.
+"""The loss module of a frozen target: only the drafter is trained.
 
-A loss_module is a `torch.nn.Module` whose `forward(texts) -> (loss, Metrics)` sums over positions, whose parameters are all that is
-trained and saved, and whose `groups` say how. This file knows lessons. It refuses to know methods, steps and files.
+A loss module is a `torch.nn.Module` whose `forward(texts, progress) -> (loss, Metrics)` sums over positions, whose parameters are
+all that is trained and saved, and whose `groups` are the parameter groups of the optimizer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ Source = Callable[[TextBatch], Batch]
 
 
 class FrozenTarget(nn.Module):
-    """The drafter learns from a target that stays as it is. source: what the target makes of texts, no parameters of its own."""
+    """A loss module that trains a drafter on a frozen target.
+
+    drafter: heads, bound to the target.
+    objective: weights of the losses.
+    source: texts -> features and last hidden states of the target; it has no parameters of its own.
+    """
 
     def __init__(self, drafter: Any, objective: Objective, source: Source) -> None:
         super().__init__()
@@ -26,20 +31,20 @@ class FrozenTarget(nn.Module):
         self.objective = objective
         self.source = source
 
-    def forward(self, texts: TextBatch) -> tuple[Tensor, Metrics]:
-        """The summed loss, a scalar, and metrics."""
-        found: tuple[Tensor, Metrics] = self.drafter.loss(self.source(texts), self.objective)
-        return found
+    def forward(self, texts: TextBatch, progress: float = 0.0) -> tuple[Tensor, Metrics]:
+        """The summed loss, a scalar, and metrics. progress: share of the run that is done; this loss does not depend on it."""
+        summed: tuple[Tensor, Metrics] = self.drafter.loss(self.source(texts), self.objective)
+        return summed
 
     def groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Parameters for the optimiser, with `peak`, the learning rate at the end of the warm-up."""
-        return decaying(self.drafter.parameters(), learning_rate, weight_decay)
+        """Parameter groups for the optimizer, with `peak`, the learning rate at the end of the warm-up."""
+        return parameter_groups(self.drafter.parameters(), learning_rate, weight_decay)
 
 
-def decaying(parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices, which decay, and biases and norms, which do not."""
-    learned = [weight for weight in parameters if weight.requires_grad]
-    matrices, vectors = [w for w in learned if w.dim() > 1], [w for w in learned if w.dim() <= 1]
+def parameter_groups(parameters: Iterable[nn.Parameter], learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Two parameter groups: matrices with weight decay, biases and norms without."""
+    trained = [weight for weight in parameters if weight.requires_grad]
+    matrices, vectors = [w for w in trained if w.dim() > 1], [w for w in trained if w.dim() <= 1]
     groups = [(matrices, weight_decay), (vectors, 0.0)]
     return [
         {"params": members, "weight_decay": decay, "lr": learning_rate, "peak": learning_rate}

@@ -1,7 +1,4 @@
-"""Ctrl-C and the end of a job's time, noticed between two steps: never in the middle of one.
-
-This file knows signals.
-"""
+"""Handling of Ctrl-C and SIGTERM: a run notices them between two steps, never in the middle of one."""
 
 from __future__ import annotations
 
@@ -12,24 +9,24 @@ from typing import Any
 
 
 class Interrupt:
-    """Within `with`, a first Ctrl-C or SIGTERM only sets `is_pulled`; a second one interrupts at once."""
+    """Within `with`, the first Ctrl-C or SIGTERM only sets `is_requested`; the second one raises KeyboardInterrupt at once."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
-        self.is_pulled = False
-        self._before: dict[int, Any] = {}
+        self.is_requested = False
+        self._handlers_before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
-        if threading.current_thread() is threading.main_thread():  # elsewhere, signals are not ours to take
-            self._before = {number: signal.signal(number, self._pull) for number in self.SIGNALS}
+        if threading.current_thread() is threading.main_thread():  # other threads cannot set signal handlers
+            self._handlers_before = {number: signal.signal(number, self._request) for number in self.SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
 
-    def _pull(self, number: int, frame: FrameType | None) -> None:
-        if self.is_pulled:
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.is_requested:
             raise KeyboardInterrupt
-        self.is_pulled = True
+        self.is_requested = True

@@ -1,7 +1,4 @@
-"""How fast a run learns at each step: warm-up, then a schedule, both functions of the step alone.
-
-This file knows numbers between 0 and 1.
-"""
+"""The learning-rate schedule: warm-up, then decay. Both depend on the step alone."""
 
 from __future__ import annotations
 
@@ -16,8 +13,14 @@ _SHAPES: dict[str, Callable[[float], float]] = {
 
 
 def lr_schedule(step: int, steps: int, warmup: float, schedule: str, floor: float = 0.0) -> float:
-    """The share of the learning rate that step `step` (from 0) of `steps` uses. warmup: share of the steps that lead up to 1.
-    floor: what is left of 1 at the end of the schedule."""
+    """The share of the learning rate that a step uses, in [0, 1].
+
+    step: counted from 0.
+    steps: of the whole run.
+    warmup: share of the steps in which the rate rises linearly to 1.
+    schedule: "cosine", "linear" or "constant", after the warm-up.
+    floor: the share at the end of the schedule.
+    """
     num_warm = round(warmup * steps)
     if step < num_warm:
         return (step + 1) / num_warm

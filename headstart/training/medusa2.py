@@ -11,12 +11,11 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from headstart.drafters.parts.drafter_loss import chunked_loss
@@ -26,11 +25,9 @@ from headstart.target.hidden_states import asking_for
 from headstart.training.batching import evenly
 from headstart.training.dataset import Dataset, TextBatch
 from headstart.training.features import as_batch, layers
-from headstart.training.frozen_target import decaying
+from headstart.training.frozen_target import parameter_groups
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import PreTrainedModel
 
 
@@ -118,9 +115,9 @@ class Trunk(nn.Module):
 
 
 class Medusa2(nn.Module):
-    """A loss_module in which trunk and heads learn. progress: the share of the run that is done, asked at every step.
+    """A loss module that trains trunk and heads.
 
-    Metrics are those of the heads. The base term is summed over an assistant's tokens and shares the heads' divisor.
+    Metrics are those of the heads. The base term is summed over the loss mask and shares the heads' divisor.
     """
 
     def __init__(self, drafter: Any, model: PreTrainedModel, objective: Objective, config: Medusa2Config) -> None:
@@ -129,15 +126,14 @@ class Medusa2(nn.Module):
         self.trunk = Trunk(model, config)
         self.objective = objective
         self.config = config
-        self.progress: Callable[[], float] = lambda: 0.0
         self._taps = [tap % self.trunk.num_layers for tap in drafter.taps]
 
-    def forward(self, texts: TextBatch) -> tuple[Tensor, Metrics]:
-        """The summed loss, a scalar, and metrics."""
+    def forward(self, texts: TextBatch, progress: float = 0.0) -> tuple[Tensor, Metrics]:
+        """The summed loss, a scalar, and metrics. progress: share of the run that is done, in [0, 1]."""
         texts = texts.to(next(self.parameters()).device)
         batch = as_batch(texts, self.trunk.states(texts.tokens, layers(self._taps, self.trunk.num_layers)), self._taps)
         heads, metrics = self.drafter.loss(batch, self.objective)
-        return self.base(batch) + self.config.lambda0(self.progress()) * heads, metrics
+        return self.base(batch) + self.config.lambda0(progress) * heads, metrics
 
     def base(self, batch: Batch) -> Tensor:
         """The trunk's own loss, summed over an assistant's tokens."""
@@ -163,8 +159,8 @@ class Medusa2(nn.Module):
 
     def groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
         """The trunk at `learning_rate`, the heads at `head_rate` times that."""
-        heads = decaying(self.drafter.parameters(), learning_rate * self.config.head_rate, weight_decay)
-        return heads + decaying(self.trunk.parameters(), learning_rate, weight_decay)
+        heads = parameter_groups(self.drafter.parameters(), learning_rate * self.config.head_rate, weight_decay)
+        return heads + parameter_groups(self.trunk.parameters(), learning_rate, weight_decay)
 
 
 def _states(model: Any, tokens: Tensor, wanted: Sequence[int]) -> dict[int, Tensor]:
@@ -192,14 +188,3 @@ def perplexity(joint: Medusa2, dataset: Dataset, rows: int) -> float | None:
     batches = [[dataset.held_out[place] for place in batch] for batch in evenly(lengths, rows)]
     losses, counts = zip(*(joint.cross_entropy(dataset.pad(batch)) for batch in batches), strict=True)
     return math.exp(sum(losses) / max(1, sum(counts)))
-
-
-def save_trunk(trunk: Trunk, tokenizer: Any, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Write the merged trunk as an ordinary model folder, with its tokenizer; returns it. Raises ValueError on a full disk."""
-    model: PreTrainedModel = trunk.merged().to(dtype)  # type: ignore[arg-type]
-    try:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"the trunk cannot be written to {folder} ({error}); make room and go on with --resume") from None
-    return model

@@ -35,7 +35,7 @@ class Block:
     tokens: Tokens
 
     @property
-    def num_counted(self) -> int:
+    def num_targets(self) -> int:
         """Tokens that are predicted: all but the first."""
         return len(self.tokens) - 1
 
@@ -82,7 +82,7 @@ class Packed:
             counts[row, : len(block)] = True
         return TextBatch(tokens, counts, tuple(indices))
 
-    def nothing(self) -> TextBatch:
+    def masked_batch(self) -> TextBatch:
         """A block of which nothing counts: a process without a batch still takes part in the step."""
         padded = self.pad([self._shortest])
         return TextBatch(padded.tokens, torch.zeros_like(padded.loss_mask), padded.indices)

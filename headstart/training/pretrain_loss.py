@@ -23,7 +23,7 @@ from headstart.target.embed_head import EmbedHead
 from headstart.target.hidden_states import asking_for
 from headstart.training.dataset import TextBatch
 from headstart.training.features import as_batch, layers
-from headstart.training.frozen_target import decaying
+from headstart.training.frozen_target import parameter_groups
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,10 +32,14 @@ NEXT = Objective(hard=1.0)
 
 
 class PretrainLoss(nn.Module):
-    """trunk: a causal LM that learns. heads: by method, bound to it. weight: of the heads' losses when a share of the run, in
-    [0, 1], is done; `progress` is asked for it. decay: weight of each deeper guess over that of the one before.
+    """A loss module that trains a trunk and its heads.
 
-    Metrics have a column for the next token, then one for every depth of each head, in order.
+    trunk: a causal LM.
+    heads: by method, bound to the trunk.
+    weight: progress of the run, in [0, 1] -> weight of the heads' losses.
+    decay: weight of each depth over that of the one before.
+
+    Metrics have a column for the next token, then one for every depth of each method's heads, in order.
     """
 
     def __init__(self, trunk: PreTrainedModel, heads: Mapping[str, Heads], weight: Callable[[float], float], decay: float) -> None:
@@ -44,7 +48,6 @@ class PretrainLoss(nn.Module):
         self.heads = nn.ModuleDict(heads)
         self.weight = weight
         self.objective = Objective(hard=1.0, decay=decay)
-        self.progress: Callable[[], float] = lambda: 0.0
         self._embed_head = EmbedHead(trunk)
         self._num_layers = int(trunk.config.get_text_config().num_hidden_layers)
         taps = {tap for member in heads.values() for tap in member.taps}
@@ -52,12 +55,12 @@ class PretrainLoss(nn.Module):
         both_ends = trunk.get_input_embeddings(), trunk.get_output_embeddings()
         self._shared = [weight for end in both_ends for weight in end.parameters()]  # what heads speak through and learn, too
 
-    def forward(self, texts: TextBatch) -> tuple[Tensor, Metrics]:
-        """The summed loss, a scalar, and metrics."""
+    def forward(self, texts: TextBatch, progress: float = 0.0) -> tuple[Tensor, Metrics]:
+        """The summed loss, a scalar, and metrics. progress: share of the run that is done, in [0, 1]."""
         texts = texts.to(next(self.parameters()).device)
         states = self._states(texts.tokens)
         total, found = self._next(texts, states[self._num_layers - 1])
-        weight, stacked = self.weight(self.progress()), [found]
+        weight, stacked = self.weight(progress), [found]
         for drafter in self.heads.values():
             loss, metrics = self._later(drafter, texts, states)
             total = total + weight * loss
@@ -88,23 +91,23 @@ class PretrainLoss(nn.Module):
         )
         return loss / sum(self.objective.decay**depth for depth in range(drafter.depth)), metrics
 
-    def measure(self, metrics: Metrics, loss: float, prefix: str) -> dict[str, Any]:
-        """loss and top-1 of the next token; top-1 by depth, and tau of a chain, of each method's heads."""
+    def summarize_metrics(self, metrics: Metrics, loss: float, prefix: str) -> dict[str, Any]:
+        """The values of the log: loss and top-1 of the next token; top-1 by depth and tau of a chain for each method's heads."""
         stacked = metrics.stacked()
-        told: dict[str, Any] = {f"{prefix}loss": float(stacked[0, 0] / stacked[1, 0].clamp(min=1))}
-        told[f"{prefix}next_top1"] = round(float(metrics.top1[0]), 5)
+        values: dict[str, Any] = {f"{prefix}loss": float(stacked[0, 0] / stacked[1, 0].clamp(min=1))}
+        values[f"{prefix}next_top1"] = round(float(metrics.top1[0]), 5)
         first = 1
         for name, drafter in self.heads.items():
             depth = int(drafter.depth)  # type: ignore[arg-type]
-            own = Metrics.of(stacked[:, first : first + depth])
-            told[f"{prefix}{name}_top1"] = [round(share, 5) for share in own.top1.tolist()]
-            told[f"{prefix}{name}_tau"] = round(float(own.tau), 4)
+            of_heads = Metrics.of(stacked[:, first : first + depth])
+            values[f"{prefix}{name}_top1"] = [round(share, 5) for share in of_heads.top1.tolist()]
+            values[f"{prefix}{name}_tau"] = round(float(of_heads.tau), 4)
             first += depth
-        return told
+        return values
 
     def groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
         """Parameters for one optimiser of all."""
-        return decaying(self.parameters(), learning_rate, weight_decay)
+        return parameter_groups(self.parameters(), learning_rate, weight_decay)
 
     def split(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Matrices inside layers, and everything else: what Muon is for, and what it is not for."""

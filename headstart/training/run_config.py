@@ -182,6 +182,11 @@ class PretrainConfig(RunConfig):
             raise ValueError("weight_until says when weight gives way to weight_end, and there is none; give weight_end")
         return self
 
+    def heads_weight(self, progress: float) -> float:
+        """Weight of the heads' losses when this share of the steps, in [0, 1], is done (DeepSeek-V3, section 4.2)."""
+        is_late = self.weight_end is not None and progress >= self.weight_until
+        return self.weight_end if is_late and self.weight_end is not None else self.weight
+
     def as_dict(self) -> dict[str, Any]:
         """As that of all runs; files that `times` names by their path are the absolute ones."""
         times = {str(Path(name).absolute()) if Path(name) in self.data else name: count for name, count in self.times.items()}

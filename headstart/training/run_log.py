@@ -1,7 +1,4 @@
-"""What a run says while it learns: a line or a bar on standard error, and `log.jsonl` in its folder.
-
-This file knows numbers and their names. It refuses to know where they come from.
-"""
+"""The log of a training run: lines or a progress bar on standard error, and `log.jsonl` in the run's folder."""
 
 from __future__ import annotations
 
@@ -21,8 +18,15 @@ from headstart.drafters.parts.losses import Metrics
 LOG = "log.jsonl"
 
 
-def measures(metrics: Metrics, loss: float, prefix: str = "") -> dict[str, Any]:
-    """loss per counted position, top-1 of each depth, and the tau that a chain of best guesses would have."""
+def summarize_metrics(metrics: Metrics, loss: float, prefix: str = "") -> dict[str, Any]:
+    """The values of the log, by name.
+
+    metrics, loss: sums over positions.
+    prefix: before each name.
+
+    `loss`: nats per position of the loss mask. `top1`: accuracy of the best token by depth, in [0, 1]. `tau`: acceptance length
+    that a chain of best tokens would have.
+    """
     count = float(metrics.counts[0])
     top1 = [round(share, 5) for share in metrics.top1.tolist()]
     return {
@@ -32,11 +36,15 @@ def measures(metrics: Metrics, loss: float, prefix: str = "") -> dict[str, Any]:
     }
 
 
-Measure = Callable[[Metrics, float, str], dict[str, Any]]  # (metrics, summed loss, prefix) -> what is told, by name
+SummarizeMetrics = Callable[[Metrics, float, str], dict[str, Any]]  # (metrics, summed loss, prefix) -> values by name
 
 
 class RunLog:
-    """Lines of one run. Only the main process writes; the others hold one that is silent."""
+    """The log of one run. Only the main process writes; in other processes it does nothing.
+
+    out: folder of the run.
+    is_main: whether this is the main process.
+    """
 
     def __init__(self, out: Path, is_main: bool) -> None:
         self._path, self._is_main = out / LOG, is_main
@@ -45,7 +53,7 @@ class RunLog:
         self._task = TaskID(0)
 
     def rewind(self, step: int) -> None:
-        """Forget what a run that was killed wrote after its last checkpoint."""
+        """Remove the lines that a killed run wrote after its last checkpoint. step: of that checkpoint."""
         if not self._is_main or not self._path.exists():
             return
         lines = self._path.read_text().splitlines()
@@ -54,7 +62,7 @@ class RunLog:
 
     @contextmanager
     def running(self, step: int, steps: int) -> Iterator[None]:
-        """A bar, where there is a terminal."""
+        """A context with a progress bar, where standard error is a terminal."""
         if not (self._is_main and sys.stderr.isatty()):
             yield
             return
@@ -65,11 +73,12 @@ class RunLog:
         self._progress = None
 
     def advance(self, step: int) -> None:
+        """Move the progress bar to `step`."""
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """One line of the log."""
+        """Append one line to `log.jsonl`. Raises ValueError if it cannot be written."""
         if not self._is_main:
             return
         try:
@@ -80,20 +89,21 @@ class RunLog:
                 f"the log {self._path} cannot be written: {error.strerror}; make room and go on with --resume"
             ) from None
 
-    def tell(self, values: Mapping[str, Any], steps: int, left: float) -> None:
-        """One line for people. left: seconds to go."""
-        words = f"{_numbers(values)}  {values['tokens_per_second']:,.0f} tokens/s"
+    def print_progress(self, values: Mapping[str, Any], steps: int, seconds_left: float) -> None:
+        """Print the values of a step, or show them in the progress bar."""
+        summary = f"{_numbers(values)}  {values['tokens_per_second']:,.0f} tokens/s"
         if self._progress is not None:
-            self._progress.update(self._task, description=words)
+            self._progress.update(self._task, description=summary)
         else:
-            self.say(f"step {values['step']}/{steps}  {words}  {_clock(left)} left")
+            self.print(f"step {values['step']}/{steps}  {summary}  {_clock(seconds_left)} left")
 
-    def say(self, sentence: str) -> None:
+    def print(self, sentence: str) -> None:
+        """Print a sentence on standard error."""
         self.console.print(sentence, markup=False)
 
 
-def flat(values: Mapping[str, Any]) -> dict[str, float]:
-    """For trackers, which know single numbers only: top1 becomes top1/1, top1/2, ..."""
+def flatten(values: Mapping[str, Any]) -> dict[str, float]:
+    """The values with lists split into single numbers, which is what trackers take: top1 becomes top1/1, top1/2, ..."""
     result: dict[str, float] = {}
     for name, value in values.items():
         result |= {f"{name}/{depth}": entry for depth, entry in enumerate(value, 1)} if isinstance(value, list) else {name: value}
@@ -101,7 +111,7 @@ def flat(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _numbers(values: Mapping[str, Any]) -> str:
-    """Losses, shares and taus, whatever they are of."""
+    """The losses, accuracies and acceptance lengths among the values, in one line."""
     shown = {name: value for name, value in values.items() if name.endswith(("loss", "top1", "tau"))}
     return "  ".join(f"{name.replace('_', ' ').replace('top1', 'top-1')} {_digits(name, value)}" for name, value in shown.items())
 
@@ -112,10 +122,10 @@ def _digits(name: str, value: Any) -> str:
     return f"{value:.4f}" if name.endswith("loss") else f"{value:.3f}"
 
 
-def described(values: Mapping[str, Any]) -> str:
-    """Held-out measures in words."""
-    plain = {name.removeprefix("held_out_"): value for name, value in values.items()}
-    return f"held out: {_numbers(plain)}"
+def format_held_out(values: Mapping[str, Any]) -> str:
+    """The values of held-out texts in one line."""
+    unprefixed = {name.removeprefix("held_out_"): value for name, value in values.items()}
+    return f"held out: {_numbers(unprefixed)}"
 
 
 def _clock(seconds: float) -> str:
@@ -125,7 +135,7 @@ def _clock(seconds: float) -> str:
 
 
 def _step(line: str) -> float:
-    """Of a line of the log; infinite if it was cut short by a kill."""
+    """The step of a line of the log; infinite if a kill cut the line short."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

@@ -1,12 +1,12 @@
-"""Before the first step: the folder, the processes, the texts, and what the target makes of them.
+"""What happens before the first step of a run: checking the folder, starting the processes, reading texts, building the loop.
 
-This file knows what a configuration asks for and who gives it. It refuses to know what is learned.
+It must not import what is trained: methods, drafters and their losses.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,11 @@ from headstart.training.batching import BatchOrder, num_batches
 from headstart.training.dataset import Dataset, split
 from headstart.training.features import Online, Store
 from headstart.training.frozen_target import Source
-from headstart.training.loop import BatchPlan
+from headstart.training.loop import BatchPlan, Loop
 from headstart.training.packing import Packed
 from headstart.training.run_config import BUDGETS, RunConfig, TrainConfig
-from headstart.training.run_log import RunLog
-from headstart.training.run_state import HOME
+from headstart.training.run_log import RunLog, SummarizeMetrics, summarize_metrics
+from headstart.training.run_state import HOME, Checkpoints, Identity, State
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -29,13 +29,17 @@ if TYPE_CHECKING:
 
     from headstart.formats import TargetInfo
 
-LENGTH = 512  # of a text, where the target takes as much
+LENGTH = 512  # tokens of a text, where the target's context is not shorter
 
 
 def check_out(out: Path, resume: bool, finish: bool = False) -> None:
-    """Before anything is loaded: an output folder that can be written, and holds nothing that would be lost.
+    """Check, before anything is loaded, that an output folder can be written and holds nothing that would be overwritten.
 
-    finish: whether the run there is to be ended where it is; raises ValueError where there is no checkpoint of one.
+    resume: whether the run in the folder continues.
+    finish: whether the run in the folder ends at its last checkpoint.
+
+    Raises ValueError for a folder that cannot be written, that holds a model, heads or a run that was not named with `resume` or
+    `finish`, or that has no checkpoint to finish.
     """
     if finish and resume:
         raise ValueError("finish ends a run where it is, and resume goes on with it; leave one of them out")
@@ -60,7 +64,7 @@ def check_out(out: Path, resume: bool, finish: bool = False) -> None:
 
 
 def start_accelerator(config: RunConfig) -> Accelerator:
-    """This process among others. Raises ValueError where accelerate is missing or refuses."""
+    """This process among others. Raises ValueError where accelerate is missing or refuses the configuration."""
     try:
         from accelerate import Accelerator
         from accelerate.utils import set_seed
@@ -77,28 +81,28 @@ def start_accelerator(config: RunConfig) -> Accelerator:
         )
     except (ValueError, ImportError) as error:
         raise ValueError(f"accelerate refuses precision={config.precision}, tracker={config.tracker}: {error}") from None
-    # It warns of tied weights, which it saves once and restores; resumed runs are held_out to the bit.
+    # accelerate warns of tied weights. It saves them once and restores them; the tests compare resumed runs to the bit.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     set_seed(config.seed, device_specific=True)
     return accelerator
 
 
 def fitting_length(length: int | None, model: PreTrainedModel) -> int:
-    """Of a text, in tokens. Raises ValueError if the target does not take as much."""
+    """The greatest length of a text in tokens; `length` None: the default. Raises ValueError if it exceeds the target's context."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if length is not None and context is not None and length > context:
         raise ValueError(f"length is {length}, and the target takes {context} tokens at most; lower length to {context}")
     return length or min(LENGTH, context or LENGTH)
 
 
-def read_dataset(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, target_info: TargetInfo, report: RunLog) -> Dataset:
-    """The texts of `config.data`, and those held out."""
+def read_dataset(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, target_info: TargetInfo, log: RunLog) -> Dataset:
+    """The texts of `config.data`, split into train and held out. Raises ValueError for data that cannot be read."""
 
     def read(paths: Sequence[Path]) -> Any:
-        examples, told = read_examples(
+        examples, report = read_examples(
             paths, tokenizer, target_info.digest, config.length, any_target=config.any_target, vocab=target_info.vocab
         )
-        report.say(f"data: {told}")
+        log.print(f"data: {report}")
         return examples
 
     held_out = read([config.held_out]) if isinstance(config.held_out, Path) else config.held_out
@@ -107,15 +111,18 @@ def read_dataset(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, target
 
 def make_source(
     config: TrainConfig, model: PreTrainedModel, taps: Sequence[int], dataset: Dataset, target_info: TargetInfo,
-    accelerator: Accelerator, report: RunLog,
+    accelerator: Accelerator, log: RunLog,
 ) -> Source:  # fmt: skip
-    """Where a drafter's features come from: the model itself, or a store of what it said."""
+    """Where a drafter's features (tapped hidden states) come from: the model itself, or a store of its hidden states.
+
+    taps: layers that the drafter reads. Raises ValueError for a store of another run, or without room on the disk.
+    """
     online = Online(model, taps)
     if config.features is None:
         return online
 
     def on_progress(done: int, of: int) -> None:
-        report.say(f"features: shard {done + 1} of {of}")
+        log.print(f"features: shard {done + 1} of {of}")
 
     with accelerator.main_process_first():
         Store.claim(config.features, online, dataset, str(target_info.digest))
@@ -126,8 +133,40 @@ def make_source(
 
 
 def make_batch_plan(config: RunConfig, dataset: Dataset | Packed, num_processes: int) -> BatchPlan:
-    """What is read in which step, to the end of the budget."""
+    """Which texts each step reads, to the end of the budget."""
     order = BatchOrder([len(dataset.texts[index].tokens) for index in dataset.train], config.rows, config.seed)
     per_step = config.accumulate * num_processes
     budget = {name: getattr(config, name) for name in BUDGETS}
     return BatchPlan(dataset, order, num_batches(order, **budget, per_step=per_step), per_step)
+
+
+def make_loop(
+    config: RunConfig, dataset: Dataset | Packed, accelerator: Accelerator, log: RunLog, loss_module: torch.nn.Module,
+    optimizers: Sequence[Any], target: str, summarize: SummarizeMetrics = summarize_metrics,
+    decode: Callable[[], float] | None = None, decode_every: int | None = None,
+) -> Loop:  # fmt: skip
+    """The loop of a run with its batch plan and its checkpoints.
+
+    loss_module, optimizers: as accelerate prepared them.
+    target: what identifies the model that is trained on; a resumed run must have the same.
+    """
+    batch_plan = make_batch_plan(config, dataset, accelerator.num_processes)
+    identity = Identity(config.as_dict(), dataset.digest(), target, batch_plan.per_step)
+    checkpoints = Checkpoints(config.out, accelerator)
+    return Loop(
+        config, batch_plan, loss_module, optimizers, accelerator, checkpoints, identity, log, summarize, decode, decode_every
+    )
+
+
+def begin(loop: Loop, greeting: Callable[[int], str], tracked: Mapping[str, Any]) -> State:
+    """Load the newest checkpoint if there is one, write `config.yaml` and print the greeting; returns where the run starts.
+
+    greeting: step -> sentence. tracked: settings for the experiment tracker.
+    """
+    state = loop.checkpoints.load(loop.identity)
+    loop.log.rewind(state.step)
+    if loop.accelerator.is_main_process:
+        loop.config.write(loop.config.out)
+    loop.log.print(greeting(state.step))
+    loop.accelerator.init_trackers("headstart", config=dict(tracked))
+    return state

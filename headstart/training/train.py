@@ -1,7 +1,6 @@
-"""Training heads: one loop for every method that can learn, accelerate underneath.
+"""Training of heads: the parts of `headstart.training`, put together for every method that can be trained.
 
-`train` puts the parts of `headstart.training` together. It works under `accelerate launch` on any number of processes. This file
-knows which part gets what. It refuses to know methods, engines and command lines.
+It works under `accelerate launch` on any number of processes. It must not import `headstart.engine` or `headstart.cli`.
 """
 
 from __future__ import annotations
@@ -16,207 +15,267 @@ from torch import Tensor, nn
 
 from headstart.drafters.parts.losses import Objective
 from headstart.drafters.registry import method
-from headstart.formats import describe_target, save
+from headstart.formats import TargetInfo, describe_target, save
 from headstart.target.embed_head import EmbedHead
 from headstart.target.loading import load_model, stored_dtype
 from headstart.target.tokenizer_loading import load_tokenizer
 from headstart.text.tokenizer import special_ids
 from headstart.training.config_file import resolve, validate
+from headstart.training.dataset import Dataset
 from headstart.training.frozen_target import FrozenTarget
 from headstart.training.loop import Loop
-from headstart.training.medusa2 import Medusa2, Medusa2Config, perplexity, save_trunk
+from headstart.training.medusa2 import Medusa2, Medusa2Config, perplexity
+from headstart.training.output import TRUNK, save_trunk, training_record
 from headstart.training.run_config import TrainConfig
 from headstart.training.run_log import RunLog
-from headstart.training.run_state import Checkpoints, Identity, State
-from headstart.training.setup import check_out, fitting_length, make_batch_plan, make_source, read_dataset, start_accelerator
+from headstart.training.setup import begin, check_out, fitting_length, make_loop, make_source, read_dataset, start_accelerator
 from headstart.training.warm_start import warm_start, warm_start_settings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["Decode", "TrainConfig", "resolve", "train"]
 
-TRUNK = "model"  # the folder of a trunk that learned too, inside that of its heads
-
-# (model, heads, prompts) -> tau: what a real decode of these prompts gives with heads that may be attached and thrown away.
+# (model, heads, prompts) -> tau, the acceptance length of a real decode of these prompts. The heads are a copy to be thrown away.
 Decode = Callable[["PreTrainedModel", nn.Module, Sequence[Sequence[int]]], float]
 
 
 def train(config: TrainConfig, *, resume: bool = False, finish: bool = False, decode: Decode | None = None) -> dict[str, Any]:
-    """Train heads and save them in `config.out`; what was written about their training.
+    """Train heads, save them in `config.out` and return the record of their training.
 
-    resume: go on from the last checkpoint there, to the very weights of a run that was never stopped. finish: end the run there
-    instead, and save what it has learned so far. decode: measures a real
-    tau every `decode_every` steps. Raises ValueError, in one sentence, for everything a user can get wrong and for a loss that
-    is no number, and KeyboardInterrupt after saving when it was asked to stop.
+    resume: continue from the last checkpoint in `config.out`; the weights are the same to the bit as those of a run that was never
+    stopped.
+    finish: end the run at its last checkpoint instead, and save the heads as they are there.
+    decode: measures the acceptance length of a real decode every `decode_every` steps; None: not measured.
+
+    Raises ValueError, in one sentence, for everything a user can get wrong and for a loss that is not finite.
+    Raises KeyboardInterrupt, after saving a checkpoint, when the run was asked to stop.
     """
     recipe = Recipe.of(config)
     if config.decode_every and decode is None:
         raise ValueError("decode_every is given, but nothing to decode with; pass decode=..., or leave it out")
     check_out(config.out, resume, finish)
-    run = TrainRun(config, recipe, decode)
-    state = run.begin()
-    return run.finish(run.loop.end_at(state) if finish else run.loop.see_through(state, "train"))
+    run = TrainRun.prepare(config, recipe, decode)
+    perplexity_before = run.trunk_perplexity()
+    state = begin(run.loop, run.greeting, {"method": config.method, "learning_rate": config.learning_rate})
+    measured = run.loop.finish_at(state) if finish else run.loop.run_to_end(state, "train")
+    return run.save(measured, perplexity_before)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a configuration says about a method and its losses, checked. kind: the method's class."""
+    """The method and the losses that a configuration asks for, checked.
 
-    kind: Any
+    method: class of the drafter.
+    settings: of the method's own config.
+    objective: weights of the losses.
+    medusa2: how the target is trained with its heads; None: the target is frozen.
+    """
+
+    method: Any
     settings: Any
     objective: Objective
-    joint: Medusa2Config | None
+    medusa2: Medusa2Config | None
 
     @classmethod
     def of(cls, config: TrainConfig) -> Recipe:
+        """The recipe of a configuration. Raises ValueError for an unknown method or a wrong setting."""
         settings = warm_start_settings(config.method, config.settings, config.start, f"method {config.method}")
-        joint = None if config.joint is None else validate(Medusa2Config, config.joint, "joint")
-        kind = method(config.method)
-        return cls(kind, settings, validate(Objective, {**kind.loss_defaults, **config.loss}, "loss"), joint)
+        medusa2 = None if config.joint is None else validate(Medusa2Config, config.joint, "joint")
+        drafter = method(config.method)
+        return cls(drafter, settings, validate(Objective, {**drafter.loss_defaults, **config.loss}, "loss"), medusa2)
 
 
-class TrainRun:
-    """Everything of one run, ready to begin."""
+@dataclass(frozen=True, eq=False)
+class RunInputs:
+    """What a run reads before its heads exist.
 
-    def __init__(self, config: TrainConfig, recipe: Recipe, decode: Decode | None) -> None:
-        self.recipe, self.decode = recipe, decode
-        self.accelerator = accelerator = start_accelerator(config)
-        self.report = RunLog(config.out, accelerator.is_main_process)
-        self.say = self.report.say
-        dtype = "float32" if recipe.joint and config.dtype == "auto" else config.dtype  # small steps vanish in bf16
-        self.model = load_model(config.target, dtype, str(accelerator.device), config.trust_remote_code)
-        self.tokenizer = load_tokenizer(config.target, config.trust_remote_code)
-        self.config = config = config.model_copy(update={"length": fitting_length(config.length, self.model)})
-        self.embed_head, self.target_info = EmbedHead(self.model), describe_target(self.model, self.tokenizer)
-        self.dataset = read_dataset(config, self.tokenizer, self.target_info, self.report)
-        self.settings = recipe.kind.resolve_config(recipe.settings, self.model.config)
-        said = self.dataset.token_counts(self.embed_head.vocab)
-        self.heads = self._new_heads(said)
-        self.coverage = self.heads.coverage(said)
-        self.bare = self._lesson()
-        self.before: float | None = None  # the trunk's perplexity, where it learns
-        optimizer: Any = torch.optim.AdamW(self.bare.groups(config.learning_rate, config.weight_decay), betas=config.betas)
-        self.loss_module, optimizer = accelerator.prepare(self.bare, optimizer)
-        self.batch_plan = make_batch_plan(config, self.dataset, accelerator.num_processes)
-        self.identity = Identity(config.as_dict(), self.dataset.digest(), str(self.target_info.digest), self.batch_plan.per_step)
-        self.checkpoints = Checkpoints(config.out, accelerator)
-        self.loop = Loop(
-            config, self.batch_plan, self.loss_module, [optimizer], accelerator, self.checkpoints, self.identity, self.report,
-            decode=self.decoded if decode else None, decode_every=config.decode_every,
-        )  # fmt: skip
+    config: of the run, with `length` resolved.
+    accelerator: this process among others.
+    log: lines for people and for `log.jsonl`.
+    model, tokenizer: of the target.
+    embed_head: embedding and LM head of the target.
+    target_info: description of the target that is saved with the heads.
+    dataset: all texts of the run.
+    """
 
-    def _new_heads(self, said: Tensor) -> Any:
-        """Those that the run begins with: new ones, or ones that go on. said: how often each token is, [vocab]."""
-        heads, start = self.fresh().bind(self.embed_head), self.config.start
+    config: TrainConfig
+    accelerator: Accelerator
+    log: RunLog
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    embed_head: EmbedHead
+    target_info: TargetInfo
+    dataset: Dataset
+
+    @classmethod
+    def read(cls, config: TrainConfig, recipe: Recipe) -> RunInputs:
+        """Start the processes, load the target and read the texts."""
+        accelerator = start_accelerator(config)
+        log = RunLog(config.out, accelerator.is_main_process)
+        dtype = "float32" if recipe.medusa2 and config.dtype == "auto" else config.dtype  # bf16 rounds small steps away
+        model = load_model(config.target, dtype, str(accelerator.device), config.trust_remote_code)
+        tokenizer = load_tokenizer(config.target, config.trust_remote_code)
+        config = config.model_copy(update={"length": fitting_length(config.length, model)})
+        embed_head, target_info = EmbedHead(model), describe_target(model, tokenizer)
+        dataset = read_dataset(config, tokenizer, target_info, log)
+        return cls(config, accelerator, log, model, tokenizer, embed_head, target_info, dataset)
+
+
+@dataclass(frozen=True)
+class HeadsBuilder:
+    """Builds heads of one method for one target. hidden: size of the target's hidden states. vocab: size of its vocabulary."""
+
+    method: Any
+    settings: Any
+    hidden: int
+    vocab: int
+    seed: int
+
+    def untrained(self) -> Any:
+        """Heads with random weights. The random state of the run does not change."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return self.method(self.settings, self.hidden, self.vocab)
+
+    def initial(self, inputs: RunInputs, token_counts: Tensor) -> Any:
+        """The heads that the run starts with: new ones, or those of a warm start.
+
+        token_counts: how often each token occurs in the answers, [vocab].
+        """
+        heads, start = self.untrained().bind(inputs.embed_head), inputs.config.start
         if start is not None:
-            warm_start(heads, start, self.target_info)
+            warm_start(heads, start, inputs.target_info)
             return heads
-        heads.choose_vocab(said, [token for token in special_ids(self.tokenizer) if token < self.embed_head.vocab])
+        heads.choose_vocab(token_counts, [token for token in special_ids(inputs.tokenizer) if token < self.vocab])
         return heads.init_from_target()
 
-    def _lesson(self) -> Any:
-        config, joint = self.config, self.recipe.joint
-        if joint is not None:
-            loss_module = Medusa2(self.heads, self.model, self.recipe.objective, joint)
-            loss_module.progress = lambda: self.loop.state.step / self.batch_plan.steps
-            return loss_module
-        source = make_source(config, self.model, self.heads.taps, self.dataset, self.target_info, self.accelerator, self.report)
-        return FrozenTarget(self.heads, self.recipe.objective, source)
+    def copy(self, accelerator: Accelerator, prepared: nn.Module) -> Any:
+        """A copy on the host of the heads inside a loss module that accelerate prepared; untrained outside the main process."""
+        state = accelerator.get_state_dict(prepared)
+        heads = self.untrained()
+        if accelerator.is_main_process:
+            of_heads = {name: tensor for name, tensor in state.items() if name.startswith("drafter.")}
+            heads.load_state_dict({name.removeprefix("drafter."): tensor for name, tensor in of_heads.items()})
+        return heads
 
-    def begin(self) -> State:
-        """Where the run starts or goes on; says so."""
-        config = self.config
-        if self.recipe.joint:
-            self.before = perplexity(self.bare, self.dataset, config.rows)
-        state = self.checkpoints.load(self.identity)
-        self.report.rewind(state.step)
-        if self.accelerator.is_main_process:
-            config.write(config.out)
-        self.say(self._greeting(state.step))
-        self.accelerator.init_trackers("headstart", config={"method": config.method, "learning_rate": config.learning_rate})
-        return state
 
-    def finish(self, measured: dict[str, Any]) -> dict[str, Any]:
-        """Save the heads, and the trunk if it learned; what is told about them."""
-        told, target_info, out = self._told(measured), self.target_info, self.config.out
-        dtype = stored_dtype(self.config.target, self.config.trust_remote_code)  # in which the heads will work
-        heads = self.whole().to(dtype)
-        if self.recipe.joint:
-            told |= _quality(self.before, perplexity(self.bare, self.dataset, self.config.rows), self.report)
-        if self.accelerator.is_main_process:
-            if self.recipe.joint:
-                trunk = save_trunk(self.bare.trunk, self.tokenizer, out / TRUNK, dtype)
-                target_info = describe_target(trunk, self.tokenizer)
-            save(out, heads, target_info, told)
-        self.checkpoints.remove()
-        self.say(f"heads are in {out}; use them with --drafter {out}")
-        return told
+@dataclass(frozen=True, eq=False)
+class TrainRun:
+    """A run that can start.
 
-    # -- heads on the side --
+    loss_module: what is trained, before accelerate wrapped it.
+    coverage: share of the answers' tokens that the heads can draft, in [0, 1]; None where they can draft all.
+    """
 
-    def fresh(self) -> Any:
-        """Heads that know nothing. The run's own random numbers are left alone."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed)
-            return self.recipe.kind(self.settings, self.embed_head.hidden, self.embed_head.vocab)
+    inputs: RunInputs
+    recipe: Recipe
+    builder: HeadsBuilder
+    loss_module: Any
+    coverage: float | None
+    loop: Loop
 
-    def whole(self) -> Any:
-        """The heads as they are now, on the host, in one piece, whatever accelerate made of them."""
-        state = self.accelerator.get_state_dict(self.loss_module)
-        clone = self.fresh()
-        if self.accelerator.is_main_process:
-            own = {name: tensor for name, tensor in state.items() if name.startswith("drafter.")}
-            clone.load_state_dict({name.removeprefix("drafter."): tensor for name, tensor in own.items()})
-        return clone
+    @classmethod
+    def prepare(cls, config: TrainConfig, recipe: Recipe, decode: Decode | None) -> TrainRun:
+        """Build everything in order: inputs, heads, loss module, optimizer, loop."""
+        inputs = RunInputs.read(config, recipe)
+        config, accelerator, embed_head = inputs.config, inputs.accelerator, inputs.embed_head
+        settings = recipe.method.resolve_config(recipe.settings, inputs.model.config)
+        builder = HeadsBuilder(recipe.method, settings, embed_head.hidden, embed_head.vocab, config.seed)
+        token_counts = inputs.dataset.token_counts(embed_head.vocab)
+        heads = builder.initial(inputs, token_counts)
+        coverage = heads.coverage(token_counts)
+        loss_module = _loss_module(inputs, recipe, heads)
+        optimizer: Any = torch.optim.AdamW(loss_module.groups(config.learning_rate, config.weight_decay), betas=config.betas)
+        prepared, optimizer = accelerator.prepare(loss_module, optimizer)
+        loop = make_loop(
+            config, inputs.dataset, accelerator, inputs.log, prepared, [optimizer], target=str(inputs.target_info.digest),
+            decode=decode and _decoder(inputs, decode, lambda: builder.copy(accelerator, prepared)),
+            decode_every=config.decode_every,
+        )  # fmt: skip
+        return cls(inputs, recipe, builder, loss_module, coverage, loop)
 
-    def decoded(self) -> float:
-        """tau of a real decode of held-out prompts, or of train ones where nothing is held out."""
-        chosen = (self.dataset.held_out or self.dataset.train)[: self.config.decode_prompts]
-        prompts = [self.dataset.texts[index].prompt for index in chosen]
-        clone, is_main = self.whole(), self.accelerator.is_main_process
-        tau = self.decode(self.model, clone, prompts) if self.decode is not None and is_main else math.nan
-        self.accelerator.wait_for_everyone()
-        return tau
+    def trunk_perplexity(self) -> float | None:
+        """Perplexity of the trunk on the held-out answers; None where the target is frozen or nothing is held out."""
+        inputs = self.inputs
+        return perplexity(self.loss_module, inputs.dataset, inputs.config.rows) if self.recipe.medusa2 else None
 
-    # -- in words --
-
-    def _greeting(self, step: int) -> str:
-        dataset, batch_plan = self.dataset, self.batch_plan
+    def greeting(self, step: int) -> str:
+        """A sentence that says what is trained on what. step: at which the run starts or continues."""
+        config, dataset, batch_plan = self.inputs.config, self.inputs.dataset, self.loop.batch_plan
         tokens = sum(len(dataset.texts[index].tokens) for index in dataset.train)
-        learned = sum(weight.numel() for weight in self.bare.parameters() if weight.requires_grad)
+        parameters = sum(weight.numel() for weight in self.loss_module.parameters() if weight.requires_grad)
         return (
-            f"{self.config.method}: {learned:,} parameters learn from {len(dataset.train):,} texts of {tokens:,} tokens, "
-            f"{len(dataset.held_out):,} held out; {batch_plan.steps:,} steps of {batch_plan.per_step * self.config.rows} texts"
-            + (f", from step {step} on" if step else "")
-            + (f"; they can say {self.coverage:.2%} of the tokens that are answered there" if self.coverage is not None else "")
+            f"{config.method}: {parameters:,} parameters are trained on {len(dataset.train):,} texts of {tokens:,} tokens, "
+            f"{len(dataset.held_out):,} held out; {batch_plan.steps:,} steps of {batch_plan.per_step * config.rows} texts"
+            + (f", continued at step {step}" if step else "")
+            + (f"; they can draft {self.coverage:.2%} of the answers' tokens" if self.coverage is not None else "")
         )
 
-    def _told(self, measured: dict[str, Any]) -> dict[str, Any]:
-        """What the heads' folder says about their training."""
-        config, state = self.config, self.loop.state
+    def save(self, measured: dict[str, Any], perplexity_before: float | None) -> dict[str, Any]:
+        """Save the heads, and the trunk if it was trained; returns the record of the training."""
+        inputs, accelerator, target_info = self.inputs, self.inputs.accelerator, self.inputs.target_info
+        config, out = inputs.config, inputs.config.out
+        record = self._record(measured)
+        dtype = stored_dtype(config.target, config.trust_remote_code)  # in which the heads will work
+        heads = self.builder.copy(accelerator, self.loop.loss_module).to(dtype)
+        if self.recipe.medusa2:
+            record |= _trunk_quality(perplexity_before, self.trunk_perplexity(), inputs.log)
+        if accelerator.is_main_process:
+            if self.recipe.medusa2:
+                trunk = save_trunk(self.loss_module.trunk.merged(), inputs.tokenizer, out / TRUNK, dtype)
+                target_info = describe_target(trunk, inputs.tokenizer)
+            save(out, heads, target_info, record)
+        self.loop.checkpoints.remove()
+        inputs.log.print(f"heads are in {out}; use them with --drafter {out}")
+        return record
+
+    def _record(self, measured: dict[str, Any]) -> dict[str, Any]:
+        config = self.inputs.config
         return {
-            "steps": state.step,
-            **self.loop.left_out(),
-            "tokens": state.tokens,
-            "seconds": round(state.seconds, 1),
-            "data": [path.name for path in config.data],
+            **training_record(self.loop),
             **({} if config.start is None else {"went_on_from": config.start.name}),
             "loss": self.recipe.objective.model_dump(mode="json"),
-            "learning_rate": config.learning_rate,
-            "texts_per_step": self.batch_plan.per_step * config.rows,
-            "length": config.length,
-            "seed": config.seed,
+            "texts_per_step": self.loop.batch_plan.per_step * config.rows,
             **({} if self.coverage is None else {"coverage": round(self.coverage, 5)}),
             **measured,
         }
 
 
-def _quality(before: float | None, after: float | None, report: RunLog) -> dict[str, Any]:
-    """Whether the trunk is still what it was, told in words and as numbers."""
+def _loss_module(inputs: RunInputs, recipe: Recipe, heads: Any) -> Any:
+    """What is trained: the heads alone, or with the trunk."""
+    if recipe.medusa2 is not None:
+        return Medusa2(heads, inputs.model, recipe.objective, recipe.medusa2)
+    source = make_source(
+        inputs.config, inputs.model, heads.taps, inputs.dataset, inputs.target_info, inputs.accelerator, inputs.log
+    )
+    return FrozenTarget(heads, recipe.objective, source)
+
+
+def _decoder(inputs: RunInputs, decode: Decode, copy_heads: Callable[[], Any]) -> Callable[[], float]:
+    """A function that measures tau of a real decode with the heads as they are now.
+
+    The prompts are held-out ones, or train ones where nothing is held out. Outside the main process tau is NaN.
+    """
+    dataset, accelerator = inputs.dataset, inputs.accelerator
+    chosen = (dataset.held_out or dataset.train)[: inputs.config.decode_prompts]
+    prompts = [dataset.texts[index].prompt for index in chosen]
+
+    def measure() -> float:
+        heads = copy_heads()
+        tau = decode(inputs.model, heads, prompts) if accelerator.is_main_process else math.nan
+        accelerator.wait_for_everyone()
+        return tau
+
+    return measure
+
+
+def _trunk_quality(before: float | None, after: float | None, log: RunLog) -> dict[str, Any]:
+    """The perplexity of the trunk before and after training, for the record; prints whether it became worse."""
     if before is None or after is None:
-        report.say("nothing is held out, so nobody knows whether the trunk got worse; hold out a share")
+        log.print("nothing is held out, so nobody knows whether the trunk got worse; hold out a share")
         return {}
     verdict = "no worse than it was" if after <= 1.01 * before else "WORSE than it was: lower the weight of joint"
-    report.say(f"trunk: perplexity of held-out answers {before:.3f} before, {after:.3f} after: {verdict}")
+    log.print(f"trunk: perplexity of held-out answers {before:.3f} before, {after:.3f} after: {verdict}")
     return {"trunk_perplexity_before": before, "trunk_perplexity_after": after}

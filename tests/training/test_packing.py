@@ -64,7 +64,7 @@ def test_each_pair_of_neighbours_is_in_exactly_one_block_and_in_order(streams, l
     pairs = [pair for block in cut for pair in pairwise(block)]
     assert pairs == [pair for stream in streams for pair in pairwise(stream)]
     assert all(2 <= len(block) <= length for block in cut)
-    assert sum(block.num_counted for block in blocks) == len(pairs)
+    assert sum(block.num_targets for block in blocks) == len(pairs)
 
 
 @given(st.lists(st.integers(0, 9), min_size=2, max_size=30), st.data())
@@ -91,7 +91,7 @@ def test_a_batch_is_padded_behind_its_short_blocks_which_do_not_count():
     padded = packed.pad([1, 0])
     assert padded.tokens.tolist() == [[4, 5, 6, 0], [1, 2, 3, 4]]
     assert padded.loss_mask.tolist() == [[True, True, True, False], [True] * 4]
-    assert (packed.nothing().tokens.tolist(), packed.nothing().counts.any().item()) == ([[4, 5, 6]], False)
+    assert (packed.masked_batch().tokens.tolist(), packed.masked_batch().loss_mask.any().item()) == ([[4, 5, 6]], False)
 
 
 def test_a_billion_tokens_are_cut_without_being_touched():

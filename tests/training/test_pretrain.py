@@ -38,8 +38,8 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 def stop_after(monkeypatch, step):
     """As Ctrl-C after that step."""
-    whole = Loop._is_pulled
-    monkeypatch.setattr(Loop, "_is_pulled", lambda self, interrupt: self.state.step == step or whole(self, interrupt))
+    whole = Loop._is_interrupted
+    monkeypatch.setattr(Loop, "_is_interrupted", lambda self, interrupt: self.state.step == step or whole(self, interrupt))
 
 
 def test_the_trunk_is_a_model_folder_and_its_heads_draft_for_it(asked, tmp_path):
@@ -99,15 +99,13 @@ def test_it_learns(asked, tmp_path):
 
 
 def test_the_weight_of_the_heads_falls_where_it_is_told_to(asked):
-    from headstart.training.pretrain import Run
-
-    run = Run(asked(weight=0.3, weight_end=0.1, weight_until=0.5))
-    assert [run._weight(progress) for progress in (0.0, 0.49, 0.5, 1.0)] == [0.3, 0.3, 0.1, 0.1]
+    config = asked(weight=0.3, weight_end=0.1, weight_until=0.5)
+    assert [config.heads_weight(progress) for progress in (0.0, 0.49, 0.5, 1.0)] == [0.3, 0.3, 0.1, 0.1]
 
 
 def test_what_cannot_be_is_said_in_one_sentence(asked, tmp_path, model_folder, data):
     for keys, said in (
-        ({"heads": {"medusa": {}}}, "medusa heads learn on a trunk that is there already"),
+        ({"heads": {"medusa": {}}}, "medusa heads are trained on an existing trunk"),
         ({"heads": {"mtp": {"dept": 3}}}, "heads mtp has no key dept"),
         ({"model": data, "tokenizer": str(model_folder)}, "is no configuration of a causal language model"),
         ({"length": 9999}, "length is 9999, and the target takes 256"),

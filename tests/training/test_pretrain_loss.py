@@ -37,7 +37,7 @@ def by_the_book(loss_module):
     total = flat(out.logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten(), reduction="sum")
     for heads in loss_module.heads.values():
         features = out.hidden_states[-1 if heads.taps == (-1,) else -2]
-        batch = Batch(TOKENS, TEXTS.counts, features, features)
+        batch = Batch(TOKENS, TEXTS.loss_mask, features, features)
         losses = []
         for depth, guess in enumerate(heads.states(batch), 1):
             said = loss_module.trunk.lm_head(guess.states[:, : -depth - 1])
@@ -112,7 +112,7 @@ def test_heads_pull_at_the_trunk_as_hard_as_they_weigh():
 def test_what_is_told_has_the_next_token_and_every_methods_depths():
     loss_module = together("mtp", "mtp-parallel")
     loss, metrics = loss_module(TEXTS)
-    told = loss_module.measure(metrics, float(loss.detach()), "held_out_")
+    told = loss_module.summarize_metrics(metrics, float(loss.detach()), "held_out_")
     assert len(told["held_out_mtp_top1"]) == len(told["held_out_mtp-parallel_top1"]) == 3
     assert told["held_out_loss"] == pytest.approx(float(metrics.losses[0] / 18), rel=1e-6)
 

@@ -113,7 +113,7 @@ def test_how_much_of_the_answers_it_covers_is_told_and_kept(asked, tmp_path, mod
     share = sum(token in ids for token in said) / len(said)
     assert 0 < share < 1
     assert checkpoint.describe(tmp_path / "heads").training["coverage"] == pytest.approx(share, abs=1e-5)
-    assert f"they can say {share:.2%} of the tokens that are answered there" in " ".join(capsys.readouterr().err.split())
+    assert f"they can draft {share:.2%} of the answers' tokens" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
