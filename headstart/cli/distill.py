@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from headstart.distill.distill import DistillProgress, Settings, Teacher
+    from headstart.distill.distill import DistillProgress
+    from headstart.distill.teacher import Settings, Teacher
 
 _SAMPLING, _ENDPOINT = "Sampling", "Another engine answers"
 
@@ -72,8 +73,8 @@ def distill(
 
     Example: headstart distill prompts.jsonl --model ./talk13M --out answers.jsonl --mode chat --max-tokens 256
     """
-    from headstart.distill.distill import Settings
     from headstart.distill.distill import distill as write
+    from headstart.distill.teacher import Settings
     from headstart.text.prompts import read_prompts
 
     settings = Settings(temperature, top_p, top_k, max_tokens, seed, mode, beginning, drop_cut)
@@ -103,7 +104,7 @@ def _teacher(
     if endpoint is None:
         if endpoint_model is not None or api_key_env is not None:
             raise ValueError("--endpoint-model and --api-key-env are for an --endpoint; give its URL, or leave them out")
-        from headstart.distill.distill import EngineTeacher
+        from headstart.distill.teacher import EngineTeacher
 
         llm = model.load(**drafting.settings(temperature), max_rows=rows)
         return llm.tokenizer, EngineTeacher(llm)

@@ -1,1 +1,1 @@
-"""The target's own answers as training data, by this engine or by an OpenAI-compatible endpoint."""
+"""Distillation: the target's own answers as training data, from this engine or from an OpenAI-compatible endpoint."""

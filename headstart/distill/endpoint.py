@@ -1,6 +1,6 @@
-"""Answers of an OpenAI-compatible endpoint: a target that another engine serves, as a teacher for `distill`.
+"""Distillation from an OpenAI-compatible endpoint: a target that another engine serves, as a teacher for `distill`.
 
-This file knows the chat completions API. It refuses to know whether the model behind it is the one it is taken for.
+Whether the served model is the expected one is not checked.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from queue import Queue
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
-from headstart.distill.distill import Conversation, Settings
+from headstart.distill.teacher import Conversation, Settings
 from headstart.text.conversations import encode_conversation
 from headstart.text.prompts import ChatPrompt
 
@@ -20,9 +20,15 @@ if TYPE_CHECKING:
 
 
 class EndpointTeacher:
-    """A served model. Its answers come as text and become tokens by `tokenizer`; their noise is not ours, so no seed explains it.
+    """A served model. Its answers are text, which `tokenizer` encodes; the server's noise is unknown, so lines have no seed.
 
-    url: with its /v1. rows: requests at once. Raises ValueError without the package `openai`.
+    url: of the endpoint, with its /v1.
+    model: its name there.
+    tokenizer: of the model; it needs a chat template.
+    api_key: None: the endpoint needs none.
+    rows: requests at once.
+
+    Raises ValueError for `rows` below 1, a tokenizer without chat template, and without the package `openai`.
     """
 
     is_seeded = False
@@ -31,7 +37,9 @@ class EndpointTeacher:
         if rows < 1:
             raise ValueError(f"rows is {rows}; it must be at least 1")
         if tokenizer.chat_template is None:
-            raise ValueError("an endpoint speaks in messages, and this tokenizer has no chat template to turn them into tokens")
+            raise ValueError(
+                "an endpoint takes messages, and this tokenizer has no chat template to encode them; name another tokenizer"
+            )
         self.url = url
         self.model = model
         self.tokenizer = tokenizer
@@ -40,14 +48,17 @@ class EndpointTeacher:
         self.info = {"name": model, "digest": None, "endpoint": url}
 
     def converse(self, prompts: Iterable[ChatPrompt], settings: Settings) -> Iterator[Conversation]:
-        """Each prompt's conversation, as they end; `rows` run at once. Leaving early sends no further request."""
+        """The conversation of each prompt, in the order in which they end; `rows` run at once.
+
+        Closing the iterator sends no further request.
+        """
         waiting, results = iter(prompts), Queue[Conversation | Exception]()
-        num_running, is_left = 0, Event()
+        num_running, is_closed = 0, Event()
         try:
             while True:
                 while num_running < self.rows and (prompt := next(waiting, None)) is not None:
-                    work = (prompt, settings, results, is_left)
-                    Thread(target=self._work, args=work, daemon=True).start()  # a daemon: no slow server holds up an interruption
+                    work = (prompt, settings, results, is_closed)
+                    Thread(target=self._work, args=work, daemon=True).start()  # a daemon does not delay an interruption
                     num_running += 1
                 if not num_running:
                     return
@@ -57,48 +68,48 @@ class EndpointTeacher:
                     raise result
                 yield result
         finally:
-            is_left.set()
+            is_closed.set()
 
-    def _work(self, prompt: ChatPrompt, settings: Settings, results: Queue[Conversation | Exception], is_left: Event) -> None:
+    def _work(self, prompt: ChatPrompt, settings: Settings, results: Queue[Conversation | Exception], is_closed: Event) -> None:
         try:
-            results.put(self._talk(prompt, settings, is_left))
-        except Exception as error:  # it is raised where the results are read
+            results.put(self._converse_once(prompt, settings, is_closed))
+        except Exception as error:  # raised where the results are read
             results.put(error)
 
-    def _talk(self, prompt: ChatPrompt, settings: Settings, is_left: Event) -> Conversation:
-        told = Conversation(prompt)
+    def _converse_once(self, prompt: ChatPrompt, settings: Settings, is_closed: Event) -> Conversation:
+        conversation = Conversation(prompt)
         if prompt.text is not None:
-            told.error = "a text to be continued cannot be sent to a chat endpoint"
-            return told
-        for cue in settings.unanswered_turns_of(prompt):
-            content, told.finish_reason = self._reply([*told.messages, *cue], settings, settings.seed_of(prompt))
-            told.messages += [*cue, {"role": "assistant", "content": content}]
-            if told.finish_reason != "stop" or is_left.is_set():
+            conversation.error = "a text to be continued cannot be sent to a chat endpoint"
+            return conversation
+        for turn in settings.unanswered_turns_of(prompt):
+            content, conversation.finish_reason = self._reply([*conversation.messages, *turn], settings, settings.seed_of(prompt))
+            conversation.messages += [*turn, {"role": "assistant", "content": content}]
+            if conversation.finish_reason != "stop" or is_closed.is_set():
                 break
         try:
-            told.tokens, told.mask = encode_conversation(self.tokenizer, told.messages)
-        except ValueError as error:  # this conversation does not fit the template; others may
-            told.error = str(error)
-            return told
-        end = len(told.mask) - told.mask[::-1].index(1) if any(told.mask) else 0
-        end -= told.finish_reason == "length"  # the end of the turn was not the model's
-        del told.tokens[end:], told.mask[end:]
-        return told
+            conversation.tokens, conversation.mask = encode_conversation(self.tokenizer, conversation.messages)
+        except ValueError as error:  # the chat template refuses this conversation; others may fit
+            conversation.error = str(error)
+            return conversation
+        end = len(conversation.mask) - conversation.mask[::-1].index(1) if any(conversation.mask) else 0
+        end -= conversation.finish_reason == "length"  # the model did not produce the end of the turn
+        del conversation.tokens[end:], conversation.mask[end:]
+        return conversation
 
     def _reply(self, messages: list[dict[str, Any]], settings: Settings, seed: int) -> tuple[str, str]:
         from openai import OpenAIError
 
         optional: dict[str, Any] = {} if settings.top_p is None else {"top_p": settings.top_p}
         if settings.top_k is not None:
-            optional["extra_body"] = {"top_k": settings.top_k}  # no field of OpenAI's, but of most engines'
-        sent: list[Any] = messages
+            optional["extra_body"] = {"top_k": settings.top_k}  # not in OpenAI's API, but in that of most engines
+        request_messages: list[Any] = messages
         try:
             answer = self.client.chat.completions.create(
                 model=self.model,
-                messages=sent,
+                messages=request_messages,
                 temperature=settings.temperature,
                 max_tokens=settings.max_tokens,
-                seed=seed % 2**31,  # what every server takes
+                seed=seed % 2**31,  # a range that every server accepts
                 **optional,
             )
         except OpenAIError as error:

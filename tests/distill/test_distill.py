@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 import headstart
 from headstart.cli import app
-from headstart.distill.distill import EngineTeacher, Settings, distill
+from headstart.distill.distill import distill
 from headstart.distill.endpoint import EndpointTeacher
+from headstart.distill.teacher import EngineTeacher, Settings
 from headstart.speculation.noise import gumbel, mix, noise_key
 from headstart.target.loading import load_model
 from headstart.target.tokenizer_loading import load_tokenizer
@@ -65,7 +66,7 @@ def by_id(path) -> dict[str, dict]:
 # -- the answers --
 
 
-def test_an_answer_is_what_the_model_says_with_that_seed(llm, teacher, tmp_path):
+def test_an_answer_is_what_the_model_generates_with_that_seed(llm, teacher, tmp_path):
     distill(teacher, OPENINGS, SETTINGS, tmp_path / "out.jsonl")
     for opening in OPENINGS:
         line, seed = by_id(tmp_path / "out.jsonl")[opening.id], mix(7, opening.index)
@@ -77,7 +78,9 @@ def test_an_answer_is_what_the_model_says_with_that_seed(llm, teacher, tmp_path)
 
 
 @pytest.mark.parametrize("mode", ["continue", "chat"])
-def test_every_token_that_counts_follows_from_the_text_before_it_and_the_noise_at_its_place(model_folder, teacher, tmp_path, mode):
+def test_every_token_of_the_loss_mask_follows_from_the_tokens_before_it_and_the_noise_at_its_index(
+    model_folder, teacher, tmp_path, mode
+):
     distill(teacher, OPENINGS[:3], Settings(temperature=0.8, max_tokens=40, seed=7, mode=mode), tmp_path / "out.jsonl")
     model = load_model(model_folder)
     for line in read(tmp_path / "out.jsonl"):
@@ -88,7 +91,7 @@ def test_every_token_that_counts_follows_from_the_text_before_it_and_the_noise_a
             assert int((logits[place - 1] + 0.8 * noise).argmax()) == line["tokens"][place]
 
 
-def test_a_chat_is_replayed_with_every_reply_given_anew(llm, teacher, tmp_path):
+def test_chat_mode_samples_every_reply_of_a_conversation(llm, teacher, tmp_path):
     distill(teacher, OPENINGS, Settings(temperature=0.8, max_tokens=60, seed=1, mode="chat"), tmp_path / "out.jsonl")
     lines = read(tmp_path / "out.jsonl")
     assert any(len(line["messages"]) == 6 for line in lines)
@@ -112,7 +115,7 @@ def test_neither_batching_nor_drafter_changes_a_line(model_folder, teacher, tmp_
     assert by_id(tmp_path / "many.jsonl") == by_id(tmp_path / "one.jsonl")
 
 
-def test_a_text_is_continued_as_it_stands(llm, teacher, tmp_path):
+def test_a_text_is_continued_without_a_chat_template(llm, teacher, tmp_path):
     distill(teacher, [ChatPrompt("t:1", 0, text="the sea was")], SETTINGS, tmp_path / "out.jsonl")
     [line] = read(tmp_path / "out.jsonl")
     prompt = llm.tokenizer.encode("the sea was")
@@ -121,7 +124,7 @@ def test_a_text_is_continued_as_it_stands(llm, teacher, tmp_path):
     assert "messages" not in line
 
 
-def test_of_a_long_text_the_beginning_can_be_the_prompt(llm, teacher, tmp_path):
+def test_the_beginning_of_a_long_text_can_be_the_prompt(llm, teacher, tmp_path):
     text = "the cat and the sea " * 90
     distill(teacher, [ChatPrompt("t:1", 0, text=text)], Settings(beginning=6, max_tokens=9), tmp_path / "out.jsonl")
     [line] = read(tmp_path / "out.jsonl")
@@ -129,7 +132,7 @@ def test_of_a_long_text_the_beginning_can_be_the_prompt(llm, teacher, tmp_path):
     assert line["loss_mask"] == [0] * 6 + [1] * (len(line["tokens"]) - 6)
 
 
-def test_a_conversation_that_ends_for_length_is_dropped_if_asked_and_not_tried_again(teacher, tmp_path):
+def test_a_conversation_cut_at_max_tokens_is_dropped_on_request_and_not_tried_again(teacher, tmp_path):
     settings = Settings(temperature=0.8, max_tokens=3, drop_cut=True)
     tally = distill(teacher, OPENINGS, settings, tmp_path / "out.jsonl")
     cut = [line for line in read(tmp_path / "out.jsonl") if line["finish_reason"] == "length"]
@@ -148,7 +151,7 @@ def test_a_prompt_without_room_is_skipped_and_counted(teacher, tmp_path):
     assert [line["id"] for line in read(tmp_path / "out.jsonl")] == ["p:8"]
 
 
-def test_a_conversation_that_outgrows_the_context_keeps_what_was_said_and_is_counted(teacher, tmp_path):
+def test_a_conversation_longer_than_the_context_keeps_its_first_replies_and_is_counted(teacher, tmp_path):
     long = [ChatPrompt(f"p:{n}", n, chat("so", "a", "the cat and the sea " * 90)) for n in range(4)]
     tally = distill(teacher, long, Settings(temperature=0.8, max_tokens=60, mode="chat"), tmp_path / "out.jsonl")
     ended = [line for line in read(tmp_path / "out.jsonl") if line["finish_reason"] == "stop"]
@@ -156,7 +159,7 @@ def test_a_conversation_that_outgrows_the_context_keeps_what_was_said_and_is_cou
     assert all(len(line["messages"]) == 2 and line["loss_mask"][-1] for line in ended)
 
 
-def test_what_is_distilled_can_be_read_for_training(llm, teacher, tmp_path):
+def test_distilled_lines_can_be_read_for_training(llm, teacher, tmp_path):
     distill(teacher, OPENINGS, SETTINGS, tmp_path / "out.jsonl")
     examples, report = read_examples([tmp_path / "out.jsonl"], llm.tokenizer, teacher.info["digest"])
     assert [list(example.tokens) for example in examples] == [line["tokens"] for line in read(tmp_path / "out.jsonl")]
@@ -252,7 +255,7 @@ def test_a_file_is_not_continued_by_another_target_or_with_other_prompts(teacher
         distill(teacher, [ChatPrompt("p:0", 0, chat("the sea"))], SETTINGS, tmp_path / "out.jsonl")
 
 
-def test_a_file_of_something_else_is_left_alone(teacher, tmp_path):
+def test_a_file_of_other_content_is_not_changed(teacher, tmp_path):
     (tmp_path / "out.jsonl").write_text('{"prompt": "a"}\n')
     with pytest.raises(ValueError, match=r"line 1 of .* is no distilled conversation"):
         distill(teacher, OPENINGS, SETTINGS, tmp_path / "out.jsonl")
@@ -277,12 +280,12 @@ def test_a_file_of_something_else_is_left_alone(teacher, tmp_path):
         ({"question": "a", "text": "b"}, chat("a")),
     ],
 )
-def test_prompts_are_read_under_the_names_they_have(tmp_path, record, messages):
+def test_prompts_are_read_from_all_known_fields(tmp_path, record, messages):
     (tmp_path / "in.jsonl").write_text("\n" + json.dumps(record) + "\n")
     assert read_prompts(tmp_path / "in.jsonl") == [ChatPrompt("in.jsonl:2", 1, messages)]
 
 
-def test_a_text_file_holds_a_prompt_a_line(tmp_path):
+def test_a_text_file_holds_one_prompt_per_line(tmp_path):
     (tmp_path / "in.txt").write_text("the cat\n\nthe sea\n")
     assert [one.messages for one in read_prompts(tmp_path / "in.txt")] == [chat("the cat"), chat("the sea")]
     assert [one.text for one in read_prompts(tmp_path / "in.txt", is_chat=False)] == ["the cat", "the sea"]
@@ -311,7 +314,7 @@ def test_conversations_need_a_chat_template(tmp_path):
         read_prompts(tmp_path / "in.jsonl", is_chat=False)
 
 
-def test_who_speaks_first_may_be_the_system_and_the_assistant_only_where_it_is_answered():
+def test_unanswered_turns_may_start_with_the_system_message_and_end_with_the_user():
     system, first, said, second = {"role": "system", "content": "s"}, *chat("a", "b", "c")
     assert ChatPrompt("x", 0, (system, first, said, second)).unanswered_turns() == [[system, first], [second]]
     assert ChatPrompt("x", 0, (first, said)).unanswered_turns() == [[first]]
@@ -362,7 +365,7 @@ def choice(content: str, finish_reason: str) -> dict:
     return {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [message]}
 
 
-def test_an_endpoint_answers_and_a_tokenizer_makes_tokens_of_it(model_folder, tmp_path):
+def test_the_answers_of_an_endpoint_are_encoded_by_the_tokenizer(model_folder, tmp_path):
     tokenizer = load_tokenizer(model_folder)
     with served() as (url, asked):
         teacher = EndpointTeacher(url, "sea", tokenizer, "secret", rows=3)
@@ -378,7 +381,7 @@ def test_an_endpoint_answers_and_a_tokenizer_makes_tokens_of_it(model_folder, tm
     assert {one["seed"] for one in asked} == {mix(7, n) % 2**31 for n in range(len(OPENINGS))}
 
 
-def test_what_an_endpoint_cuts_short_has_no_end_of_its_turn(model_folder, tmp_path):
+def test_a_reply_cut_by_an_endpoint_has_no_end_of_turn(model_folder, tmp_path):
     tokenizer = load_tokenizer(model_folder)
     with served((200, choice("the sea was", "length"))) as (url, _):
         teacher = EndpointTeacher(url, "sea", tokenizer)
@@ -391,7 +394,7 @@ def test_what_an_endpoint_cuts_short_has_no_end_of_its_turn(model_folder, tmp_pa
     assert line["loss_mask"][-1] == 1
 
 
-def test_a_short_illness_of_an_endpoint_is_survived_and_a_wrong_name_is_one_sentence(model_folder, tmp_path):
+def test_a_failing_request_is_repeated_and_a_wrong_model_name_is_one_sentence(model_folder, tmp_path):
     with served((500, {"error": {"message": "busy"}}), (200, None), (404, {"error": {"message": "no such model"}})) as (url, asked):
         teacher = EndpointTeacher(url, "sea", load_tokenizer(model_folder), rows=1)
         with pytest.raises(ValueError, match=r"does not answer: .*no such model"):
@@ -420,7 +423,7 @@ def prompts(tmp_path):
     return tmp_path / "in.jsonl"
 
 
-def test_the_command_writes_answers_and_says_what_it_did(model_folder, prompts, tmp_path):
+def test_the_command_writes_answers_and_prints_a_summary(model_folder, prompts, tmp_path):
     base = (prompts, "--model", model_folder, "--max-tokens", 8, "--rows", 2, "--out", tmp_path / "out.jsonl")
     first = run(*base, "--limit", 3, "--json")
     assert first.exit_code == 0, first.output
@@ -431,7 +434,7 @@ def test_the_command_writes_answers_and_says_what_it_did(model_folder, prompts, 
     assert sorted(by_id(tmp_path / "out.jsonl")) == [f"in.jsonl:{n}" for n in range(1, 8)]
 
 
-def test_the_command_is_exact_unless_told_otherwise(model_folder, prompts, tmp_path):
+def test_the_command_is_exact_by_default(model_folder, prompts, tmp_path):
     base = (prompts, "--model", model_folder, "--max-tokens", 30, "--seed", 5, "--out")
     assert run(*base, tmp_path / "one.jsonl", "--rows", 1, "--drafter", "none").exit_code == 0
     many = run(*base, tmp_path / "many.jsonl", "--rows", 7)
@@ -460,12 +463,12 @@ def test_a_bad_setting_is_one_sentence(model_folder, prompts, tmp_path, more, wo
     assert words in " ".join(result.stderr.split())
 
 
-def test_prompts_that_are_not_there_are_refused(model_folder, tmp_path):
+def test_a_missing_prompt_file_is_refused(model_folder, tmp_path):
     result = run(tmp_path / "none.jsonl", "--model", model_folder, "--out", tmp_path / "out.jsonl")
     assert (result.exit_code, "there is no file" in result.stderr) == (2, True)
 
 
-def test_an_interrupted_command_says_how_to_go_on(model_folder, prompts, tmp_path, monkeypatch):
+def test_an_interrupted_command_prints_how_to_continue(model_folder, prompts, tmp_path, monkeypatch):
     base = (prompts, "--model", model_folder, "--max-tokens", 8, "--rows", 2, "--out", tmp_path / "out.jsonl")
     rounds, whole_step = iter(range(12)), headstart.Engine.step
 
