@@ -1,4 +1,4 @@
-"""Short training runs: what they left behind, and runs that are killed."""
+"""Helpers for tests of training: short runs, their weights and logs, and runs that are killed."""
 
 import json
 import os
@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from headstart.training import loop as loops
 from headstart.training.dataset import Dataset
+from headstart.training.loop import Loop
 from headstart.training.train import train
 
 
@@ -31,27 +31,30 @@ def log(folder: Path, key: str = "loss") -> list[float]:
 
 
 def killed(config, at: str, resume: bool = False) -> None:
-    """Run in a child that dies: in `step:N`, or when checkpoint N is all written (`written:N`) or has its name (`renamed:N`)."""
+    """Train in a child process that is killed.
+
+    at: in step N (`step:N`), or when checkpoint N is written (`written:N`) or renamed (`renamed:N`).
+    """
     moment, _, number = at.partition(":")
     die = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
     child = os.fork()
     if not child:
-        set_pace, rename = loops.Loop._set_learning_rate, os.rename
+        set_learning_rate, rename = Loop._set_learning_rate, os.rename
 
-        def pacing(self):
-            set_pace(self)
+        def set_learning_rate_or_die(self):
+            set_learning_rate(self)
             if moment == "step" and self.state.step == int(number):
                 die()
 
-        def renaming(old, new):
-            is_it = str(new).endswith(f"{int(number):08d}")
-            if is_it and moment == "written":
+        def rename_or_die(old, new):
+            is_checkpoint = str(new).endswith(f"{int(number):08d}")
+            if is_checkpoint and moment == "written":
                 die()
             rename(old, new)
-            if is_it and moment == "renamed":
+            if is_checkpoint and moment == "renamed":
                 die()
 
-        loops.Loop._set_learning_rate, os.rename = pacing, renaming
+        Loop._set_learning_rate, os.rename = set_learning_rate_or_die, rename_or_die
         try:
             train(config, resume=resume)
         finally:

@@ -1,1 +1,1 @@
-"""The parts of the training loop: what a run is asked for, the order of its data, its features, checkpoints and reports."""
+"""Training of heads and pretraining of models: configuration, datasets, losses, the loop, checkpoints and logs."""

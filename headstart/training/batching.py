@@ -1,7 +1,7 @@
-"""Which texts a step reads: batches of similar length in an order that is a function of seed and position alone.
+"""The order of batches: texts of similar length together, in an order that depends on seed and position alone.
 
-A run is resumed by its position, and P processes with A batches each read what one process with P * A batches reads. This file
-knows lengths and numbers. It refuses to know tokens, models and files.
+A run is resumed by its position, and P processes with A batches each read what one process with P * A batches reads. The module
+must not import datasets, models or files.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ import torch
 
 from headstart.speculation.noise import mix
 
-WINDOW = 32  # batches that are sorted by length together: the larger, the less padding and the less chance
+WINDOW = 32  # batches that are sorted by length together; a larger window has less padding and less shuffling
 
 
 class BatchOrder:
-    """An endless row of batches, epoch after epoch. lengths: of the texts. rows: texts of a batch; the last may have fewer.
+    """An endless sequence of batches, epoch after epoch. A batch is a tuple of indices into `lengths`.
 
-    A batch is a tuple of indices into `lengths`. `len` is the number of batches of an epoch.
+    lengths: of the texts, in tokens.
+    rows: texts of a batch; the last batch of an epoch may have fewer.
+
+    `len` is the number of batches of an epoch. Raises ValueError if there is no text.
     """
 
     def __init__(self, lengths: Sequence[int], rows: int, seed: int) -> None:
@@ -33,11 +36,11 @@ class BatchOrder:
 
     def __getitem__(self, position: int) -> tuple[int, ...]:
         """The batch at a position, counted over all epochs."""
-        epoch, place = divmod(position, len(self))
-        return self._epoch(epoch)[place]
+        epoch, index = divmod(position, len(self))
+        return self._epoch(epoch)[index]
 
     def num_tokens(self, position: int) -> int:
-        """Of the batch at a position, without padding."""
+        """Number of tokens of the batch at a position, without padding."""
         return sum(self.lengths[index] for index in self[position])
 
     def _shuffled(self, epoch: int) -> tuple[tuple[int, ...], ...]:
@@ -48,16 +51,20 @@ class BatchOrder:
         for start in range(0, len(texts), window):
             similar = sorted(texts[start : start + window], key=lambda index: self.lengths[index])
             batches += [tuple(similar[first : first + self.rows]) for first in range(0, len(similar), self.rows)]
-        return tuple(batches[place] for place in torch.randperm(len(batches), generator=generator).tolist())
+        return tuple(batches[index] for index in torch.randperm(len(batches), generator=generator).tolist())
 
 
 def num_batches(order: BatchOrder, *, tokens: int | None, epochs: int | None, steps: int | None, per_step: int) -> int:
-    """How many batches a budget buys; the one that reaches `tokens` is included. per_step: batches of a step, of all processes."""
+    """Number of batches that a budget pays for; exactly one of `tokens`, `epochs` and `steps` is given.
+
+    tokens: without padding; the batch that reaches this number is included.
+    per_step: batches of a step, of all processes.
+    """
     if steps is not None:
         return steps * per_step
     if epochs is not None:
         return epochs * len(order)
-    assert tokens is not None, "a budget was checked where it was read"
+    assert tokens is not None, "the configuration checked that there is a budget"
     position = 0
     while tokens > 0:
         tokens -= order.num_tokens(position)
@@ -66,6 +73,6 @@ def num_batches(order: BatchOrder, *, tokens: int | None, epochs: int | None, st
 
 
 def evenly(lengths: Sequence[int], rows: int) -> list[tuple[int, ...]]:
-    """Every text once, sorted by length, in batches: how held-out texts are read."""
+    """Batches with every text once, sorted by length, for evaluation; indices into `lengths`."""
     texts = sorted(range(len(lengths)), key=lambda index: lengths[index])
     return [tuple(texts[first : first + rows]) for first in range(0, len(texts), rows)]

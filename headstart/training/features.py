@@ -1,8 +1,7 @@
-"""What the target makes of texts: computed as needed, or read from a store that was written once.
+"""Features (tapped hidden states) of the target for texts: computed as needed, or read from a store that was written once.
 
-A store is a folder of safetensors shards with a `store.json` that says of which target and which texts it is; it is written
-shard by shard, so that a pass that was cut short goes on. This file knows the target's states. It refuses to know losses,
-drafters and steps.
+A store is a folder of safetensors shards with a `store.json` that names its target and its texts. It is written shard by shard, so
+that an interrupted pass continues. The module must not import drafters or the training loop.
 """
 
 from __future__ import annotations
@@ -32,7 +31,11 @@ MANIFEST = "store.json"
 
 
 class Online:
-    """States straight from the model, by its own attention. taps: layers that a drafter reads, as `Target.score` counts them."""
+    """Computes features and last hidden states with the model and its own attention.
+
+    model: the target; it is frozen here.
+    taps: layers that a drafter reads, as `Target.score` counts them.
+    """
 
     def __init__(self, model: PreTrainedModel, taps: Sequence[int]) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -41,7 +44,7 @@ class Online:
         self._taps = [tap % num_layers for tap in taps]
 
     def __call__(self, texts: TextBatch) -> Batch:
-        """On the model's device."""
+        """The batch of a loss, on the model's device."""
         texts = texts.to(self.model.device)
         return as_batch(texts, self.states(texts.tokens), self._taps)
 
@@ -55,32 +58,38 @@ class Online:
 
 
 def layers(taps: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """The tapped layers and the last, ascending, each once. Raises ValueError where the target has too few layers."""
-    if deep := [tap for tap in taps if not -num_layers <= tap < num_layers]:
+    """The tapped layers and the last, ascending, each once. Raises ValueError if the target has too few layers."""
+    if missing := [tap for tap in taps if not -num_layers <= tap < num_layers]:
         raise ValueError(
-            f"these heads read layer {deep[0]}, and the target has {num_layers}; choose another method, or more layers"
+            f"these heads read layer {missing[0]}, and the target has {num_layers}; choose another method, or more layers"
         )
     return tuple(sorted({*(tap % num_layers for tap in taps), num_layers - 1}))
 
 
 def as_batch(texts: TextBatch, states: dict[int, Tensor], taps: Sequence[int]) -> Batch:
-    """A loss_module's batch: features in float32, as the weights that learn; final states as the target has them."""
+    """The batch of a loss.
+
+    states: output of each layer in `layers`, [rows, length, hidden].
+    taps: layers whose states are joined into features, [rows, length, taps * hidden].
+
+    Features are float32, like the weights that are trained; last hidden states keep the dtype of the target.
+    """
     last = states[max(states)]
     features = torch.cat([states[tap] for tap in taps], -1) if taps else last[..., :0]
     return Batch(texts.tokens, texts.loss_mask, features.float(), last)
 
 
 class Store:
-    """States of every text, from a folder. Open one with `Store.filled`."""
+    """Reads the hidden states of every text from a folder. Open one with `Store.filled`."""
 
     def __init__(self, folder: Path, online: Online, shards: Sequence[Sequence[int]]) -> None:
         self.folder, self._online = folder, online
-        self._place = {index: number for number, shard in enumerate(shards) for index in shard}
+        self._shard_of = {index: number for number, shard in enumerate(shards) for index in shard}
         self._open: dict[int, Any] = {}
 
     @classmethod
     def claim(cls, folder: Path, online: Online, dataset: Dataset, target: str) -> None:
-        """Mark a new folder as the store of these states. target: the model's digest. Raises ValueError if it is another's."""
+        """Mark a new folder as the store of these states. target: its digest. Raises ValueError for another run's store."""
         key = {
             "format": "headstart-features",
             "version": 1,
@@ -97,51 +106,53 @@ class Store:
         cls, folder: Path, online: Online, dataset: Dataset, share: tuple[int, int] = (0, 1),
         on_progress: Callable[[int, int], None] = lambda done, of: None,
     ) -> Store:  # fmt: skip
-        """The store in a claimed folder, of which missing shards are computed and written first.
+        """The store in a claimed folder; missing shards are computed and written first.
 
-        share: (this process, all processes), each writes every so-manieth shard. on_progress: hears how many of how many are
-        written.
-        Raises ValueError if there is no room.
+        share: (index of this process, number of processes); each process writes its share of the missing shards.
+        on_progress: called with the number of shards written and the number to write.
+
+        Raises ValueError if the disk has not enough room.
         """
         shards = shard_indices(dataset)
         missing = [number for number in range(len(shards)) if not _file(folder, number).is_file()]
         _check_room(folder, online, sum(len(dataset.texts[i].tokens) for number in missing for i in shards[number]))
-        own = [number for number in missing if number % share[1] == share[0]]
-        for done, number in enumerate(own):
-            on_progress(done, len(own))
-            _write(folder, number, {str(index): _alone(online, dataset, index) for index in shards[number]})
+        mine = [number for number in missing if number % share[1] == share[0]]
+        for done, number in enumerate(mine):
+            on_progress(done, len(mine))
+            _write(folder, number, {str(index): _states_of(online, dataset, index) for index in shards[number]})
         return cls(folder, online, shards)
 
     def __call__(self, texts: TextBatch) -> Batch:
-        """On the model's device; where padding is, states are zero."""
-        place = self._online.model.device
+        """The batch of a loss, on the model's device; states of padding are zero."""
+        device = self._online.model.device
         length, taps = texts.tokens.shape[1], self._online._taps
-        read = torch.zeros(*texts.tokens.shape, len(self._online.layers), self._width, dtype=self._online.model.dtype)
+        states = torch.zeros(*texts.tokens.shape, len(self._online.layers), self._width, dtype=self._online.model.dtype)
         for row, index in enumerate(texts.indices):
-            found = self._read(index)
-            if found.shape[0] > length:
-                raise AssertionError(f"text {index} has {length} tokens at most, the store has {found.shape[0]}")
-            read[row, : found.shape[0]] = found
-        whole = read.to(place, non_blocking=True)
-        return as_batch(texts.to(place), {layer: whole[:, :, at] for at, layer in enumerate(self._online.layers)}, taps)
+            stored = self._read(index)  # [tokens, layers, hidden]
+            if stored.shape[0] > length:
+                raise AssertionError(f"text {index} has {length} tokens at most, the store has {stored.shape[0]}")
+            states[row, : stored.shape[0]] = stored
+        states = states.to(device, non_blocking=True)
+        by_layer = {layer: states[:, :, number] for number, layer in enumerate(self._online.layers)}
+        return as_batch(texts.to(device), by_layer, taps)
 
     @property
     def _width(self) -> int:
         return int(self._online.model.config.get_text_config().hidden_size)
 
     def _read(self, index: int) -> Tensor:
-        number = self._place[index]
+        number = self._shard_of[index]
         if number not in self._open:
             try:
                 self._open[number] = safe_open(_file(self.folder, number), framework="pt")
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"{_file(self.folder, number)} is damaged ({error}); delete it, and it is written again") from None
-        found: Tensor = self._open[number].get_tensor(str(index))
-        return found
+        stored: Tensor = self._open[number].get_tensor(str(index))
+        return stored
 
 
 def shard_indices(dataset: Dataset) -> list[list[int]]:
-    """Indices of all texts, in order, cut into shards of about `SHARD_TOKENS` tokens."""
+    """Indices of all texts, in order, divided into shards of about `SHARD_TOKENS` tokens."""
     shards: list[list[int]] = [[]]
     size = 0
     for index, text in enumerate(dataset.texts):
@@ -153,19 +164,19 @@ def shard_indices(dataset: Dataset) -> list[list[int]]:
     return shards
 
 
-def _alone(online: Online, dataset: Dataset, index: int) -> Tensor:
-    """[length, layers, hidden] of one text, as the model has them."""
+def _states_of(online: Online, dataset: Dataset, index: int) -> Tensor:
+    """Hidden states of one text, [length, layers, hidden], in the dtype of the model."""
     states = online.states(dataset.pad([index]).tokens.to(online.model.device))
     return torch.stack([states[layer][0] for layer in online.layers], 1).cpu()
 
 
 def _write(folder: Path, number: int, tensors: dict[str, Tensor]) -> None:
-    beside = folder / f".{_file(folder, number).name}.{os.getpid()}"
+    temporary = folder / f".{_file(folder, number).name}.{os.getpid()}"
     try:
-        save_file(tensors, beside)
-        os.replace(beside, _file(folder, number))
+        save_file(tensors, temporary)
+        os.replace(temporary, _file(folder, number))
     except (OSError, SafetensorError) as error:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise ValueError(
             f"features cannot be written to {folder}: {error}; what is there stays, so make room and start again"
         ) from None
@@ -183,16 +194,16 @@ def _claim(folder: Path, key: dict[str, Any]) -> None:
         if not manifest.exists():
             if any(folder.iterdir()):
                 raise ValueError(f"features folder {folder} holds other things and no {MANIFEST}; name a new folder")
-            beside = folder / f".{MANIFEST}.{os.getpid()}"
-            beside.write_text(json.dumps(key))
-            os.replace(beside, manifest)
+            temporary = folder / f".{MANIFEST}.{os.getpid()}"
+            temporary.write_text(json.dumps(key))
+            os.replace(temporary, manifest)
     except OSError as error:
         raise ValueError(f"features folder {folder} cannot be used: {error.strerror}") from None
     try:
-        found = read_object(manifest)
+        stored = read_object(manifest)
     except ValueError as error:
         raise ValueError(f"{error}; delete the folder, and the features are computed again") from None
-    wrong = [f"{name} {found.get(name)} instead of {value}" for name, value in key.items() if found.get(name) != value]
+    wrong = [f"{name} {stored.get(name)} instead of {value}" for name, value in key.items() if stored.get(name) != value]
     if wrong:
         raise ValueError(f"features in {folder} are of another run: {', '.join(wrong)}; name another folder, or delete it")
 

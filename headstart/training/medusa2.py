@@ -1,9 +1,10 @@
-"""Medusa-2: heads and trunk learn together, so that the trunk comes to say what its heads can guess (Cai et al. 2024).
+"""Medusa-2: the trunk is trained with its heads, so that it produces what they can draft (Cai et al. 2024, arXiv 2401.10774).
 
     loss = base + lambda0 * ramp(progress) * sum_k decay^k * loss_k
 
-The base term keeps the trunk what it was: cross-entropy with the texts, or with the laws of the model as it came, which under
-LoRA is the same model with its adapters off. This file knows trunks and terms. It refuses to know methods, steps and files.
+The base term keeps the trunk close to the original model: cross-entropy with the texts, or with the original model's
+distributions. Under LoRA, the original model is the trunk with its adapters disabled. The module must not import methods or the
+training loop.
 """
 
 from __future__ import annotations
@@ -32,12 +33,16 @@ if TYPE_CHECKING:
 
 
 class Medusa2Config(BaseModel):
-    """How the trunk learns with the heads.
+    """How the trunk is trained with the heads.
 
-    mode: "lora" (peft, on every linear inside the layers; merged at the end) or "full". rank, alpha, dropout: of LoRA. base: "kl"
-    to the model as it came, or "ce" with the texts. weight: lambda0 of the heads' losses. ramp: how that grows, "constant", or
-    "sine" from 0 over the first `ramp_share` of the steps. head_rate: the heads' learning rate over the trunk's. Joint training
-    should begin from heads that were trained with the trunk frozen: `start` of the run.
+    mode: "lora" (peft, on every linear layer inside the blocks; merged at the end) or "full".
+    rank, alpha, dropout: of LoRA.
+    base: the trunk's own loss, "kl" to the original model or "ce" (cross-entropy) with the texts.
+    weight: lambda0 of the heads' losses.
+    ramp: schedule of that weight, "constant", or "sine" from 0 over the first `ramp_share` of the steps.
+    head_rate: learning rate of the heads over that of the trunk.
+
+    Joint training should start from heads that were trained on the frozen trunk: `start` of the run.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -60,8 +65,11 @@ class Medusa2Config(BaseModel):
 
 
 class Trunk(nn.Module):
-    """A model that learns, beside what it was before. Raises ValueError where peft is missing or finds nothing to adapt, and for a
-    model whose weights are quantised: what it learned would be rounded away."""
+    """A model that is trained, with access to what it was before.
+
+    Raises ValueError if peft is missing or finds nothing to adapt, and for a model whose weights are quantised: training steps
+    would be rounded away.
+    """
 
     def __init__(self, model: PreTrainedModel, config: Medusa2Config) -> None:
         super().__init__()
@@ -82,36 +90,36 @@ class Trunk(nn.Module):
         )  # not a submodule
 
     def states(self, tokens: Tensor, wanted: Sequence[int]) -> dict[int, Tensor]:
-        """[rows, length] -> the output of each layer in `wanted`, [rows, length, hidden], with gradients."""
+        """Tokens [rows, length] -> the output of each layer in `wanted`, [rows, length, hidden], with gradients."""
         return _states(self.model, tokens, wanted)
 
     @torch.no_grad()
     def last_hidden_before(self, tokens: Tensor) -> Tensor:
-        """[rows, length] -> the final states [rows, length, hidden] of the model as it came."""
+        """Tokens [rows, length] -> last hidden states of the original model, [rows, length, hidden]."""
         last = self.num_layers - 1
         if self._original is not None:
             return _states(self._original[0].to(tokens.device), tokens, [last])[last]
         is_training = self.model.training
         self.model.eval()
         with self.model.disable_adapter():
-            found = _states(self.model, tokens, [last])[last]
+            last_hidden = _states(self.model, tokens, [last])[last]
         self.model.train(is_training)
-        return found
+        return last_hidden
 
     @property
     def output_head(self) -> OutputHead:
-        """Its head now, which learns with the rest if nothing is adapted."""
+        """The LM head as it is now; it is trained with the rest unless LoRA is used."""
         return OutputHead(self._embed_head.logits, self._embed_head.parameters)
 
     def logits_before(self, states: Tensor) -> Tensor:
-        """The head of the model as it came: [n, hidden] -> [n, vocab]."""
+        """Logits by the LM head of the original model: [n, hidden] -> [n, vocab]."""
         embed_head = self._embed_head if self._original is None else self._original[1]
         return embed_head.logits(states)
 
     def merged(self) -> PreTrainedModel:
-        """An ordinary model: adapters become part of the weights they adapt, and are gone. For the end."""
-        whole: PreTrainedModel = self.model.merge_and_unload() if hasattr(self.model, "merge_and_unload") else self.model
-        return whole
+        """An ordinary model, with the adapters merged into its weights. The trunk cannot be trained afterwards."""
+        model: PreTrainedModel = self.model.merge_and_unload() if hasattr(self.model, "merge_and_unload") else self.model
+        return model
 
 
 class Medusa2(nn.Module):
@@ -136,17 +144,17 @@ class Medusa2(nn.Module):
         return self.base(batch) + self.config.lambda0(progress) * heads, metrics
 
     def base(self, batch: Batch) -> Tensor:
-        """The trunk's own loss, summed over an assistant's tokens."""
+        """The trunk's own loss, a scalar, summed over the loss mask."""
         where = batch.loss_mask[:, 1:].nonzero(as_tuple=True)
-        own, tokens = batch.last_hidden[where], batch.tokens[where[0], where[1] + 1]
+        last_hidden, tokens = batch.last_hidden[where], batch.tokens[where[0], where[1] + 1]
         if self.config.base == "ce":
-            return chunked_loss(self.trunk.output_head, own, tokens, None, Objective(hard=1), self.trunk.logits_before)[0]
+            return chunked_loss(self.trunk.output_head, last_hidden, tokens, None, Objective(hard=1), self.trunk.logits_before)[0]
         before = self.trunk.last_hidden_before(batch.tokens)[where]
-        return chunked_loss(self.trunk.output_head, own, tokens, before, Objective(soft=1), self.trunk.logits_before)[0]
+        return chunked_loss(self.trunk.output_head, last_hidden, tokens, before, Objective(soft=1), self.trunk.logits_before)[0]
 
     @torch.no_grad()
     def cross_entropy(self, texts: TextBatch) -> tuple[float, int]:
-        """Summed cross-entropy of the trunk with an assistant's tokens, nats, and their number: perplexity = exp(sum / number)."""
+        """Cross-entropy of the trunk in nats, summed over the loss mask, and the number of its tokens."""
         texts = texts.to(next(self.parameters()).device)
         last = self.trunk.num_layers - 1
         last_hidden = self.trunk.states(texts.tokens, [last])[last]
@@ -158,7 +166,7 @@ class Medusa2(nn.Module):
         return float(loss), len(tokens)
 
     def groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
-        """The trunk at `learning_rate`, the heads at `head_rate` times that."""
+        """Parameter groups for the optimizer: the trunk at `learning_rate`, the heads at `head_rate` times that."""
         heads = parameter_groups(self.drafter.parameters(), learning_rate * self.config.head_rate, weight_decay)
         return heads + parameter_groups(self.trunk.parameters(), learning_rate, weight_decay)
 
@@ -179,12 +187,12 @@ def _adapted(model: PreTrainedModel, config: Medusa2Config) -> Any:
         return get_peft_model(model, lora)
 
 
-def perplexity(joint: Medusa2, dataset: Dataset, rows: int) -> float | None:
-    """Of the trunk as it is, on the answers of the held-out texts; None where nothing is held out."""
+def perplexity(loss_module: Medusa2, dataset: Dataset, rows: int) -> float | None:
+    """Perplexity of the trunk on the answers of the held-out texts; None if nothing is held out. rows: texts of a batch."""
     if not dataset.held_out:
         return None
-    joint.eval()
+    loss_module.eval()
     lengths = [len(dataset.texts[index].tokens) for index in dataset.held_out]
-    batches = [[dataset.held_out[place] for place in batch] for batch in evenly(lengths, rows)]
-    losses, counts = zip(*(joint.cross_entropy(dataset.pad(batch)) for batch in batches), strict=True)
+    batches = [[dataset.held_out[index] for index in batch] for batch in evenly(lengths, rows)]
+    losses, counts = zip(*(loss_module.cross_entropy(dataset.pad(batch)) for batch in batches), strict=True)
     return math.exp(sum(losses) / max(1, sum(counts)))

@@ -1,12 +1,11 @@
-"""Documents chained into streams, cut into blocks of equal length: what a model is pretrained on.
+"""Packing: documents joined into streams and cut into blocks of equal length, for pretraining.
 
-    stream   a b c d e f g h        each pair of neighbours is read once: the last token of a block is
-    blocks   a b c d                the first of the next one
+    stream   a b c d e f g h        each pair of adjacent tokens is in one block: the last token of a block is
+    blocks   a b c d                the first token of the next block
                    d e f g
                          g h
 
-All tokens count, and nothing is padded but the last block of a stream. This file knows tokens and blocks. It refuses to know
-texts, tokenizers and what is learned.
+All tokens have a loss, and only the last block of a stream is padded. The module must not import models, heads or losses.
 """
 
 from __future__ import annotations
@@ -30,65 +29,73 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """A piece of a stream. tokens: [length]."""
+    """A piece of a stream. tokens: [length], integers."""
 
     tokens: Tokens
 
     @property
     def num_targets(self) -> int:
-        """Tokens that are predicted: all but the first."""
+        """Number of tokens that are predicted: all but the first."""
         return len(self.tokens) - 1
 
 
 class Blocks(Sequence[Block]):
-    """All blocks of some streams, cut when they are asked for. length: tokens of a block."""
+    """All blocks of some streams, cut when they are read.
+
+    streams: tokens of each, [tokens].
+    length: tokens of a block.
+    """
 
     def __init__(self, streams: Sequence[Tokens], length: int) -> None:
         self.streams, self.length = tuple(streams), length
-        self._firsts = np.cumsum([0, *(_num_blocks(stream, length) for stream in streams)])  # the first block of each stream
+        self._first_blocks = np.cumsum([0, *(_num_blocks(stream, length) for stream in streams)])
 
     def __len__(self) -> int:
-        return int(self._firsts[-1])
+        return int(self._first_blocks[-1])
 
-    def __getitem__(self, index: int) -> Block:  # type: ignore[override]  # nobody takes a slice
+    def __getitem__(self, index: int) -> Block:  # type: ignore[override]  # slices are not supported
         if not 0 <= index < len(self):
             raise IndexError(f"block {index} of {len(self)}")
-        stream = int(np.searchsorted(self._firsts, index, side="right")) - 1
-        start = (index - int(self._firsts[stream])) * (self.length - 1)
+        stream = int(np.searchsorted(self._first_blocks, index, side="right")) - 1
+        start = (index - int(self._first_blocks[stream])) * (self.length - 1)
         return Block(self.streams[stream][start : start + self.length])
 
     def of(self, stream: int) -> range:
         """The indices of a stream's blocks."""
-        return range(int(self._firsts[stream]), int(self._firsts[stream + 1]))
+        return range(int(self._first_blocks[stream]), int(self._first_blocks[stream + 1]))
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """All blocks of a run, in the place of a `Dataset`. train: indices of those to train on, one for each time that an epoch reads
-    it. held_out: of those held out."""
+    """All blocks of a run; has the methods of `Dataset`.
+
+    texts: train and held-out blocks.
+    train: indices of the blocks to train on; an index occurs as often as an epoch reads its block.
+    held_out: indices of the blocks to evaluate on.
+    """
 
     texts: Blocks
     train: tuple[int, ...]
     held_out: tuple[int, ...]
 
     def pad(self, indices: Sequence[int]) -> TextBatch:
-        """Blocks side by side, as long as the longest of them."""
+        """A batch of these blocks, padded to the longest of them."""
         chosen = [self.texts[index].tokens for index in indices]
         longest = max(map(len, chosen))
         tokens = torch.full((len(chosen), longest), PAD, dtype=torch.int64)
-        counts = torch.zeros(len(chosen), longest, dtype=torch.bool)
+        loss_mask = torch.zeros(len(chosen), longest, dtype=torch.bool)
         for row, block in enumerate(chosen):
             tokens[row, : len(block)] = torch.from_numpy(block.astype(np.int64))
-            counts[row, : len(block)] = True
-        return TextBatch(tokens, counts, tuple(indices))
+            loss_mask[row, : len(block)] = True
+        return TextBatch(tokens, loss_mask, tuple(indices))
 
     def masked_batch(self) -> TextBatch:
-        """A block of which nothing counts: a process without a batch still takes part in the step."""
+        """A block with an empty loss mask, for a process without a batch: it still takes part in the step."""
         padded = self.pad([self._shortest])
         return TextBatch(padded.tokens, torch.zeros_like(padded.loss_mask), padded.indices)
 
     def digest(self) -> str:
-        """Of every token, how they are cut, how often they are read, and what is held out."""
+        """Hash of all tokens, the length of a block, how often blocks are read, and what is held out."""
         sha = hashlib.sha256(f"{self.texts.length} {[len(stream) for stream in self.texts.streams]}".encode())
         for indices in (self.train, self.held_out):
             sha.update(np.array(indices, "<i8").tobytes() + b"|")
@@ -98,8 +105,8 @@ class Packed:
 
     @cached_property
     def _shortest(self) -> int:
-        lasts = [blocks[-1] for place in range(len(self.texts.streams)) if (blocks := self.texts.of(place))]
-        return min(lasts, key=lambda index: len(self.texts[index].tokens))  # only the last block of a stream may be short
+        last_blocks = [blocks[-1] for stream in range(len(self.texts.streams)) if (blocks := self.texts.of(stream))]
+        return min(last_blocks, key=lambda index: len(self.texts[index].tokens))  # only the last block of a stream may be short
 
 
 def read_packed(
@@ -108,46 +115,53 @@ def read_packed(
 ) -> tuple[Packed, str]:  # fmt: skip
     """The blocks of some files, and a sentence that says what was read.
 
-    paths: JSONL with `text` or `messages`, plain text, or `.npy` with tokens. length: of a block, in tokens, two or more. vocab:
-    tokens are below it. held_out: a share, taken of whole documents, or where a file has but one, its end; or a file. times: how
-    often an epoch reads a file, by its path or name; a fraction reads blocks spread over it. Raises ValueError for what cannot be
-    read, and where nothing is left to learn from.
+    paths: JSONL with `text` or `messages`, plain text, or `.npy` with tokens.
+    length: tokens of a block, at least 2.
+    vocab: all tokens are below it.
+    held_out: a share of the documents, or of the tokens at the end of a file with one document; or a file.
+    times: how often an epoch reads a file, by its path or name; a fraction reads evenly spread blocks. Default: once.
+
+    Raises ValueError for what cannot be read, and if no block is left to train on.
     """
-    often = _often(paths, times or {})
-    read = [read_stream(path, tokenizer, vocab) for path in paths]
+    repeats = _repeats(paths, times or {})
+    streams = [read_stream(path, tokenizer, vocab) for path in paths]
     if isinstance(held_out, Path):
-        teaching, testing = [stream.tokens for stream in read], [read_stream(held_out, tokenizer, vocab).tokens]
+        train_streams, held_out_streams = [stream.tokens for stream in streams], [read_stream(held_out, tokenizer, vocab).tokens]
     else:
-        teaching, testing = _parted(read, held_out)
-    blocks = Blocks(teaching + testing, length)
-    train_texts = [index for place, count in enumerate(often) for index in _repeated(blocks.of(place), count)]
-    held_out_texts = range(blocks.of(len(teaching)).start, len(blocks))
-    if not train_texts:
-        raise ValueError(_why_nothing(paths, read, held_out))
-    return Packed(blocks, tuple(train_texts), tuple(held_out_texts)), _told(read, len(train_texts), len(held_out_texts), length)
+        train_streams, held_out_streams = _split(streams, held_out)
+    blocks = Blocks(train_streams + held_out_streams, length)
+    train = [index for stream, count in enumerate(repeats) for index in _repeated(blocks.of(stream), count)]
+    held_out_blocks = range(blocks.of(len(train_streams)).start, len(blocks))
+    if not train:
+        raise ValueError(_why_nothing(paths, streams, held_out))
+    return Packed(blocks, tuple(train), tuple(held_out_blocks)), _report(streams, len(train), len(held_out_blocks), length)
 
 
-def _parted(streams: Sequence[Stream], share: float) -> tuple[list[Tokens], list[Tokens]]:
-    """What teaches, and what is held out, of each stream. A document's lot depends on its own tokens, not on what else is read;
-    only where every one would be train, one is held out all the same."""
-    marks = [stream.marks() if share and len(stream.ends) > 1 else np.empty(0) for stream in streams]
-    border = max(share, min((mark.min() for mark in marks if mark.size), default=share))
+def _split(streams: Sequence[Stream], share: float) -> tuple[list[Tokens], list[Tokens]]:
+    """The train part and the held-out part of each stream.
+
+    Whether a document is held out depends on its own tokens, not on the other documents; only if none would be held out, the one
+    with the smallest hash is.
+    """
+    hashes = [stream.hashes() if share and len(stream.ends) > 1 else np.empty(0) for stream in streams]
+    threshold = max(share, min((of_stream.min() for of_stream in hashes if of_stream.size), default=share))
     parts = [
-        stream.parted_by(mark <= border) if mark.size else stream.parted(share) for stream, mark in zip(streams, marks, strict=True)
+        stream.split_documents(of_stream <= threshold) if of_stream.size else stream.split_end(share)
+        for stream, of_stream in zip(streams, hashes, strict=True)
     ]
     return [train for train, _ in parts], [held_out for _, held_out in parts]
 
 
 def _repeated(blocks: range, times: float) -> Iterator[int]:
-    """Each block so often; of a fraction, blocks spread evenly."""
+    """Each block `times` times; the fraction of `times` adds evenly spread blocks."""
     for _ in range(int(times)):
         yield from blocks
-    few = round((times - int(times)) * len(blocks))
-    yield from (blocks[place * len(blocks) // few] for place in range(few))
+    rest = round((times - int(times)) * len(blocks))
+    yield from (blocks[number * len(blocks) // rest] for number in range(rest))
 
 
-def _often(paths: Sequence[Path], times: Mapping[str, float]) -> list[float]:
-    """How often each file is read."""
+def _repeats(paths: Sequence[Path], times: Mapping[str, float]) -> list[float]:
+    """How often an epoch reads each file."""
     unknown = [name for name in times if not any(name in (str(path), path.name) for path in paths)]
     if unknown:
         known = ", ".join(str(path) for path in paths)
@@ -155,22 +169,24 @@ def _often(paths: Sequence[Path], times: Mapping[str, float]) -> list[float]:
     return [times.get(str(path), times.get(path.name, 1)) for path in paths]
 
 
-def _why_nothing(paths: Sequence[Path], read: Sequence[Stream], held_out: float | Path) -> str:
-    found = sum(len(stream.tokens) for stream in read)
+def _why_nothing(paths: Sequence[Path], streams: Sequence[Stream], held_out: float | Path) -> str:
+    num_tokens = sum(len(stream.tokens) for stream in streams)
     names = ", ".join(str(path) for path in paths)
-    if found < 2:
-        return f"the number of tokens in {names} is {found}, and it takes two to learn what follows; give more data"
-    return f"of the {found} tokens in {names} none are left to train on; hold out less (held_out is {held_out}), or raise times"
-
-
-def _told(read: Sequence[Stream], num_taught: int, num_tested: int, length: int) -> str:
-    tokens, documents = sum(len(stream.tokens) for stream in read), sum(len(stream.ends) for stream in read)
+    if num_tokens < 2:
+        return f"the number of tokens in {names} is {num_tokens}, and a prediction needs two; give more data"
     return (
-        f"{len(read):,} files with {documents:,} documents of {tokens:,} tokens; an epoch reads {num_taught:,} blocks of {length} "
-        f"tokens, {num_tested:,} are held out"
+        f"of the {num_tokens} tokens in {names} none are left to train on; hold out less (held_out is {held_out}), or raise times"
+    )
+
+
+def _report(streams: Sequence[Stream], num_train: int, num_held_out: int, length: int) -> str:
+    tokens, documents = sum(len(stream.tokens) for stream in streams), sum(len(stream.ends) for stream in streams)
+    return (
+        f"{len(streams):,} files with {documents:,} documents of {tokens:,} tokens; an epoch reads {num_train:,} blocks "
+        f"of {length} tokens, {num_held_out:,} are held out"
     )
 
 
 def _num_blocks(stream: Tokens, length: int) -> int:
-    """So many that each pair of neighbours is in one of them."""
+    """Number of blocks of a stream, such that each pair of adjacent tokens is in one of them."""
     return -(-max(0, len(stream) - 1) // (length - 1))

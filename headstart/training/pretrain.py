@@ -199,16 +199,16 @@ def _heads(config: PretrainConfig, model: PreTrainedModel) -> dict[str, Heads]:
 
 
 def _optimizers(loss_module: PretrainLoss, config: PretrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for all; or Muon for the matrices inside the layers and AdamW for the rest.
+    """AdamW for all parameters; or Muon for the matrices inside the layers and AdamW for the rest.
 
-    Muon (Jordan et al. 2024) orthogonalises its updates and needs fewer tokens; its scale is matched to AdamW's (Liu et al. 2025,
-    arXiv 2502.16982), so that one rate serves both.
+    Muon (Jordan et al. 2024) orthogonalises its updates and needs fewer tokens. Its scale is matched to that of AdamW (Liu et al.
+    2025, arXiv 2502.16982, section 2.2), so one learning rate serves both.
     """
     rate, decay = config.learning_rate, config.weight_decay
     if config.optimizer == "adamw":
         return [torch.optim.AdamW(loss_module.groups(rate, decay), betas=config.betas)]
-    inside, rest = loss_module.split()
+    matrices, rest = loss_module.split()
     muon = torch.optim.Muon(
-        [{"params": inside, "lr": rate, "peak": rate}], weight_decay=decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+        [{"params": matrices, "lr": rate, "peak": rate}], weight_decay=decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
     )
     return [muon, torch.optim.AdamW([{"params": rest, "lr": rate, "peak": rate}], weight_decay=0.0, betas=config.betas)]

@@ -1,10 +1,9 @@
-"""A loss_module in which a trunk learns to speak, and its heads with it from the first step.
+"""The loss module of pretraining: a trunk and its heads are trained together from the first step.
 
-    loss = CE(next token) + weight(progress) * sum over heads of (sum_d decay^(d-1) CE(token d places later) / sum_d decay^(d-1))
+    loss = CE(next token) + weight(progress) * sum over heads of (sum_d decay^(d-1) CE(token d + 1 ahead) / sum_d decay^(d-1))
 
-Gradients of the heads reach the trunk through the states they read, with the memory of one
-head (`headstart.drafters.parts.drafter_loss.backward_by_part`). This
-file knows trunks, heads and terms. It refuses to know files, steps and methods.
+Gradients of the heads reach the trunk through the hidden states they read, with the memory of one head
+(`headstart.drafters.parts.drafter_loss.backward_by_part`). The module must not import methods or the training loop.
 """
 
 from __future__ import annotations
@@ -16,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from headstart.drafters.parts.drafter_loss import backward_by_part, chunked_loss
 from headstart.drafters.parts.heads import Heads
-from headstart.drafters.parts.losses import Metrics, Objective, OutputHead
+from headstart.drafters.parts.losses import Metrics, Objective, OutputHead, backward_by_part, chunked_loss
 from headstart.target.embed_head import EmbedHead
 from headstart.target.hidden_states import asking_for
 from headstart.training.dataset import TextBatch
@@ -52,29 +50,29 @@ class PretrainLoss(nn.Module):
         self._num_layers = int(trunk.config.get_text_config().num_hidden_layers)
         taps = {tap for member in heads.values() for tap in member.taps}
         self._layers = layers(sorted(taps), self._num_layers)
-        both_ends = trunk.get_input_embeddings(), trunk.get_output_embeddings()
-        self._shared = [weight for end in both_ends for weight in end.parameters()]  # what heads speak through and learn, too
+        embed_and_head = trunk.get_input_embeddings(), trunk.get_output_embeddings()
+        self._shared = [weight for layer in embed_and_head for weight in layer.parameters()]  # trained by the heads' losses, too
 
     def forward(self, texts: TextBatch, progress: float = 0.0) -> tuple[Tensor, Metrics]:
         """The summed loss, a scalar, and metrics. progress: share of the run that is done, in [0, 1]."""
         texts = texts.to(next(self.parameters()).device)
         states = self._states(texts.tokens)
-        total, found = self._next(texts, states[self._num_layers - 1])
-        weight, stacked = self.weight(progress), [found]
+        total, column = self._trunk_loss(texts, states[self._num_layers - 1])
+        weight, stacked = self.weight(progress), [column]
         for drafter in self.heads.values():
-            loss, metrics = self._later(drafter, texts, states)
+            loss, metrics = self._heads_loss(drafter, texts, states)
             total = total + weight * loss
             stacked.append(metrics.stacked())
         return total, Metrics.of(torch.cat(stacked, 1))
 
     def _states(self, tokens: Tensor) -> dict[int, Tensor]:
-        """The output of each layer that someone reads, [rows, length, hidden]."""
+        """The output of each layer that is read, [rows, length, hidden]."""
         wanted = asking_for(self._layers)
         out = self.trunk(input_ids=tokens, use_cache=False, logits_to_keep=1, output_hidden_states=wanted)
         return {layer: out.hidden_states[layer + 1] for layer in self._layers}
 
-    def _next(self, texts: TextBatch, last_hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The trunk's own loss, and its column, [4, 1]."""
+    def _trunk_loss(self, texts: TextBatch, last_hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of the next token, a scalar, and its column of the metrics, [4, 1]."""
         where = texts.loss_mask[:, 1:].nonzero(as_tuple=True)
         tokens = texts.tokens[where[0], where[1] + 1]
         output_head = OutputHead(self._embed_head.logits, self._embed_head.parameters)
@@ -82,12 +80,12 @@ class PretrainLoss(nn.Module):
         right = hits.sum().float()
         return loss, torch.stack([loss.detach(), torch.tensor(float(len(tokens))).to(right), right, right])[:, None]
 
-    def _later(self, drafter: Any, texts: TextBatch, states: dict[int, Tensor]) -> tuple[Tensor, Metrics]:
-        """The loss of one method's heads, on the scale of a single depth."""
+    def _heads_loss(self, drafter: Any, texts: TextBatch, states: dict[int, Tensor]) -> tuple[Tensor, Metrics]:
+        """The loss of one method's heads, averaged over depths with the weights of `decay`, and its metrics."""
         batch = as_batch(texts, states, [tap % self._num_layers for tap in drafter.taps])
         weights = [*drafter.parameters(), *self._shared]
         loss, metrics = backward_by_part(
-            lambda own: drafter.parts(replace(batch, features=own), self.objective), batch.features, weights
+            lambda features: drafter.parts(replace(batch, features=features), self.objective), batch.features, weights
         )
         return loss / sum(self.objective.decay**depth for depth in range(drafter.depth)), metrics
 
@@ -106,12 +104,12 @@ class PretrainLoss(nn.Module):
         return values
 
     def groups(self, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
-        """Parameters for one optimiser of all."""
+        """Parameter groups for one optimizer of all parameters."""
         return parameter_groups(self.parameters(), learning_rate, weight_decay)
 
     def split(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Matrices inside layers, and everything else: what Muon is for, and what it is not for."""
+        """The matrices inside layers, which Muon trains, and all other parameters."""
         shared = {id(weight) for weight in self._shared}
-        inside = [weight for weight in self.parameters() if weight.dim() == 2 and id(weight) not in shared]
-        ids = {id(weight) for weight in inside}
-        return inside, [weight for weight in self.parameters() if id(weight) not in ids]
+        matrices = [weight for weight in self.parameters() if weight.dim() == 2 and id(weight) not in shared]
+        ids = {id(weight) for weight in matrices}
+        return matrices, [weight for weight in self.parameters() if id(weight) not in ids]

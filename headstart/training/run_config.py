@@ -1,6 +1,6 @@
-"""What a run is asked for: the keys of all runs, those of training heads, and those of pretraining a model.
+"""The configuration of a training run: the keys of all runs, those of training heads, and those of pretraining a model.
 
-This file knows keys, kinds and limits. It refuses to know files, models, methods and data.
+The module must not import models, methods or data.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 BUDGETS = ("tokens", "epochs", "steps")
 
-# How a run is watched. All other keys decide its weights, so a run that is continued must keep them.
+# Keys of logging, evaluation and saving. All other keys decide the weights, so a resumed run must keep them.
 WATCHING = {"tracker", "threads", "log_every", "eval_every", "save_every", "decode_every", "decode_prompts", "decode_tokens"}
 
 _Count = Annotated[int, Field(ge=1, lt=2**63)]
@@ -23,19 +23,34 @@ _NotNegative = Annotated[float, Field(ge=0)]
 
 
 class RunConfig(BaseModel):
-    """What every run is asked for.
+    """The keys of every run.
 
-    tokens, epochs, steps: the budget, exactly one of them; tokens without padding. rows: texts of a batch, each of `length` tokens
-    at most, None for 512 or what the model takes. accumulate: batches of a step, on each process. warmup: share of the steps.
-    floor: share of the learning rate that is left at the end of the schedule. held_out: a share of the texts, or a file. precision:
-    of the arithmetic. device: "auto" is accelerate's choice. trust_remote_code: whether Python files in the folders of models and
-    tokenizers may run.
+    data: files with texts.
+    out: folder that the run writes.
+    tokens, epochs, steps: the budget, exactly one of them; tokens without padding.
+    rows: texts of a batch.
+    length: tokens of a text at most; None: 512, or the model's context if that is shorter.
+    accumulate: batches of a step, on each process.
+    learning_rate: at the end of the warm-up.
+    warmup: share of the steps.
+    schedule: of the learning rate after the warm-up.
+    floor: share of the learning rate that is left at the end of the schedule.
+    weight_decay, betas: of the optimizer.
+    clip: greatest norm of the gradient; None: not clipped.
+    seed: of all random numbers.
+    precision: mixed precision of the arithmetic.
+    device: "auto" is accelerate's choice.
+    held_out: a share of the texts, or a file.
+    log_every, eval_every, save_every: steps between two lines of the log, evaluations, checkpoints; None: never.
+    trust_remote_code: whether Python files in the folders of models and tokenizers may run.
+    tracker: experiment tracker.
+    threads: of torch on the CPU; None: torch's choice.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (BUDGETS,)  # exactly one key of each
-    places: ClassVar[tuple[str, ...]] = ()  # keys that hold a folder or a hub id
+    path_keys: ClassVar[tuple[str, ...]] = ()  # keys that hold a folder or a hub id
 
     data: tuple[Path, ...] = Field(min_length=1)
     out: Path
@@ -69,7 +84,7 @@ class RunConfig(BaseModel):
     @field_validator("held_out", mode="before")
     @classmethod
     def _share_or_file(cls, value: object) -> object:
-        """A text that is a number is a share."""
+        """A string that is a number is a share; any other is a file."""
         try:
             return float(value) if isinstance(value, str) else value
         except ValueError:
@@ -78,22 +93,22 @@ class RunConfig(BaseModel):
     @model_validator(mode="after")
     def _has_one_of_each(self) -> Self:
         for names in self.alternatives:
-            given = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None]
-            if len(given) != 1:
+            chosen = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) is not None]
+            if len(chosen) != 1:
                 what = "the budget" if names == BUDGETS else " or ".join(names)
-                found = f"given {len(given)} times ({', '.join(given)})" if given else "missing"
-                raise ValueError(f"{what} is {found}; give exactly one of {', '.join(names)}")
+                fault = f"given {len(chosen)} times ({', '.join(chosen)})" if chosen else "missing"
+                raise ValueError(f"{what} is {fault}; give exactly one of {', '.join(names)}")
         return self
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as they are written to YAML and JSON; paths absolute, so that the file works from anywhere."""
-        plain = self.model_dump(mode="json")
+        """Keys and plain values for YAML and JSON; paths are absolute, so that the file works from any folder."""
+        values = self.model_dump(mode="json")
         paths = {name: str(value.absolute()) for name, value in self if isinstance(value, Path)}
-        places = {name: str(Path(plain[name]).absolute()) for name in self.places if plain[name] and Path(plain[name]).is_dir()}
-        return plain | paths | places | {"data": [str(path.absolute()) for path in self.data]}
+        folders = {key: str(Path(values[key]).absolute()) for key in self.path_keys if values[key] and Path(values[key]).is_dir()}
+        return values | paths | folders | {"data": [str(path.absolute()) for path in self.data]}
 
     def write(self, folder: Path) -> None:
-        """As `config.yaml`, which `--config` reads. Raises ValueError on a full disk."""
+        """Write `config.yaml`, which `--config` reads. Raises ValueError if it cannot be written."""
         text = yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True)
         try:
             (folder / "config.yaml").write_text(text, encoding="utf-8")
@@ -104,15 +119,22 @@ class RunConfig(BaseModel):
 
 
 class TrainConfig(RunConfig):
-    """Training heads for a model.
+    """The keys of training heads for a model.
 
-    settings: of the method's own config. start: folder of heads of this method to go on from, None for new ones. target: folder or
-    hub id. any_target: learn from the answers of other targets, too. loss: weights of the objective. joint: how the target learns
-    too, None where it stays as it is. features: folder of a feature store, None to compute features as they are needed. dtype: of
-    the target.
+    method: of the drafter.
+    settings: of the method's own config.
+    start: folder of heads of this method for a warm start; None: new heads.
+    target: folder or hub id.
+    any_target: train on the answers of other targets, too.
+    loss: weights of the objective.
+    joint: keys of `Medusa2Config`, to train the target with its heads; None: the target is frozen.
+    features: folder of a feature store; None: features (tapped hidden states) are computed as needed.
+    dtype: of the target.
+    decode_every: steps between two real decodes; None: never.
+    decode_prompts, decode_tokens: prompts of such a decode, and tokens of each answer.
     """
 
-    places: ClassVar[tuple[str, ...]] = ("target",)
+    path_keys: ClassVar[tuple[str, ...]] = ("target",)
 
     method: str
     settings: dict[str, Any] = {}
@@ -128,26 +150,29 @@ class TrainConfig(RunConfig):
     decode_tokens: _Count = 64
 
     @model_validator(mode="after")
-    def _has_features_that_last(self) -> Self:
+    def _features_need_a_frozen_target(self) -> Self:
         if self.joint is not None and self.features is not None:
-            raise ValueError("features are kept of a target that stays as it is, but joint lets it learn; leave one of them out")
+            raise ValueError("features are stored for a frozen target, but joint trains it; leave one of them out")
         return self
 
 
 class PretrainConfig(RunConfig):
-    """Pretraining a model, with heads that learn at the same time or without.
+    """The keys of pretraining a model, with heads that are trained at the same time or without.
 
-    model: a configuration, or a folder with one; the weights are random. start: folder or hub id of a model to go on from. One of
-    them. tokenizer: folder or hub id, None for that of the model. heads: methods that learn with the trunk, with their settings;
-    `from` among these is a folder of heads to go on from.
-    weight: lambda of the heads' losses until the share `weight_until` of the steps, `weight_end` afterwards (DeepSeek-V3,
-    arXiv 2412.19437, section 4.2), None for `weight` to the end. decay: weight of each deeper guess over that of the one before.
-    times: how often an epoch reads a file of the data, by its path or its name; once where it does not say. dtype: in which the
-    model and its heads are stored; they learn in float32.
+    model, start: exactly one of them. model: a configuration, or a folder with one; the weights are random. start: folder or hub id
+    of a model for a warm start.
+    tokenizer: folder or hub id; None: that of the model.
+    heads: methods that are trained with the trunk, with their settings; `from` among these is a folder of heads for a warm start.
+    weight: lambda of the heads' losses until the share `weight_until` of the steps (DeepSeek-V3, arXiv 2412.19437, section 4.2).
+    weight_end: lambda afterwards; None: `weight` to the end.
+    decay: weight of each depth over that of the one before.
+    times: how often an epoch reads a file of the data, by its path or its name. Default: once.
+    optimizer: "adamw", or "muon" for the matrices inside layers and AdamW for the rest.
+    dtype: in which the model and its heads are stored; they are trained in float32.
     """
 
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("model", "start"), BUDGETS)
-    places: ClassVar[tuple[str, ...]] = ("start", "tokenizer")
+    path_keys: ClassVar[tuple[str, ...]] = ("start", "tokenizer")
 
     model: Path | None = None
     start: str | None = None
@@ -169,17 +194,19 @@ class PretrainConfig(RunConfig):
     @field_validator("heads", mode="before")
     @classmethod
     def _or_its_defaults(cls, value: object) -> object:
-        """A method that nothing is said about, as `mtp:` in YAML."""
-        return {name: {} if given is None else given for name, given in value.items()} if isinstance(value, dict) else value
+        """A method without settings, as `mtp:` in YAML, has the default ones."""
+        return (
+            {name: {} if settings is None else settings for name, settings in value.items()} if isinstance(value, dict) else value
+        )
 
     @model_validator(mode="after")
-    def _honours_what_it_is_told(self) -> Self:
-        own = ("weight", "weight_end", "weight_until", "decay")
-        told = [name for name in own if getattr(self, name) != type(self).model_fields[name].default]
-        if told and not self.heads:
-            raise ValueError(f"{', '.join(told)} is about heads that learn with the trunk, and there are none; give heads")
-        if "weight_until" in told and self.weight_end is None:
-            raise ValueError("weight_until says when weight gives way to weight_end, and there is none; give weight_end")
+    def _weights_have_heads(self) -> Self:
+        keys = ("weight", "weight_end", "weight_until", "decay")
+        changed = [name for name in keys if getattr(self, name) != type(self).model_fields[name].default]
+        if changed and not self.heads:
+            raise ValueError(f"{', '.join(changed)} is about heads that are trained with the trunk, and there are none; give heads")
+        if "weight_until" in changed and self.weight_end is None:
+            raise ValueError("weight_until says when weight_end replaces weight, and there is none; give weight_end")
         return self
 
     def heads_weight(self, progress: float) -> float:
@@ -188,12 +215,12 @@ class PretrainConfig(RunConfig):
         return self.weight_end if is_late and self.weight_end is not None else self.weight
 
     def as_dict(self) -> dict[str, Any]:
-        """As that of all runs; files that `times` names by their path are the absolute ones."""
+        """Keys and plain values, as for every run; paths in `times` and in `from` of heads are absolute, too."""
         times = {str(Path(name).absolute()) if Path(name) in self.data else name: count for name, count in self.times.items()}
-        heads = {name: _from_anywhere(settings) for name, settings in self.heads.items()}
+        heads = {name: _with_absolute_path(settings) for name, settings in self.heads.items()}
         return {**super().as_dict(), "heads": heads, "times": times}
 
 
-def _from_anywhere(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of heads, with the folder that they go on from as an absolute path."""
+def _with_absolute_path(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of heads, with the folder of their warm start as an absolute path."""
     return {name: str(Path(value).absolute()) if name == "from" else value for name, value in settings.items()}

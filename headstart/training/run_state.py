@@ -1,7 +1,7 @@
-"""Checkpoints of a run: written beside, then renamed, so that one that is there is whole.
+"""Checkpoints of a run: written to a temporary folder, then renamed, so that every checkpoint is complete.
 
-`FOLDER/checkpoint/step-00000200/` holds what accelerate knows (weights, optimiser, random states, loss scale) and `state.json`,
-what the loop knows. This file knows folders. It refuses to know what is trained.
+`FOLDER/checkpoint/step-00000200/` holds the state of accelerate (weights, optimizer, random states, loss scale) and `state.json`,
+the state of the loop. The module must not import what is trained.
 """
 
 from __future__ import annotations
@@ -27,8 +27,15 @@ HOME, STATE, WRITING = "checkpoint", "state.json", ".writing"
 
 @dataclass
 class State:
-    """Where a run is. batches: read so far, of all processes. tokens: in them. seconds: of training. window: sums of the
-    metrics since the last line of the log, as nested lists."""
+    """Where a run is.
+
+    step: steps done.
+    batches: batches read, by all processes.
+    tokens: tokens in them, without padding.
+    seconds: of training.
+    window: sums of the metrics since the last line of the log, as nested lists, [4, depths].
+    window_loss: sum of the loss since then.
+    """
 
     step: int = 0
     batches: int = 0
@@ -40,27 +47,32 @@ class State:
 
 @dataclass(frozen=True)
 class Identity:
-    """What must be the same when a run goes on. config: all of it. texts, target: digests. per_step: batches of a step, of all
-    processes."""
+    """What must be the same when a run is resumed.
+
+    config: all keys and values.
+    texts: digest of the dataset.
+    target: digest of the target, or the model that pretraining starts from.
+    per_step: batches of a step, of all processes.
+    """
 
     config: dict[str, Any]
     texts: str
     target: str
     per_step: int
 
-    def check(self, found: dict[str, Any], folder: Path) -> None:
-        """Raise ValueError, naming the first key, if a checkpoint is of another run."""
-        free = WATCHING | {"accumulate", "out", "features", "trust_remote_code"}  # `per_step` stands for the first
+    def check(self, stored: dict[str, Any], folder: Path) -> None:
+        """Raise ValueError, naming the first key that differs, if a checkpoint is of another run."""
+        may_change = WATCHING | {"accumulate", "out", "features", "trust_remote_code"}  # `per_step` is checked instead of the first
         for key, value in self.config.items():
-            before = found["config"].get(key)
-            if key not in free and before != value:
+            before = stored["config"].get(key)
+            if key not in may_change and before != value:
                 raise ValueError(
                     f"the run in {folder} was started with {key}={before}, so it cannot go on with {key}={value}; "
                     "leave it as it was, or name another folder"
                 )
         for key, what in (("texts", "other texts"), ("target", "another target"), ("per_step", "other batches per step")):
-            if found[key] != getattr(self, key):
-                raise ValueError(f"the run in {folder} was started with {what} ({found[key]}, now {getattr(self, key)})")
+            if stored[key] != getattr(self, key):
+                raise ValueError(f"the run in {folder} was started with {what} ({stored[key]}, now {getattr(self, key)})")
 
 
 class Checkpoints:
@@ -70,71 +82,75 @@ class Checkpoints:
         self.out, self.home, self.accelerator = out, out / HOME, accelerator
 
     def newest(self) -> Path | None:
-        """The folder of the last whole checkpoint."""
-        found = sorted(self.home.glob("step-*")) if self.home.is_dir() else []
-        return found[-1] if found else None
+        """The folder of the last complete checkpoint, or None."""
+        folders = sorted(self.home.glob("step-*")) if self.home.is_dir() else []
+        return folders[-1] if folders else None
 
     def save(self, state: State, identity: Identity) -> None:
-        """Raises ValueError if the disk is full; the checkpoint before stays whole."""
-        beside = self.home / WRITING
+        """Write a checkpoint and delete the older ones. Raises ValueError if the disk is full; the older one is then kept."""
+        temporary = self.home / WRITING
         try:
             if self.accelerator.is_main_process:
-                shutil.rmtree(beside, ignore_errors=True)
-                beside.mkdir(parents=True)
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
             self.accelerator.wait_for_everyone()
-            self.accelerator.save_state(str(beside))
+            self.accelerator.save_state(str(temporary))
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
-                (beside / STATE).write_text(json.dumps({**asdict(state), "identity": asdict(identity)}))
-                self._publish(beside, f"step-{state.step:08d}")
+                (temporary / STATE).write_text(json.dumps({**asdict(state), "identity": asdict(identity)}))
+                self._publish(temporary, f"step-{state.step:08d}")
         except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-            self._explain(error, state.step)
+            self._raise_not_written(error, state.step)
         self.accelerator.wait_for_everyone()
 
     def load(self, identity: Identity) -> State:
-        """Put everything back as it was at the newest checkpoint; the start if there is none."""
+        """Restore the newest checkpoint; returns the initial state if there is none.
+
+        Raises ValueError for a checkpoint that is damaged or of another run.
+        """
         newest = self.newest()
         if newest is None:
             return State()
         try:
-            found = read_object(newest / STATE)
-            state = State(**{entry.name: found[entry.name] for entry in fields(State)})
-            of_run = Identity(**found["identity"])
+            stored = read_object(newest / STATE)
+            state = State(**{entry.name: stored[entry.name] for entry in fields(State)})
+            stored_identity = Identity(**stored["identity"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"checkpoint {newest} is damaged: {error}; delete {self.home} to start again") from None
-        identity.check(asdict(of_run), self.out)
+        identity.check(asdict(stored_identity), self.out)
         try:
             self.accelerator.load_state(str(newest))
-        except Exception as error:  # of accelerate, torch, pickle and safetensors, which share no base class
-            said = " ".join(str(error).split())[:300]
-            raise ValueError(f"checkpoint {newest} cannot be read: {said}; delete {self.home} to start again") from None
+        except Exception as error:  # errors of accelerate, torch, pickle and safetensors share no base class
+            message = " ".join(str(error).split())[:300]
+            raise ValueError(f"checkpoint {newest} cannot be read: {message}; delete {self.home} to start again") from None
         return state
 
     def remove(self) -> None:
-        """When a run has ended."""
+        """Delete all checkpoints, when the run has ended."""
         if self.accelerator.is_main_process:
             shutil.rmtree(self.home, ignore_errors=True)
 
-    def _publish(self, beside: Path, name: str) -> None:
-        for path in (*(p for p in beside.rglob("*") if p.is_file()), beside):
+    def _publish(self, temporary: Path, name: str) -> None:
+        """Rename a complete checkpoint and delete the older ones."""
+        for path in (*(p for p in temporary.rglob("*") if p.is_file()), temporary):
             sync(path)
         final = self.home / name
-        if final.exists():  # saved at this very step before; it is the same
-            shutil.rmtree(beside)
+        if final.exists():  # this step was saved before, with the same content
+            shutil.rmtree(temporary)
             return
-        os.rename(beside, final)
+        os.rename(temporary, final)
         sync(self.home)
         for older in self.home.glob("step-*"):
             if older.name < name:
                 shutil.rmtree(older, ignore_errors=True)
 
-    def _explain(self, error: Exception, step: int) -> None:
+    def _raise_not_written(self, error: Exception, step: int) -> None:
         shutil.rmtree(self.home / WRITING, ignore_errors=True)
         newest = self.newest()
-        whole = (
-            f"the one of step {int(newest.name[5:])} is whole, so make room and go on with --resume"
+        way_out = (
+            f"the one of step {int(newest.name[5:])} is complete, so make room and go on with --resume"
             if newest
-            else "there is none yet"
+            else "there is none yet; make room and start again"
         )
-        said = " ".join(str(error).split())
-        raise ValueError(f"the checkpoint of step {step} cannot be written to {self.home} ({said}); {whole}") from error
+        message = " ".join(str(error).split())
+        raise ValueError(f"the checkpoint of step {step} cannot be written to {self.home} ({message}); {way_out}") from error

@@ -1,6 +1,6 @@
-"""From files to streams of tokens: documents one after another, each ended by the tokenizer's end of text.
+"""Reading files as streams of tokens: documents one after another, each ended by the tokenizer's end-of-text token.
 
-This file knows files and tokenizers. It refuses to know blocks, batches and models.
+The module must not import blocks, batches or models.
 """
 
 from __future__ import annotations
@@ -21,46 +21,53 @@ from headstart.text.tokenizer import checked_messages, name_of, render, vocabula
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Tokens = NDArray[np.integer[Any]]  # [tokens] of some integer kind: as small as the vocabulary allows, or as a file has them
+Tokens = NDArray[np.integer[Any]]  # [tokens]; the smallest integer type for the vocabulary, or the type of the file
 
 ARRAY = ".npy"
-BATCH = 1_000_000  # characters that are made into tokens together
-CHUNK = 1 << 22  # tokens of a mapped file that are in memory at once
+BATCH = 1_000_000  # characters that are tokenized together
+CHUNK = 1 << 22  # tokens of a memory-mapped file that are read at once
 
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """The tokens of a file. ends: [documents] int64, where each document ends; a single one where nobody knows."""
+    """The tokens of a file.
+
+    tokens: [tokens].
+    ends: [documents] int64, end of each document; one document where the file does not say.
+    """
 
     tokens: Tokens
     ends: NDArray[np.int64]
 
-    def parted(self, share: float) -> tuple[Tokens, Tokens]:
-        """What teaches, and what is held out: the last share of the tokens."""
-        border = len(self.tokens) - round(share * len(self.tokens))
-        return self.tokens[:border], self.tokens[border:]
+    def split_end(self, share: float) -> tuple[Tokens, Tokens]:
+        """The train tokens and the held-out tokens; held out is the last share of the stream."""
+        num_train = len(self.tokens) - round(share * len(self.tokens))
+        return self.tokens[:num_train], self.tokens[num_train:]
 
-    def parted_by(self, is_held_out: NDArray[np.bool_]) -> tuple[Tokens, Tokens]:
-        """What teaches, and what is held out. is_held_out: [documents]."""
+    def split_documents(self, is_held_out: NDArray[np.bool_]) -> tuple[Tokens, Tokens]:
+        """The train tokens and the held-out tokens. is_held_out: [documents]."""
         if not is_held_out.any():
             return self.tokens, self.tokens[:0]
-        is_out = np.repeat(is_held_out, np.diff(self.ends, prepend=0))
-        return self.tokens[~is_out], self.tokens[is_out]
+        mask = np.repeat(is_held_out, np.diff(self.ends, prepend=0))
+        return self.tokens[~mask], self.tokens[mask]
 
-    def marks(self) -> NDArray[np.float64]:
-        """[documents] a number in [0, 1) that a document has by its tokens alone, wherever it stands; equal ones share it."""
+    def hashes(self) -> NDArray[np.float64]:
+        """Hash of each document's tokens as a number in [0, 1), [documents]; equal documents have equal hashes."""
         starts = [0, *self.ends[:-1].tolist()]
-        return np.array([_mark(self.tokens[start:end]) for start, end in zip(starts, self.ends.tolist(), strict=True)])
+        return np.array([_hash(self.tokens[start:end]) for start, end in zip(starts, self.ends.tolist(), strict=True)])
 
 
 def read_stream(path: Path, tokenizer: PreTrainedTokenizerBase, vocab: int) -> Stream:
-    """The tokens of JSONL with `text`, `messages` or, distilled, `tokens` (packed or not), of a plain text, which is one document,
-    or of a `.npy` file.
+    """The tokens of a file.
+
+    path: JSONL, compressed or not, with `text`, `messages` or, distilled, `tokens`; a plain text, which is one document; or a
+    `.npy` file with tokens.
+    vocab: all tokens are below it.
 
     Raises ValueError, naming the file, for what cannot be read, and for tokens that are not below `vocab`.
     """
     if path.suffix == ARRAY:
-        tokens = _stored(path, vocab)
+        tokens = _memory_mapped(path, vocab)
         return Stream(tokens, np.array([len(tokens)]))
     end = _end(tokenizer, vocab)
     kind = np.uint16 if vocab <= 2**16 else np.uint32
@@ -70,13 +77,13 @@ def read_stream(path: Path, tokenizer: PreTrainedTokenizerBase, vocab: int) -> S
 
 
 def chunks(tokens: Tokens) -> Iterator[Tokens]:
-    """A stream, a few megabytes at a time."""
+    """A stream in pieces of a few megabytes."""
     return (tokens[start : start + CHUNK] for start in range(0, len(tokens), CHUNK))
 
 
 @dataclass(frozen=True)
 class _Document:
-    """A plain text, a rendered chat, which holds its special tokens already, or the tokens of a distilled line."""
+    """A plain text, a chat rendered with its special tokens, or the tokens of a distilled line."""
 
     kind: Literal["text", "chat", "tokens"]
     content: Any
@@ -91,10 +98,10 @@ def _encoded(path: Path, tokenizer: PreTrainedTokenizerBase, vocab: int) -> Iter
 
 def _tokenized(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, is_chat: bool) -> Iterator[list[int]]:
     for batch in _batches(texts):
-        found: Any = tokenizer(
+        encoded: Any = tokenizer(
             batch, add_special_tokens=not is_chat, return_attention_mask=False, return_token_type_ids=False, verbose=False
         )
-        yield from found["input_ids"]
+        yield from encoded["input_ids"]
 
 
 def _documents(path: Path, tokenizer: PreTrainedTokenizerBase, vocab: int) -> Iterator[_Document]:
@@ -148,8 +155,8 @@ def _end(tokenizer: PreTrainedTokenizerBase, vocab: int) -> int:
     return end
 
 
-def _stored(path: Path, vocab: int) -> Tokens:
-    """A file of tokens, mapped, so that it may be larger than memory."""
+def _memory_mapped(path: Path, vocab: int) -> Tokens:
+    """A file of tokens, memory-mapped, so that it may be larger than memory."""
     if not path.is_file():
         raise ValueError(f"there is no file {str(path)!r}")
     try:
@@ -157,15 +164,15 @@ def _stored(path: Path, vocab: int) -> Tokens:
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{path} cannot be read as an array of tokens: {error}") from None
     if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        found = f"{list(tokens.shape)} {tokens.dtype}" if isinstance(tokens, np.ndarray) else "several arrays"
-        raise ValueError(f"{path} holds {found}; tokens are one row of integers, [tokens]")
-    for place, chunk in enumerate(chunks(tokens)):
+        content = f"{list(tokens.shape)} {tokens.dtype}" if isinstance(tokens, np.ndarray) else "several arrays"
+        raise ValueError(f"{path} holds {content}; tokens are one row of integers, [tokens]")
+    for number, chunk in enumerate(chunks(tokens)):
         low, high = int(chunk.min()), int(chunk.max())
         if low < 0 or high >= vocab:
-            strange = int(np.argmax((chunk < 0) | (chunk >= vocab)))
-            raise ValueError(f"token {chunk[strange]} at {place * CHUNK + strange} of {path} is not in the vocabulary of {vocab}")
+            index = int(np.argmax((chunk < 0) | (chunk >= vocab)))
+            raise ValueError(f"token {chunk[index]} at {number * CHUNK + index} of {path} is not in the vocabulary of {vocab}")
     return tokens
 
 
-def _mark(tokens: Tokens) -> float:
+def _hash(tokens: Tokens) -> float:
     return int.from_bytes(hashlib.blake2b(tokens.tobytes(), digest_size=6).digest(), "big") / 2**48

@@ -41,7 +41,7 @@ def test_a_story_without_a_free_licence_is_not_read(tmp_path):
     assert [d.messages[1]["content"] for d in documents(source("story_requests"), tmp_path)] == ["CC-BY"]
 
 
-def test_the_mark_that_closes_a_story_is_not_read(tmp_path):
+def test_the_closing_mark_of_a_story_is_removed(tmp_path):
     row = {"source": "pratham_storyweaver", "license": "CC-BY", "title": "T", "text": "He slept.\r\nThe end. ##"}
     write_rows(tmp_path, "stories_simple.jsonl.gz", [row])
     assert [d.text for d in documents(source("pratham_storyweaver"), tmp_path)] == ["T\n\nHe slept.\nThe end."]
@@ -76,7 +76,7 @@ def test_a_story_and_its_request_are_held_out_together():
     assert 5 < sum(sides) < 40
 
 
-def test_documents_are_chained_with_an_end_after_each(tokenizer):
+def test_documents_are_packed_with_an_end_token_after_each(tokenizer):
     stream = encode([Document(key="a", text="goat"), Document(key="b", messages=TALK)], tokenizer)
     text = tokenizer.decode(stream)
     talk = "<|user|>\nWho came?<|end|>\n<|assistant|>\nThe goat came home.<|end|>"
@@ -88,13 +88,13 @@ def test_a_digit_is_a_token(tokenizer):
     assert len(tokenizer("1234")["input_ids"]) == 4
 
 
-def test_the_template_marks_what_the_assistant_says(tokenizer):
+def test_the_loss_mask_of_the_template_is_the_assistants_answer(tokenizer):
     said = tokenizer.apply_chat_template(list(TALK), tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     marked = [i for i, m in zip(said["input_ids"], said["assistant_masks"], strict=True) if m]
     assert tokenizer.decode(marked) == "The goat came home.<|end|>"
 
 
-def test_each_source_is_read_as_often_as_its_share_asks_for():
+def test_each_source_is_read_as_often_as_its_share_requires():
     sources = {"a": {"share": 0.75, "train_tokens": 3000}, "b": {"share": 0.25, "train_tokens": 50}}
     keys = mix({"out": "x"}, sources, Path("tokens"), 1000)
     assert keys["times"] == {"tokens/a.train.npy": 0.25, "tokens/b.train.npy": 5.0}
@@ -110,13 +110,13 @@ def new_model(vocab, seed=0, **shape):
 @pytest.mark.parametrize(
     "shape", [{"num_hidden_layers": 3}, {"intermediate_size": 48}, {"num_hidden_layers": 5, "intermediate_size": 40}]
 )
-def test_a_model_that_grew_says_what_it_said_before(shape):
+def test_a_grown_model_has_the_logits_of_the_smaller_one(shape):
     small, large, text = new_model(50), new_model(50, 1, **shape), torch.randint(50, (2, 9))
     assert not torch.allclose(small(text).logits, large(text).logits)
     torch.testing.assert_close(grow(small, large)(text).logits, small(text).logits)
 
 
-def test_what_was_added_when_a_model_grew_can_learn():
+def test_the_layers_added_by_growing_have_gradients():
     large = grow(new_model(50), new_model(50, 1, num_hidden_layers=3, intermediate_size=48))
     large(torch.randint(50, (2, 9))).logits.square().sum().backward()
     new = large.model.layers[({0, 1, 2} - set(places(2, 3))).pop()]
@@ -128,7 +128,7 @@ def test_a_model_of_another_width_cannot_grow():
         grow(new_model(50), new_model(60))
 
 
-def test_a_model_agrees_with_itself_and_a_new_one_knows_nothing(tokenizer):
+def test_a_model_agrees_with_itself_and_a_new_one_has_the_loss_of_chance(tokenizer):
     model = new_model(280)
     streams = {"a": np.arange(100, dtype=np.uint16)}
     assert agreement(model, model, streams)["a"] == {"greedy": 1.0, "sampled": 1.0}

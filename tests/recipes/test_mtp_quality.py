@@ -51,7 +51,7 @@ def test_one_seed_gives_no_interval():
         over_seeds([0.1])
 
 
-def test_the_bootstrap_agrees_with_the_normal_law_for_many_documents_alike():
+def test_the_bootstrap_agrees_with_the_normal_distribution_for_many_documents():
     generator = np.random.default_rng(1)
     each = generator.normal(0.5, 1.0, size=400)
     found = over_documents(10 * each, np.full(400, 10))
@@ -59,13 +59,13 @@ def test_the_bootstrap_agrees_with_the_normal_law_for_many_documents_alike():
     assert (found.high - found.low) / 2 == pytest.approx(1.96 * each.std() / 20, rel=0.1)
 
 
-def test_held_out_documents_end_with_their_end_and_come_from_every_source(experiment):
+def test_held_out_documents_end_with_the_end_token_and_come_from_every_source(experiment):
     documents = held_out(experiment.work, tokens=600, end=0)
     assert len(documents) == 2 * len(SOURCES)
     assert all(document[-1] == 0 and (document[:-1] != 0).all() for document in documents)
 
 
-def test_arms_run_end_and_are_measured_and_heads_learn_after_the_fact_from_the_same_blocks(experiment):
+def test_arms_are_trained_and_measured_and_heads_are_trained_afterwards_on_the_same_blocks(experiment):
     """Two steps of each: plumbing, not learning."""
     documents = held_out(experiment.work, tokens=600, end=0)
     sums = {}
@@ -84,7 +84,7 @@ def test_arms_run_end_and_are_measured_and_heads_learn_after_the_fact_from_the_s
     assert [line.split(" | ")[0] for line in lines[2:4]] == ["| medusa", "| mtp"]
 
 
-def test_a_document_is_measured_whole_however_it_is_cut(experiment):
+def test_the_sums_of_a_document_do_not_depend_on_the_block_length(experiment):
     arms.run(experiment, arms.PLAIN, seed=0)
     trunk = experiment.trunk(arms.PLAIN, 0)
     documents = held_out(experiment.work, tokens=600, end=0)[:3]

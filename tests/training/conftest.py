@@ -1,4 +1,4 @@
-"""Every test of training begins without an accelerator."""
+"""Every test of training starts without an accelerator of another test."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What runs are asked for: keys that one kind has and the other has not, options on top of a file, and `headstart pretrain`."""
+"""The configuration of runs: keys of each kind, options merged into a file, and `headstart pretrain`."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def pretraining(path: Path | None = None, **options: object) -> PretrainConfig:
 # -- configurations --
 
 
-def test_each_kind_of_run_has_its_own_keys_and_those_of_all():
+def test_each_kind_of_run_has_its_own_keys_and_the_shared_ones():
     shared = RunConfig.model_fields.keys()
     assert shared == TrainConfig.model_fields.keys() & PretrainConfig.model_fields.keys() - {"dtype", "start"}
     assert TrainConfig.model_fields.keys() | PretrainConfig.model_fields.keys() >= WATCHING
@@ -44,8 +44,8 @@ def test_each_kind_of_run_has_its_own_keys_and_those_of_all():
         ({"epochs": 1}, r"the budget is given 2 times \(epochs=1, steps=3\)"),
         ({"heads": {"mtp": 3}}, "heads.mtp is 3: Input should be a valid dictionary"),
         ({"heads": ["mtp"]}, r"heads is \['mtp'\]"),
-        ({"weight": 0.1}, "weight is about heads that learn with the trunk, and there are none; give heads"),
-        ({"heads": {"mtp": {}}, "weight_until": 0.5}, "weight_until says when weight gives way to weight_end, and there is none"),
+        ({"weight": 0.1}, "weight is about heads that are trained with the trunk, and there are none; give heads"),
+        ({"heads": {"mtp": {}}, "weight_until": 0.5}, "weight_until says when weight_end replaces weight, and there is none"),
         ({"heads": {"mtp": {}}, "weight_until": 0}, "weight_until is 0: Input should be greater than 0"),
         ({"heads": {"mtp": {}}, "decay": 2}, "decay is 2: Input should be less than or equal to 1"),
         ({"times": {"a.jsonl": 0}}, "times.a.jsonl is 0: Input should be greater than 0"),
@@ -54,12 +54,12 @@ def test_each_kind_of_run_has_its_own_keys_and_those_of_all():
     ],
 )  # fmt: skip
 def test_a_bad_key_is_one_sentence(options, words):
-    given = {name: value for name, value in (BASE | options).items() if value is not None}
+    keys = {name: value for name, value in (BASE | options).items() if value is not None}
     with pytest.raises(ValueError, match=words):
-        resolve(None, given, kind=PretrainConfig)
+        resolve(None, keys, kind=PretrainConfig)
 
 
-def test_options_go_on_top_of_the_file_and_one_of_several_in_its_place(tmp_path):
+def test_options_are_merged_into_the_file_and_replace_its_alternatives(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(
         "{data: [a.jsonl, b.npy], out: o, model: c, tokens: 9, heads: {mtp: , mtp-parallel: {num_heads: 2}}, times: {b.npy: 2}}"
@@ -71,7 +71,7 @@ def test_options_go_on_top_of_the_file_and_one_of_several_in_its_place(tmp_path)
     assert pretraining(file).heads["mtp"] == {}
 
 
-def test_the_file_that_is_written_works_from_anywhere(tmp_path, monkeypatch):
+def test_the_written_file_works_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "words").mkdir()
     config = pretraining(
@@ -86,13 +86,13 @@ def test_the_file_that_is_written_works_from_anywhere(tmp_path, monkeypatch):
     assert pretraining(tmp_path / "config.yaml").as_dict() == config.as_dict() == written
 
 
-def test_what_names_no_path_stays_as_it_is():
+def test_values_that_are_no_paths_are_not_changed():
     written = pretraining(data=["there/a.jsonl"], times={"a.jsonl": 2}, tokenizer="someone/words").as_dict()
     assert (written["times"], written["tokenizer"]) == ({"a.jsonl": 2}, "someone/words")
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-def test_the_floor_is_what_is_left_of_the_rate_at_the_end(schedule):
+def test_the_learning_rate_falls_to_the_floor(schedule):
     def rates(floor: float) -> list[float]:
         return [lr_schedule(step, 20, 0.2, schedule, floor) for step in range(21)]
 
@@ -105,16 +105,16 @@ def test_the_floor_is_what_is_left_of_the_rate_at_the_end(schedule):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What the command asks of `headstart.training.pretrain`, which does nothing."""
-    found: list[tuple[PretrainConfig, bool]] = []
+    """The calls of `headstart.training.pretrain` by the command; the function does nothing."""
+    calls: list[tuple[PretrainConfig, bool]] = []
 
     def pretrain(config: PretrainConfig, *, resume: bool = False, finish: bool = False) -> dict:
         assert not finish
-        found.append((config, resume))
+        calls.append((config, resume))
         return {"steps": 3}
 
     monkeypatch.setattr("headstart.training.pretrain.pretrain", pretrain)
-    return found
+    return calls
 
 
 def run(*arguments: object) -> Result:
@@ -137,12 +137,12 @@ def test_options_become_a_configuration(asked):
     assert (config.held_out, resume) == (Path("c.txt"), False)
 
 
-def test_options_that_are_left_out_change_nothing(asked):
+def test_omitted_options_have_their_defaults(asked):
     assert run(*OPTIONS).stdout == ""
     assert asked[0][0] == PretrainConfig(model="c.json", data=("a.jsonl", "b.npy"), out="o", steps=3)
 
 
-def test_a_file_names_everything_and_a_run_goes_on(asked, tmp_path):
+def test_a_run_resumes_from_its_config_file(asked, tmp_path):
     pretraining(heads={"mtp": {}}).write(tmp_path)
     assert run("--config", tmp_path / "config.yaml", "--resume", "--log-every", 5).exit_code == 0
     config, resume = asked[0]
@@ -157,7 +157,7 @@ def test_a_file_names_everything_and_a_run_goes_on(asked, tmp_path):
         (("--heads", "mtp=3"), "heads.mtp is 3"),
         (("--heads", "mtp={"), "--heads mtp is '{', which cannot be read"),
         (("--times", "b.npy"), "--times is 'b.npy'; write NAME=VALUE"),
-        (("--weight", "0.1"), "weight is about heads that learn with the trunk, and there are none"),
+        (("--weight", "0.1"), "weight is about heads that are trained with the trunk, and there are none"),
     ],
 )
 def test_a_bad_option_is_one_sentence(asked, more, words):

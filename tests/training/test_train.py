@@ -1,4 +1,4 @@
-"""Training: that a run does not depend on how it is cut, can be killed at any moment, and says what is wrong in one sentence."""
+"""Training of heads: batching does not change a run, a killed run resumes to the same bits, and errors are one sentence."""
 
 import json
 import os
@@ -16,36 +16,33 @@ from accelerate import Accelerator
 from training_runs import assert_same_bits, dataset_of, killed, log
 from typer.testing import CliRunner
 
-from headstart import formats as checkpoint
+from headstart import formats
 from headstart.cli import app
 from headstart.drafters.parts.losses import Objective
 from headstart.target.embed_head import EmbedHead
 from headstart.target.loading import load_model
-from headstart.training import loop as loops
-from headstart.training import run_state as resumes
 from headstart.training.batching import BatchOrder, num_batches
 from headstart.training.dataset import Text
 from headstart.training.features import Online
 from headstart.training.frozen_target import FrozenTarget
+from headstart.training.loop import Loop
 from headstart.training.lr_schedule import lr_schedule
+from headstart.training.run_state import Checkpoints
 from headstart.training.train import resolve, train
 
-KILLED = 9
+# -- training --
 
 
-# -- learning --
-
-
-def test_heads_learn_what_follows_and_their_folder_says_how_well(asked, tmp_path, data):
-    told = train(resolve(None, asked(steps=60, learning_rate=0.02, eval_every=20, held_out=data, loss={"hard": 1})))
-    assert told["held_out_tau"] > 1.2 > log(tmp_path / "heads", "tau")[0]
+def test_training_lowers_the_loss_and_the_folder_records_the_result(asked, tmp_path, data):
+    record = train(resolve(None, asked(steps=60, learning_rate=0.02, eval_every=20, held_out=data, loss={"hard": 1})))
+    assert record["held_out_tau"] > 1.2 > log(tmp_path / "heads", "tau")[0]
     assert log(tmp_path / "heads")[-1] < log(tmp_path / "heads")[0] / 2
-    assert checkpoint.describe(tmp_path / "heads").training["held_out_top1"] == told["held_out_top1"]
+    assert formats.describe(tmp_path / "heads").training["held_out_top1"] == record["held_out_top1"]
     assert len(log(tmp_path / "heads", "held_out_loss")) == 3
     assert not (tmp_path / "heads" / "checkpoint").exists()
 
 
-def test_a_step_is_the_same_however_it_is_cut_into_batches(asked, tmp_path):
+def test_a_step_does_not_depend_on_how_it_is_cut_into_batches(asked, tmp_path):
     """A step of all sixteen texts, in batches of sixteen, of four and of three."""
     curves = []
     for rows, accumulate in ((16, 1), (4, 4), (3, 6)):
@@ -56,8 +53,14 @@ def test_a_step_is_the_same_however_it_is_cut_into_batches(asked, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_learns_with_twice_the_batches(asked, tmp_path):
-    common = {"rows": 3, "steps": None, "epochs": 3, "held_out": 0.2, "eval_every": 3}  # the last step has one batch for two
+def test_two_processes_train_like_one_with_twice_the_batches(asked, tmp_path):
+    common = {
+        "rows": 3,
+        "steps": None,
+        "epochs": 3,
+        "held_out": 0.2,
+        "eval_every": 3,
+    }  # the last step has 1 batch
     train(resolve(None, asked(**common, out=tmp_path / "one", accumulate=2)))
     config = tmp_path / "two.yaml"
     config.write_text(yaml.safe_dump(json.loads(json.dumps(asked(**common, out=tmp_path / "two"), default=str))))
@@ -67,62 +70,62 @@ def test_two_processes_learn_what_one_learns_with_twice_the_batches(asked, tmp_p
         assert log(tmp_path / "two", key) == pytest.approx(log(tmp_path / "one", key), rel=2e-6)
 
 
-def test_held_out_measures_are_those_of_each_text_alone(asked, tmp_path, model_folder, data):
-    told = train(resolve(None, asked(held_out=data, rows=5)))
-    heads, model = checkpoint.load(tmp_path / "heads"), load_model(model_folder, device="cpu")
+def test_the_held_out_loss_is_that_of_each_text_alone(asked, tmp_path, model_folder, data):
+    record = train(resolve(None, asked(held_out=data, rows=5)))
+    heads, model = formats.load(tmp_path / "heads"), load_model(model_folder, device="cpu")
     dataset = dataset_of(model_folder, data)
     loss_module = FrozenTarget(heads.bind(EmbedHead(model)), Objective(), Online(model, heads.taps))
     with torch.no_grad():
-        found = [loss_module(dataset.pad([index])) for index in range(16)]
-    loss, count = sum(float(loss) for loss, _ in found), sum(float(metrics.counts[0]) for _, metrics in found)
-    assert told["held_out_loss"] == pytest.approx(loss / count, rel=1e-5)
+        results = [loss_module(dataset.pad([index])) for index in range(16)]
+    loss, count = sum(float(loss) for loss, _ in results), sum(float(metrics.counts[0]) for _, metrics in results)
+    assert record["held_out_loss"] == pytest.approx(loss / count, rel=1e-5)
 
 
-def test_a_real_decode_is_asked_for_and_changes_nothing(asked, tmp_path):
-    heard = []
+def test_a_real_decode_is_measured_and_changes_no_weight(asked, tmp_path):
+    num_prompts = []
 
     def decode(model, heads, prompts):
-        torch.nn.utils.vector_to_parameters(torch.zeros(22_592), heads.parameters())  # they may be thrown away
-        heard.append(len(prompts))
+        torch.nn.utils.vector_to_parameters(torch.zeros(22_592), heads.parameters())  # the heads are a copy to be thrown away
+        num_prompts.append(len(prompts))
         return 1.5
 
     train(resolve(None, asked(out=tmp_path / "decoded", decode_every=4, decode_prompts=3)), decode=decode)
     train(resolve(None, asked()))
-    assert heard == [3, 3]
+    assert num_prompts == [3, 3]
     assert log(tmp_path / "decoded", "decoded_tau") == [1.5, 1.5]
     assert_same_bits(tmp_path / "decoded", tmp_path / "heads")
 
 
-# -- being stopped --
+# -- interruptions --
 
-SHAKY = {"method": "hydra", "settings": {"num_heads": 2, "dropout": 0.2}}  # each step draws random numbers
+RANDOM = {"method": "hydra", "settings": {"num_heads": 2, "dropout": 0.2}}  # every step draws random numbers
 
 
 @pytest.mark.parametrize("at", ["step:0", "step:4", "step:8", "written:3", "written:6", "renamed:6", "renamed:9"])
-def test_a_killed_run_goes_on_to_the_same_bits(asked, tmp_path, at):
-    train(resolve(None, asked(**SHAKY, out=tmp_path / "whole")))
-    config = resolve(None, asked(**SHAKY))
+def test_a_killed_run_resumes_to_the_same_bits(asked, tmp_path, at):
+    train(resolve(None, asked(**RANDOM, out=tmp_path / "uninterrupted")))
+    config = resolve(None, asked(**RANDOM))
     killed(config, at)
     train(config, resume=True)
-    assert_same_bits(tmp_path / "whole", tmp_path / "heads")
-    assert log(tmp_path / "heads") == log(tmp_path / "whole")
+    assert_same_bits(tmp_path / "uninterrupted", tmp_path / "heads")
+    assert log(tmp_path / "heads") == log(tmp_path / "uninterrupted")
     assert log(tmp_path / "heads", "step") == list(range(1, 10))
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_run_that_is_killed_again_and_again_still_ends_with_the_same_bits(asked, tmp_path, seed):
+def test_a_run_that_is_killed_three_times_ends_with_the_same_bits(asked, tmp_path, seed):
     steps = sorted(random.Random(seed).sample(range(9), 3))
-    train(resolve(None, asked(**SHAKY, out=tmp_path / "whole")))
+    train(resolve(None, asked(**RANDOM, out=tmp_path / "uninterrupted")))
     for attempt, step in enumerate(steps):
-        killed(resolve(None, asked(**SHAKY, save_every=2)), f"step:{step}", resume=attempt > 0)
-    train(resolve(None, asked(**SHAKY, save_every=5)), resume=True)
-    assert_same_bits(tmp_path / "whole", tmp_path / "heads", f"killed in the steps {steps}")
+        killed(resolve(None, asked(**RANDOM, save_every=2)), f"step:{step}", resume=attempt > 0)
+    train(resolve(None, asked(**RANDOM, save_every=5)), resume=True)
+    assert_same_bits(tmp_path / "uninterrupted", tmp_path / "heads", f"killed in the steps {steps}")
 
 
 @pytest.mark.slow
-def test_a_process_killed_at_any_moment_goes_on_to_the_same_bits(asked, tmp_path):
-    common = SHAKY | {"steps": 150, "save_every": 5}
-    train(resolve(None, asked(**common, out=tmp_path / "whole")))
+def test_a_process_killed_at_any_moment_resumes_to_the_same_bits(asked, tmp_path):
+    common = RANDOM | {"steps": 150, "save_every": 5}
+    train(resolve(None, asked(**common, out=tmp_path / "uninterrupted")))
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(json.loads(json.dumps(asked(**common), default=str))))
     program = [sys.executable, "-c", "from headstart.cli import main; main()", "train", "--config", str(config)]
@@ -134,30 +137,30 @@ def test_a_process_killed_at_any_moment_goes_on_to_the_same_bits(asked, tmp_path
     process.kill()
     process.wait()
     subprocess.run([*program, "--resume"], check=True)
-    assert_same_bits(tmp_path / "whole", tmp_path / "heads", f"killed {delay:.3f} s after its first checkpoint")
+    assert_same_bits(tmp_path / "uninterrupted", tmp_path / "heads", f"killed {delay:.3f} s after its first checkpoint")
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(asked, tmp_path, monkeypatch, capsys):
-    train(resolve(None, asked(**SHAKY, out=tmp_path / "whole")))
-    set_pace = loops.Loop._set_learning_rate
+def test_ctrl_c_saves_a_checkpoint_and_prints_how_to_resume(asked, tmp_path, monkeypatch, capsys):
+    train(resolve(None, asked(**RANDOM, out=tmp_path / "uninterrupted")))
+    set_learning_rate = Loop._set_learning_rate
 
     def interrupted(self):
-        set_pace(self)
+        set_learning_rate(self)
         if self.state.step == 4:
             os.kill(os.getpid(), signal.SIGINT)  # in the middle of the fifth step
 
-    monkeypatch.setattr(loops.Loop, "_set_learning_rate", interrupted)
+    monkeypatch.setattr(Loop, "_set_learning_rate", interrupted)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        train(resolve(None, asked(**SHAKY)))
+        train(resolve(None, asked(**RANDOM)))
     assert signal.getsignal(signal.SIGINT) is before
     assert "stopped after step 5; go on with: headstart train --config" in capsys.readouterr().err
     monkeypatch.undo()
     train(resolve(tmp_path / "heads" / "config.yaml", {}), resume=True)
-    assert_same_bits(tmp_path / "whole", tmp_path / "heads")
+    assert_same_bits(tmp_path / "uninterrupted", tmp_path / "heads")
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(asked, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_last_complete_checkpoint(asked, tmp_path, monkeypatch):
     save_state = Accelerator.save_state
 
     def full(self, folder):
@@ -167,35 +170,35 @@ def test_a_full_disk_leaves_the_checkpoint_before(asked, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Accelerator, "save_state", full)
-    with pytest.raises(ValueError, match=r"step 6 cannot be written .*No space left.* the one of step 3 is whole, so make room"):
+    with pytest.raises(ValueError, match=r"step 6 cannot be written .*No space left.* the one of step 3 is complete, so make room"):
         train(resolve(None, asked()))
     monkeypatch.undo()
     train(resolve(None, asked()), resume=True)
-    train(resolve(None, asked(out=tmp_path / "whole")))
-    assert_same_bits(tmp_path / "whole", tmp_path / "heads")
+    train(resolve(None, asked(out=tmp_path / "uninterrupted")))
+    assert_same_bits(tmp_path / "uninterrupted", tmp_path / "heads")
 
 
-def test_a_loss_that_is_no_number_stops_before_it_does_harm(asked, tmp_path, monkeypatch):
-    gradients = loops.Loop._gradients
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(asked, tmp_path, monkeypatch):
+    gradients = Loop._gradients
 
-    def broken(self, own, count):
-        loss, metrics = gradients(self, own, count)
+    def broken(self, batches, count):
+        loss, metrics = gradients(self, batches, count)
         return (loss * float("nan") if self.state.step == 4 else loss), metrics
 
-    monkeypatch.setattr(loops.Loop, "_gradients", broken)
+    monkeypatch.setattr(Loop, "_gradients", broken)
     with pytest.raises(ValueError, match=r"the loss of step 5 is nan, with texts \d+.*; the checkpoint of step 3 is kept; lower"):
         train(resolve(None, asked()))
     assert [path.name for path in (tmp_path / "heads" / "checkpoint").iterdir()] == ["step-00000003"]
 
 
-def test_a_learning_rate_that_explodes_is_noticed(asked):
+def test_a_learning_rate_that_diverges_stops_the_run(asked):
     with pytest.raises(
         ValueError, match=r"of step \d is (nan|inf), .*no checkpoint was written yet; lower learning_rate \(now 1e\+30"
     ):
         train(resolve(None, asked(learning_rate=1e30, warmup=0, save_every=99)))
 
 
-# -- being asked for the impossible --
+# -- errors --
 
 
 def refused(*arguments: object) -> str:
@@ -208,7 +211,7 @@ def refused(*arguments: object) -> str:
 
 @pytest.fixture
 def options(asked, tmp_path):
-    """A good command line."""
+    """A correct command line."""
     keys = asked()
     base = ["medusa", "--target", keys["target"], "--data", keys["data"][0], "--out", keys["out"], "--device", "cpu"]
     return [*base, "--threads", 1]
@@ -238,7 +241,7 @@ def test_a_bad_option_is_one_sentence(options, more, words):
     assert words in refused(*options, *more)
 
 
-def test_an_unknown_method_is_refused_with_those_that_there_are(options):
+def test_an_unknown_method_is_refused_with_the_list_of_methods(options):
     assert "method 'oracle' is unknown; there are eagle, eagle3, hydra" in refused("oracle", *options[1:], "--steps", 3)
 
 
@@ -265,7 +268,7 @@ def test_a_bad_config_is_one_sentence(options, tmp_path, text, words):
     assert words in refused(*options, "--config", tmp_path / "run.yaml")
 
 
-def test_options_go_on_top_of_the_config(tmp_path):
+def test_options_are_merged_into_the_config_file(tmp_path):
     (tmp_path / "run.yaml").write_text(
         "method: medusa\ntarget: t\ndata: [a]\nout: o\nepochs: 2\nrows: 3\nsettings: {num_heads: 3}\n"
     )
@@ -273,7 +276,7 @@ def test_options_go_on_top_of_the_config(tmp_path):
     assert (config.epochs, config.tokens, config.rows, config.settings) == (None, 50, 5, {"num_heads": 3, "num_layers": 2})
 
 
-def test_a_run_that_has_not_ended_is_not_overwritten(asked, tmp_path):
+def test_an_unfinished_run_is_not_overwritten(asked, tmp_path):
     killed(resolve(None, asked()), "step:4")
     with pytest.raises(
         ValueError, match="a run that has not ended; go on with --resume, end it there with --finish, or name another folder"
@@ -283,13 +286,13 @@ def test_a_run_that_has_not_ended_is_not_overwritten(asked, tmp_path):
         train(resolve(None, asked(learning_rate=0.5)), resume=True)
     with pytest.raises(ValueError, match="other batches per step"):
         train(resolve(None, asked(accumulate=2)), resume=True)
-    newest = resumes.Checkpoints(tmp_path / "heads", None).newest()
+    newest = Checkpoints(tmp_path / "heads", None).newest()
     (newest / "optimizer.bin").write_bytes(b"half")
     with pytest.raises(ValueError, match="cannot be read"):
         train(resolve(None, asked()), resume=True)
 
 
-def test_heads_that_are_there_are_not_overwritten(asked):
+def test_existing_heads_are_not_overwritten(asked):
     train(resolve(None, asked(steps=1)))
     with pytest.raises(ValueError, match="holds heads or a model already; name another folder"):
         train(resolve(None, asked(steps=1)))
@@ -297,35 +300,35 @@ def test_heads_that_are_there_are_not_overwritten(asked):
         train(resolve(None, asked(steps=1)), resume=True)
 
 
-# -- the order of texts, and the pace --
+# -- the order of texts, and the learning-rate schedule --
 
 
-def test_an_epoch_reads_every_text_once_in_an_order_of_its_own():
+def test_each_epoch_reads_every_text_once_in_its_own_order():
     order = BatchOrder([5, 9, 2, 7, 7, 3, 8], rows=2, seed=1)
-    epochs = [[order[epoch * len(order) + place] for place in range(len(order))] for epoch in range(5)]
+    epochs = [[order[epoch * len(order) + index] for index in range(len(order))] for epoch in range(5)]
     assert all(sorted(index for batch in epoch for index in batch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
     again = BatchOrder([5, 9, 2, 7, 7, 3, 8], rows=2, seed=1)
-    assert [again[place] for place in (17, 3, 9)] == [order[place] for place in (17, 3, 9)]
+    assert [again[position] for position in (17, 3, 9)] == [order[position] for position in (17, 3, 9)]
 
 
 def test_texts_of_a_batch_are_of_similar_length():
-    dice = random.Random(0)
-    lengths = [dice.randint(1, 500) for _ in range(640)]
+    generator = random.Random(0)
+    lengths = [generator.randint(1, 500) for _ in range(640)]
     order = BatchOrder(lengths, rows=8, seed=0)
-    padding = [8 * max(lengths[i] for i in order[place]) - order.num_tokens(place) for place in range(len(order))]
+    padding = [8 * max(lengths[i] for i in order[position]) - order.num_tokens(position) for position in range(len(order))]
     assert sum(padding) < 0.05 * sum(lengths)
 
 
-def test_a_budget_of_tokens_ends_with_the_batch_that_reaches_it():
+def test_a_token_budget_ends_with_the_batch_that_reaches_it():
     order = BatchOrder([10] * 6, rows=2, seed=0)
-    buys = {tokens: num_batches(order, tokens=tokens, epochs=None, steps=None, per_step=3) for tokens in (1, 20, 21, 100)}
-    assert buys == {1: 1, 20: 1, 21: 2, 100: 5}
+    paid = {tokens: num_batches(order, tokens=tokens, epochs=None, steps=None, per_step=3) for tokens in (1, 20, 21, 100)}
+    assert paid == {1: 1, 20: 1, 21: 2, 100: 5}
     assert num_batches(order, tokens=None, epochs=2, steps=None, per_step=3) == 6
     assert num_batches(order, tokens=None, epochs=None, steps=4, per_step=3) == 12
 
 
-def test_the_pace_rises_and_falls():
+def test_the_learning_rate_rises_and_falls():
     assert [lr_schedule(step, 10, 0.2, "linear") for step in (0, 1, 2, 6, 9)] == [0.5, 1, 1, 0.5, 0.125]
     assert [round(lr_schedule(step, 10, 0.2, "cosine"), 3) for step in (2, 6, 10)] == [1, 0.5, 0]
     assert lr_schedule(9, 10, 0, "constant") == 1
@@ -338,7 +341,7 @@ def test_equal_texts_are_held_out_together():
         def __init__(self, *tokens):
             self.tokens, self.mask = tokens, [1] * len(tokens)
 
-    shelf = split([Example(1, 2, 3), Example(4, 5, 6), Example(1, 2, 3), Example(7, 8, 9), Example(1, 2)], 0.25)
-    held = {shelf.texts[index] for index in shelf.held_out}
-    assert not held & {shelf.texts[index] for index in shelf.train}
-    assert Text((1, 2), (True, True)) not in shelf.texts  # no guess counts in it
+    dataset = split([Example(1, 2, 3), Example(4, 5, 6), Example(1, 2, 3), Example(7, 8, 9), Example(1, 2)], 0.25)
+    held_out = {dataset.texts[index] for index in dataset.held_out}
+    assert not held_out & {dataset.texts[index] for index in dataset.train}
+    assert Text((1, 2), (True, True)) not in dataset.texts  # no position in it has a loss
