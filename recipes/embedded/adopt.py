@@ -1,4 +1,4 @@
-"""Heads made for a copy of the embedded target become those of the one in the package: the same weights, its name and digest.
+"""Rewrites heads trained on a copy of the embedded target for the target in the package: same weights, its name and digest.
 
 python -m recipes.embedded.adopt WORK/second/mtp-parallel headstart/embedded/mtp-parallel
 """

@@ -1,4 +1,4 @@
-"""What the model cards say: held-out loss per source, and how often the draft agrees with its target.
+"""The numbers of the model cards: held-out loss per source, and how often the draft model agrees with its target.
 
 python -m recipes.embedded.measure --work WORK --target FOLDER --draft FOLDER
 """
@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 WINDOW = 512
-MOST_WINDOWS = 24  # per source: enough for two digits, and seconds instead of minutes
+MOST_WINDOWS = 24  # per source: enough for two digits within seconds
 
 
 def load_streams(work: Path, part: str) -> dict[str, np.ndarray]:
-    """Open the arrays that prepare wrote; `part` is "train" or "held_out". Returns name to [tokens] uint16."""
+    """The token arrays by source, [tokens] uint16 each. part: "train" or "held_out". Raises ValueError if there are none."""
     files = sorted((work / "tokens").glob(f"*.{part}.npy"))
     if not files:
         raise ValueError(f"{work / 'tokens'} holds no *.{part}.npy; run recipes.embedded.prepare first")
@@ -27,14 +27,14 @@ def load_streams(work: Path, part: str) -> dict[str, np.ndarray]:
 
 
 def windows(stream: np.ndarray) -> Iterator[Tensor]:
-    """Cut a stream into its first MOST_WINDOWS pieces. stream: [tokens]. Yields [1, WINDOW + 1] or shorter, int64."""
+    """The first MOST_WINDOWS pieces of a stream, [1, WINDOW + 1] int64, the last may be shorter. stream: [tokens]."""
     for start in range(0, len(stream) - 1, WINDOW)[:MOST_WINDOWS]:
         yield torch.from_numpy(stream[start : start + WINDOW + 1].astype(np.int64))[None]
 
 
 @torch.inference_mode()
 def held_out_losses(model: LlamaForCausalLM, streams: dict[str, np.ndarray]) -> dict[str, float]:
-    """Mean loss of every source, in nats per token. streams: name to [tokens]."""
+    """Mean loss of each source in nats per token. streams: [tokens] by source."""
     losses = {}
     for name, stream in streams.items():
         pieces = list(windows(stream))
@@ -47,9 +47,11 @@ def held_out_losses(model: LlamaForCausalLM, streams: dict[str, np.ndarray]) -> 
 
 @torch.inference_mode()
 def agreement(target: LlamaForCausalLM, draft: LlamaForCausalLM, streams: dict[str, np.ndarray]) -> dict[str, dict]:
-    """On held-out text: share of equal top-1 tokens, and sum of min(p, q), the acceptance rate when sampling.
+    """How often the draft model agrees with the target, by source.
 
-    streams: name to [tokens].
+    streams: [tokens] by source.
+
+    `greedy`: share of equal top-1 tokens. `sampled`: mean of sum(min(p, q)), the acceptance rate under sampling.
     """
     shares = {}
     for name, stream in streams.items():

@@ -1,8 +1,8 @@
-"""Completes the settings of a pretraining run with its data: each source as often as its share of the budget asks for.
+"""Adds the data to the settings of a pretraining run: each source is read as often as its share of the budget requires.
 
 python -m recipes.embedded.mix recipes/embedded/target.yaml --work WORK --tokens 6000000 --out WORK/target.yaml
 
-`tokens` is what one epoch reads. A source longer than its share is read in part, one that is shorter several times.
+`tokens` is the number of tokens of one epoch. A source longer than its share is read in part, a shorter one several times.
 """
 
 import argparse
@@ -13,11 +13,17 @@ import yaml
 
 
 def mix(keys: dict, sources: dict[str, dict], folder: Path, tokens: int) -> dict:
-    """The keys with `data`, `times` and a budget of one epoch. sources: what `sources.json` says; folder: of the arrays."""
-    whole = sum(facts["share"] for facts in sources.values())
+    """The keys with `data`, `times` and a budget of one epoch.
+
+    keys: other settings of the run.
+    sources: content of `sources.json`.
+    folder: of the token arrays.
+    tokens: of the epoch.
+    """
+    total_share = sum(source["share"] for source in sources.values())
     times = {
-        str(folder / f"{name}.train.npy"): round(tokens * facts["share"] / whole / facts["train_tokens"], 4)
-        for name, facts in sources.items()
+        str(folder / f"{name}.train.npy"): round(tokens * source["share"] / total_share / source["train_tokens"], 4)
+        for name, source in sources.items()
     }
     return {**keys, "data": list(times), "times": times, "epochs": 1}
 
@@ -26,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("keys", type=Path, help="YAML file of the other settings")
     parser.add_argument("--work", type=Path, required=True, help="folder that prepare filled")
-    parser.add_argument("--tokens", type=int, required=True, help="what the run reads")
+    parser.add_argument("--tokens", type=int, required=True, help="tokens that the run reads")
     parser.add_argument("--out", type=Path, required=True, help="YAML file for `headstart pretrain --config`")
     args = parser.parse_args()
     work = args.work.absolute()

@@ -1,7 +1,6 @@
-"""What the embedded model may read: the sources, their licences, and how one row becomes a document.
+"""The sources of the embedded model: their licences and shares, and how a row becomes a document.
 
-A source that is not in `SOURCES` is never read, so a new file in the data folder cannot slip in.
-Knows nothing of tokens.
+Only sources in `SOURCES` are read, so a new file in the data folder is not read by accident.
 """
 
 import gzip
@@ -37,7 +36,12 @@ UNTITLED_REQUESTS = ("Tell me a story.", "Write a short story.", "Please tell me
 
 @dataclass(frozen=True)
 class Source:
-    """One named part of the data folder; `share` is its weight in every training batch."""
+    """One named part of the data folder.
+
+    name: in the field `source` of a row.
+    file: in `train/`.
+    share: of the training tokens, in [0, 1].
+    """
 
     name: str
     file: str
@@ -47,7 +51,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Document:
-    """Either plain `text`, or `messages` that the chat template renders; `key` decides which side it falls on."""
+    """Either a plain `text`, or `messages` that the chat template renders.
+
+    key: its hash decides whether the document is held out.
+    """
 
     key: str
     text: str = ""
@@ -55,6 +62,7 @@ class Document:
 
     @property
     def is_held_out(self) -> bool:
+        """Whether the document is held out."""
         return zlib.crc32(self.key.strip().lower().encode()) % HELD_OUT_ONE_IN == 0
 
 
@@ -80,7 +88,7 @@ SOURCES = (
 
 
 def documents(source: Source, data: Path) -> Iterator[Document]:
-    """Yield the documents of one source that its licence lets us use."""
+    """The documents of one source that its licences allow to use. Raises ValueError if its file is missing."""
     for row in read_rows(data / "train" / source.file):
         if source.name == "story_requests":
             yield from _requested(row)
@@ -89,13 +97,14 @@ def documents(source: Source, data: Path) -> Iterator[Document]:
 
 
 def is_allowed(row: dict) -> bool:
-    """Apply what is decided row by row: a story's own licence, a book's author."""
+    """Whether a row may be used: decided by the licence of a story, and by the author of a book."""
     if row["source"] == "classic_books":
         return row["path"].split("/")[0] in CHILDRENS_AUTHORS
     return row.get("license") is None or row["license"] in STORY_LICENCES
 
 
 def read_rows(path: Path) -> Iterator[dict]:
+    """The rows of a compressed JSONL file. Raises ValueError if it is missing."""
     if not path.is_file():
         raise ValueError(f"{path} is missing; --data must name the folder that holds train/")
     opener = lzma.open if path.suffix == ".xz" else gzip.open
@@ -112,7 +121,7 @@ def _document(row: dict) -> Document:
 
 
 def _requested(row: dict) -> Iterator[Document]:
-    """Turn a short story into a request and its answer, held out together with the plain story."""
+    """A short story as a request and its answer; it has the key of the plain story, so both are held out together."""
     if not is_allowed(row) or len(row["text"]) > LONGEST_REQUESTED_STORY:
         return
     key = _document(row).key
@@ -123,5 +132,5 @@ def _requested(row: dict) -> Iterator[Document]:
 
 
 def _clean(text: str) -> str:
-    """Drop carriage returns and the "##" that closes every African Storybook and StoryWeaver text."""
+    """The text without carriage returns and without the "##" at the end of African Storybook and StoryWeaver texts."""
     return text.replace("\r\n", "\n").strip().removesuffix("##").rstrip()

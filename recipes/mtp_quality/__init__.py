@@ -1,2 +1,2 @@
-"""Does a trunk that predicts several tokens at once speak better? The experiment of Gloeckle et al. 2024, made very small:
+"""Is a trunk better if it is trained to predict several tokens? The experiment of Gloeckle et al. 2024, at a very small scale:
 `python -m recipes.mtp_quality.quality`, then `python -m recipes.mtp_quality.after`."""

@@ -1,8 +1,8 @@
-"""Heads that learned with their trunk against heads that learned after the fact, behind the plain trunk, from the same blocks.
+"""Heads trained with their trunk against heads trained afterwards, on the frozen plain trunk, with the same blocks.
 
 python -m recipes.mtp_quality.after --work WORK --out OUT --tokens 2000000 --seed 0
 
-OUT: the folder of `recipes.mtp_quality.quality`, which trains the trunks. All learn from the text's own tokens (hard loss).
+OUT: the folder of `recipes.mtp_quality.quality`, which trains the trunks. All are trained on the tokens of the texts (hard loss).
 """
 
 import argparse
@@ -30,12 +30,17 @@ KEYS: dict[str, Any] = {
     "save_every": 100, "log_every": 50, "device": "cpu", "threads": 1, "epochs": 1,
 }  # fmt: skip
 TEMPERATURES = (0.0, 0.7, 1.0)
-CHAINS = (2, 3)  # guesses of a round: what all can do, and what all but the modules of depth 2 can
+CHAINS = (2, 3)  # depths that all heads can draft, and all but the modules of depth 2
 
 
 @dataclass(frozen=True)
 class Member:
-    """Heads to be measured. trunk, folder: of the model and of the heads; learned: when."""
+    """Heads to measure.
+
+    method: of the heads.
+    learned: when they were trained, for the table.
+    trunk, folder: of the model and of the heads.
+    """
 
     method: str
     learned: str
@@ -43,12 +48,12 @@ class Member:
     folder: Path
 
     def run(self, depth: int) -> str:
-        """As `headstart bench` names it."""
+        """The run with a chain of this depth, in the notation of `headstart bench`."""
         return f"{self.folder}@chain:{depth}"
 
 
 def learned_after(experiment: Experiment, method: str, seed: int) -> Member:
-    """Heads behind the frozen plain trunk; goes on where it was killed, and does nothing where it has ended."""
+    """Heads trained on the frozen plain trunk; a killed run is resumed, and one that has ended is not repeated."""
     folder, trunk = experiment.out / f"after-{seed}" / method, experiment.trunk(PLAIN, seed)
     if not (folder / "model.safetensors").exists():
         config = TrainConfig(
@@ -60,7 +65,7 @@ def learned_after(experiment: Experiment, method: str, seed: int) -> Member:
 
 
 def lines(experiment: Experiment, seed: int) -> Path:
-    """The file of the very blocks that the trunks have read."""
+    """The file of the blocks that the trunks were trained on."""
     path, config = experiment.out / "texts.jsonl", experiment.config(PLAIN, seed)
     if not path.exists():
         vocab = experiment.shape["vocab_size"]
@@ -71,33 +76,34 @@ def lines(experiment: Experiment, seed: int) -> Path:
 
 
 def learned_together(experiment: Experiment, method: str, seed: int) -> Member:
-    """Heads that are there already."""
+    """Heads that were trained with their trunk."""
     run(experiment, method, seed)
     return Member(method, "with the trunk", experiment.trunk(method, seed), experiment.folder(method, seed) / method)
 
 
 def table(members: Sequence[Member], documents: Sequence[np.ndarray], length: int, max_tokens: int) -> list[str]:
-    """Lines of Markdown."""
-    said: dict[str, list[Row]] = {}
+    """The table of results, as lines of Markdown."""
+    rows: dict[str, list[Row]] = {}
     for trunk in dict.fromkeys(one.trunk for one in members):
         runs = [one.run(depth) for one in members if one.trunk == trunk for depth in CHAINS]
-        said |= decoded(trunk, runs, TEMPERATURES, max_tokens)
-    heats = ", ".join(f"{temperature:g}" for temperature in TEMPERATURES)
-    chains = " | ".join(f"decoded tau, chain:{depth}, T = {heats}" for depth in CHAINS)
+        rows |= decoded(trunk, runs, TEMPERATURES, max_tokens)
+    temperatures = ", ".join(f"{temperature:g}" for temperature in TEMPERATURES)
+    chains = " | ".join(f"decoded tau, chain:{depth}, T = {temperatures}" for depth in CHAINS)
     lines = [
         f"| heads | learned | parameters | top-1 by depth | tau down to each depth | {chains} |",
         "|---|---|---|---|---|---|---|",
     ]
     for one in members:
-        found = by_depth(one.trunk, one.folder, documents, length)
-        cells = [one.method, one.learned, f"{found['parameters']:,}", words(found["top1"], 3), words(found["tau"], 2)]
-        cells += [words([row.tau for row in said[one.run(depth)]], 2) for depth in CHAINS]
+        values = by_depth(one.trunk, one.folder, documents, length)
+        cells = [one.method, one.learned, f"{values['parameters']:,}", numbers(values["top1"], 3), numbers(values["tau"], 2)]
+        cells += [numbers([row.tau for row in rows[one.run(depth)]], 2) for depth in CHAINS]
         lines.append("| " + " | ".join(cells) + " |")
-    loops = {trunk.parent.name: [row.loops for row in said[one.run(2)]] for one in members for trunk in [one.trunk]}
-    return [*lines, *(f"loops in what {name} says: {words(shares, 2)}" for name, shares in loops.items())]
+    loops = {trunk.parent.name: [row.loops for row in rows[one.run(2)]] for one in members for trunk in [one.trunk]}
+    return [*lines, *(f"loops in the answers of {name}: {numbers(shares, 2)}" for name, shares in loops.items())]
 
 
-def words(values: Sequence[float], digits: int) -> str:
+def numbers(values: Sequence[float], digits: int) -> str:
+    """Numbers with so many digits, separated by spaces."""
     return " ".join(f"{value:.{digits}f}" for value in values)
 
 
@@ -105,8 +111,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder that recipes.embedded.prepare filled")
     parser.add_argument("--out", type=Path, required=True, help="folder of all runs")
-    parser.add_argument("--tokens", type=int, default=2_000_000, help="what each run reads (default 2000000)")
-    parser.add_argument("--seed", type=int, default=0, help="whose trunks (default 0)")
+    parser.add_argument("--tokens", type=int, default=2_000_000, help="tokens that each run reads (default 2000000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the trunks (default 0)")
     parser.add_argument("--max-tokens", type=int, default=64, help="of each decoded answer (default 64)")
     args = parser.parse_args()
     experiment = Experiment(args.work, args.out, args.tokens)

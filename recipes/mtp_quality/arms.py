@@ -1,7 +1,6 @@
-"""The arms of the experiment: trunks of one shape, which begin with the same weights and read the same blocks in the same order.
-They differ in what learns beside them.
+"""The arms of the experiment: trunks of one shape that start with the same weights and read the same blocks in the same order.
 
-This file knows settings and folders. It refuses to know measures.
+They differ in the heads that are trained with them. The module must not import what measures them.
 """
 
 import json
@@ -16,7 +15,7 @@ from recipes.mtp_quality.texts import train
 PLAIN = "none"
 LENGTH = 257  # tokens of a block: 256 predictions
 
-# 1.02 M parameters: half of them embeddings, the rest in three layers.
+# 1.02 M parameters: half in embeddings, half in three layers.
 SHAPE: dict[str, Any] = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 4096, "hidden_size": 128, "intermediate_size": 256,
     "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 1024,
@@ -38,8 +37,14 @@ KEYS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Experiment:
-    """work: what `recipes.embedded.prepare` filled. out: a folder for all runs. tokens: that each run reads. shape: of the trunk.
-    keys: that all runs share, over those that stand here."""
+    """Folders and settings of all runs.
+
+    work: folder that `recipes.embedded.prepare` wrote.
+    out: folder for all runs.
+    tokens: that each run reads.
+    shape: configuration of the trunk.
+    keys: settings of all runs, on top of `KEYS`.
+    """
 
     work: Path
     out: Path
@@ -49,21 +54,24 @@ class Experiment:
 
     @property
     def tokenizer(self) -> Path:
+        """Folder of the tokenizer."""
         return self.work / "tokenizer"
 
     @property
     def length(self) -> int:
-        """Of a block, in tokens."""
+        """Tokens of a block."""
         return self.keys.get("length", LENGTH)
 
     def folder(self, arm: str, seed: int) -> Path:
+        """Folder of one run."""
         return self.out / f"{arm}-{seed}"
 
     def trunk(self, arm: str, seed: int) -> Path:
+        """Model folder of one run's trunk."""
         return self.folder(arm, seed) / TRUNK
 
     def config(self, arm: str, seed: int) -> PretrainConfig:
-        """Of one run."""
+        """The configuration of one run."""
         model = self.out / "shape" / "config.json"
         model.parent.mkdir(parents=True, exist_ok=True)
         model.write_text(json.dumps(self.shape))
@@ -74,6 +82,6 @@ class Experiment:
 
 
 def run(experiment: Experiment, arm: str, seed: int) -> None:
-    """Pretrain one arm; goes on where it was killed, and does nothing where it has ended."""
+    """Pretrain one arm; a killed run is resumed, and one that has ended is not repeated."""
     if not (experiment.folder(arm, seed) / "training.json").exists():
         pretrain(experiment.config(arm, seed), resume=True)

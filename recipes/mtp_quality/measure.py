@@ -1,6 +1,6 @@
-"""What trunks and heads are worth on held-out documents, and in decoding. All in float32.
+"""Measures trunks and heads on held-out documents and in decoding, all in float32.
 
-This file knows folders of models and heads. It refuses to know how they were trained.
+The module must not import how they were trained.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ ROWS = 16
 
 
 def batches(documents: Sequence[np.ndarray], length: int) -> Iterator[tuple[list[int], TextBatch]]:
-    """Documents in blocks of `length` tokens, those of similar length together; with the document of each row."""
+    """Batches of documents in blocks of `length` tokens, sorted by length, each with the index of every row's document."""
     blocks = Blocks(documents, length)
     owners = [document for document in range(len(documents)) for _ in blocks.of(document)]
     order = sorted(range(len(blocks)), key=lambda index: len(blocks[index].tokens))
@@ -40,26 +40,26 @@ def batches(documents: Sequence[np.ndarray], length: int) -> Iterator[tuple[list
 
 @torch.inference_mode()
 def by_document(trunk: Path, documents: Sequence[np.ndarray], length: int) -> np.ndarray:
-    """[documents, 3]: summed loss in nats, best guesses that were right, and predictions, of the next token."""
+    """Sums over each document, [documents, 3]: cross-entropy of the next token in nats, correct top-1 tokens, predictions."""
     model = load_model(trunk, "float32", "cpu")
     sums = torch.zeros(len(documents), 3, dtype=torch.float64)
     for owners, texts in batches(documents, length):
         logits = model(input_ids=texts.tokens, use_cache=False).logits[:, :-1]  # [rows, length - 1, vocab]
-        counts, tokens = texts.loss_mask[:, 1:], texts.tokens[:, 1:]
-        losses = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none") * counts
-        found = [losses, (logits.argmax(-1) == tokens) & counts, counts]
-        sums.index_add_(0, torch.tensor(owners), torch.stack([one.double().sum(1) for one in found], 1))
+        loss_mask, tokens = texts.loss_mask[:, 1:], texts.tokens[:, 1:]
+        losses = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none") * loss_mask
+        columns = [losses, (logits.argmax(-1) == tokens) & loss_mask, loss_mask]
+        sums.index_add_(0, torch.tensor(owners), torch.stack([column.double().sum(1) for column in columns], 1))
     return sums.numpy()
 
 
 @torch.no_grad()
 def by_depth(trunk: Path, heads: Path, documents: Sequence[np.ndarray], length: int) -> dict[str, Any]:
-    """top1 by depth of heads that are told the true tokens, and tau of a chain of their best guesses down to each depth."""
+    """Values of heads under teacher forcing: top-1 by depth, and tau of a chain of top-1 tokens down to each depth."""
     model = load_model(trunk, "float32", "cpu")
     drafter = load(heads).float().bind(EmbedHead(model)).eval()
     online, objective = Online(model, drafter.taps), Objective(hard=1.0)
-    found = [drafter.loss(online(texts), objective)[1].stacked() for _, texts in batches(documents, length)]
-    metrics = Metrics.of(torch.stack(found).sum(0))
+    sums = [drafter.loss(online(texts), objective)[1].stacked() for _, texts in batches(documents, length)]
+    metrics = Metrics.of(torch.stack(sums).sum(0))
     taus = 1 + (metrics.runs / metrics.counts).cumsum(0)
     return {
         "parameters": sum(weight.numel() for weight in drafter.parameters()),
@@ -69,13 +69,13 @@ def by_depth(trunk: Path, heads: Path, documents: Sequence[np.ndarray], length: 
 
 
 def decoded(trunk: Path, runs: Sequence[str], temperatures: Sequence[float], max_tokens: int) -> dict[str, list[report.Row]]:
-    """By `HEADS@PLANNER`, a row for each temperature: what the trunk itself goes on to say behind the beginnings of stories."""
+    """Decodes of continuations of stories: by `HEADS@PLANNER`, one row for each temperature."""
     target, tokenizer = Target.load(trunk, "float32", "cpu"), load_tokenizer(trunk)
     tasks = tuple(runner.Task(tuple(encode_prompt(tokenizer, case.prompt))) for case in suites.SUITES["stories"])
-    found: dict[str, list[report.Row]] = {run: [] for run in runs}
+    rows: dict[str, list[report.Row]] = {run: [] for run in runs}
     for temperature in temperatures:
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=0, ignore_eos=True)
         setup = runner.Setup(target, tasks, params)
         for row in report.rows(setup, runner.measure(setup, runner.prepare(setup, runs)))[1:]:
-            found[row.run].append(row)
-    return found
+            rows[row.run].append(row)
+    return rows

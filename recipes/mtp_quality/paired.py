@@ -1,4 +1,4 @@
-"""Differences of pairs, and how sure one may be of them. This file knows numbers only."""
+"""Confidence intervals of paired differences."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and the interval that holds the true one at `LEVEL`."""
+    """A mean with its confidence interval at `LEVEL`."""
 
     mean: float
     low: float
@@ -22,17 +22,20 @@ class Interval:
 
 
 def over_seeds(differences: Sequence[float]) -> Interval:
-    """By Student's t with n - 1 degrees of freedom: what another seed would show. Raises ValueError for a single seed."""
+    """The interval over other seeds, by Student's t with n - 1 degrees of freedom. Raises ValueError for a single seed."""
     if len(differences) < 2:
-        raise ValueError(f"an interval takes two seeds or more, and there is {len(differences)}; run more seeds")
+        raise ValueError(f"an interval needs two seeds or more, and there is {len(differences)}; run more seeds")
     mean = float(np.mean(differences))
-    reach = float(t.ppf((1 + LEVEL) / 2, len(differences) - 1) * np.std(differences, ddof=1) / np.sqrt(len(differences)))
-    return Interval(mean, mean - reach, mean + reach)
+    half_width = float(t.ppf((1 + LEVEL) / 2, len(differences) - 1) * np.std(differences, ddof=1) / np.sqrt(len(differences)))
+    return Interval(mean, mean - half_width, mean + half_width)
 
 
 def over_documents(differences: np.ndarray, counts: np.ndarray, samples: int = 2000, seed: int = 0) -> Interval:
-    """By bootstrap: what other documents would show of the same trunks. differences: [documents] summed over the tokens of each;
-    counts: [documents] tokens."""
+    """The interval over other documents with the same trunks, by bootstrap.
+
+    differences: summed over the tokens of each document, [documents].
+    counts: tokens of each document, [documents].
+    """
     generator, documents = np.random.default_rng(seed), len(counts)
     drawn = generator.multinomial(documents, np.full(documents, 1 / documents), size=samples)  # [samples, documents]
     means = (drawn @ differences) / (drawn @ counts)

@@ -1,6 +1,6 @@
-"""What the experiment reads: stories, dialogues and instructions, as `recipes.embedded.prepare` packed them.
+"""The texts of the experiment: stories, dialogues and instructions, as `recipes.embedded.prepare` wrote them.
 
-This file knows sources and documents. It refuses to know models.
+The module must not import models.
 """
 
 import json
@@ -12,7 +12,7 @@ import numpy as np
 from headstart.training.packing import Packed
 from recipes.embedded.mix import mix
 
-# No code, no sums and no old books: a million parameters cannot learn everything from so little.
+# No code, no arithmetic and no old books: a million parameters cannot learn all of it from so few tokens.
 SOURCES = (
     "african_storybook", "pratham_storyweaver", "tinystories_sample", "grimm_fairy_tales", "fairytaleqa_train", "story_requests",
     "sgd", "taskmaster4", "dolly_3k", "gpteacher_roleplay",
@@ -20,25 +20,28 @@ SOURCES = (
 
 
 def sources(work: Path) -> dict[str, dict[str, Any]]:
-    """Of the experiment, with their shares."""
-    found = json.loads((work / "sources.json").read_text())
-    return {name: found[name] for name in SOURCES}
+    """The sources of the experiment by name, with their shares."""
+    statistics = json.loads((work / "sources.json").read_text())
+    return {name: statistics[name] for name in SOURCES}
 
 
 def train(work: Path, tokens: int) -> dict[str, Any]:
-    """`data`, `times` and `epochs` of a run that reads so many tokens, each source in its share."""
+    """`data`, `times` and `epochs` of a run that reads `tokens` tokens, each source in its share."""
     return mix({}, sources(work), work / "tokens", tokens)
 
 
 def held_out(work: Path, tokens: int, end: int) -> list[np.ndarray]:
-    """Whole documents that nobody learns from, [tokens] each, about so many tokens, each source in its share. end: the token that
-    ends a document."""
-    found = sources(work)
-    whole = sum(facts["share"] for facts in found.values())
+    """Complete held-out documents, [tokens] each, each source in its share.
+
+    tokens: of all documents, approximately.
+    end: the token that ends a document.
+    """
+    statistics = sources(work)
+    total_share = sum(source["share"] for source in statistics.values())
     documents: list[np.ndarray] = []
-    for name, facts in found.items():
+    for name, source in statistics.items():
         stream = np.load(work / "tokens" / f"{name}.held_out.npy")
-        left = tokens * facts["share"] / whole
+        left = tokens * source["share"] / total_share
         for document in split(stream, end):
             if left > 0:
                 documents.append(document)
@@ -47,12 +50,12 @@ def held_out(work: Path, tokens: int, end: int) -> list[np.ndarray]:
 
 
 def split(stream: np.ndarray, end: int) -> list[np.ndarray]:
-    """The documents of a stream, [tokens], those with anything to predict."""
+    """The documents of a stream, [tokens] each, that have at least two tokens."""
     return [piece for piece in np.split(stream, np.flatnonzero(stream == end) + 1) if len(piece) > 1]
 
 
 def write_lines(packed: Packed, path: Path) -> None:
-    """The very blocks of a pretraining run, as lines that `headstart train` reads: all tokens count."""
+    """Write the blocks of a pretraining run as lines that `headstart train` reads; the loss mask is 1 everywhere."""
     with path.open("w") as file:
         for index in packed.train:
             tokens = packed.texts[index].tokens.tolist()

@@ -1,4 +1,4 @@
-"""Recipes are no part of the installed package, so their tests name the folder they are found in."""
+"""Recipes are not part of the installed package, so their tests add the repository to the path."""
 
 import sys
 from pathlib import Path

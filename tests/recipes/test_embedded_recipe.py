@@ -1,4 +1,4 @@
-"""The recipe of the embedded model, on made-up text: what it may read, how often, and that growing loses nothing."""
+"""The recipe of the embedded model, on made-up text: allowed sources, their shares, and growing without a change of logits."""
 
 import gzip
 import json
@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from recipes.embedded.grow import grow, places
+from recipes.embedded.grow import grow, layer_indices
 from recipes.embedded.measure import agreement, held_out_losses
 from recipes.embedded.mix import mix
 from recipes.embedded.prepare import encode, train_tokenizer
@@ -89,9 +89,9 @@ def test_a_digit_is_a_token(tokenizer):
 
 
 def test_the_loss_mask_of_the_template_is_the_assistants_answer(tokenizer):
-    said = tokenizer.apply_chat_template(list(TALK), tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-    marked = [i for i, m in zip(said["input_ids"], said["assistant_masks"], strict=True) if m]
-    assert tokenizer.decode(marked) == "The goat came home.<|end|>"
+    encoded = tokenizer.apply_chat_template(list(TALK), tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    answer = [i for i, m in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if m]
+    assert tokenizer.decode(answer) == "The goat came home.<|end|>"
 
 
 def test_each_source_is_read_as_often_as_its_share_requires():
@@ -119,7 +119,7 @@ def test_a_grown_model_has_the_logits_of_the_smaller_one(shape):
 def test_the_layers_added_by_growing_have_gradients():
     large = grow(new_model(50), new_model(50, 1, num_hidden_layers=3, intermediate_size=48))
     large(torch.randint(50, (2, 9))).logits.square().sum().backward()
-    new = large.model.layers[({0, 1, 2} - set(places(2, 3))).pop()]
+    new = large.model.layers[({0, 1, 2} - set(layer_indices(2, 3))).pop()]
     assert new.self_attn.o_proj.weight.grad.abs().max() > 0
 
 

@@ -1,4 +1,4 @@
-"""recipes/mtp_quality: its intervals are scipy's, and its arms are pairs."""
+"""recipes/mtp_quality: its intervals are those of scipy, and its arms are pairs."""
 
 import json
 import sys
@@ -25,7 +25,7 @@ SHAPE = {
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
-    """Ten sources of a few hundred tokens; the second token after any is known from it."""
+    """Ten sources of a few hundred tokens; each token determines the second token after it."""
     work = tmp_path_factory.mktemp("work")
     write_tokenizer(work / "tokenizer", VOCAB)
     (work / "tokens").mkdir()
@@ -40,10 +40,10 @@ def experiment(tmp_path_factory):
 
 def test_the_interval_over_seeds_is_that_of_a_paired_t_test():
     own, plain = [4.31, 4.40, 4.36, 4.29], [4.28, 4.41, 4.31, 4.27]
-    found = over_seeds([a - b for a, b in zip(own, plain, strict=True)])
+    interval = over_seeds([a - b for a, b in zip(own, plain, strict=True)])
     expected = ttest_rel(own, plain).confidence_interval(0.95)
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
-    assert found.mean == pytest.approx(np.mean(own) - np.mean(plain))
+    assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high))
+    assert interval.mean == pytest.approx(np.mean(own) - np.mean(plain))
 
 
 def test_one_seed_gives_no_interval():
@@ -54,9 +54,9 @@ def test_one_seed_gives_no_interval():
 def test_the_bootstrap_agrees_with_the_normal_distribution_for_many_documents():
     generator = np.random.default_rng(1)
     each = generator.normal(0.5, 1.0, size=400)
-    found = over_documents(10 * each, np.full(400, 10))
-    assert found.mean == pytest.approx(each.mean())
-    assert (found.high - found.low) / 2 == pytest.approx(1.96 * each.std() / 20, rel=0.1)
+    interval = over_documents(10 * each, np.full(400, 10))
+    assert interval.mean == pytest.approx(each.mean())
+    assert (interval.high - interval.low) / 2 == pytest.approx(1.96 * each.std() / 20, rel=0.1)
 
 
 def test_held_out_documents_end_with_the_end_token_and_come_from_every_source(experiment):
@@ -66,14 +66,14 @@ def test_held_out_documents_end_with_the_end_token_and_come_from_every_source(ex
 
 
 def test_arms_are_trained_and_measured_and_heads_are_trained_afterwards_on_the_same_blocks(experiment):
-    """Two steps of each: plumbing, not learning."""
+    """Two steps of each: only that the parts fit together."""
     documents = held_out(experiment.work, tokens=600, end=0)
     sums = {}
     for arm in arms.ARMS:
-        for _ in range(2):  # the second time, there is nothing left to do
+        for _ in range(2):  # the second time, the run has ended already
             arms.run(experiment, arm, seed=0)
         sums[arm] = np.stack([quality.measured(experiment, arm, 0, documents)] * 2)
-        sums[arm][1] += sums[arm][0, 0, 0] * np.arange(3) / 100  # as if by another seed
+        sums[arm][1] += sums[arm][0, 0, 0] * np.arange(3) / 100  # as if from another seed
     assert len(quality.table(sums)) == 2 + len(arms.ARMS)
     counts = sums[arms.PLAIN][0][:, 2]
     assert counts.tolist() == [len(document) - 1 for document in documents]
@@ -88,6 +88,6 @@ def test_the_sums_of_a_document_do_not_depend_on_the_block_length(experiment):
     arms.run(experiment, arms.PLAIN, seed=0)
     trunk = experiment.trunk(arms.PLAIN, 0)
     documents = held_out(experiment.work, tokens=600, end=0)[:3]
-    whole, cut = (by_document(trunk, documents, length) for length in (100, 21))
-    assert (whole[:, 2] == cut[:, 2]).all()
-    assert whole[:, 0] == pytest.approx(cut[:, 0], rel=0.05)  # a block's first tokens know less of what was before
+    single, cut = (by_document(trunk, documents, length) for length in (100, 21))
+    assert (single[:, 2] == cut[:, 2]).all()
+    assert single[:, 0] == pytest.approx(cut[:, 0], rel=0.05)  # the first tokens of a block have less context
