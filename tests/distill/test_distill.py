@@ -1,4 +1,4 @@
-"""The target's own answers: what is asked, what is written, and that neither batching nor a kill changes a line."""
+"""Distillation: the lines do not depend on batching, drafter or interruptions, and errors are one sentence."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def chat(*contents: str) -> tuple[dict[str, str], ...]:
 
 
 WORDS = ("the cat", "the sea was blue", "a fish", "give me a song and a fish", "Once upon a time", "take it", "so")
-OPENINGS = [ChatPrompt(f"p:{n}", n, chat(word, "so", "and then", "so", word)) for n, word in enumerate(WORDS)]
+PROMPTS = [ChatPrompt(f"p:{n}", n, chat(word, "so", "and then", "so", word)) for n, word in enumerate(WORDS)]
 
 
 def new_llm(folder, **settings) -> headstart.LLM:
@@ -58,22 +58,23 @@ def read(path) -> list[dict]:
 
 def by_id(path) -> dict[str, dict]:
     lines = read(path)
-    found = {line["id"]: line for line in lines}
-    assert len(found) == len(lines), "a conversation was answered twice"
-    return found
+    lines_by_id = {line["id"]: line for line in lines}
+    assert len(lines_by_id) == len(lines), "a conversation was answered twice"
+    return lines_by_id
 
 
 # -- the answers --
 
 
 def test_an_answer_is_what_the_model_generates_with_that_seed(llm, teacher, tmp_path):
-    distill(teacher, OPENINGS, SETTINGS, tmp_path / "out.jsonl")
-    for opening in OPENINGS:
-        line, seed = by_id(tmp_path / "out.jsonl")[opening.id], mix(7, opening.index)
-        [alone] = llm.generate([opening.messages[:1]], temperature=0.8, max_tokens=40, seed=seed)
+    distill(teacher, PROMPTS, SETTINGS, tmp_path / "out.jsonl")
+    for prompt in PROMPTS:
+        line, seed = by_id(tmp_path / "out.jsonl")[prompt.id], mix(7, prompt.index)
+        [alone] = llm.generate([prompt.messages[:1]], temperature=0.8, max_tokens=40, seed=seed)
         assert line["settings"]["seed"] == seed
-        assert [token for token, is_said in zip(line["tokens"], line["loss_mask"], strict=True) if is_said] == list(alone.token_ids)
-        assert line["messages"] == [opening.messages[0], {"role": "assistant", "content": alone.text}]
+        answer = [token for token, is_answer in zip(line["tokens"], line["loss_mask"], strict=True) if is_answer]
+        assert answer == list(alone.token_ids)
+        assert line["messages"] == [prompt.messages[0], {"role": "assistant", "content": alone.text}]
         assert line["finish_reason"] == alone.finish_reason
 
 
@@ -81,37 +82,37 @@ def test_an_answer_is_what_the_model_generates_with_that_seed(llm, teacher, tmp_
 def test_every_token_of_the_loss_mask_follows_from_the_tokens_before_it_and_the_noise_at_its_index(
     model_folder, teacher, tmp_path, mode
 ):
-    distill(teacher, OPENINGS[:3], Settings(temperature=0.8, max_tokens=40, seed=7, mode=mode), tmp_path / "out.jsonl")
+    distill(teacher, PROMPTS[:3], Settings(temperature=0.8, max_tokens=40, seed=7, mode=mode), tmp_path / "out.jsonl")
     model = load_model(model_folder)
     for line in read(tmp_path / "out.jsonl"):
         with torch.no_grad():
             logits = model(torch.tensor([line["tokens"]]), use_cache=False).logits[0]
-        for place in (place for place, is_said in enumerate(line["loss_mask"]) if is_said):
-            noise = gumbel(torch.tensor([noise_key(line["settings"]["seed"], place)]), torch.arange(320))
-            assert int((logits[place - 1] + 0.8 * noise).argmax()) == line["tokens"][place]
+        for index in (index for index, is_answer in enumerate(line["loss_mask"]) if is_answer):
+            noise = gumbel(torch.tensor([noise_key(line["settings"]["seed"], index)]), torch.arange(320))
+            assert int((logits[index - 1] + 0.8 * noise).argmax()) == line["tokens"][index]
 
 
 def test_chat_mode_samples_every_reply_of_a_conversation(llm, teacher, tmp_path):
-    distill(teacher, OPENINGS, Settings(temperature=0.8, max_tokens=60, seed=1, mode="chat"), tmp_path / "out.jsonl")
+    distill(teacher, PROMPTS, Settings(temperature=0.8, max_tokens=60, seed=1, mode="chat"), tmp_path / "out.jsonl")
     lines = read(tmp_path / "out.jsonl")
     assert any(len(line["messages"]) == 6 for line in lines)
     for line in lines:
-        opening = next(one for one in OPENINGS if one.id == line["id"])
-        assert line["messages"][::2] == list(opening.messages[::2])[: len(line["messages"]) // 2]
-        said: list[list[int]] = []
+        prompt = next(one for one in PROMPTS if one.id == line["id"])
+        assert line["messages"][::2] == list(prompt.messages[::2])[: len(line["messages"]) // 2]
+        replies: list[list[int]] = []
         for token, now, before in zip(line["tokens"], line["loss_mask"], [0, *line["loss_mask"]], strict=False):
-            said += [[]] if now and not before else []
+            replies += [[]] if now and not before else []
             if now:
-                said[-1].append(token)
-        texts = [llm.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in said]
+                replies[-1].append(token)
+        texts = [llm.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in replies]
         assert texts == [message["content"] for message in line["messages"][1::2]]
-        assert line["finish_reason"] == "stop" or len(line["messages"]) < 6 or len(said[-1]) == 60
+        assert line["finish_reason"] == "stop" or len(line["messages"]) < 6 or len(replies[-1]) == 60
 
 
 def test_neither_batching_nor_drafter_changes_a_line(model_folder, teacher, tmp_path):
     settings = Settings(temperature=0.8, max_tokens=40, seed=7, mode="chat")
-    distill(teacher, OPENINGS, settings, tmp_path / "many.jsonl")
-    distill(EngineTeacher(new_llm(model_folder, drafter=None, max_rows=1)), OPENINGS[::-1], settings, tmp_path / "one.jsonl")
+    distill(teacher, PROMPTS, settings, tmp_path / "many.jsonl")
+    distill(EngineTeacher(new_llm(model_folder, drafter=None, max_rows=1)), PROMPTS[::-1], settings, tmp_path / "one.jsonl")
     assert by_id(tmp_path / "many.jsonl") == by_id(tmp_path / "one.jsonl")
 
 
@@ -134,36 +135,36 @@ def test_the_beginning_of_a_long_text_can_be_the_prompt(llm, teacher, tmp_path):
 
 def test_a_conversation_cut_at_max_tokens_is_dropped_on_request_and_not_tried_again(teacher, tmp_path):
     settings = Settings(temperature=0.8, max_tokens=3, drop_cut=True)
-    tally = distill(teacher, OPENINGS, settings, tmp_path / "out.jsonl")
+    progress = distill(teacher, PROMPTS, settings, tmp_path / "out.jsonl")
     cut = [line for line in read(tmp_path / "out.jsonl") if line["finish_reason"] == "length"]
-    assert 0 < tally.num_dropped == len(cut)
+    assert 0 < progress.num_dropped == len(cut)
     assert all(line["tokens"] == line["loss_mask"] == [] for line in cut)
-    again = distill(teacher, OPENINGS, settings, tmp_path / "out.jsonl")
-    assert (again.num_found, again.num_answered, again.num_dropped) == (len(OPENINGS), 0, 0)
-    kept = distill(teacher, OPENINGS, Settings(temperature=0.8, max_tokens=3), tmp_path / "kept.jsonl")
+    again = distill(teacher, PROMPTS, settings, tmp_path / "out.jsonl")
+    assert (again.num_found, again.num_answered, again.num_dropped) == (len(PROMPTS), 0, 0)
+    kept = distill(teacher, PROMPTS, Settings(temperature=0.8, max_tokens=3), tmp_path / "kept.jsonl")
     assert (kept.num_cut, kept.num_dropped) == (len(cut), 0)
 
 
 def test_a_prompt_without_room_is_skipped_and_counted(teacher, tmp_path):
     long = [ChatPrompt(f"p:{n}", n, chat("the cat and the sea " * 90)) for n in range(8)]  # more than run at once
-    tally = distill(teacher, [*long, ChatPrompt("p:8", 8, chat("so"))], SETTINGS, tmp_path / "out.jsonl")
-    assert tally.skipped == {"there is no room for an answer in the context of 256 tokens": 8}
+    progress = distill(teacher, [*long, ChatPrompt("p:8", 8, chat("so"))], SETTINGS, tmp_path / "out.jsonl")
+    assert progress.skipped == {"there is no room for an answer in the context of 256 tokens": 8}
     assert [line["id"] for line in read(tmp_path / "out.jsonl")] == ["p:8"]
 
 
 def test_a_conversation_longer_than_the_context_keeps_its_first_replies_and_is_counted(teacher, tmp_path):
     long = [ChatPrompt(f"p:{n}", n, chat("so", "a", "the cat and the sea " * 90)) for n in range(4)]
-    tally = distill(teacher, long, Settings(temperature=0.8, max_tokens=60, mode="chat"), tmp_path / "out.jsonl")
+    progress = distill(teacher, long, Settings(temperature=0.8, max_tokens=60, mode="chat"), tmp_path / "out.jsonl")
     ended = [line for line in read(tmp_path / "out.jsonl") if line["finish_reason"] == "stop"]
-    assert tally.shortened.total() == len(ended) > 0
+    assert progress.shortened.total() == len(ended) > 0
     assert all(len(line["messages"]) == 2 and line["loss_mask"][-1] for line in ended)
 
 
 def test_distilled_lines_can_be_read_for_training(llm, teacher, tmp_path):
-    distill(teacher, OPENINGS, SETTINGS, tmp_path / "out.jsonl")
+    distill(teacher, PROMPTS, SETTINGS, tmp_path / "out.jsonl")
     examples, report = read_examples([tmp_path / "out.jsonl"], llm.tokenizer, teacher.info["digest"])
     assert [list(example.tokens) for example in examples] == [line["tokens"] for line in read(tmp_path / "out.jsonl")]
-    assert {(example.temperature, example.seed) for example in examples} == {(0.8, mix(7, n)) for n in range(len(OPENINGS))}
+    assert {(example.temperature, example.seed) for example in examples} == {(0.8, mix(7, n)) for n in range(len(PROMPTS))}
     assert report.num_foreign == 0
 
 
@@ -188,35 +189,35 @@ class Killed(Exception):
 
 
 def kill_after(count: int):
-    def tell(tally) -> None:
-        if tally.num_answered == count:
+    def on_progress(progress) -> None:
+        if progress.num_answered == count:
             raise Killed
 
-    return tell
+    return on_progress
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"id": "p:9", "tok', b'{"id": "p:9"}'])
 def test_a_killed_run_ends_with_the_lines_of_an_uninterrupted_one(teacher, llm, tmp_path, torn):
-    distill(teacher, OPENINGS, SETTINGS, tmp_path / "whole.jsonl")
+    distill(teacher, PROMPTS, SETTINGS, tmp_path / "uninterrupted.jsonl")
     for count in (1, 3):
         with pytest.raises(Killed):
-            distill(teacher, OPENINGS, SETTINGS, tmp_path / "out.jsonl", kill_after(count))
+            distill(teacher, PROMPTS, SETTINGS, tmp_path / "out.jsonl", kill_after(count))
         assert llm.engine.scheduler.is_idle
         with (tmp_path / "out.jsonl").open("ab") as file:
             file.write(torn)
-    tally = distill(teacher, OPENINGS, SETTINGS, tmp_path / "out.jsonl")
-    assert (tally.num_found, tally.num_answered) == (4, 3)
-    assert by_id(tmp_path / "out.jsonl") == by_id(tmp_path / "whole.jsonl")
+    progress = distill(teacher, PROMPTS, SETTINGS, tmp_path / "out.jsonl")
+    assert (progress.num_found, progress.num_answered) == (4, 3)
+    assert by_id(tmp_path / "out.jsonl") == by_id(tmp_path / "uninterrupted.jsonl")
 
 
 DYING = """
 import os, sys, headstart
 sys.path[:0] = [sys.argv[3], sys.argv[3] + "/distill"]
 from test_distill import *
-def tell(tally):
-    if tally.num_answered == 2:
+def on_progress(progress):
+    if progress.num_answered == 2:
         os._exit(9)
-distill(EngineTeacher(new_llm(sys.argv[1], drafter="lookup", max_rows=3)), OPENINGS, SETTINGS, sys.argv[2], tell)
+distill(EngineTeacher(new_llm(sys.argv[1], drafter="lookup", max_rows=3)), PROMPTS, SETTINGS, sys.argv[2], on_progress)
 """
 
 
@@ -226,9 +227,9 @@ def test_a_process_that_dies_leaves_whole_lines(model_folder, teacher, tmp_path)
     arguments = [sys.executable, "-c", DYING, model_folder, out, os.path.dirname(os.path.dirname(__file__))]
     assert subprocess.run(list(map(str, arguments)), env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode == 9
     assert len(read(out)) == 2
-    distill(teacher, OPENINGS, SETTINGS, out)
-    distill(teacher, OPENINGS, SETTINGS, tmp_path / "whole.jsonl")
-    assert by_id(out) == by_id(tmp_path / "whole.jsonl")
+    distill(teacher, PROMPTS, SETTINGS, out)
+    distill(teacher, PROMPTS, SETTINGS, tmp_path / "uninterrupted.jsonl")
+    assert by_id(out) == by_id(tmp_path / "uninterrupted.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -242,15 +243,15 @@ def test_a_process_that_dies_leaves_whole_lines(model_folder, teacher, tmp_path)
     ],
 )
 def test_a_file_is_not_continued_with_other_settings(teacher, tmp_path, other, words):
-    distill(teacher, OPENINGS[:1], SETTINGS, tmp_path / "out.jsonl")
+    distill(teacher, PROMPTS[:1], SETTINGS, tmp_path / "out.jsonl")
     with pytest.raises(ValueError, match=words):
-        distill(teacher, OPENINGS, Settings(**{"temperature": 0.8, "max_tokens": 40, "seed": 7} | other), tmp_path / "out.jsonl")
+        distill(teacher, PROMPTS, Settings(**{"temperature": 0.8, "max_tokens": 40, "seed": 7} | other), tmp_path / "out.jsonl")
 
 
 def test_a_file_is_not_continued_by_another_target_or_with_other_prompts(teacher, draft_folder, tmp_path):
-    distill(teacher, OPENINGS[:1], SETTINGS, tmp_path / "out.jsonl")
+    distill(teacher, PROMPTS[:1], SETTINGS, tmp_path / "out.jsonl")
     with pytest.raises(ValueError, match=r"line 1 of .* was answered with digest"):
-        distill(EngineTeacher(new_llm(draft_folder)), OPENINGS, SETTINGS, tmp_path / "out.jsonl")
+        distill(EngineTeacher(new_llm(draft_folder)), PROMPTS, SETTINGS, tmp_path / "out.jsonl")
     with pytest.raises(ValueError, match="answers another prompt than p:0 is now"):
         distill(teacher, [ChatPrompt("p:0", 0, chat("the sea"))], SETTINGS, tmp_path / "out.jsonl")
 
@@ -258,13 +259,13 @@ def test_a_file_is_not_continued_by_another_target_or_with_other_prompts(teacher
 def test_a_file_of_other_content_is_not_changed(teacher, tmp_path):
     (tmp_path / "out.jsonl").write_text('{"prompt": "a"}\n')
     with pytest.raises(ValueError, match=r"line 1 of .* is no distilled conversation"):
-        distill(teacher, OPENINGS, SETTINGS, tmp_path / "out.jsonl")
+        distill(teacher, PROMPTS, SETTINGS, tmp_path / "out.jsonl")
     (tmp_path / "notes.txt").write_text("a text without an end of line")
     with pytest.raises(ValueError, match=r"line 1 of .* is no distilled conversation"):
-        distill(teacher, OPENINGS, SETTINGS, tmp_path / "notes.txt")
+        distill(teacher, PROMPTS, SETTINGS, tmp_path / "notes.txt")
     assert (tmp_path / "notes.txt").read_text() == "a text without an end of line"
     with pytest.raises(ValueError, match=r"write plain \.jsonl"):
-        distill(teacher, OPENINGS, SETTINGS, tmp_path / "out.jsonl.gz")
+        distill(teacher, PROMPTS, SETTINGS, tmp_path / "out.jsonl.gz")
 
 
 # -- prompts --
@@ -315,9 +316,9 @@ def test_conversations_need_a_chat_template(tmp_path):
 
 
 def test_unanswered_turns_may_start_with_the_system_message_and_end_with_the_user():
-    system, first, said, second = {"role": "system", "content": "s"}, *chat("a", "b", "c")
-    assert ChatPrompt("x", 0, (system, first, said, second)).unanswered_turns() == [[system, first], [second]]
-    assert ChatPrompt("x", 0, (first, said)).unanswered_turns() == [[first]]
+    system, first, reply, second = {"role": "system", "content": "s"}, *chat("a", "b", "c")
+    assert ChatPrompt("x", 0, (system, first, reply, second)).unanswered_turns() == [[system, first], [second]]
+    assert ChatPrompt("x", 0, (first, reply)).unanswered_turns() == [[first]]
 
 
 # -- an endpoint --
@@ -325,7 +326,7 @@ def test_unanswered_turns_may_start_with_the_system_message_and_end_with_the_use
 
 @contextmanager
 def served(*replies: object):
-    """An endpoint that repeats what was said, or gives these replies first: (status, body)."""
+    """An endpoint that first gives these replies, (status, body), and then repeats the last message of each request."""
     asked, waiting = [], list(replies)
 
     class Handler(BaseHTTPRequestHandler):
@@ -337,9 +338,9 @@ def served(*replies: object):
                 "finish_reason": "stop",
                 "message": {"role": "assistant", "content": sent["messages"][-1]["content"]},
             }
-            whole = {"id": "1", "object": "chat.completion", "created": 1, "model": sent["model"], "choices": [choice]}
-            status, body = waiting.pop(0) if waiting else (200, whole)
-            data = json.dumps(body if body is not None else whole).encode()
+            completion = {"id": "1", "object": "chat.completion", "created": 1, "model": sent["model"], "choices": [choice]}
+            status, body = waiting.pop(0) if waiting else (200, completion)
+            data = json.dumps(body if body is not None else completion).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
@@ -369,28 +370,28 @@ def test_the_answers_of_an_endpoint_are_encoded_by_the_tokenizer(model_folder, t
     tokenizer = load_tokenizer(model_folder)
     with served() as (url, asked):
         teacher = EndpointTeacher(url, "sea", tokenizer, "secret", rows=3)
-        tally = distill(teacher, OPENINGS, Settings(seed=7, mode="chat", top_p=0.9, top_k=5), tmp_path / "out.jsonl")
+        progress = distill(teacher, PROMPTS, Settings(seed=7, mode="chat", top_p=0.9, top_k=5), tmp_path / "out.jsonl")
         teacher.client.close()
-    assert tally.num_answered == len(OPENINGS)
+    assert progress.num_answered == len(PROMPTS)
     for line in read(tmp_path / "out.jsonl"):
         assert [m["content"] for m in line["messages"][::2]] == [m["content"] for m in line["messages"][1::2]]
         assert tokenizer.apply_chat_template(line["messages"], return_dict=False) == line["tokens"]
         assert (line["settings"]["seed"], line["target"]) == (None, {"name": "sea", "digest": None, "endpoint": url})
     assert {(one["path"], one["key"], one["model"]) for one in asked} == {("/v1/chat/completions", "Bearer secret", "sea")}
     assert {(one["temperature"], one["top_p"], one["top_k"], one["max_tokens"]) for one in asked} == {(0.7, 0.9, 5, 512)}
-    assert {one["seed"] for one in asked} == {mix(7, n) % 2**31 for n in range(len(OPENINGS))}
+    assert {one["seed"] for one in asked} == {mix(7, n) % 2**31 for n in range(len(PROMPTS))}
 
 
 def test_a_reply_cut_by_an_endpoint_has_no_end_of_turn(model_folder, tmp_path):
     tokenizer = load_tokenizer(model_folder)
     with served((200, choice("the sea was", "length"))) as (url, _):
         teacher = EndpointTeacher(url, "sea", tokenizer)
-        tally = distill(teacher, OPENINGS[:1], SETTINGS, tmp_path / "out.jsonl")
+        progress = distill(teacher, PROMPTS[:1], SETTINGS, tmp_path / "out.jsonl")
         teacher.client.close()
     [line] = read(tmp_path / "out.jsonl")
-    assert (tally.num_cut, line["finish_reason"]) == (1, "length")
-    said = [token for token, is_said in zip(line["tokens"], line["loss_mask"], strict=True) if is_said]
-    assert said == tokenizer.encode("the sea was")
+    assert (progress.num_cut, line["finish_reason"]) == (1, "length")
+    answer = [token for token, is_answer in zip(line["tokens"], line["loss_mask"], strict=True) if is_answer]
+    assert answer == tokenizer.encode("the sea was")
     assert line["loss_mask"][-1] == 1
 
 
@@ -398,16 +399,16 @@ def test_a_failing_request_is_repeated_and_a_wrong_model_name_is_one_sentence(mo
     with served((500, {"error": {"message": "busy"}}), (200, None), (404, {"error": {"message": "no such model"}})) as (url, asked):
         teacher = EndpointTeacher(url, "sea", load_tokenizer(model_folder), rows=1)
         with pytest.raises(ValueError, match=r"does not answer: .*no such model"):
-            distill(teacher, OPENINGS, SETTINGS, tmp_path / "out.jsonl")
+            distill(teacher, PROMPTS, SETTINGS, tmp_path / "out.jsonl")
         assert (len(asked), len(read(tmp_path / "out.jsonl"))) == (3, 1)
-        assert distill(teacher, OPENINGS, SETTINGS, tmp_path / "out.jsonl").num_answered == len(OPENINGS) - 1
+        assert distill(teacher, PROMPTS, SETTINGS, tmp_path / "out.jsonl").num_answered == len(PROMPTS) - 1
         teacher.client.close()
 
 
 def test_a_text_cannot_be_sent_to_a_chat_endpoint(model_folder, tmp_path):
     teacher = EndpointTeacher("http://127.0.0.1:9/v1", "sea", load_tokenizer(model_folder))
-    tally = distill(teacher, [ChatPrompt("t:1", 0, text="the sea")], SETTINGS, tmp_path / "out.jsonl")
-    assert tally.skipped.total() == 1
+    progress = distill(teacher, [ChatPrompt("t:1", 0, text="the sea")], SETTINGS, tmp_path / "out.jsonl")
+    assert progress.skipped.total() == 1
 
 
 # -- the command --
@@ -419,7 +420,7 @@ def run(*arguments: object):
 
 @pytest.fixture
 def prompts(tmp_path):
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"messages": one.messages}) + "\n" for one in OPENINGS))
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"messages": one.messages}) + "\n" for one in PROMPTS))
     return tmp_path / "in.jsonl"
 
 
@@ -470,12 +471,12 @@ def test_a_missing_prompt_file_is_refused(model_folder, tmp_path):
 
 def test_an_interrupted_command_prints_how_to_continue(model_folder, prompts, tmp_path, monkeypatch):
     base = (prompts, "--model", model_folder, "--max-tokens", 8, "--rows", 2, "--out", tmp_path / "out.jsonl")
-    rounds, whole_step = iter(range(12)), headstart.Engine.step
+    rounds, engine_step = iter(range(12)), headstart.Engine.step
 
     def step(engine):
         if next(rounds, None) is None:
             raise KeyboardInterrupt
-        return whole_step(engine)
+        return engine_step(engine)
 
     with monkeypatch.context() as patched:
         patched.setattr(headstart.Engine, "step", step)
@@ -483,5 +484,5 @@ def test_an_interrupted_command_prints_how_to_continue(model_folder, prompts, tm
     assert result.exit_code == 130
     assert "the same command goes on from there" in result.stderr
     some = len(read(tmp_path / "out.jsonl"))
-    assert 0 < some < len(OPENINGS)
+    assert 0 < some < len(PROMPTS)
     assert f"{some} were there already" in run(*base).stdout
