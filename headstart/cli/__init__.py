@@ -10,14 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from headstart.cli import bench as measure
-from headstart.cli import calibrate
-from headstart.cli import distill as teach
-from headstart.cli import generate as answer
-from headstart.cli import import_heads as bring
-from headstart.cli import inspect as look
-from headstart.cli import pretrain as begin
-from headstart.cli import train as learn
+from headstart.cli import bench, calibrate, chat, distill, generate, import_heads, inspect, pretrain, train
 from headstart.cli.options import expanded
 
 INTERRUPTED = 130
@@ -107,18 +100,18 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
 
 
 for command in (
-    measure.demo,
-    answer.generate,
-    answer.chat,
-    teach.distill,
-    learn.train,
-    begin.pretrain,
+    bench.demo,
+    generate.generate,
+    chat.chat,
+    distill.distill,
+    train.train,
+    pretrain.pretrain,
     calibrate.calibrate,
-    look.inspect,
-    measure.bench,
+    inspect.inspect,
+    bench.bench,
 ):
     app.command()(expanded(command))
-app.command("import")(expanded(bring.bring))  # a word that Python keeps for itself
+app.command("import")(expanded(import_heads.bring))  # a word that Python keeps for itself
 
 
 def main() -> None:
