@@ -10,7 +10,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from headstart.cli import bench, calibrate, chat, distill, generate, import_heads, inspect, pretrain, train
+from headstart.cli import bench, calibrate, chat, demo, distill, generate, import_heads, inspect, pretrain, train
 from headstart.cli.options import expanded
 
 INTERRUPTED = 130
@@ -100,7 +100,7 @@ def _version(version: bool = typer.Option(False, "--version", help="Print the ve
 
 
 for command in (
-    bench.demo,
+    demo.demo,
     generate.generate,
     chat.chat,
     distill.distill,

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headstart.cli.bench import Raw, as_tasks, console, progress
-from headstart.cli.options import Json, Model
+from headstart.cli.options import Json, Model, Raw
+from headstart.cli.terminal import console, progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,6 +44,7 @@ def calibrate(
     from headstart.bench import suites
     from headstart.bench.calibrate import SIZES, DecodeTrial
     from headstart.bench.calibrate import calibrate as measure
+    from headstart.bench.tasks import encode_tasks
     from headstart.speculation.calibration import save_plan
 
     if model.accept != "coupled":
@@ -51,7 +52,7 @@ def calibrate(
     cases = suites.load_cases(prompts, limit)
     llm = model.load(drafter=None, max_rows=1)
     drafter = _taught(heads, llm)
-    tasks, num_skipped = as_tasks(llm, cases, max_tokens, raw, False)
+    tasks, num_skipped = encode_tasks(llm, cases, max_tokens, raw)
     trial = DecodeTrial(llm.engine.target, tuple(task.prompt for task in tasks), max_tokens, seed, llm.stop_ids)
     with progress(len(tasks) * len({*(temperature or DEFAULT)}) * (1 + len(SIZES))) as on_progress:
         plan, results = measure(trial, drafter, temperature or DEFAULT, on_progress=on_progress)
@@ -88,11 +89,12 @@ def probe(heads: str, model: str | None, device: str, trust_remote_code: bool = 
     """A few prompts decoded with heads: tau and acceptance by depth, and what they depend on."""
     from headstart.bench import suites
     from headstart.bench.calibrate import DecodeTrial
+    from headstart.bench.tasks import encode_tasks
 
     llm = Model(model=model, device=device, trust_remote_code=trust_remote_code).load(drafter=None, max_rows=1)
     drafter = _taught(Path(heads), llm)
     suite = "questions" if llm.tokenizer.chat_template is not None else "stories"
-    tasks, _ = as_tasks(llm, suites.SUITES[suite][:PROBED], 64, None, False)
+    tasks, _ = encode_tasks(llm, suites.SUITES[suite][:PROBED], 64)
     trial = DecodeTrial(llm.engine.target, tuple(task.prompt for task in tasks), 64, 0, llm.stop_ids)
     stats = trial.decode(drafter, drafter.planner, WARM)
     return {"tau": round(stats.tau, 3), "acceptance": [round(share, 3) for share in stats.acceptance], "temperature": WARM}

@@ -20,12 +20,21 @@ if TYPE_CHECKING:
     from headstart.engine.llm import LLM
     from headstart.speculation.params import SamplingParams
 
-_MODEL, _SAMPLING = "Model and decoding", "Sampling"
+_MODEL, _SAMPLING, MEASURING = "Model and decoding", "Sampling", "Measuring"
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 TRUST = "Let Python files in the model's folder run; nothing is ever asked."
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help=TRUST)]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on standard output, for machines.")]
+Raw = Annotated[
+    bool | None,
+    typer.Option(
+        "--raw/--chat",
+        help="Prompts as they stand, or through the chat template; left out: as suits them.",
+        show_default=False,
+        rich_help_panel=MEASURING,
+    ),
+]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,79 @@
+"""From prompts to tasks: prompt sets are read, encoded as the model expects them, and kept where they fit its context."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from headstart.bench.runner import Task
+from headstart.bench.suites import Case, load_cases
+from headstart.engine.llm import LLM
+from headstart.text.tokenizer import encode_prompt
+
+
+def read_prompt_sets(sources: Sequence[str], limit: int | None = None, is_replay: bool = False) -> dict[str, list[Case]]:
+    """Prompt sets by name: a suite's own name, or a file's without its folder and suffix.
+
+    sources: built-in suites or JSONL files.
+    limit: only the first so many prompts of each set; None: all.
+    is_replay: every prompt needs a reference answer.
+    Raises ValueError for a set that cannot be read, for two of one name, and for a replay without references.
+    """
+    sets: dict[str, list[Case]] = {}
+    for source in sources:
+        cases = load_cases(source, limit)
+        if is_replay and any(case.reference is None for case in cases):
+            raise ValueError(f"--replay needs reference answers, which {source} does not give for every prompt")
+        name = Path(source).name.partition(".")[0]
+        if name in sets:
+            raise ValueError(f"two prompt sets are called {name!r}; give each once, and rename a file if they differ")
+        sets[name] = cases
+    return sets
+
+
+def encode_prompt_sets(
+    llm: LLM, sets: Mapping[str, Sequence[Case]], max_tokens: int, raw: bool | None = None, is_replay: bool = False
+) -> tuple[tuple[Task, ...], int]:
+    """The tasks of all prompt sets, each with the name of its set, and how many prompts were left out; see `encode_tasks`."""
+    encoded = {kind: encode_tasks(llm, cases, max_tokens, raw, is_replay) for kind, cases in sets.items()}
+    tasks = tuple(replace(task, kind=kind) for kind, (tasks_of_set, _) in encoded.items() for task in tasks_of_set)
+    return tasks, sum(num_skipped for _, num_skipped in encoded.values())
+
+
+def encode_tasks(
+    llm: LLM, cases: Sequence[Case], max_tokens: int, raw: bool | None = None, is_replay: bool = False
+) -> tuple[tuple[Task, ...], int]:
+    """Prompts as tokens, and how many were left out because they exceed the context.
+
+    max_tokens: of each answer; with the prompt it must fit the context.
+    raw: True: never the chat template; False: always; None: where there is one, but not for the beginning of a text.
+    is_replay: encode the reference answers too.
+    Raises ValueError where no prompt is left.
+    """
+    context = llm.engine.target.context
+    is_chat = uses_chat_template(llm, raw)
+    tasks: list[Task] = []
+    for case in cases:
+        task = _encode(llm, case, is_chat and not (case.is_beginning and raw is None), is_replay)
+        num_answer = max_tokens if task.reference is None else min(max_tokens, len(task.reference))
+        if len(task.prompt) + num_answer <= context:
+            tasks.append(task)
+    if not tasks:
+        raise ValueError(f"every prompt plus max_tokens={max_tokens} exceeds the context of {context} tokens; lower --max-tokens")
+    return tuple(tasks), len(cases) - len(tasks)
+
+
+def uses_chat_template(llm: LLM, raw: bool | None) -> bool:
+    """Whether prompts go through the chat template. Raises ValueError where that is asked for and the model has none."""
+    if raw is False and llm.tokenizer.chat_template is None:
+        raise ValueError(f"{llm.engine.target.name} has no chat template; use --raw")
+    return llm.tokenizer.chat_template is not None and not raw
+
+
+def _encode(llm: LLM, case: Case, is_message: bool, is_replay: bool) -> Task:
+    prompt = encode_prompt(llm.tokenizer, [{"role": "user", "content": case.prompt}] if is_message else case.prompt)
+    if not is_replay:
+        return Task(tuple(prompt))
+    assert case.reference is not None, "a replay needs a reference"
+    return Task(tuple(prompt), tuple(llm.tokenizer.encode(case.reference, add_special_tokens=False)))

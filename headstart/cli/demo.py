@@ -1,0 +1,62 @@
+"""`demo`: plain decoding and drafters side by side, on a few built-in prompts."""
+
+import json as json_format
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from headstart.cli.measuring import available_drafters, measure, title_of
+from headstart.cli.options import Json, Model
+from headstart.cli.terminal import console
+
+if TYPE_CHECKING:
+    from headstart.bench.runner import Sample
+    from headstart.bench.suites import Case
+    from headstart.engine.llm import LLM
+
+
+def demo(
+    model: Model,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of each answer at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; small greedy models loop, which flatters drafters.")] = 0.7,
+    seed: Annotated[int, typer.Option(help="Repeats the answers.")] = 0,
+    drafter: Annotated[
+        list[str] | None, typer.Option(help="Draft with this one; may be given again.", show_default="all there are")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """See it work, plain and guessed.
+
+    Example: headstart demo --max-tokens 96
+    """
+    from headstart.bench import report, runner, suites
+    from headstart.bench.tasks import encode_tasks
+    from headstart.speculation.sampling import SamplingParams
+
+    cases = [*suites.SUITES["stories"][:3], suites.SUITES["questions"][0]]
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+    llm = model.load(drafter=None, max_rows=1)
+    tasks, num_skipped = encode_tasks(llm, cases, max_tokens)
+    if num_skipped:
+        raise ValueError(f"max_tokens is {max_tokens}; with the demo's prompts that exceeds the context, so lower it")
+    setup = runner.Setup(llm.engine.target, tasks, params, llm.stop_ids, model.accept)
+    runs = drafter or available_drafters(model)
+    samples = measure(setup, runs, repeat=3)
+    rows = report.rows(setup, samples)
+    if json:
+        settings = {"seed": seed, "max_tokens": max_tokens, "temperature": temperature}
+        print(json_format.dumps(report.as_json(setup, samples, rows, settings)))
+        return
+    for case, sample in zip(cases, samples[:: len(runs) + 1], strict=False):
+        _print_text(case, llm, sample)
+    promise = "The same text, sooner" if model.accept == "coupled" else "Sooner"
+    console().print(report.table(rows, f"{promise}: {title_of([setup], model)}", is_short=True))
+
+
+def _print_text(case: "Case", llm: "LLM", sample: "Sample") -> None:
+    from rich.text import Text
+
+    from headstart.text.tokenizer import decode
+
+    answer = decode(llm.tokenizer, sample.tokens)
+    console().print(Text.assemble((case.prompt, "bold"), "" if case.is_beginning else "\n", answer, "\n"))
