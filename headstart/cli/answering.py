@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from headstart.cli.options import Sampling, waiting
+from headstart.cli.options import SamplingOptions, waiting
 
 if TYPE_CHECKING:
     from headstart.engine.answers import Answering, Fragment
@@ -35,7 +35,7 @@ def encode_messages(llm: "LLM", messages: "Prompt") -> list[int]:
     return encode_prompt(llm.tokenizer, messages)
 
 
-def fit_to_context(params: "SamplingParams", sampling: Sampling, llm: "LLM", ids: Sequence[int]) -> "SamplingParams":
+def fit_to_context(params: "SamplingParams", sampling: SamplingOptions, llm: "LLM", ids: Sequence[int]) -> "SamplingParams":
     """With no --max-tokens, the default shrinks to what the context leaves; a number that was asked for stays."""
     if sampling.max_tokens is not None:
         return params

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headstart.cli.measuring import available_drafters, measure, title_of
-from headstart.cli.options import MEASURING, Json, Model, Raw, Sampling
+from headstart.cli.options import MEASURING, Json, ModelOptions, Raw, SamplingOptions
 from headstart.cli.terminal import console
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class MeasuringOptions:
         return found
 
 
-def bench(model: Model, sampling: Sampling, measuring: MeasuringOptions, json: Json = False) -> None:
+def bench(model: ModelOptions, sampling: SamplingOptions, measuring: MeasuringOptions, json: Json = False) -> None:
     """Measure drafters against plain decoding.
 
     Example: headstart bench --model ./talk13M --run lookup --run model:./draft@chain:4 --prompts edits --replay
@@ -147,7 +147,7 @@ def _setups(
 
 def _settings(
     llm: "LLM",
-    model: Model,
+    model: ModelOptions,
     measuring: MeasuringOptions,
     params: "SamplingParams",
     temperatures: Sequence[float],

@@ -7,22 +7,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headstart.cli.options import Json, Model, Raw
+from headstart.cli.options import Json, ModelOptions, Raw
 from headstart.cli.terminal import console, progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from headstart.bench.calibrate import CalibrationResult, DecodeTrial, TrainedDrafter
-    from headstart.engine.llm import LLM
 
 DEFAULT = (0.0, 0.7, 1.0)  # temperatures
-PROBED = 4  # prompts of a probe
-WARM = 0.7  # its temperature: greedy answers of small models loop, which flatters drafters
 
 
 def calibrate(
-    model: Model,
+    model: ModelOptions,
     heads: Annotated[Path, typer.Argument(help="Folder of heads that this package trained or imported.")],
     prompts: Annotated[str, typer.Option(help="A JSONL file, or a built-in suite: stories, questions, edits.")] = "questions",
     limit: Annotated[int | None, typer.Option(help="Only the first so many prompts.", show_default="all")] = None,
@@ -45,13 +42,14 @@ def calibrate(
     from headstart.bench.calibrate import SIZES, DecodeTrial
     from headstart.bench.calibrate import calibrate as measure
     from headstart.bench.tasks import encode_tasks
+    from headstart.engine.drafter_loading import heads_in
     from headstart.speculation.calibration import save_plan
 
     if model.accept != "coupled":
         raise ValueError(f"--accept is {model.accept}; calibration measures the coupled rule, so leave it out")
     cases = suites.load_cases(prompts, limit)
     llm = model.load(drafter=None, max_rows=1)
-    drafter = _taught(heads, llm)
+    drafter = heads_in(heads, llm.engine.target)
     tasks, num_skipped = encode_tasks(llm, cases, max_tokens, raw)
     trial = DecodeTrial(llm.engine.target, tuple(task.prompt for task in tasks), max_tokens, seed, llm.stop_ids)
     with progress(len(tasks) * len({*(temperature or DEFAULT)}) * (1 + len(SIZES))) as on_progress:
@@ -83,28 +81,6 @@ def _tau(
     from headstart.speculation.planner import StaticTree
 
     return float(trial.decode(drafter, StaticTree(paths), temperature, lambda place, done: on_progress()).tau)
-
-
-def probe(heads: str, model: str | None, device: str, trust_remote_code: bool = False) -> dict[str, Any]:
-    """A few prompts decoded with heads: tau and acceptance by depth, and what they depend on."""
-    from headstart.bench import suites
-    from headstart.bench.calibrate import DecodeTrial
-    from headstart.bench.tasks import encode_tasks
-
-    llm = Model(model=model, device=device, trust_remote_code=trust_remote_code).load(drafter=None, max_rows=1)
-    drafter = _taught(Path(heads), llm)
-    suite = "questions" if llm.tokenizer.chat_template is not None else "stories"
-    tasks, _ = encode_tasks(llm, suites.SUITES[suite][:PROBED], 64)
-    trial = DecodeTrial(llm.engine.target, tuple(task.prompt for task in tasks), 64, 0, llm.stop_ids)
-    stats = trial.decode(drafter, drafter.planner, WARM)
-    return {"tau": round(stats.tau, 3), "acceptance": [round(share, 3) for share in stats.acceptance], "temperature": WARM}
-
-
-def _taught(heads: Path, llm: "LLM") -> "TrainedDrafter":
-    from headstart.engine.drafter_loading import heads_in
-
-    drafter: TrainedDrafter = heads_in(heads, llm.engine.target)
-    return drafter
 
 
 def _write_card(

@@ -5,13 +5,13 @@ import sys
 import typer
 
 from headstart.cli.answering import ShowDrafts, System, check_output, encode_messages, fit_to_context, print_answers
-from headstart.cli.options import Drafting, Json, Model, Sampling, decoded
+from headstart.cli.options import DraftingOptions, Json, ModelOptions, SamplingOptions, decoded
 
 
 def chat(
-    model: Model,
-    drafting: Drafting,
-    sampling: Sampling,
+    model: ModelOptions,
+    drafting: DraftingOptions,
+    sampling: SamplingOptions,
     system: System = None,
     show_drafts: ShowDrafts = False,
     json: Json = False,

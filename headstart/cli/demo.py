@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from headstart.cli.measuring import available_drafters, measure, title_of
-from headstart.cli.options import Json, Model
+from headstart.cli.options import Json, ModelOptions
 from headstart.cli.terminal import console
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def demo(
-    model: Model,
+    model: ModelOptions,
     max_tokens: Annotated[int, typer.Option(help="Tokens of each answer at most.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 is greedy; small greedy models loop, which flatters drafters.")] = 0.7,
     seed: Annotated[int, typer.Option(help="Repeats the answers.")] = 0,

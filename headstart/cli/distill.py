@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from headstart.cli.options import Drafting, Json, Model, quieten
+from headstart.cli.options import DraftingOptions, Json, ModelOptions, quieten
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,8 +25,8 @@ _SAMPLING, _ENDPOINT = "Sampling", "Another engine answers"
 
 
 def distill(
-    model: Model,
-    drafting: Drafting,
+    model: ModelOptions,
+    drafting: DraftingOptions,
     prompts: Annotated[
         Path,
         typer.Argument(
@@ -93,8 +93,8 @@ def distill(
 
 
 def _teacher(
-    model: Model,
-    drafting: Drafting,
+    model: ModelOptions,
+    drafting: DraftingOptions,
     temperature: float,
     endpoint: str | None,
     endpoint_model: str | None,

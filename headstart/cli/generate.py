@@ -5,16 +5,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from headstart.cli.answering import ShowDrafts, System, check_output, encode_messages, fit_to_context, print_answers
-from headstart.cli.options import Drafting, Json, Model, Sampling, read_prompt
+from headstart.cli.options import DraftingOptions, Json, ModelOptions, SamplingOptions, read_prompt
 
 if TYPE_CHECKING:
     from headstart.engine.llm import LLM
 
 
 def generate(
-    model: Model,
-    drafting: Drafting,
-    sampling: Sampling,
+    model: ModelOptions,
+    drafting: DraftingOptions,
+    sampling: SamplingOptions,
     prompt: Annotated[str | None, typer.Argument(help="The prompt; - or nothing reads standard input.", show_default=False)] = None,
     n: Annotated[int, typer.Option(help="Answers to this prompt.", rich_help_panel="Sampling")] = 1,
     logprobs: Annotated[

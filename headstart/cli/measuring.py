@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from headstart.cli.options import Model
+from headstart.cli.options import ModelOptions
 from headstart.cli.terminal import progress
 
 if TYPE_CHECKING:
     from headstart.bench.runner import Sample, Setup
 
 
-def available_drafters(model: Model) -> list[str]:
+def available_drafters(model: ModelOptions) -> list[str]:
     """Every drafter that can run with no further files: lookup, the heads in the model's own files, and all that come with the
     embedded model."""
     from headstart.drafters.registry import METHODS
@@ -33,7 +33,7 @@ def measure(setup: "Setup", runs: Sequence[str], repeat: int) -> "list[Sample]":
         return runner.measure(setup, prepared, repeat, on_progress)
 
 
-def title_of(setups: "Sequence[Setup]", model: Model) -> str:
+def title_of(setups: "Sequence[Setup]", model: ModelOptions) -> str:
     """The title of a table: model, precision, processor, temperatures, prompts, labels.
 
     setups: alike but for their temperature.

@@ -38,7 +38,7 @@ Raw = Annotated[
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelOptions:
     """Which model, where, and how exactly."""
 
     model: Annotated[
@@ -107,7 +107,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Drafting:
+class DraftingOptions:
     """What guesses, how much, and in how much memory."""
 
     drafter: Annotated[
@@ -147,7 +147,7 @@ class Drafting:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingOptions:
     """How an answer is sampled and when it ends."""
 
     max_tokens: Annotated[

@@ -10,25 +10,25 @@ from headstart.cli.options import Json, quieten
 from headstart.cli.run_options import (
     DATA,
     OPTIMISER,
-    Batches,
-    Budget,
+    BatchOptions,
+    BudgetOptions,
     Config,
     Finish,
-    Optimiser,
+    LoggingOptions,
+    OptimiserOptions,
     Out,
     Resume,
-    Watching,
-    config_of,
-    given,
+    config_path,
+    given_options,
     option,
-    pairs,
+    parse_pairs,
 )
 
 _MODEL, _HEADS = "Model (one of --model and --start)", "Heads"
 
 
 @dataclass(frozen=True)
-class Beginning:
+class TrunkOptions:
     """What learns."""
 
     model: Annotated[
@@ -42,7 +42,7 @@ class Beginning:
 
 
 @dataclass(frozen=True)
-class Reading:
+class DataOptions:
     """What is learned from."""
 
     data: Annotated[
@@ -56,7 +56,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Together:
+class HeadsOptions:
     """Heads that learn with the trunk."""
 
     heads: Annotated[
@@ -70,7 +70,7 @@ class Together:
 
 
 @dataclass(frozen=True)
-class Changing:
+class TrunkOptimiserOptions:
     """How weights change while there is everything to learn."""
 
     optimizer: Annotated[
@@ -83,14 +83,14 @@ class Changing:
 
 
 def pretrain(
-    beginning: Beginning,
-    budget: Budget,
-    reading: Reading,
-    batches: Batches,
-    together: Together,
-    optimiser: Optimiser,
-    changing: Changing,
-    watching: Watching,
+    trunk: TrunkOptions,
+    budget: BudgetOptions,
+    data: DataOptions,
+    batches: BatchOptions,
+    heads: HeadsOptions,
+    optimiser: OptimiserOptions,
+    trunk_optimiser: TrunkOptimiserOptions,
+    logging: LoggingOptions,
     out: Out = None,
     config: Config = None,
     resume: Resume = False,
@@ -101,19 +101,19 @@ def pretrain(
 
     Example: headstart pretrain --model config.json --tokenizer ./words --data wiki.jsonl --tokens 20000000 --heads mtp --out ./mine
     """
-    groups = (beginning, budget, reading, batches, together, optimiser, changing, watching)
-    mappings = {"heads": _heads(together.heads), "times": pairs(reading.times, "times")}
-    options = given(*groups, **mappings, out=out)
+    groups = (trunk, budget, data, batches, heads, optimiser, trunk_optimiser, logging)
+    mappings = {"heads": _heads(heads.heads), "times": parse_pairs(data.times, "times")}
+    options = given_options(*groups, **mappings, out=out)
     from headstart.training.config_file import resolve
     from headstart.training.pretrain import pretrain as run
     from headstart.training.run_config import PretrainConfig
 
     quieten()
-    told = run(resolve(config_of(config, out, finish), options, kind=PretrainConfig), resume=resume, finish=finish)
+    told = run(resolve(config_path(config, out, finish), options, kind=PretrainConfig), resume=resume, finish=finish)
     if json:
         print(json_format.dumps(told))
 
 
 def _heads(texts: Sequence[str] | None) -> dict[str, Any] | None:
     """`mtp` alone has the settings that nobody gave."""
-    return pairs(None if texts is None else [text if "=" in text else f"{text}={{}}" for text in texts], "heads")
+    return parse_pairs(None if texts is None else [text if "=" in text else f"{text}={{}}" for text in texts], "heads")

@@ -30,7 +30,7 @@ def option(help: str, panel: str, default: str | bool = False) -> Any:
 
 
 @dataclass(frozen=True)
-class Budget:
+class BudgetOptions:
     """When a run ends."""
 
     tokens: Annotated[int | None, option("So many tokens, without padding.", BUDGET)] = None
@@ -39,7 +39,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Batches:
+class BatchOptions:
     """How much is learned from at a time."""
 
     rows: Annotated[int | None, option("Texts of a batch.", DATA, default="8")] = None
@@ -48,7 +48,7 @@ class Batches:
 
 
 @dataclass(frozen=True)
-class Optimiser:
+class OptimiserOptions:
     """How weights change."""
 
     learning_rate: Annotated[float | None, option("At its highest.", OPTIMISER, default="0.001")] = None
@@ -69,7 +69,7 @@ class Optimiser:
 
 
 @dataclass(frozen=True)
-class Watching:
+class LoggingOptions:
     """What is said and kept while it learns."""
 
     log_every: Annotated[int | None, option("Steps between lines of the log.", WATCH, default="10")] = None
@@ -78,13 +78,13 @@ class Watching:
     tracker: Annotated[str | None, option("none, tensorboard, wandb, ...", WATCH, default="none")] = None
 
 
-def given(*groups: Any, **more: Any) -> dict[str, Any]:
+def given_options(*groups: Any, **more: Any) -> dict[str, Any]:
     """The options that were not left out, by name. groups: dataclasses of options."""
     every = {field.name: getattr(group, field.name) for group in groups for field in fields(group)} | more
     return {name: value for name, value in every.items() if value is not None}
 
 
-def config_of(config: Path | None, out: Path | None, finish: bool) -> Path | None:
+def config_path(config: Path | None, out: Path | None, finish: bool) -> Path | None:
     """The file of settings: of a run that is to be finished, the one in its own folder, unless another is named. Raises ValueError
     where there is none."""
     if not finish or config is not None:
@@ -96,7 +96,7 @@ def config_of(config: Path | None, out: Path | None, finish: bool) -> Path | Non
     return own
 
 
-def pairs(texts: Sequence[str] | None, option: str) -> dict[str, Any] | None:
+def parse_pairs(texts: Sequence[str] | None, option: str) -> dict[str, Any] | None:
     """`a=1` is {"a": 1}; values are read as YAML."""
     if texts is None:
         return None

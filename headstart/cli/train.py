@@ -14,18 +14,18 @@ from headstart.cli.run_options import (
     DATA,
     OPTIMISER,
     WATCH,
-    Batches,
-    Budget,
+    BatchOptions,
+    BudgetOptions,
     Config,
     Finish,
-    Optimiser,
+    LoggingOptions,
+    OptimiserOptions,
     Out,
     Resume,
-    Watching,
-    config_of,
-    given,
+    config_path,
+    given_options,
     option,
-    pairs,
+    parse_pairs,
 )
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ TEMPERATURE = 0.7  # of the decodes in between: greedy answers of small models l
 
 
 @dataclass(frozen=True)
-class Reading:
+class DataOptions:
     """What is learned from, and for which model."""
 
     target: Annotated[
@@ -54,7 +54,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Slowly:
+class HeadsOptimiserOptions:
     """What keeps weights from changing too much."""
 
     warmup: Annotated[float | None, option("Share of the steps that lead up to the learning rate.", OPTIMISER, default="0.1")] = (
@@ -68,7 +68,7 @@ class Slowly:
 
 
 @dataclass(frozen=True)
-class Decoding:
+class DecodingOptions:
     """How heads are tried out while they learn."""
 
     decode_every: Annotated[int | None, option("Steps between real decodes of held-out prompts.", WATCH, default="never")] = None
@@ -76,13 +76,13 @@ class Decoding:
 
 
 def train(
-    budget: Budget,
-    reading: Reading,
-    batches: Batches,
-    optimiser: Optimiser,
-    slowly: Slowly,
-    watching: Watching,
-    decoding: Decoding,
+    budget: BudgetOptions,
+    data: DataOptions,
+    batches: BatchOptions,
+    optimiser: OptimiserOptions,
+    heads_optimiser: HeadsOptimiserOptions,
+    logging: LoggingOptions,
+    decoding: DecodingOptions,
     method: Annotated[
         str | None,
         typer.Argument(
@@ -115,15 +115,15 @@ def train(
 
     Example: headstart train medusa --target ./talk13M --data answers.jsonl --epochs 2 --out ./heads
     """
-    mappings = {"settings": pairs(set, "set"), "loss": pairs(loss, "loss"), "joint": pairs(joint, "joint")}
-    options = given(
-        budget, reading, batches, optimiser, slowly, watching, decoding, method=method, out=out, start=start, **mappings
+    mappings = {"settings": parse_pairs(set, "set"), "loss": parse_pairs(loss, "loss"), "joint": parse_pairs(joint, "joint")}
+    options = given_options(
+        budget, data, batches, optimiser, heads_optimiser, logging, decoding, method=method, out=out, start=start, **mappings
     )
     from headstart.training.train import resolve
     from headstart.training.train import train as run
 
     quieten()
-    whole = resolve(config_of(config, out, finish), options, default_target=_embedded)
+    whole = resolve(config_path(config, out, finish), options, default_target=_embedded)
     told = run(whole, resume=resume, finish=finish, decode=_decoder(whole) if whole.decode_every else None)
     if json:
         print(json_format.dumps(told))
