@@ -8,15 +8,8 @@ from tiny import VOCAB, tiny
 from typer.testing import CliRunner
 
 from headstart import formats as checkpoint
-from headstart.bench.calibrate import (
-    BEYOND,
-    DecodeTrial,
-    Recorder,
-    calibrate,
-    calibration_error,
-    fit_calibration_temperature,
-    observe,
-)
+from headstart.bench.calibrate import DecodeTrial, calibrate, calibration_error, fit_calibration_temperature
+from headstart.bench.observation import BEYOND, Recorder, observe
 from headstart.cli import app
 from headstart.drafters.eagle import Eagle, EagleConfig
 from headstart.drafters.eagle3 import Eagle3, Eagle3Config
@@ -189,7 +182,7 @@ def test_a_probe_says_how_heads_fare(model_folder, heads_folder):
     found = json.loads(run("inspect", heads_folder, "--model", model_folder, "--probe", "--json").stdout)["probe"]
     assert found["tau"] >= 1
     assert len(found["acceptance"]) == 2
-    assert "accepted by depth" in run("inspect", heads_folder, "--model", model_folder, "--probe").stdout
+    assert "acceptance rate by depth" in run("inspect", heads_folder, "--model", model_folder, "--probe").stdout
 
 
 @pytest.mark.parametrize(
@@ -212,7 +205,7 @@ def test_what_a_user_did_wrong_is_one_sentence(arguments, word, model_folder, he
 def test_the_card_says_what_was_measured_once(model_folder, heads_folder):
     """Measured twice, it has the second table; a card that somebody deleted is written anew; the rest of it stays."""
     card = heads_folder / "README.md"
-    before = card.read_text().split("## CalibratedTree")[0].rstrip()
+    before = card.read_text().split("## Measured")[0].rstrip()
     ask = ["calibrate", str(heads_folder), "--model", str(model_folder), "--limit", "2", "--max-tokens", "16", "--raw"]
     result = CliRunner().invoke(app, [*ask, "--temperature", "0.7"])
     assert result.exit_code == 0, result.output
@@ -223,20 +216,17 @@ def test_the_card_says_what_was_measured_once(model_folder, heads_folder):
     assert second.startswith(before)
     assert "| 0.7 |" in first
     assert "| 0.7 |" not in second
-    assert second.count("## CalibratedTree") == 1
+    assert second.count("## Measured") == 1
     taus = [tree["decoded"] for tree in finding["trees"].values()]
     accepted = ", ".join(f"{shares[0]:.0%}" for shares in finding["table"])
     row = " | ".join(["0", accepted, *(f"{tau:.2f}" for tau in (finding["chain_measured"], *taus))])
     assert f"| {row} |" in second
     assert str(heads_folder) not in second
     card.unlink()
-    checkpoint.tell(heads_folder, "CalibratedTree", "again")
-    assert card.read_text() == f"{before}\n\n## CalibratedTree\n\nagain\n"
+    checkpoint.write_card_section(heads_folder, "Measured", "again")
+    assert card.read_text() == f"{before}\n\n## Measured\n\nagain\n"
 
 
 def test_a_section_of_a_card_is_replaced_and_those_around_it_stay():
-    card = "# heads\n\n## Settings\n\n- a: 1\n\n## CalibratedTree\n\nold\n\n## Mine\n\nkeep\n"
-    assert (
-        with_section(card, "CalibratedTree", "new")
-        == "# heads\n\n## Settings\n\n- a: 1\n\n## Mine\n\nkeep\n\n## CalibratedTree\n\nnew\n"
-    )
+    card = "# heads\n\n## Settings\n\n- a: 1\n\n## Measured\n\nold\n\n## Mine\n\nkeep\n"
+    assert with_section(card, "Measured", "new") == "# heads\n\n## Settings\n\n- a: 1\n\n## Mine\n\nkeep\n\n## Measured\n\nnew\n"
