@@ -1,4 +1,7 @@
-"""The command line: parse, call, print. What a user did wrong is one sentence on standard error and exit code 2."""
+"""The command line: parses, calls and prints. A user's mistake is one sentence on standard error and exit code 2.
+
+Nothing outside this folder imports it.
+"""
 
 import errno
 import os
@@ -14,20 +17,20 @@ from headstart.cli import bench, calibrate, chat, demo, distill, generate, impor
 from headstart.cli.options import expanded
 
 INTERRUPTED = 130
-SHOWN = 200  # letters of a name, or of what a library says
+MAX_SHOWN = 200  # characters of a name, or of a library's message
 
 
 class Commands(TyperGroup):
-    """All commands, and the one place where an error becomes a sentence."""
+    """All commands, and the one place where an exception becomes a sentence."""
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run a command and leave with its exit code."""
         extra["standalone_mode"] = False
         try:
             code = super().main(*args, **extra) or 0
-            sys.stdout.flush()  # what does not fit on a disk is noticed here
+            sys.stdout.flush()  # raises where the output does not fit on the disk
             sys.exit(code)
-        except BrokenPipeError:  # whoever reads the output has enough
+        except BrokenPipeError:  # the reader of the output has closed it
             _silence()
             sys.exit(1)
         except (KeyboardInterrupt, typer.Abort):
@@ -39,15 +42,15 @@ class Commands(TyperGroup):
 
 
 def _sentence(error: Exception) -> str | None:
-    """What to say of an error that comes from what was given, or from the machine; None for one of this package."""
+    """The message for an error of the input or of the machine; None for a bug of this package."""
     if isinstance(error, UnicodeError):
-        return f"something that was given is not valid UTF-8 ({error}); convert it, for example with iconv"
+        return f"an argument or a file is not valid UTF-8 ({error}); convert it, for example with iconv"
     if isinstance(error, ValueError):
         return str(error)
     if isinstance(error, OSError):
         return _of_system(error)
     if isinstance(error, RecursionError):
-        return "something that was given is nested too deeply to be read; nothing that is meant for this is"
+        return "an argument or a file is nested too deeply to be read"
     if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error)):
         return f"there is not enough memory: {_short(str(error)) or 'the system gives no more'}; a smaller model needs less"
     if hasattr(error, "format_message"):  # the parser's own errors, whichever package they come from
@@ -56,20 +59,20 @@ def _sentence(error: Exception) -> str | None:
 
 
 def _of_system(error: OSError) -> str:
-    """An error of the system, with the file that it is about."""
+    """The message of an operating-system error, with the file that it is about."""
     if error.errno == errno.ENOSPC and error.filename is None:
         _silence()
         return "the output cannot be written: there is no space left on its disk; make room, or write elsewhere"
-    where = "" if error.filename is None else f"{_short(str(error.filename))}: "
-    return f"{where}{error.strerror or _short(str(error)) or type(error).__name__}"
+    file = "" if error.filename is None else f"{_short(str(error.filename))}: "
+    return f"{file}{error.strerror or _short(str(error)) or type(error).__name__}"
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def _silence() -> None:
-    """Forget what standard output still holds: it would fail once more when the interpreter leaves."""
+    """Discard what standard output still buffers: it would raise again when the interpreter exits."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -82,7 +85,7 @@ def _leave(sentence: str, code: int) -> None:
 app = typer.Typer(
     name="headstart",
     cls=Commands,
-    help="The same text from a language model, sooner: exact speculative decoding for any Hugging Face causal LM.",
+    help="Exact speculative decoding for any Hugging Face causal LM: the same text, sooner.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -91,7 +94,7 @@ app = typer.Typer(
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: bool = typer.Option(False, "--version", help="Print the version and leave.")) -> None:
+def _version(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
     if version:
         import headstart
 
@@ -111,7 +114,7 @@ for command in (
     bench.bench,
 ):
     app.command()(expanded(command))
-app.command("import")(expanded(import_heads.bring))  # a word that Python keeps for itself
+app.command("import")(expanded(import_heads.bring))  # a keyword of Python, so no function has this name
 
 
 def main() -> None:

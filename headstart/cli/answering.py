@@ -1,4 +1,4 @@
-"""What `generate` and `chat` share: their options, their prompts, and how answers are printed."""
+"""What `generate` and `chat` share: options, encoding of messages, and printing of answers as they are generated."""
 
 import json
 import sys
@@ -17,26 +17,28 @@ if TYPE_CHECKING:
     from headstart.speculation.sampling import SamplingParams
     from headstart.text.tokenizer import Prompt
 
-System = Annotated[str | None, typer.Option(help="A system message for the chat template.")]
-ShowDrafts = Annotated[bool, typer.Option("--show-drafts", help="Underline what a drafter had guessed; a summary at the end.")]
+System = Annotated[str | None, typer.Option(help="System message for the chat template.")]
+ShowDrafts = Annotated[bool, typer.Option("--show-drafts", help="Underline accepted drafts, and print a summary at the end.")]
 UNDERLINE, PLAIN = "\x1b[4m", "\x1b[24m"
 
 
 def check_output(show_drafts: bool, as_json: bool, logprobs: int | None) -> None:
+    """Raise ValueError for options of the output that contradict one another."""
     if show_drafts and as_json:
-        raise ValueError("--show-drafts marks streamed text, and --json lists the guessed tokens anyway; drop one of them")
+        raise ValueError("--show-drafts marks streamed text, and --json lists the drafted tokens anyway; drop one of them")
     if logprobs is not None and not as_json:
-        raise ValueError("--logprobs are shown by --json only; add --json")
+        raise ValueError("--logprobs are printed by --json only; add --json")
 
 
 def encode_messages(llm: "LLM", messages: "Prompt") -> list[int]:
+    """The tokens of a conversation, by the chat template."""
     from headstart.text.tokenizer import encode_prompt
 
     return encode_prompt(llm.tokenizer, messages)
 
 
 def fit_to_context(params: "SamplingParams", sampling: SamplingOptions, llm: "LLM", ids: Sequence[int]) -> "SamplingParams":
-    """With no --max-tokens, the default shrinks to what the context leaves; a number that was asked for stays."""
+    """The parameters with the default of max_tokens reduced to what the context leaves; an explicit --max-tokens stays."""
     if sampling.max_tokens is not None:
         return params
     return replace(params, max_tokens=max(1, min(params.max_tokens, llm.engine.target.context - len(ids))))
@@ -46,11 +48,11 @@ def fit_to_context(params: "SamplingParams", sampling: SamplingOptions, llm: "LL
 
 
 def print_answers(llm: "LLM", answering: "Answering", show_drafts: bool, as_json: bool) -> bool:
-    """Print answers as they come. Returns False if the user interrupted; what was there is printed all the same."""
-    is_whole = True
-    several = len(answering.answers) > 1
+    """Print answers, streaming where there is one. Returns False if the user interrupted; partial answers are printed too."""
+    is_finished = True
+    is_several = len(answering.answers) > 1
+    is_streamed = not as_json and not is_several
     marks = Marks(llm)
-    is_streamed = not as_json and not several
     try:
         with nullcontext() if is_streamed else waiting("answering"):
             for fragment in answering:
@@ -59,48 +61,52 @@ def print_answers(llm: "LLM", answering: "Answering", show_drafts: bool, as_json
                     sys.stdout.flush()
     except KeyboardInterrupt:
         answering.abort()
-        is_whole = False
-    for place, done in enumerate(answering.answers, 1):
+        is_finished = False
+    for number, answer in enumerate(answering.answers, 1):
         if as_json:
-            print(json.dumps(done.as_dict()))
+            print(json.dumps(answer.as_dict()))
         else:
-            print(f"[{place}] {done.text}" if several else "")
+            print(f"[{number}] {answer.text}" if is_several else "")
     if show_drafts:
         _print_summary(answering)
-    return is_whole
+    return is_finished
 
 
 def _print_summary(answering: "Answering") -> None:
     from headstart.engine.stats import Stats
 
-    done = answering.answers
-    stats, guessed = Stats.total(answer.stats for answer in done), sum(sum(answer.guessed) for answer in done)
-    lossy = ", lossy: not the text of plain decoding" if done[0].is_lossy else ""
-    print(f"{stats.tokens} tokens in {stats.row_rounds} rounds: tau {stats.tau:.2f}, {guessed} guessed{lossy}", file=sys.stderr)
+    answers = answering.answers
+    stats = Stats.total(answer.stats for answer in answers)
+    accepted = sum(sum(answer.guessed) for answer in answers)
+    lossy = ", lossy: not the text of plain decoding" if answers[0].is_lossy else ""
+    summary = (
+        f"{stats.tokens} tokens in {stats.row_rounds} rounds: tau {stats.tau:.2f}, {accepted} tokens were accepted drafts{lossy}"
+    )
+    print(summary, file=sys.stderr)
 
 
 class Marks:
-    """Which characters of a stream came from guessed tokens.
+    """Underlines the characters of a stream that came from accepted drafts.
 
-    A second detokenizer, one token at a time, says which token each character came with; its pieces join to the same text. The
-    stream may hold characters back (they may become a stop string), so these wait here as well.
+    A second detokenizer, one token at a time, tells which token each character came with; its pieces join to the same text. The
+    stream may hold characters back (they may become a stop string), so they are held back here as well.
     """
 
     def __init__(self, llm: "LLM") -> None:
         from headstart.text.tokenizer import Detokenizer
 
         self._detokenizer = Detokenizer(llm.tokenizer)
-        self._waiting: list[tuple[str, bool]] = []  # characters that are not out yet
+        self._pending: list[tuple[str, bool]] = []  # characters that the stream holds back
 
     def underlined(self, fragment: "Fragment") -> str:
-        """The fragment's text, with what was guessed underlined."""
-        for token, is_guessed in zip(fragment.token_ids, fragment.guessed, strict=True):
-            self._waiting += [(character, is_guessed) for character in self._detokenizer.push([token])]
+        """The fragment's text, with accepted drafts underlined."""
+        for token, is_draft in zip(fragment.token_ids, fragment.guessed, strict=True):
+            self._pending += [(character, is_draft) for character in self._detokenizer.push([token])]
         size = len(fragment.text)
-        out, self._waiting = self._waiting[:size], self._waiting[size:]
-        out += [(character, False) for character in fragment.text[len(out) :]]  # incomplete to the end: flushed by the stream
+        characters, self._pending = self._pending[:size], self._pending[size:]
+        characters += [(character, False) for character in fragment.text[len(characters) :]]  # incomplete at the end: flushed
         text, is_on = "", False
-        for character, is_guessed in out:
-            text += (UNDERLINE if is_guessed else PLAIN) if is_guessed != is_on else ""
-            text, is_on = text + character, is_guessed
+        for character, is_draft in characters:
+            text += (UNDERLINE if is_draft else PLAIN) if is_draft != is_on else ""
+            text, is_on = text + character, is_draft
         return text + (PLAIN if is_on else "")

@@ -35,37 +35,38 @@ class MeasuringOptions:
     run: Annotated[
         list[str] | None,
         _option(
-            "DRAFTER or DRAFTER@PLANNER, such as lookup@best:nodes=8, model:PATH@chain:4, HEADS@tree:32; may be given again.",
-            default="all there are",
+            "DRAFTER or DRAFTER@PLANNER to run, such as lookup@best:nodes=8, model:PATH@chain:4, HEADS@tree:32; may be repeated.",
+            default="all available",
         ),
     ] = None
     prompts: Annotated[
         list[str] | None,
-        _option("A JSONL file, or a built-in suite: stories, questions, edits; may be given again.", default="stories"),
+        _option("A JSONL file, or a built-in suite: stories, questions, edits; may be repeated.", default="stories"),
     ] = None
     by_kind: Annotated[
-        bool, typer.Option("--by-kind", help="A line per prompt set, too, where there are several.", rich_help_panel=MEASURING)
+        bool, typer.Option("--by-kind", help="Print speed-up and tau per prompt set too.", rich_help_panel=MEASURING)
     ] = False
-    limit: Annotated[int | None, _option("Only the first so many prompts, of each set.", default="all")] = None
+    limit: Annotated[int | None, _option("Use only the first N prompts of each set.", default="all")] = None
     temperatures: Annotated[
-        str | None, _option("Measure everything at each of these, such as 0,0.7,1.", default="--temperature")
+        str | None, _option("Sampling temperatures to measure at, such as 0,0.7,1.", default="--temperature")
     ] = None
-    repeat: Annotated[int, _option("Measure everything so often.")] = 3
+    repeat: Annotated[int, _option("Number of measurements per prompt and run.")] = 3
     raw: Raw = None
     replay: Annotated[
         bool,
         typer.Option(
-            "--replay", help="The target runs at full cost, the references of the prompts decide.", rich_help_panel=MEASURING
+            "--replay", help="Run the target at full cost, but emit the prompts' reference answers.", rich_help_panel=MEASURING
         ),
     ] = False
-    out: Annotated[Path | None, _option("File for everything that was measured, as JSON.", default="none")] = None
+    out: Annotated[Path | None, _option("File to write all measurements to, as JSON.", default="none")] = None
 
     @property
     def sources(self) -> list[str]:
+        """Suites and files of prompts."""
         return self.prompts or ["stories"]
 
     def read_prompt_sets(self) -> "dict[str, list[Case]]":
-        """Checked, before a model is loaded."""
+        """The prompt sets by name, read before a model is loaded. Raises ValueError for one that cannot be read."""
         from headstart.bench.tasks import read_prompt_sets
 
         sets = read_prompt_sets(self.sources, self.limit, self.replay)
@@ -76,24 +77,28 @@ class MeasuringOptions:
         return sets
 
     def all_temperatures(self, single: float | None) -> tuple[float, ...]:
-        """Those to measure at. single: of --temperature. Raises ValueError where both options are given, or one is no number."""
+        """The temperatures to measure at.
+
+        single: the value of --temperature.
+        Raises ValueError where both options are given, or a value is not a temperature.
+        """
         if self.temperatures is None:
             return (single or 0.0,)
         if single is not None:
             raise ValueError("--temperature gives one and --temperatures several; leave one of the two out")
         try:
-            found = tuple(map(float, self.temperatures.split(",")))
+            temperatures = tuple(map(float, self.temperatures.split(",")))
         except ValueError:
             raise ValueError(
                 f"temperatures is {self.temperatures!r}; write numbers with commas between them, such as 0,0.7,1"
             ) from None
-        if len({*found}) < len(found) or not all(0 <= temperature < math.inf for temperature in found):
+        if len({*temperatures}) < len(temperatures) or not all(0 <= temperature < math.inf for temperature in temperatures):
             raise ValueError(f"temperatures is {self.temperatures!r}; each must be 0 or positive, and given once")
-        return found
+        return temperatures
 
 
 def bench(model: ModelOptions, sampling: SamplingOptions, measuring: MeasuringOptions, json: Json = False) -> None:
-    """Measure drafters against plain decoding.
+    """Measure drafters against plain decoding: tokens/s, speed-up, tau, acceptance rate by depth.
 
     Example: headstart bench --model ./talk13M --run lookup --run model:./draft@chain:4 --prompts edits --replay
     """
@@ -170,7 +175,7 @@ def _check_out(out: Path | None) -> None:
     """Before anything is measured. Raises ValueError where no file can be written."""
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
         reason = "is a folder" if out.is_dir() else f"is in {out.parent}, which is no folder"
-        raise ValueError(f"--out {out} {reason}; name a file for what is measured")
+        raise ValueError(f"--out {out} {reason}; name a file to write the measurements to")
 
 
 def _write(out: Path, result: dict[str, Any]) -> None:
@@ -178,7 +183,7 @@ def _write(out: Path, result: dict[str, Any]) -> None:
         out.write_text(json_format.dumps(result) + "\n", encoding="utf-8")
     except OSError as error:
         raise ValueError(
-            f"--out {out} cannot be written: {error.strerror}; what was measured was {json_format.dumps(result)}"
+            f"--out {out} cannot be written: {error.strerror}; the measurements are {json_format.dumps(result)}"
         ) from None
 
 

@@ -16,9 +16,9 @@ def chat(
     show_drafts: ShowDrafts = False,
     json: Json = False,
 ) -> None:
-    """Talk with a model.
+    """Chat with a model.
 
-    A line of input is a message; Ctrl-C ends an answer, Ctrl-D the talk.
+    Each line of input is a message. Ctrl-C ends an answer, Ctrl-D the conversation.
 
     Example: headstart chat --model ./talk13M --drafter lookup --temperature 0.7 --show-drafts
     """

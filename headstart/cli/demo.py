@@ -17,15 +17,17 @@ if TYPE_CHECKING:
 
 def demo(
     model: ModelOptions,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of each answer at most.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy; small greedy models loop, which flatters drafters.")] = 0.7,
-    seed: Annotated[int, typer.Option(help="Repeats the answers.")] = 0,
+    max_tokens: Annotated[int, typer.Option(help="Maximum number of tokens of each answer.")] = 64,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature; 0 is greedy. Greedy answers of small models loop, which flatters drafters.")
+    ] = 0.7,
+    seed: Annotated[int, typer.Option(help="Seed of the answers.")] = 0,
     drafter: Annotated[
-        list[str] | None, typer.Option(help="Draft with this one; may be given again.", show_default="all there are")
+        list[str] | None, typer.Option(help="Drafter to run; may be repeated.", show_default="all available")
     ] = None,
     json: Json = False,
 ) -> None:
-    """See it work, plain and guessed.
+    """Compare plain decoding with every drafter on a few prompts.
 
     Example: headstart demo --max-tokens 96
     """
@@ -49,8 +51,8 @@ def demo(
         return
     for case, sample in zip(cases, samples[:: len(runs) + 1], strict=False):
         _print_text(case, llm, sample)
-    promise = "The same text, sooner" if model.accept == "coupled" else "Sooner"
-    console().print(report.table(rows, f"{promise}: {title_of([setup], model)}", is_short=True))
+    claim = "The same text, sooner" if model.accept == "coupled" else "Sooner"
+    console().print(report.table(rows, f"{claim}: {title_of([setup], model)}", is_short=True))
 
 
 def _print_text(case: "Case", llm: "LLM", sample: "Sample") -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from headstart.distill.distill import DistillProgress
     from headstart.distill.teacher import Settings, Teacher
 
-_SAMPLING, _ENDPOINT = "Sampling", "Another engine answers"
+_SAMPLING, _ENDPOINT = "Sampling", "Generation by a server"
 
 
 def distill(
@@ -30,27 +30,33 @@ def distill(
     prompts: Annotated[
         Path,
         typer.Argument(
-            help="JSONL with messages, turns, prompt, instruction or text; or a text file, a prompt a line.", show_default=False
+            help="JSONL with messages, turns, prompt, instruction or text; or a text file with one prompt per line.",
+            show_default=False,
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The file of answers; one that is there is continued.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="File to write the answers to; an existing one is continued.", show_default=False)],
     mode: Annotated[
         Literal["continue", "chat"],
-        typer.Option(help="continue: the first reply; chat: every reply of a conversation, given anew."),
+        typer.Option(help="continue: generate the first reply; chat: generate every reply of a conversation anew."),
     ] = "continue",
     beginning: Annotated[
-        int | None, typer.Option(help="Of a text to be continued, only so many tokens are the prompt.", show_default="all")
+        int | None, typer.Option(help="For texts to be continued: use only the first N tokens as the prompt.", show_default="all")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many prompts.", show_default="all")] = None,
-    rows: Annotated[int, typer.Option(help="Conversations at once.")] = 16,
-    drop_cut: Annotated[bool, typer.Option("--drop-cut", help="Keep no conversation that ends for length.")] = False,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of a reply at most.", rich_help_panel=_SAMPLING)] = 512,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING)] = 0.7,
-    top_k: Annotated[int | None, typer.Option(help="Only the k likeliest tokens.", rich_help_panel=_SAMPLING)] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first N prompts.", show_default="all")] = None,
+    rows: Annotated[int, typer.Option(help="Conversations to generate at once (batch size).")] = 16,
+    drop_cut: Annotated[
+        bool, typer.Option("--drop-cut", help="Drop conversations that reached --max-tokens or the context.")
+    ] = False,
+    max_tokens: Annotated[int, typer.Option(help="Maximum number of tokens of a reply.", rich_help_panel=_SAMPLING)] = 512,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.", rich_help_panel=_SAMPLING)] = 0.7,
+    top_k: Annotated[
+        int | None, typer.Option(help="Sample from the k most probable tokens only.", rich_help_panel=_SAMPLING)
+    ] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Only the likeliest tokens that make up this share.", rich_help_panel=_SAMPLING)
+        float | None,
+        typer.Option(help="Sample from the most probable tokens that make up this probability.", rich_help_panel=_SAMPLING),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Repeats the answers.", rich_help_panel=_SAMPLING)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the answers.", rich_help_panel=_SAMPLING)] = 0,
     endpoint: Annotated[
         str | None,
         typer.Option(
@@ -60,16 +66,16 @@ def distill(
         ),
     ] = None,
     endpoint_model: Annotated[
-        str | None, typer.Option(help="What the server calls the model.", show_default=False, rich_help_panel=_ENDPOINT)
+        str | None, typer.Option(help="Name of the model on the server.", show_default=False, rich_help_panel=_ENDPOINT)
     ] = None,
     api_key_env: Annotated[
-        str | None, typer.Option(help="Variable that holds the key.", show_default=False, rich_help_panel=_ENDPOINT)
+        str | None, typer.Option(help="Environment variable that holds the API key.", show_default=False, rich_help_panel=_ENDPOINT)
     ] = None,
     json: Json = False,
 ) -> None:
-    """Let a model answer prompts, to train heads on.
+    """Generate a model's answers to prompts, as training data for heads.
 
-    Answers depend on prompt and seed alone, so an interrupted run goes on where it stopped: give the same command again.
+    Answers depend on the prompt and the seed only. An interrupted run continues where it stopped: run the same command again.
 
     Example: headstart distill prompts.jsonl --model ./talk13M --out answers.jsonl --mode chat --max-tokens 256
     """
@@ -81,13 +87,16 @@ def distill(
     if not prompts.is_file():
         raise ValueError(f"there is no file {str(prompts)!r} of prompts")
     tokenizer, teacher = _teacher(model, drafting, temperature, endpoint, endpoint_model, api_key_env, rows)
-    openings = read_prompts(prompts, limit, is_chat=tokenizer.chat_template is not None)
+    chat_prompts = read_prompts(prompts, limit, is_chat=tokenizer.chat_template is not None)
     began = time.perf_counter()
     try:
-        with _progress(len(openings)) as on_progress:
-            so_far = write(teacher, openings, settings, out, on_progress)
+        with _progress(len(chat_prompts)) as on_progress:
+            so_far = write(teacher, chat_prompts, settings, out, on_progress)
     except KeyboardInterrupt:
-        print(f"headstart: interrupted; {out} keeps what is done, and the same command goes on from there", file=sys.stderr)
+        print(
+            f"headstart: interrupted; {out} keeps the finished conversations, and the same command goes on from there",
+            file=sys.stderr,
+        )
         raise typer.Exit(130) from None
     _print(so_far, out, time.perf_counter() - began, settings, teacher, json)
 
@@ -103,8 +112,8 @@ def _teacher(
 ) -> "tuple[PreTrainedTokenizerBase, Teacher]":
     if endpoint is None:
         if endpoint_model is not None or api_key_env is not None:
-            raise ValueError("--endpoint-model and --api-key-env are for an --endpoint; give its URL, or leave them out")
-        from headstart.distill.teacher import EngineTeacher
+            raise ValueError("--endpoint-model and --api-key-env need --endpoint; give its URL, or leave them out")
+        from headstart.distill.distill import EngineTeacher
 
         llm = model.load(**drafting.settings(temperature), max_rows=rows)
         return llm.tokenizer, EngineTeacher(llm)
@@ -138,9 +147,9 @@ def _progress(total: int) -> "Iterator[Callable[[DistillProgress], None]]":
 
 
 def _print(so_far: "DistillProgress", out: Path, seconds: float, settings: "Settings", teacher: "Teacher", as_json: bool) -> None:
-    for words, reasons in (("skipped", so_far.skipped), ("ended early", so_far.shortened)):
-        for why, count in reasons.items():
-            print(f"headstart: {count} conversations {words}: {why}", file=sys.stderr)
+    for outcome, reasons in (("skipped", so_far.skipped), ("ended early", so_far.shortened)):
+        for reason, count in reasons.items():
+            print(f"headstart: {count} conversations {outcome}: {reason}", file=sys.stderr)
     if as_json:
         counts = vars(so_far) | {"num_skipped": so_far.skipped.total()}
         result = {"out": str(out), "seconds": seconds, "target": teacher.info, "settings": vars(settings), **counts}

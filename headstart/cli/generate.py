@@ -15,17 +15,17 @@ def generate(
     model: ModelOptions,
     drafting: DraftingOptions,
     sampling: SamplingOptions,
-    prompt: Annotated[str | None, typer.Argument(help="The prompt; - or nothing reads standard input.", show_default=False)] = None,
-    n: Annotated[int, typer.Option(help="Answers to this prompt.", rich_help_panel="Sampling")] = 1,
-    logprobs: Annotated[
-        int | None, typer.Option(help="With --json: each token's log-probability, and so many alternatives.")
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt; - or nothing: read it from standard input.", show_default=False)
     ] = None,
+    n: Annotated[int, typer.Option(help="Number of answers.", rich_help_panel="Sampling")] = 1,
+    logprobs: Annotated[int | None, typer.Option(help="With --json: log-probability of each token, and of N alternatives.")] = None,
     system: System = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it stands, without the chat template.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")] = False,
     show_drafts: ShowDrafts = False,
     json: Json = False,
 ) -> None:
-    """Answer one prompt, streaming.
+    """Generate an answer to one prompt, streaming.
 
     Example: headstart generate "Once upon a time" --max-tokens 64 --temperature 0.8 --seed 7 --show-drafts
     """

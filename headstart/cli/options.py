@@ -1,7 +1,7 @@
-"""The options that commands share, declared once: which model and how it decodes, and how an answer is sampled.
+"""The options that commands share: which model and how it decodes, how it drafts, and how answers are sampled.
 
-A command takes these dataclasses as parameters; `expanded` turns their fields into command-line options. This file knows names,
-defaults and help texts. It imports nothing heavy, so that `--help` is instant.
+A command takes these dataclasses as parameters; `expanded` turns their fields into command-line options. Must not import torch or
+transformers at the top, so that `--help` is instant.
 """
 
 import inspect
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 _MODEL, _SAMPLING, MEASURING = "Model and decoding", "Sampling", "Measuring"
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
-TRUST = "Let Python files in the model's folder run; nothing is ever asked."
+TRUST = "Run Python files in the model's folder, without asking."
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help=TRUST)]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on standard output, for machines.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line, to standard output.")]
 Raw = Annotated[
     bool | None,
     typer.Option(
         "--raw/--chat",
-        help="Prompts as they stand, or through the chat template; left out: as suits them.",
+        help="Encode prompts as they are, or with the chat template. Default: with the template, except beginnings of stories.",
         show_default=False,
         rich_help_panel=MEASURING,
     ),
@@ -39,7 +39,7 @@ Raw = Annotated[
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model, where, and how exactly."""
+    """Which model, on which device, and how exactly its text is kept."""
 
     model: Annotated[
         str | None,
@@ -52,14 +52,14 @@ class ModelOptions:
     ] = None
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16", "float64"],
-        typer.Option(help="Precision of the weights; auto: as stored.", rich_help_panel=_MODEL),
+        typer.Option(help="Data type of the weights; auto: as stored.", rich_help_panel=_MODEL),
     ] = "auto"
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=_MODEL)] = "auto"
+    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:1, ...", rich_help_panel=_MODEL)] = "auto"
     exact: Annotated[
         bool | None,
         typer.Option(
             "--exact/--no-exact",
-            help="Equality to the bit with plain decoding, demanded or switched off; left out: wherever it can be had on a CPU.",
+            help="Require bit-identical logits to plain decoding, or do not. Default: on a CPU, wherever possible.",
             show_default=False,
             rich_help_panel=_MODEL,
         ),
@@ -67,20 +67,19 @@ class ModelOptions:
     accept: Annotated[
         str,
         typer.Option(
-            help="coupled: the text of plain decoding; rejection: its law; typical or typical:0.09,0.3: lossy, another law.",
+            help="Acceptance rule. coupled: the text of plain decoding; rejection: its distribution; typical or typical:0.09,0.3: "
+            "another distribution (lossy).",
             rich_help_panel=_MODEL,
         ),
     ] = "coupled"
-    threads: Annotated[
-        int | None, typer.Option(help="Threads of the processor.", show_default="torch's", rich_help_panel=_MODEL)
-    ] = None
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's", rich_help_panel=_MODEL)] = None
     trust_remote_code: Annotated[
         bool,
         typer.Option("--trust-remote-code", help=TRUST, rich_help_panel=_MODEL),
     ] = False
 
     def load(self, **settings: Any) -> "LLM":
-        """The model, with a spinner while it loads. settings: of `headstart.load`."""
+        """The loaded model, with a spinner while it loads. settings: further arguments of `headstart.load`."""
         with waiting(f"loading {self.model or 'the embedded model'}"):
             import headstart
             from headstart.speculation.rules import parse_rule
@@ -108,12 +107,12 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class DraftingOptions:
-    """What guesses, how much, and in how much memory."""
+    """Which drafter, how many drafts, and how much memory the KV cache has."""
 
     drafter: Annotated[
         str,
         typer.Option(
-            help="What guesses: auto, lookup, model:PATH, a method, a folder or hub id of heads, an installed name, or none.",
+            help="Drafter: auto, lookup, model:PATH, a method, a folder or hub id of heads, an installed name, or none.",
             rich_help_panel=_MODEL,
             autocompletion=complete.drafters,
         ),
@@ -121,7 +120,7 @@ class DraftingOptions:
     planner: Annotated[
         str | None,
         typer.Option(
-            help="How much is guessed: chain:5, full:3,2,1, best:nodes=15,depth=6,width=4,beam=4 or, of calibrated heads, tree:32.",
+            help="Shape of the draft: chain:5, full:3,2,1, best:nodes=15,depth=6,width=4,beam=4; calibrated heads: tree:32.",
             show_default="the drafter's",
             rich_help_panel=_MODEL,
             autocompletion=complete.planners,
@@ -129,16 +128,20 @@ class DraftingOptions:
     ] = None
     memory: Annotated[
         str | None,
-        typer.Option(help="Memory for keys and values, such as 512M or 2G.", show_default="by context", rich_help_panel=_MODEL),
+        typer.Option(help="Memory for the KV cache, such as 512M or 2G.", show_default="by context", rich_help_panel=_MODEL),
     ] = None
 
     def settings(self, temperature: float = 0.0) -> dict[str, Any]:
-        """For `headstart.load`; checked, before anything is loaded. temperature: of the answers, which measured trees go by."""
+        """Arguments of `headstart.load`, checked before anything is loaded.
+
+        temperature: of the answers; calibrated trees depend on it.
+        Raises ValueError for a planner or an amount of memory that cannot be read.
+        """
         from headstart.engine.drafter_loading import resolve_planner
         from headstart.speculation.planner import parse
 
         if self.planner and self.drafter == "none":
-            raise ValueError("--planner says how much to guess, but --drafter none guesses nothing; leave one of them out")
+            raise ValueError("--planner shapes the draft, but --drafter none drafts nothing; leave one of them out")
         return {
             "drafter": None if self.drafter == "none" else self.drafter,
             "planner": resolve_planner(parse(self.planner), self.drafter, temperature) if self.planner else None,
@@ -148,38 +151,44 @@ class DraftingOptions:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How an answer is sampled and when it ends."""
+    """How answers are sampled and when they end."""
 
     max_tokens: Annotated[
         int | None,
-        typer.Option(help="Tokens of an answer at most.", show_default="256, or what fits", rich_help_panel=_SAMPLING),
+        typer.Option(help="Maximum number of tokens of an answer.", show_default="256, or what fits", rich_help_panel=_SAMPLING),
     ] = None
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy.", show_default="0", rich_help_panel=_SAMPLING)] = None
-    top_k: Annotated[int | None, typer.Option(help="Only the k likeliest tokens.", rich_help_panel=_SAMPLING)] = None
+    temperature: Annotated[
+        float | None, typer.Option(help="Sampling temperature; 0 is greedy.", show_default="0", rich_help_panel=_SAMPLING)
+    ] = None
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k most probable tokens only.", rich_help_panel=_SAMPLING)] = (
+        None
+    )
     top_p: Annotated[
-        float | None, typer.Option(help="Only the likeliest tokens that make up this share.", rich_help_panel=_SAMPLING)
+        float | None,
+        typer.Option(help="Sample from the most probable tokens that make up this probability.", rich_help_panel=_SAMPLING),
     ] = None
     min_p: Annotated[
-        float | None, typer.Option(help="Only tokens at least this share as likely as the best.", rich_help_panel=_SAMPLING)
+        float | None,
+        typer.Option(help="Sample from tokens with at least this fraction of the highest probability.", rich_help_panel=_SAMPLING),
     ] = None
     repetition_penalty: Annotated[
-        float, typer.Option(help="Hugging Face's, over prompt and answer.", rich_help_panel=_SAMPLING)
+        float, typer.Option(help="As in Hugging Face transformers, over prompt and answer.", rich_help_panel=_SAMPLING)
     ] = 1.0
-    presence_penalty: Annotated[float, typer.Option(help="OpenAI's, over the answer.", rich_help_panel=_SAMPLING)] = 0.0
-    frequency_penalty: Annotated[float, typer.Option(help="OpenAI's, over the answer.", rich_help_panel=_SAMPLING)] = 0.0
+    presence_penalty: Annotated[float, typer.Option(help="As in the OpenAI API, over the answer.", rich_help_panel=_SAMPLING)] = 0.0
+    frequency_penalty: Annotated[float, typer.Option(help="As in the OpenAI API, over the answer.", rich_help_panel=_SAMPLING)] = (
+        0.0
+    )
     seed: Annotated[
-        int | None, typer.Option(help="Repeats an answer; drawn, and told by --json, if left out.", rich_help_panel=_SAMPLING)
+        int | None, typer.Option(help="Seed of the answers. Default: random; --json prints it.", rich_help_panel=_SAMPLING)
     ] = None
     stop: Annotated[
-        list[str] | None, typer.Option(help="Text before which the answer ends; may be given again.", rich_help_panel=_SAMPLING)
+        list[str] | None, typer.Option(help="Stop string: the answer ends before it; may be repeated.", rich_help_panel=_SAMPLING)
     ] = None
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on where the model would stop.", rich_help_panel=_SAMPLING)
-    ] = False
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue after stop tokens.", rich_help_panel=_SAMPLING)] = False
 
     def params(self, **more: Any) -> "SamplingParams":
-        """Checked, before anything is loaded. more: fields that only one command has."""
-        from headstart.speculation.params import SamplingParams
+        """The sampling parameters, checked before anything is loaded. more: fields that only one command has."""
+        from headstart.speculation.sampling import SamplingParams
 
         settings = {field.name: getattr(self, field.name) for field in fields(self)}
         settings["max_tokens"] = 256 if self.max_tokens is None else self.max_tokens
@@ -190,7 +199,7 @@ class SamplingOptions:
 
 
 def expanded(command: Callable[..., None]) -> Callable[..., None]:
-    """`command`, with each parameter that is a dataclass of options replaced by its fields, as typer wants them."""
+    """The command with each parameter that is a dataclass of options replaced by its fields, as typer expects them."""
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
     parameters: list[inspect.Parameter] = []
@@ -200,9 +209,9 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
         else:
             parameters.append(parameter.replace(annotation=hints[parameter.name], kind=inspect.Parameter.KEYWORD_ONLY))
 
-    def run(**given: Any) -> None:
-        grouped = {name: group(**{f.name: given.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
-        command(**grouped, **given)
+    def run(**values: Any) -> None:
+        grouped = {name: group(**{f.name: values.pop(f.name) for f in fields(group)}) for name, group in groups.items()}
+        command(**grouped, **values)
 
     run.__name__, run.__doc__, run.__module__ = command.__name__, command.__doc__, command.__module__
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -217,11 +226,11 @@ def _fields(group: Any) -> list[inspect.Parameter]:
 
 
 def read_bytes(text: str) -> int:
-    """`512M` is 536,870,912. Raises ValueError for what is no amount."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if not found:
+    """Number of bytes: `512M` is 536,870,912. Raises ValueError for what is no amount."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if not match:
         raise ValueError(f"memory is {text!r}; write a number of bytes with K, M or G, such as 512M or 2G")
-    return int(float(found[1]) * UNITS[found[2].upper()])
+    return int(float(match[1]) * UNITS[match[2].upper()])
 
 
 def read_prompt(prompt: str | None) -> str:
@@ -233,14 +242,15 @@ def read_prompt(prompt: str | None) -> str:
     return decoded(sys.stdin.buffer.read())
 
 
-def checked(given: str, what: str) -> str:
-    """A text that was given as an argument. Raises ValueError where its bytes are no text."""
-    if any("\udc80" <= character <= "\udcff" for character in given):  # how the system hands over bytes that are no text
-        raise ValueError(f"{what} is not valid UTF-8; convert it, for example with iconv -t utf-8")
-    return given
+def checked(text: str, name: str) -> str:
+    """A command-line argument. Raises ValueError where its bytes are not UTF-8."""
+    if any("\udc80" <= character <= "\udcff" for character in text):  # how Python decodes bytes that are not UTF-8
+        raise ValueError(f"{name} is not valid UTF-8; convert it, for example with iconv -t utf-8")
+    return text
 
 
 def decoded(line: bytes) -> str:
+    """Bytes of standard input as text. Raises ValueError where they are not UTF-8."""
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -251,16 +261,16 @@ def decoded(line: bytes) -> str:
 
 
 @contextmanager
-def waiting(what: str) -> Iterator[None]:
+def waiting(message: str) -> Iterator[None]:
     """A spinner on standard error, if that is a terminal."""
     from rich.console import Console
 
-    with Console(stderr=True).status(what):
+    with Console(stderr=True).status(message):
         yield
 
 
 def quieten() -> None:
-    """Keep other packages' progress bars, retries and advice out of the output."""
+    """Silence the progress bars, retries and advice of transformers and huggingface_hub."""
     from huggingface_hub.utils import logging as hub
     from transformers.utils import logging
 

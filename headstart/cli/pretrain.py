@@ -1,4 +1,4 @@
-"""`pretrain`: a model from scratch, or from where another one ended, with heads that learn at the same time."""
+"""`pretrain`: a model trained from scratch or from another one's weights, with heads at the same time."""
 
 import json as json_format
 from collections.abc import Sequence
@@ -24,62 +24,67 @@ from headstart.cli.run_options import (
     parse_pairs,
 )
 
-_MODEL, _HEADS = "Model (one of --model and --start)", "Heads"
+_MODEL, _HEADS = "Model (give --model or --start)", "Heads"
 
 
 @dataclass(frozen=True)
 class TrunkOptions:
-    """What learns."""
+    """The model to train."""
 
     model: Annotated[
-        Path | None, option("config.json of any causal LM, or a folder with one; its weights are drawn at random.", _MODEL)
+        Path | None, option("config.json of any causal LM, or a folder with one; weights are initialised at random.", _MODEL)
     ] = None
-    start: Annotated[str | None, option("Folder or hub id of a model to go on from.", _MODEL)] = None
+    start: Annotated[str | None, option("Folder or hub id of a model to start from (warm start).", _MODEL)] = None
     tokenizer: Annotated[str | None, option("Folder or hub id of the tokenizer.", _MODEL, default="the model's")] = None
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None, option("In which it is stored.", _MODEL, default="float32")
+        Literal["float32", "bfloat16", "float16"] | None,
+        option("Data type in which the model is saved.", _MODEL, default="float32"),
     ] = None
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """What is learned from."""
+    """The texts to train on."""
 
     data: Annotated[
         list[Path] | None,
-        option("JSONL (text or messages), packed or not, plain text, or tokens in .npy; may be given again.", DATA),
+        option("JSONL (text or messages), packed or not, plain text, or tokens in .npy; may be repeated.", DATA),
     ] = None
     times: Annotated[
-        list[str] | None, option("How often an epoch reads a file, as wiki.jsonl=2 or web.npy=0.3; may be given again.", DATA)
+        list[str] | None, option("How often an epoch reads a file, such as wiki.jsonl=2 or web.npy=0.3; may be repeated.", DATA)
     ] = None
-    held_out: Annotated[str | None, option("Share of the documents to test on, or a file.", DATA, default="0.01")] = None
+    held_out: Annotated[
+        str | None,
+        option("Fraction of the documents to hold out for evaluation, or a file of held-out texts.", DATA, default="0.01"),
+    ] = None
 
 
 @dataclass(frozen=True)
 class HeadsOptions:
-    """Heads that learn with the trunk."""
+    """Heads that are trained with the trunk."""
 
     heads: Annotated[
         list[str] | None,
-        option("A method, as mtp, mtp-parallel or 'mtp={depth: 3}'; may be given again.", _HEADS, default="none"),
+        option("Method, such as mtp, mtp-parallel or 'mtp={depth: 3}'; may be repeated.", _HEADS, default="none"),
     ] = None
-    weight: Annotated[float | None, option("Of their losses (lambda).", _HEADS, default="0.3")] = None
-    weight_end: Annotated[float | None, option("Of their losses later on.", _HEADS, default="as before")] = None
-    weight_until: Annotated[float | None, option("Share of the steps before that.", _HEADS, default="2/3")] = None
-    decay: Annotated[float | None, option("Weight of each deeper guess over the one before.", _HEADS, default="1")] = None
+    weight: Annotated[float | None, option("Weight of the heads' losses (lambda).", _HEADS, default="0.3")] = None
+    weight_end: Annotated[float | None, option("Weight of the heads' losses later in the run.", _HEADS, default="unchanged")] = None
+    weight_until: Annotated[float | None, option("Fraction of the steps before --weight-end.", _HEADS, default="2/3")] = None
+    decay: Annotated[float | None, option("Weight of each depth's loss relative to the depth before.", _HEADS, default="1")] = None
 
 
 @dataclass(frozen=True)
 class TrunkOptimiserOptions:
-    """How weights change while there is everything to learn."""
+    """Settings of the optimizer whose defaults are those of a whole model."""
 
     optimizer: Annotated[
-        Literal["adamw", "muon"] | None, option("muon is for matrices; the rest has adamw.", OPTIMISER, default="adamw")
+        Literal["adamw", "muon"] | None,
+        option("muon updates matrices with Muon and the rest with AdamW.", OPTIMISER, default="adamw"),
     ] = None
-    warmup: Annotated[float | None, option("Share of the steps that lead up to the learning rate.", OPTIMISER, default="0.03")] = (
+    warmup: Annotated[float | None, option("Fraction of the steps that warm up the learning rate.", OPTIMISER, default="0.03")] = (
         None
     )
-    weight_decay: Annotated[float | None, option("Of matrices.", OPTIMISER, default="0.1")] = None
+    weight_decay: Annotated[float | None, option("Weight decay of matrices.", OPTIMISER, default="0.1")] = None
 
 
 def pretrain(
@@ -109,11 +114,11 @@ def pretrain(
     from headstart.training.run_config import PretrainConfig
 
     quieten()
-    told = run(resolve(config_path(config, out, finish), options, kind=PretrainConfig), resume=resume, finish=finish)
+    metrics = run(resolve(config_path(config, out, finish), options, kind=PretrainConfig), resume=resume, finish=finish)
     if json:
-        print(json_format.dumps(told))
+        print(json_format.dumps(metrics))
 
 
 def _heads(texts: Sequence[str] | None) -> dict[str, Any] | None:
-    """`mtp` alone has the settings that nobody gave."""
+    """Settings by method; a method without settings has the default ones."""
     return parse_pairs(None if texts is None else [text if "=" in text else f"{text}={{}}" for text in texts], "heads")

@@ -1,7 +1,6 @@
-"""The options that all runs which learn share, and what becomes of them.
+"""The options that `train` and `pretrain` share, and how they become settings of a run.
 
-An option that is left out changes nothing in the configuration: its default is told in words. This file knows names and help
-texts. It refuses to know what is learned.
+An option that is left out changes nothing in the configuration, so its default is shown in words.
 """
 
 from collections.abc import Sequence
@@ -13,56 +12,57 @@ import typer
 
 from headstart.cli.options import TRUST
 
-BUDGET, DATA, OPTIMISER, WATCH = "Budget (one of them)", "Data", "Optimiser", "Watching"
+BUDGET, DATA, OPTIMISER, LOGGING = "Budget (give one)", "Data", "Optimizer", "Logging and checkpoints"
 
-Out = Annotated[Path | None, typer.Option(help="Folder for what is made.", show_default="the config's")]
-Config = Annotated[Path | None, typer.Option(help="YAML file of settings; options go on top.", show_default="none")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")]
+Out = Annotated[Path | None, typer.Option(help="Folder of the run and its result.", show_default="from --config")]
+Config = Annotated[Path | None, typer.Option(help="YAML file of settings; options override it.", show_default="none")]
+Resume = Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint in the folder.")]
 
 Finish = Annotated[
-    bool, typer.Option("--finish", help="End the run in the folder here: save what its last checkpoint has learned.")
+    bool, typer.Option("--finish", help="End the stopped run in the folder: save the weights of its last checkpoint as the result.")
 ]
 
 
 def option(help: str, panel: str, default: str | bool = False) -> Any:
-    """default: of the configuration, told in words."""
+    """A command-line option. default: the configuration's default in words."""
     return typer.Option(help=help, rich_help_panel=panel, show_default=default)
 
 
 @dataclass(frozen=True)
 class BudgetOptions:
-    """When a run ends."""
+    """When the run ends."""
 
-    tokens: Annotated[int | None, option("So many tokens, without padding.", BUDGET)] = None
-    epochs: Annotated[int | None, option("Everything so often.", BUDGET)] = None
-    steps: Annotated[int | None, option("So many steps.", BUDGET)] = None
+    tokens: Annotated[int | None, option("Tokens to train on, without padding.", BUDGET)] = None
+    epochs: Annotated[int | None, option("Passes over the data.", BUDGET)] = None
+    steps: Annotated[int | None, option("Optimizer steps.", BUDGET)] = None
 
 
 @dataclass(frozen=True)
 class BatchOptions:
-    """How much is learned from at a time."""
+    """The size of batches and steps."""
 
-    rows: Annotated[int | None, option("Texts of a batch.", DATA, default="8")] = None
-    length: Annotated[int | None, option("Tokens of a text at most.", DATA, default="512, or what fits")] = None
-    accumulate: Annotated[int | None, option("Batches of a step, on each process.", DATA, default="1")] = None
+    rows: Annotated[int | None, option("Texts per batch.", DATA, default="8")] = None
+    length: Annotated[int | None, option("Maximum number of tokens of a text.", DATA, default="512, or what fits")] = None
+    accumulate: Annotated[int | None, option("Gradient accumulation: batches per step, on each process.", DATA, default="1")] = None
 
 
 @dataclass(frozen=True)
 class OptimiserOptions:
-    """How weights change."""
+    """The optimizer and its learning-rate schedule."""
 
-    learning_rate: Annotated[float | None, option("At its highest.", OPTIMISER, default="0.001")] = None
+    learning_rate: Annotated[float | None, option("Peak learning rate.", OPTIMISER, default="0.001")] = None
     schedule: Annotated[
-        Literal["cosine", "linear", "constant"] | None, option("How it falls after the warm-up.", OPTIMISER, default="cosine")
+        Literal["cosine", "linear", "constant"] | None,
+        option("Learning-rate schedule after the warm-up.", OPTIMISER, default="cosine"),
     ] = None
-    floor: Annotated[float | None, option("Share of it that is left at the end.", OPTIMISER, default="0")] = None
-    clip: Annotated[float | None, option("Longest gradient.", OPTIMISER, default="1")] = None
-    seed: Annotated[int | None, option("Repeats a run.", OPTIMISER, default="0")] = None
+    floor: Annotated[float | None, option("Final learning rate, as a fraction of the peak.", OPTIMISER, default="0")] = None
+    clip: Annotated[float | None, option("Maximum gradient norm.", OPTIMISER, default="1")] = None
+    seed: Annotated[int | None, option("Random seed.", OPTIMISER, default="0")] = None
     precision: Annotated[
-        Literal["no", "bf16", "fp16"] | None, option("Mixed precision of what learns.", OPTIMISER, default="no")
+        Literal["no", "bf16", "fp16"] | None, option("Mixed precision of the trained weights.", OPTIMISER, default="no")
     ] = None
-    device: Annotated[Literal["auto", "cpu"] | None, option("auto is accelerate's choice.", OPTIMISER, default="auto")] = None
-    threads: Annotated[int | None, option("Threads of the processor.", OPTIMISER, default="torch's")] = None
+    device: Annotated[Literal["auto", "cpu"] | None, option("Device; auto: accelerate chooses.", OPTIMISER, default="auto")] = None
+    threads: Annotated[int | None, option("CPU threads.", OPTIMISER, default="torch's")] = None
     trust_remote_code: Annotated[
         bool | None, typer.Option("--trust-remote-code", help=TRUST, rich_help_panel=OPTIMISER, show_default=False)
     ] = None
@@ -70,34 +70,39 @@ class OptimiserOptions:
 
 @dataclass(frozen=True)
 class LoggingOptions:
-    """What is said and kept while it learns."""
+    """What is logged, evaluated and saved during training."""
 
-    log_every: Annotated[int | None, option("Steps between lines of the log.", WATCH, default="10")] = None
-    eval_every: Annotated[int | None, option("Steps between tests on held-out texts.", WATCH, default="at the end")] = None
-    save_every: Annotated[int | None, option("Steps between checkpoints.", WATCH, default="200")] = None
-    tracker: Annotated[str | None, option("none, tensorboard, wandb, ...", WATCH, default="none")] = None
+    log_every: Annotated[int | None, option("Steps between log lines.", LOGGING, default="10")] = None
+    eval_every: Annotated[int | None, option("Steps between evaluations on held-out texts.", LOGGING, default="at the end")] = None
+    save_every: Annotated[int | None, option("Steps between checkpoints.", LOGGING, default="200")] = None
+    tracker: Annotated[str | None, option("Experiment tracker: none, tensorboard, wandb, ...", LOGGING, default="none")] = None
 
 
 def given_options(*groups: Any, **more: Any) -> dict[str, Any]:
-    """The options that were not left out, by name. groups: dataclasses of options."""
-    every = {field.name: getattr(group, field.name) for group in groups for field in fields(group)} | more
-    return {name: value for name, value in every.items() if value is not None}
+    """The options that were given, by name. groups: dataclasses of options. more: single options."""
+    options = {field.name: getattr(group, field.name) for group in groups for field in fields(group)} | more
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def config_path(config: Path | None, out: Path | None, finish: bool) -> Path | None:
-    """The file of settings: of a run that is to be finished, the one in its own folder, unless another is named. Raises ValueError
-    where there is none."""
+    """The file of settings: `config`, or with --finish the one in the run's folder.
+
+    Raises ValueError where --finish has neither.
+    """
     if not finish or config is not None:
         return config
-    own = None if out is None else out / "config.yaml"
-    if own is None or not own.is_file():
-        where = "no folder is named" if out is None else f"{out} holds no config.yaml of one"
-        raise ValueError(f"--finish ends a run that was stopped, but {where}; name the run's folder with --out")
-    return own
+    saved = None if out is None else out / "config.yaml"
+    if saved is None or not saved.is_file():
+        reason = "no folder is named" if out is None else f"{out} holds no config.yaml of one"
+        raise ValueError(f"--finish ends a run that was stopped, but {reason}; name the run's folder with --out")
+    return saved
 
 
 def parse_pairs(texts: Sequence[str] | None, option: str) -> dict[str, Any] | None:
-    """`a=1` is {"a": 1}; values are read as YAML."""
+    """Settings from NAME=VALUE, such as {"a": 1} from `a=1`; values are read as YAML.
+
+    Raises ValueError for what is not NAME=VALUE.
+    """
     if texts is None:
         return None
     import yaml

@@ -1,4 +1,4 @@
-"""`train`: heads for a model, from texts."""
+"""`train`: heads for a model, trained on texts."""
 
 import json as json_format
 from collections.abc import Callable, Sequence
@@ -12,8 +12,8 @@ from headstart.cli import completion as complete
 from headstart.cli.options import Json, quieten
 from headstart.cli.run_options import (
     DATA,
+    LOGGING,
     OPTIMISER,
-    WATCH,
     BatchOptions,
     BudgetOptions,
     Config,
@@ -31,48 +31,53 @@ from headstart.cli.run_options import (
 if TYPE_CHECKING:
     from headstart.training.run_config import TrainConfig
 
-TEMPERATURE = 0.7  # of the decodes in between: greedy answers of small models loop, which flatters drafters
+TEMPERATURE = 0.7  # of the decodes during training: greedy answers of small models loop, which flatters drafters
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """What is learned from, and for which model."""
+    """The target and the texts that its heads are trained on."""
 
     target: Annotated[
-        str | None, option("Folder or hub id of the model to learn for, or a folder with an adapter.", DATA, default="embedded")
+        str | None,
+        option("Folder or hub id of the model to train heads for, or a folder with an adapter.", DATA, default="embedded"),
     ] = None
     data: Annotated[
-        list[Path] | None, option("JSONL (distilled, messages or text), packed or not, or plain text; may be given again.", DATA)
+        list[Path] | None, option("JSONL (distilled, messages or text), packed or not, or plain text; may be repeated.", DATA)
     ] = None
     any_target: Annotated[
-        bool | None, typer.Option("--any-target", help="Learn from other models' answers, too.", rich_help_panel=DATA)
+        bool | None, typer.Option("--any-target", help="Also train on answers that other models gave.", rich_help_panel=DATA)
     ] = None
-    held_out: Annotated[str | None, option("Share of the texts to test on, or a file.", DATA, default="0.05")] = None
+    held_out: Annotated[
+        str | None, option("Fraction of the texts to hold out for evaluation, or a file of held-out texts.", DATA, default="0.05")
+    ] = None
     features: Annotated[
-        Path | None, option("Folder to keep the target's states in, for later epochs and runs.", DATA, default="none")
+        Path | None, option("Folder to cache the target's hidden states in, for later epochs and runs.", DATA, default="none")
     ] = None
 
 
 @dataclass(frozen=True)
 class HeadsOptimiserOptions:
-    """What keeps weights from changing too much."""
+    """Settings of the optimizer whose defaults are those of heads, and the precision of the target."""
 
-    warmup: Annotated[float | None, option("Share of the steps that lead up to the learning rate.", OPTIMISER, default="0.1")] = (
+    warmup: Annotated[float | None, option("Fraction of the steps that warm up the learning rate.", OPTIMISER, default="0.1")] = (
         None
     )
-    weight_decay: Annotated[float | None, option("Of matrices.", OPTIMISER, default="0")] = None
+    weight_decay: Annotated[float | None, option("Weight decay of matrices.", OPTIMISER, default="0")] = None
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16", "float64"] | None,
-        option("Precision of the target.", OPTIMISER, default="auto"),
+        option("Data type of the target.", OPTIMISER, default="auto"),
     ] = None
 
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """How heads are tried out while they learn."""
+    """How often heads decode held-out prompts during training."""
 
-    decode_every: Annotated[int | None, option("Steps between real decodes of held-out prompts.", WATCH, default="never")] = None
-    decode_prompts: Annotated[int | None, option("How many of them.", WATCH, default="8")] = None
+    decode_every: Annotated[
+        int | None, option("Steps between speculative decodes of held-out prompts, which measure tau.", LOGGING, default="never")
+    ] = None
+    decode_prompts: Annotated[int | None, option("Number of held-out prompts to decode.", LOGGING, default="8")] = None
 
 
 def train(
@@ -86,32 +91,34 @@ def train(
     method: Annotated[
         str | None,
         typer.Argument(
-            help="medusa, hydra, hydra++, eagle, eagle3, mtp or mtp-parallel.",
-            show_default="the config's",
+            help="Method: medusa, hydra, hydra++, eagle, eagle3, mtp or mtp-parallel.",
+            show_default="from --config",
             autocompletion=complete.methods,
         ),
     ] = None,
     out: Out = None,
     config: Config = None,
-    start: Annotated[Path | None, typer.Option(help="Folder of heads to go on from.", show_default="new heads")] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="Folder of heads to start from (warm start).", show_default="new heads")
+    ] = None,
     set: Annotated[
-        list[str] | None, typer.Option(help="A setting of the method, as num_heads=5; may be given again.", show_default="none")
+        list[str] | None, typer.Option(help="Setting of the method, such as num_heads=5; may be repeated.", show_default="none")
     ] = None,
     loss: Annotated[
         list[str] | None,
         typer.Option(
-            help="Weight of a loss (hard, soft, tv, alpha, lk, decay), as lk=1; may be given again.", show_default="soft=1"
+            help="Weight of a loss (hard, soft, tv, alpha, lk, decay), such as lk=1; may be repeated.", show_default="soft=1"
         ),
     ] = None,
     joint: Annotated[
         list[str] | None,
-        typer.Option(help="Let the target learn too (Medusa-2), as mode=lora; may be given again.", show_default="frozen"),
+        typer.Option(help="Train the target too (Medusa-2), such as mode=lora; may be repeated.", show_default="frozen"),
     ] = None,
     resume: Resume = False,
     finish: Finish = False,
     json: Json = False,
 ) -> None:
-    """Train heads for a model.
+    """Train heads for a model on texts or on its own answers.
 
     Example: headstart train medusa --target ./talk13M --data answers.jsonl --epochs 2 --out ./heads
     """
@@ -123,10 +130,11 @@ def train(
     from headstart.training.train import train as run
 
     quieten()
-    whole = resolve(config_path(config, out, finish), options, default_target=_embedded)
-    told = run(whole, resume=resume, finish=finish, decode=_decoder(whole) if whole.decode_every else None)
+    run_config = resolve(config_path(config, out, finish), options, default_target=_embedded)
+    decode = _decoder(run_config) if run_config.decode_every else None
+    metrics = run(run_config, resume=resume, finish=finish, decode=decode)
     if json:
-        print(json_format.dumps(told))
+        print(json_format.dumps(metrics))
 
 
 def _embedded() -> str:
@@ -136,7 +144,7 @@ def _embedded() -> str:
 
 
 def _decoder(config: "TrainConfig") -> "Callable[[Any, Any, Sequence[Sequence[int]]], float]":
-    """What `headstart.training.train` may not know: how heads are used."""
+    """A function that decodes prompts with a model and heads and returns tau; training itself must not import the engine."""
     from headstart.engine.engine import Engine
     from headstart.speculation.params import SamplingParams
     from headstart.target.target import Target
@@ -145,10 +153,10 @@ def _decoder(config: "TrainConfig") -> "Callable[[Any, Any, Sequence[Sequence[in
         target = Target(model, check=False)
         try:
             engine = Engine(target, heads, max_rows=len(prompts))
-            room = target.context - config.decode_tokens
+            max_prompt = target.context - config.decode_tokens
             for seed, prompt in enumerate(prompts):
                 params = SamplingParams(max_tokens=config.decode_tokens, temperature=TEMPERATURE, ignore_eos=True)
-                engine.add(list(prompt[-room:]), params, seed=seed)
+                engine.add(list(prompt[-max_prompt:]), params, seed=seed)
             for _ in engine.run():
                 pass
             return float(engine.stats.tau)

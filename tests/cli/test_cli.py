@@ -313,7 +313,7 @@ def test_inspect_refuses_what_is_no_model(broken, folder):
         (("--drafter", "model"), "model:PATH"),
         (("--drafter", "lookup:3"), "takes no argument"),
         (("--drafter", "model:nowhere/at/all"), "does not exist"),
-        (("--drafter", "none", "--planner", "chain:3"), "guesses nothing"),
+        (("--drafter", "none", "--planner", "chain:3"), "drafts nothing"),
         (("--planner", "random:3"), "is unknown"),
         (("--planner", "chain:x"), "cannot be read"),
         (("--planner", "chain:0"), "depth is 0; it must be at least 1"),
