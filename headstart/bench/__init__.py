@@ -1,1 +1,1 @@
-"""Measuring drafters on equal footing: what it costs, what it earns, and whether the text is the same."""
+"""Benchmarks of drafters: speed, acceptance, calibration, and whether the text is that of plain decoding."""

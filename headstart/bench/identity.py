@@ -1,8 +1,7 @@
-"""Whether two answers to one request are the same, and how near a tie it was where they part.
+"""Whether two answers to one request are identical, and if not, whether a near tie explains the first difference.
 
-Speculation regroups the arithmetic of a forward, so in fp32 or bf16 a score may move by a rounding; where two tokens are as good
-as tied, that decides. This file tells such a flip from a bug: the scores at the first difference are computed again, the plain
-way. It refuses to know how the answers came about.
+Speculative decoding groups the arithmetic of a forward differently, so a logit may differ by a rounding error; where two tokens are
+nearly tied, that changes the token. To tell this from a bug, the logits at the first difference are computed again by plain decoding.
 """
 
 from __future__ import annotations
@@ -22,48 +21,54 @@ from headstart.target.cache import Seating
 from headstart.target.target import Target
 
 NEAR_TIE = 1e-4  # in fp32
-# Coarser types: logits of 8 to 16 lie 1/16 (bf16) or 1/128 (fp16) apart, and either of two may move by that much.
+# In bf16, logits of 8 to 16 are 1/16 apart, in fp16 1/128; both logits may be off by one step.
 _COARSE_TIES = {torch.bfloat16: 0.125, torch.float16: 0.016}
 
 
 @dataclass(frozen=True)
 class Split:
-    """Where two answers part. place: index of the first different token; tokens: what either says there, None past its end;
-    gap: the smallest change of scores or chances that makes both tokens possible, infinite where one answer just ends.
-    tolerance: the gap that a rounding of the target's precision explains."""
+    """The first difference of two answers.
 
-    place: int
+    index: of the first different token.
+    tokens: the token of either answer there, None past its end.
+    gap: the smallest change of scores or probabilities that makes both tokens possible; infinite where one answer ends.
+    tolerance: the gap that rounding in the target's precision explains.
+    """
+
+    index: int
     tokens: tuple[int | None, int | None]
     gap: float
     tolerance: float = NEAR_TIE
 
     @property
     def is_near_tie(self) -> bool:
+        """Whether rounding explains the difference."""
         return self.gap < self.tolerance
 
     def __str__(self) -> str:
-        return f"token {self.place}: {self.tokens[0]} or {self.tokens[1]}, gap {self.gap:.2g}"
+        return f"token {self.index}: {self.tokens[0]} or {self.tokens[1]}, gap {self.gap:.2g}"
 
 
 def find_split(
-    target: Target, prompt: Sequence[int], params: SamplingParams, expected: Sequence[int], found: Sequence[int]
+    target: Target, prompt: Sequence[int], params: SamplingParams, expected: Sequence[int], actual: Sequence[int]
 ) -> Split | None:
-    """The first difference between two answers to a prompt, or None if there is none. `params.seed` is the seed both used."""
-    if list(expected) == list(found):
+    """The first difference between two answers to a prompt, or None. `params.seed` is the seed of both."""
+    if list(expected) == list(actual):
         return None
-    place = next((at for at, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found)))
-    mine, other = (answer[place] if place < len(answer) else None for answer in (expected, found))
-    if mine is None or other is None:
-        return Split(place, (mine, other), torch.inf)
-    gap = tie_gap(target, prompt, params, expected[:place], (mine, other))
-    return Split(place, (mine, other), gap, _COARSE_TIES.get(target.dtype, NEAR_TIE))
+    pairs = enumerate(zip(expected, actual, strict=False))
+    index = next((index for index, (a, b) in pairs if a != b), min(len(expected), len(actual)))
+    one, other = (answer[index] if index < len(answer) else None for answer in (expected, actual))
+    if one is None or other is None:
+        return Split(index, (one, other), torch.inf)
+    gap = tie_gap(target, prompt, params, expected[:index], (one, other))
+    return Split(index, (one, other), gap, _COARSE_TIES.get(target.dtype, NEAR_TIE))
 
 
 def tie_gap(target: Target, prompt: Sequence[int], params: SamplingParams, common: Sequence[int], tokens: tuple[int, int]) -> float:
-    """How far the decision after prompt and `common` is from letting either of two tokens win: 0 is a perfect tie.
+    """How far the choice of a token after prompt and `common` is from a tie of two tokens: 0 is a perfect tie.
 
-    The text is scored again in one plain forward. A token wins if it is inside the truncated law and no other token inside
-    scores more (logit plus temperature times noise); the gap is the larger of what the two tokens are short of that.
+    The text is scored again in one plain forward. A token is chosen if it is inside the truncated distribution and no other token
+    inside has a higher score (logit plus temperature times noise). The gap is the larger of the two tokens' distances from that.
     """
     assert params.seed is not None, "a drawn seed must be known to be repeated"
     scores, borders = _decision(target, [*prompt, *common], len(prompt), params)
@@ -72,15 +77,15 @@ def tie_gap(target: Target, prompt: Sequence[int], params: SamplingParams, commo
 
 
 def _shortfall(scores: Tensor, borders: Tensor, inside: Tensor, token: int) -> float:
-    """What a token is short of winning: of being inside, and of beating or seeing outside each token that scores more."""
-    rivals = inside & (scores > scores[token])
-    obstacles = torch.minimum(scores - scores[token], borders)[rivals]
+    """How far a token is from being chosen: from being inside, and from every higher score being lower or outside."""
+    higher = inside & (scores > scores[token])
+    distances = torch.minimum(scores - scores[token], borders)[higher]
     entry = max(0.0, -float(borders[token]))
-    return max(entry, float(obstacles.amax()) if len(obstacles) else 0.0)
+    return max(entry, float(distances.amax()) if len(distances) else 0.0)
 
 
 def _decision(target: Target, text: Sequence[int], num_prompt: int, params: SamplingParams) -> tuple[Tensor, Tensor]:
-    """Scores [vocab] of the next token, and how far each token is inside the truncated law (negative: outside) [vocab]."""
+    """Scores [vocab] of the next token, and how far each is inside the truncated distribution (negative: outside) [vocab]."""
     sampling = SamplingTensors.of([params], [params.seed or 0], target.device)
     history = History(1, target.vocab, target.device)
     history.start(0, text[:num_prompt], text[num_prompt:])
@@ -94,7 +99,7 @@ def _decision(target: Target, text: Sequence[int], num_prompt: int, params: Samp
 
 
 def _next_logits(target: Target, text: Sequence[int]) -> Tensor:
-    """[1, vocab] after a text, in one forward over an empty cache."""
+    """Logits [1, vocab] after a text, in one forward over an empty KV cache."""
     seating = Seating(1, len(text) + 2)
     cache, seat = target.new_cache(seating), seating.take(len(text) + 2)
     assert seat is not None
@@ -103,7 +108,7 @@ def _next_logits(target: Target, text: Sequence[int]) -> Tensor:
 
 
 def _borders(logits: Tensor, params: SamplingParams) -> Tensor:
-    """[vocab] how far each token is inside top-k (in logits), top-p and min-p (in chances); negative: outside."""
+    """How far each token is inside top-k (in logits), top-p and min-p (in probabilities), [vocab]; negative: outside."""
     order = logits.argsort(descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     sorted_logits, border = logits[order], torch.full_like(logits, torch.inf)

@@ -1,8 +1,7 @@
-"""Replay: the target runs at full cost, and a reference answer decides.
+"""Replay: the target runs at full cost, and a reference answer replaces its tokens.
 
-Small models cannot copy an article or edit code, so how drafters fare on such work is measured with answers that somebody else
-wrote: forward, rule and noise are computed as ever, then each decided token is replaced by the reference's at that position.
-Whatever is measured so is labelled `replay`.
+Small models cannot copy an article or edit code, so drafters are measured on such tasks with reference answers: forward, acceptance
+rule and noise are computed, then each token is replaced by the reference's. Such measurements are labelled `replay`.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from headstart.speculation.verify import Asked, Decisions, Rule
 
 
 class Replay:
-    """The rule of one request at a time, whose whole text is known: `follow` a text, then run the request.
+    """The acceptance rule of one request at a time, whose text is known: call `follow`, then run the request.
 
-    inner: the rule whose work is done and thrown away.
+    inner: the rule that is computed, for its cost, and whose tokens are discarded.
     """
 
     def __init__(self, inner: Rule) -> None:
@@ -29,7 +28,7 @@ class Replay:
         self.rule = Rule(self._judge, inner.noise)
 
     def follow(self, prompt: Sequence[int], reference: Sequence[int]) -> None:
-        """From now on the answer to `prompt` is `reference`."""
+        """Set the answer to `prompt` to `reference`, both token ids."""
         self._text = torch.tensor([*prompt, *reference])
 
     def _judge(self, forest: Forest, asked: Asked, logits: Tensor, rows: Rows, in_full: bool) -> Decisions:

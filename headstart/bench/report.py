@@ -1,7 +1,7 @@
-"""From samples to numbers that can be claimed: one row per run, a table for people, a line of JSON for machines.
+"""From samples to results: one row per run, as tables for people and as JSON for machines.
 
-A number stands beside what it depends on: machine, versions, model, prompts, sampling, command, and how much of the output is a
-loop, for loops flatter every drafter.
+The results name what they depend on: machine, versions, model, prompts, sampling, command, and how much of the output repeats
+itself, which flatters every drafter.
 """
 
 from __future__ import annotations
@@ -32,12 +32,25 @@ NGRAM = 8
 
 @dataclass(frozen=True)
 class Row:
-    """One run's numbers at one temperature.
+    """The numbers of one run at one temperature.
 
-    speed_up: ratio of tokens/s; median_speed_up: median over prompts; decode_speed_up: without the time until the first token.
-    forward: seconds of a target forward over those of plain decoding; nodes: scored in it. shares: of the time after the first
-    token. differing: answers unlike plain's, near_ties: those of them that a rounding explains; both None where the rule does not
-    promise the same text. is_lossy: nor even the same law. kinds: speed-up and tau by prompt set, where there are several.
+    run: its name; temperature: of sampling.
+    tokens, seconds: totals over all prompts, of median samples.
+    tokens_per_second: throughput.
+    speed_up: ratio of tokens/s to plain decoding's.
+    median_speed_up: median of that ratio over prompts.
+    decode_speed_up: the ratio without the time to first token.
+    tau: acceptance length: tokens per target forward.
+    acceptance: acceptance rate by depth.
+    forward: time of a target forward relative to plain decoding's.
+    nodes: scored per forward.
+    shares: fraction of the time after the first token, by part of a round.
+    loops: fraction of the output that repeats itself, see `loop_share`.
+    differing: answers that differ from plain decoding's; None where the acceptance rule does not promise the same text.
+    near_ties: those of them that rounding explains; None likewise.
+    splits: where they differ, in words.
+    is_lossy: whether even the distribution differs.
+    kinds: speed-up and tau by prompt set, where there are several.
     """
 
     run: str
@@ -62,25 +75,25 @@ class Row:
 
     @property
     def identical(self) -> str:
-        """For people."""
+        """Whether the text is plain decoding's, in words."""
         if self.differing is None:
-            return "lossy" if self.is_lossy else "in law"
+            return "lossy" if self.is_lossy else "in distribution"
         return "yes" if not self.differing else f"{self.differing} differ, {self.near_ties} near-ties"
 
 
 def rows(setup: Setup, samples: Sequence[Sample]) -> list[Row]:
-    """One row per run, plain first."""
+    """One row per run, plain decoding first."""
     names = list(dict.fromkeys(sample.run for sample in samples))
     per_task = {name: _by_task([sample for sample in samples if sample.run == name]) for name in names}
     return [_row(setup, name, per_task[name], per_task[PLAIN]) for name in names]
 
 
 def _by_task(samples: Sequence[Sample]) -> list[list[Sample]]:
-    """Per task the samples to be trusted: clean ones where there are some."""
+    """The clean samples of each task, or all of them where none is clean."""
     tasks: dict[int, list[Sample]] = {}
     for sample in samples:
         tasks.setdefault(sample.task, []).append(sample)
-    return [[sample for sample in tried if sample.is_clean] or tried for _, tried in sorted(tasks.items())]
+    return [[sample for sample in every if sample.is_clean] or every for _, every in sorted(tasks.items())]
 
 
 def _row(setup: Setup, name: str, own: list[list[Sample]], plain: list[list[Sample]]) -> Row:
@@ -118,15 +131,15 @@ def _kinds(setup: Setup, own: list[list[Sample]], plain: list[list[Sample]]) -> 
     kinds = list(dict.fromkeys(task.kind for task in setup.tasks))
     if len(kinds) == 1:
         return {}
-    found: dict[str, dict[str, float]] = {}
+    numbers: dict[str, dict[str, float]] = {}
     for kind in kinds:
         mine, theirs = ([samples for samples in tasks if setup.tasks[samples[0].task].kind == kind] for tasks in (own, plain))
-        found[kind] = {"speed_up": _rate(mine) / _rate(theirs), "tau": _total(mine).tau}
-    return found
+        numbers[kind] = {"speed_up": _rate(mine) / _rate(theirs), "tau": _total(mine).tau}
+    return numbers
 
 
 def _seconds(tasks: list[list[Sample]], is_decoding: bool = False) -> list[float]:
-    """Per task the median time: of everything, or of what follows the first token."""
+    """The median time of each task, in total or after the first token."""
     return [median(s.seconds - s.prompt_seconds if is_decoding else s.seconds for s in samples) for samples in tasks]
 
 
@@ -145,27 +158,27 @@ def _per_round(stats: Stats, share: str) -> float:
 
 
 def _splits(setup: Setup, own: list[list[Sample]], plain: list[list[Sample]]) -> list[Split] | None:
-    """Where answers differ from plain's; None where the rule does not promise the same text."""
+    """The differences from plain decoding's answers; None where the acceptance rule does not promise the same text."""
     if setup.accept != "coupled" and setup.params.temperature > 0:
         return None
-    found: list[Split] = []
+    splits: list[Split] = []
     for mine, theirs in zip(own, plain, strict=True):
         task = mine[0].task
-        expected, got = theirs[0].tokens, mine[0].tokens
-        split = find_split(setup.target, setup.tasks[task].prompt, setup.params_of(task), expected, got)
-        found += [split] if split else []
-    return found
+        expected, actual = theirs[0].tokens, mine[0].tokens
+        split = find_split(setup.target, setup.tasks[task].prompt, setup.params_of(task), expected, actual)
+        splits += [split] if split else []
+    return splits
 
 
 def loop_share(tokens: Sequence[int], size: int = NGRAM) -> float:
-    """Which share of a text lies inside runs of `size` tokens that stood in it before."""
+    """The fraction of a text that lies inside n-grams of `size` tokens which occurred in it before."""
     seen: set[tuple[int, ...]] = set()
     repeated: set[int] = set()
     for start in range(len(tokens) - size + 1):
-        run = tuple(tokens[start : start + size])
-        if run in seen:
+        ngram = tuple(tokens[start : start + size])
+        if ngram in seen:
             repeated.update(range(start, start + size))
-        seen.add(run)
+        seen.add(ngram)
     return len(repeated) / len(tokens) if tokens else 0.0
 
 
@@ -173,7 +186,7 @@ def loop_share(tokens: Sequence[int], size: int = NGRAM) -> float:
 
 
 def machine(target: Target) -> dict[str, Any]:
-    """Hardware and versions."""
+    """Hardware, versions and the command."""
     return {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
@@ -188,36 +201,37 @@ def machine(target: Target) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
+    """The processor's model name."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def labels(setup: Setup) -> list[str]:
-    """What a reader must know: equality to the bit, replayed answers, a padded target, a rule that changes the law."""
-    found = {
+    """What qualifies the numbers: equality to the bit, replay, a padded target, a rule that changes the distribution."""
+    applies_by_label = {
         "exact": setup.target.is_exact,
         "replay": setup.is_replay,
         "padded": is_padded(setup.target),
         "lossy": parse_rule(setup.accept).is_lossy,
     }
-    return [label for label, applies in found.items() if applies]
+    return [label for label, applies in applies_by_label.items() if applies]
 
 
 def is_padded(target: Target) -> bool:
-    """Widened with zeros: the text of a small model at the cost of a large one."""
+    """Whether the target is widened with zeros: the text of a small model at the cost of a large one."""
     weight: torch.Tensor = target.model.get_input_embeddings().weight  # type: ignore[assignment]
     return not bool(weight[:, -1].any())
 
 
 def clean_share(samples: Sequence[Sample]) -> float | None:
-    """How many samples hardly waited for a processor; None where the system does not say."""
+    """The fraction of samples that hardly waited for a processor; None where the system does not count it."""
     known = [sample.is_clean for sample in samples if sample.delay is not None]
     return sum(known) / len(known) if known else None
 
 
-def as_json(setup: Setup, samples: Sequence[Sample], found: Sequence[Row], settings: dict[str, Any]) -> dict[str, Any]:
-    """Everything, for one line."""
+def as_json(setup: Setup, samples: Sequence[Sample], rows: Sequence[Row], settings: dict[str, Any]) -> dict[str, Any]:
+    """All results and what they depend on. settings: of the command, added to the setup's."""
     target = setup.target
     return {
         "model": {
@@ -232,7 +246,7 @@ def as_json(setup: Setup, samples: Sequence[Sample], found: Sequence[Row], setti
         "labels": labels(setup),
         "num_samples": len(samples),
         "clean_share": clean_share(samples),
-        "runs": [vars(row) | {"identical": row.identical} for row in found],
+        "runs": [vars(row) | {"identical": row.identical} for row in rows],
     }
 
 
@@ -240,7 +254,7 @@ def as_json(setup: Setup, samples: Sequence[Sample], found: Sequence[Row], setti
 
 
 def short(run: str) -> str:
-    """A run's name with folders by their last name only: `model:a/b@chain:4` becomes `model:b@chain:4`, `a/b` becomes `b`."""
+    """The name of a run without the parents of its folder: `model:a/b@chain:4` becomes `model:b@chain:4`, `a/b` becomes `b`."""
     return re.sub(r"^(\w+:)?(?:.*/)?([^/@]+)/*(?=@|$)", r"\1\2", run)
 
 
@@ -249,44 +263,42 @@ _SHORT: tuple[Column, ...] = (
     ("run", lambda row: short(row.run)),
     ("tokens/s", lambda row: f"{row.tokens_per_second:.1f}"),
     ("speed-up", lambda row: f"{row.speed_up:.2f}x"),
-    ("tau", lambda row: f"{row.tau:.2f}"),
+    ("tau\n(acceptance length)", lambda row: f"{row.tau:.2f}"),
     ("identical", lambda row: row.identical),
 )
 _LONG: tuple[Column, ...] = (
     *_SHORT[:3],
-    ("median", lambda row: f"{row.median_speed_up:.2f}x"),
-    ("after prompt", lambda row: f"{row.decode_speed_up:.2f}x"),
+    ("median\nspeed-up", lambda row: f"{row.median_speed_up:.2f}x"),
+    ("speed-up\nof decoding", lambda row: f"{row.decode_speed_up:.2f}x"),
     _SHORT[3],
-    ("accepted by depth", lambda row: " ".join(f"{share:.2f}"[1:] if share < 1 else "1.0" for share in row.acceptance[:6])),
-    ("nodes", lambda row: f"{row.nodes:.1f}"),
-    ("forward", lambda row: f"{row.forward:.2f}x"),
+    ("acceptance rate\nby depth", lambda row: " ".join(f"{share:.2f}"[1:] if share < 1 else "1.0" for share in row.acceptance[:6])),
+    ("nodes per\nforward", lambda row: f"{row.nodes:.1f}"),
+    ("forward\ntime", lambda row: f"{row.forward:.2f}x"),
     ("draft/score/verify/\ncommit/host %", lambda row: "/".join(f"{100 * share:.0f}" for share in row.shares.values())),
     ("loops", lambda row: f"{row.loops:.0%}"),
     _SHORT[4],
 )
+_TEMPERATURE: Column = ("T", lambda row: f"{row.temperature:g}")
 
 
-_HEAT: Column = ("T", lambda row: f"{row.temperature:g}")
-
-
-def table(found: Sequence[Row], title: str, is_short: bool = False) -> Table:
-    """One line per run, and per temperature where there are several."""
+def table(rows: Sequence[Row], title: str, is_short: bool = False) -> Table:
+    """One line per run, and per temperature where there are several. is_short: leave out all but speed, tau and identity."""
     run, *rest = _SHORT if is_short else _LONG
-    columns = (run, *([_HEAT] if len({row.temperature for row in found}) > 1 else []), *rest)
+    columns = (run, *([_TEMPERATURE] if len({row.temperature for row in rows}) > 1 else []), *rest)
     result = Table(title=title, title_justify="left")
     for name, _ in columns:
         result.add_column(name, justify="left" if name in ("run", "identical") else "right", overflow="fold")
-    for row in found:
+    for row in rows:
         result.add_row(*(write(row) for _, write in columns))
     return result
 
 
-def table_by_kind(found: Sequence[Row]) -> Table:
+def table_by_kind(rows: Sequence[Row]) -> Table:
     """One line per run, temperature and prompt set."""
     result = Table(title="by prompt set", title_justify="left")
-    for name in ("run", "prompts", "T", "speed-up", "tau"):
+    for name in ("run", "prompts", "T", "speed-up", "tau (acceptance length)"):
         result.add_column(name, justify="left" if name in ("run", "prompts") else "right", overflow="fold")
-    for row in found:
+    for row in rows:
         for kind, numbers in row.kinds.items():
             result.add_row(short(row.run), kind, f"{row.temperature:g}", f"{numbers['speed_up']:.2f}x", f"{numbers['tau']:.2f}")
     return result

@@ -1,7 +1,7 @@
-"""Engines side by side: every prompt through plain decoding and through each drafter in turn, in one process.
+"""Interleaved measurements: every prompt by plain decoding and by each drafter in turn, in one process on one target.
 
-One target serves all runs, so that only drafting differs. A sample notes how long the process waited for a processor (Linux
-counts that), so that what another program spoiled can be told from what was measured.
+A sample records how long the process waited for a processor (Linux counts that), so that samples which other programs disturbed can
+be left out.
 """
 
 from __future__ import annotations
@@ -23,13 +23,18 @@ from headstart.speculation.rules import parse_rule
 from headstart.target.target import Target
 
 PLAIN = "plain"
-CLEAN = 0.02  # of its time a clean sample may have waited for a processor
+CLEAN = 0.02  # fraction of its time that a clean sample may have waited for a processor
 PLANNERS = ("chain", "best", "full", "tree")
 
 
 @dataclass(frozen=True)
 class Task:
-    """A prompt as tokens; reference: the answer to be replayed, or None; kind: the prompt set it comes from."""
+    """A prompt to answer.
+
+    prompt: token ids.
+    reference: token ids of the answer to replay, or None.
+    kind: name of the prompt set.
+    """
 
     prompt: tuple[int, ...]
     reference: tuple[int, ...] | None = None
@@ -38,7 +43,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Setup:
-    """What all runs share. params: sampling and max_tokens; the seed of task `i` is `mix(seed, i)`."""
+    """What all runs share.
+
+    params: sampling and max_tokens; the seed of task `i` is `mix(seed, i)`.
+    stop_ids: tokens that end an answer.
+    accept: acceptance rule, as `parse_rule` reads it.
+    is_replay: whether the references replace the target's tokens.
+    """
 
     target: Target
     tasks: tuple[Task, ...]
@@ -48,7 +59,7 @@ class Setup:
     is_replay: bool = False
 
     def params_of(self, task: int) -> SamplingParams:
-        """A replay ends where its reference ends; any other answer at a stop token or at max_tokens."""
+        """The sampling parameters of a task, with its seed. A replay ends where its reference ends."""
         params = replace(self.params, seed=mix(self.params.seed or 0, task))
         if not self.is_replay:
             return params
@@ -58,8 +69,16 @@ class Setup:
 
 @dataclass(frozen=True)
 class Sample:
-    """One answer by one run. seconds: all of it; prompt_seconds: until its first token; stats: of the rounds after that.
-    delay: the share of the time that the process waited for a processor, None where that is not known."""
+    """One answer by one run.
+
+    run: name of the run.
+    task: index of the task.
+    tokens: token ids of the answer.
+    seconds: total time.
+    prompt_seconds: time to first token.
+    stats: of the rounds after the first token.
+    delay: fraction of the time that the process waited for a processor; None where the system does not count it.
+    """
 
     run: str
     task: int
@@ -71,12 +90,17 @@ class Sample:
 
     @property
     def is_clean(self) -> bool:
+        """Whether the process hardly waited for a processor."""
         return self.delay is not None and self.delay <= CLEAN
 
 
 @dataclass(frozen=True)
 class Run:
-    """A way to decode: an engine of its own on the common target. replay: its rule, if a reference decides."""
+    """An engine with a drafter, on the common target.
+
+    name: DRAFTER[@PLANNER], or plain.
+    replay: the rule of the engine, where references replace its tokens.
+    """
 
     name: str
     engine: Engine
@@ -84,7 +108,7 @@ class Run:
 
 
 def prepare(setup: Setup, specs: Sequence[str]) -> list[Run]:
-    """Plain decoding, then one run per `DRAFTER[@PLANNER]`. Raises ValueError for an unknown one."""
+    """Plain decoding, then one run per `DRAFTER[@PLANNER]`. Raises ValueError for an unknown name and for one given twice."""
     if len({PLAIN, *specs}) <= len(specs):
         raise ValueError(f"a run is named twice, or {PLAIN!r}, which always runs: {', '.join(specs)}")
     return [_run(setup, PLAIN), *(_run(setup, spec) for spec in specs)]
@@ -99,8 +123,10 @@ def split_spec(spec: str) -> tuple[str, Planner | CalibratedTree | None]:
 
 
 def read_spec(spec: str, temperature: float) -> tuple[str, Planner | None]:
-    """The drafter of a run and its planner at a temperature, None for the drafter's own. Raises ValueError for a planner that
-    cannot be read, and for a measured tree of a drafter that was not measured."""
+    """The drafter of a run and its planner at a temperature, None for the drafter's own.
+
+    Raises ValueError for a planner that cannot be read, and for a calibrated tree of a drafter that was not calibrated.
+    """
     drafter, planner = split_spec(spec)
     return drafter, resolve_planner(planner, drafter, temperature)
 
@@ -110,7 +136,7 @@ def _run(setup: Setup, spec: str) -> Run:
     drafter = None if spec == PLAIN else make(name, setup.target)
     planner = planner or (drafter.planner if drafter else None)
     headroom = max(planner.headroom(1) if planner else 0, setup.target.min_nodes)
-    longest = max(len(task.prompt) + setup.params_of(place).max_tokens for place, task in enumerate(setup.tasks))
+    longest = max(len(task.prompt) + setup.params_of(index).max_tokens for index, task in enumerate(setup.tasks))
     slot_bytes = setup.target.slot_bytes + (drafter.slot_bytes if drafter else 0)
     replay = Replay(parse_rule(setup.accept)) if setup.is_replay else None
     rule = replay.rule if replay else setup.accept
@@ -119,9 +145,11 @@ def _run(setup: Setup, spec: str) -> Run:
 
 
 def measure(setup: Setup, runs: Sequence[Run], repeat: int = 1, on_progress: Callable[[], None] = lambda: None) -> list[Sample]:
-    """All samples: per repetition and prompt, plain first, then each run. The first prompt warms every run up, unmeasured.
+    """All samples: per repetition and prompt, plain decoding first, then each run. The first prompt warms up every run, unmeasured.
 
-    on_progress: called after each answer, for progress.
+    repeat: samples per prompt and run.
+    on_progress: called after each answer.
+    Raises ValueError for a `repeat` below 1.
     """
     if repeat < 1:
         raise ValueError(f"repeat is {repeat}; it must be at least 1")
@@ -137,31 +165,31 @@ def measure(setup: Setup, runs: Sequence[Run], repeat: int = 1, on_progress: Cal
     return samples
 
 
-def answer(setup: Setup, run: Run, place: int) -> Sample:
-    """One task through one run, timed."""
-    task, params, engine = setup.tasks[place], setup.params_of(place), run.engine
+def answer(setup: Setup, run: Run, index: int) -> Sample:
+    """The timed answer of a run to the task of that index."""
+    task, params, engine = setup.tasks[index], setup.params_of(index), run.engine
     if run.replay:
         run.replay.follow(task.prompt, task.reference or ())
     waited, began = waiting_seconds(), time.perf_counter()
     request = engine.add(task.prompt, params, stop_ids=setup.stop_ids)
-    prompt_seconds, before = _read_prompt(engine, request, began)
+    prompt_seconds, before = _prefill(engine, request, began)
     while request.finish_reason is None:
         engine.step()
     seconds = time.perf_counter() - began
     now = waiting_seconds()
     delay = None if waited is None or now is None else (now - waited) / seconds
-    return Sample(run.name, place, tuple(request.output), seconds, prompt_seconds, engine.stats.since(before), delay)
+    return Sample(run.name, index, tuple(request.output), seconds, prompt_seconds, engine.stats.since(before), delay)
 
 
-def _read_prompt(engine: Engine, request: Request, began: float) -> tuple[float, Stats]:
-    """Rounds until the first token is out: how long they took, and the statistics so far."""
+def _prefill(engine: Engine, request: Request, began: float) -> tuple[float, Stats]:
+    """Run rounds until the first token: the time to first token in seconds, and the statistics so far."""
     while not request.output:
         engine.step()
     return time.perf_counter() - began, engine.stats.copy()
 
 
 def waiting_seconds() -> float | None:
-    """How long this process's threads have waited for a processor so far; None where the system does not count it."""
+    """Seconds that this process's threads have waited for a processor so far; None where the system does not count it."""
     total = 0
     for path in Path("/proc/self/task").glob("*/schedstat"):
         try:

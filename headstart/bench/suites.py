@@ -1,6 +1,6 @@
-"""Prompts to measure with: built-in ones, so that every clone has some, and JSONL files as the field publishes them.
+"""Prompts and reference answers as text: built-in suites, and JSONL files in the formats of published benchmarks.
 
-This file knows prompts and reference answers as text. It refuses to know models.
+Must not import target, engine or transformers.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ REFERENCES = ("reference", "answer", "canonical_solution", "output")
 
 @dataclass(frozen=True)
 class Case:
-    """A prompt, and the answer somebody else gave (for replay) or None. is_beginning: a text to be continued as it stands,
-    rather than something said to an assistant."""
+    """A prompt of a benchmark.
+
+    reference: an answer for a replay, or None.
+    is_beginning: whether the prompt is the beginning of a text to be continued, rather than a message to an assistant.
+    """
 
     prompt: str
     reference: str | None = None
@@ -26,7 +29,12 @@ class Case:
 
 
 def load_cases(source: str, limit: int | None = None) -> list[Case]:
-    """A built-in suite by name, or a JSONL file. Raises ValueError, naming the line, for what cannot be read."""
+    """The prompts of a built-in suite or of a JSONL file.
+
+    source: a suite's name or a path.
+    limit: only the first so many; None: all.
+    Raises ValueError, with the line, for what cannot be read.
+    """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1 prompt")
     cases = SUITES[source] if source in SUITES else _from_file(Path(source))
@@ -143,7 +151,7 @@ _RENAMES = (
 
 
 def _edits() -> tuple[Case, ...]:
-    """Three renamed names in each function: answers that repeat their input with small changes."""
+    """Three names to rename in each function: answers that repeat their input with small changes."""
     return tuple(
         Case(f"Rename {old} to {new} in this code and print all of it:\n\n{code}", re.sub(rf"\b{old}\b", new, code))
         for code, renames in zip(_FUNCTIONS, (_RENAMES[i : i + 3] for i in range(0, 12, 3)), strict=True)

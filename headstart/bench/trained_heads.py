@@ -1,7 +1,4 @@
-"""What stands in the folders of the heads that were measured: size, training and held-out measures, beside the speeds.
-
-This file knows folders of heads. It believes what their training wrote down, and leaves blank what is not there.
-"""
+"""Size, training and held-out metrics of the heads that were measured, as recorded in their folders."""
 
 from __future__ import annotations
 
@@ -20,8 +17,17 @@ from headstart.formats import describe, detect
 
 @dataclass(frozen=True)
 class Trained:
-    """Heads in a folder. megabytes: in the target's precision; tokens, minutes: of their training; top1: by depth, how often the
-    best guess was right on held-out texts; tau: of a chain of best guesses there. None or empty where it was not written down."""
+    """Heads in a folder. What their training did not record is None or empty.
+
+    folder: as named in the run.
+    method: medusa, mtp, ...
+    parameters: number of weights.
+    megabytes: of the weights in the target's precision.
+    tokens: that they were trained on.
+    minutes: of training.
+    top1: top-1 accuracy on held-out texts, by depth.
+    tau: acceptance length of a chain of top-1 drafts on held-out texts.
+    """
 
     folder: str
     method: str
@@ -41,22 +47,22 @@ def trained(runs: Sequence[str], dtype: torch.dtype) -> list[Trained]:
 
 def _read(folder: Path, dtype: torch.dtype) -> Trained:
     described = describe(folder)
-    told, parameters = described.training, detect(folder).parameters or 0
-    seconds, top1 = _number(told.get("seconds")), told.get("held_out_top1")
+    training, parameters = described.training, detect(folder).parameters or 0
+    seconds, top1 = _number(training.get("seconds")), training.get("held_out_top1")
     return Trained(
         folder=str(folder),
         method=described.method,
         parameters=parameters,
         megabytes=parameters * dtype.itemsize / 1e6,
-        tokens=None if (tokens := _number(told.get("tokens"))) is None else int(tokens),
+        tokens=None if (tokens := _number(training.get("tokens"))) is None else int(tokens),
         minutes=None if seconds is None else seconds / 60,
         top1=[share for share in map(_number, top1) if share is not None] if isinstance(top1, list) else [],
-        tau=_number(told.get("held_out_tau")),
+        tau=_number(training.get("held_out_tau")),
     )
 
 
 def _number(value: Any) -> float | None:
-    """Whoever trained them may have written anything."""
+    """None for anything but a number: the folder may come from anyone."""
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
@@ -67,17 +73,17 @@ _COLUMNS: tuple[Column, ...] = (
     ("parameters", lambda one: f"{one.parameters:,}"),
     ("MB", lambda one: f"{one.megabytes:.1f}"),
     ("training tokens", lambda one: "" if one.tokens is None else f"{one.tokens:,}"),
-    ("minutes", lambda one: "" if one.minutes is None else f"{one.minutes:.1f}"),
+    ("training minutes", lambda one: "" if one.minutes is None else f"{one.minutes:.1f}"),
     ("held-out top-1 by depth", lambda one: " ".join(f"{share:.3f}" for share in one.top1)),
     ("held-out tau", lambda one: "" if one.tau is None else f"{one.tau:.2f}"),
 )
 
 
-def table(found: Sequence[Trained]) -> Table:
+def table(heads: Sequence[Trained]) -> Table:
     """One line per folder."""
     result = Table(title="heads", title_justify="left")
-    for place, (name, _) in enumerate(_COLUMNS):
-        result.add_column(name, justify="right" if place > 1 else "left", overflow="fold")
-    for one in found:
+    for index, (name, _) in enumerate(_COLUMNS):
+        result.add_column(name, justify="right" if index > 1 else "left", overflow="fold")
+    for one in heads:
         result.add_row(*(write(one) for _, write in _COLUMNS))
     return result

@@ -98,7 +98,9 @@ class MeasuringOptions:
 
 
 def bench(model: ModelOptions, sampling: SamplingOptions, measuring: MeasuringOptions, json: Json = False) -> None:
-    """Measure drafters against plain decoding: tokens/s, speed-up, tau, acceptance rate by depth.
+    """Measure drafters against plain decoding.
+
+    Prints tokens/s, speed-up, tau (acceptance length), the acceptance rate by depth, and whether the text is identical.
 
     Example: headstart bench --model ./talk13M --run lookup --run model:./draft@chain:4 --prompts edits --replay
     """

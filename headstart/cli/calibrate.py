@@ -25,11 +25,11 @@ def calibrate(
     raw: Raw = None,
     json: Json = False,
 ) -> None:
-    """Measure heads on their model's own answers, and save the calibration in their folder.
+    """Measure heads and save their calibration.
 
-    Measures, by temperature: calibration temperatures, which make the drafter's acceptance probabilities true; acceptance rates by
-    depth; and the best static trees. Drafting uses them from then on. The tau (acceptance length) that the measured ranks predict
-    is printed beside the one that decoding has.
+    Measures on the model's own answers, by temperature: the calibration temperatures that make acceptance probabilities true, the
+    acceptance rates by depth, and the best static trees. They are saved in the folder of the heads, and drafting uses them from then
+    on. The tau (acceptance length) that the ranks predict is printed beside the one that decoding has.
 
     Example: headstart calibrate ./my-heads --model ./talk13M --limit 4
     """

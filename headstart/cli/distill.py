@@ -73,9 +73,10 @@ def distill(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Generate a model's answers to prompts, as training data for heads.
+    """Generate training data for heads.
 
-    Answers depend on the prompt and the seed only. An interrupted run continues where it stopped: run the same command again.
+    Writes a model's own answers to prompts. An answer depends on its prompt and the seed only, so an interrupted run continues where
+    it stopped: run the same command again.
 
     Example: headstart distill prompts.jsonl --model ./talk13M --out answers.jsonl --mode chat --max-tokens 256
     """

@@ -59,7 +59,7 @@ class ModelOptions:
         bool | None,
         typer.Option(
             "--exact/--no-exact",
-            help="Require bit-identical logits to plain decoding, or do not. Default: on a CPU, wherever possible.",
+            help="Require results that equal plain decoding to the bit, or do not. Default: on a CPU, wherever possible.",
             show_default=False,
             rich_help_panel=_MODEL,
         ),

@@ -1,10 +1,10 @@
 """`train`: heads for a model, trained on texts."""
 
 import json as json_format
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -27,11 +27,6 @@ from headstart.cli.run_options import (
     option,
     parse_pairs,
 )
-
-if TYPE_CHECKING:
-    from headstart.training.run_config import TrainConfig
-
-TEMPERATURE = 0.7  # of the decodes during training: greedy answers of small models loop, which flatters drafters
 
 
 @dataclass(frozen=True)
@@ -118,7 +113,7 @@ def train(
     finish: Finish = False,
     json: Json = False,
 ) -> None:
-    """Train heads for a model on texts or on its own answers.
+    """Train heads for a model.
 
     Example: headstart train medusa --target ./talk13M --data answers.jsonl --epochs 2 --out ./heads
     """
@@ -126,12 +121,13 @@ def train(
     options = given_options(
         budget, data, batches, optimiser, heads_optimiser, logging, decoding, method=method, out=out, start=start, **mappings
     )
+    from headstart.bench.held_out import decode_held_out
     from headstart.training.train import resolve
     from headstart.training.train import train as run
 
     quieten()
     run_config = resolve(config_path(config, out, finish), options, default_target=_embedded)
-    decode = _decoder(run_config) if run_config.decode_every else None
+    decode = partial(decode_held_out, max_tokens=run_config.decode_tokens) if run_config.decode_every else None
     metrics = run(run_config, resume=resume, finish=finish, decode=decode)
     if json:
         print(json_format.dumps(metrics))
@@ -141,26 +137,3 @@ def _embedded() -> str:
     from headstart.target.loading import embedded
 
     return str(embedded("target"))
-
-
-def _decoder(config: "TrainConfig") -> "Callable[[Any, Any, Sequence[Sequence[int]]], float]":
-    """A function that decodes prompts with a model and heads and returns tau; training itself must not import the engine."""
-    from headstart.engine.engine import Engine
-    from headstart.speculation.params import SamplingParams
-    from headstart.target.target import Target
-
-    def decode(model: Any, heads: Any, prompts: Sequence[Sequence[int]]) -> float:
-        target = Target(model, check=False)
-        try:
-            engine = Engine(target, heads, max_rows=len(prompts))
-            max_prompt = target.context - config.decode_tokens
-            for seed, prompt in enumerate(prompts):
-                params = SamplingParams(max_tokens=config.decode_tokens, temperature=TEMPERATURE, ignore_eos=True)
-                engine.add(list(prompt[-max_prompt:]), params, seed=seed)
-            for _ in engine.run():
-                pass
-            return float(engine.stats.tau)
-        finally:
-            target.release()
-
-    return decode

@@ -232,7 +232,7 @@ def test_what_counts_as_a_near_tie_follows_the_precision(target, model_folder):
 def test_a_rule_that_keeps_the_law_does_not_promise_the_text(setup, draft_folder):
     drawn = replace(setup, params=replace(setup.params, temperature=1.0), accept="rejection")
     samples = runner.measure(drawn, runner.prepare(drawn, [f"model:{draft_folder}@full:2,1"]))
-    assert report.rows(drawn, samples)[1].identical == "in law"
+    assert report.rows(drawn, samples)[1].identical == "in distribution"
 
 
 def test_clean_samples_are_preferred():

@@ -107,7 +107,7 @@ def test_a_wrong_token_is_no_near_tie(distribution):
         forged[place] = (plain[place] + 1) % VOCAB
         split = find_split(target, ask.prompt, ask.params, plain, forged)
         assert split is not None
-        assert (split.place, split.tokens) == (place, (plain[place], forged[place]))
+        assert (split.index, split.tokens) == (place, (plain[place], forged[place]))
         assert not split.is_near_tie
 
 
