@@ -1,16 +1,15 @@
-"""Where a round's time goes: the parts of a round, and inside `propose` every level's layers, projection, choice and bookkeeping.
+"""The time of a round by part, and inside `propose` by level: layers, LM head, noise, choice and bookkeeping.
 
     python benchmarks/draft_cost.py [--model MODEL] --drafter mtp [--planner tree:16] [--temperature 1] [--threads 1]
 
-Real answers are decoded while the functions of a round are wrapped from outside. A clock charges the time between any two of their
-borders to what is running then, so the parts of a round add up to it; what the clock itself costs is seen beside the same rounds
-without it. Inside `propose`, `layers` are the drafter's own modules, `project` the way from its states to the vocabulary, `noise`
-the target's noise (which verifying needs as well), `choose` what else `Rows.choose` does, `tree` the bookkeeping of
-`headstart.drafters.parts.grow`, and `walk` all the rest: embeddings, positions, what a method does between its modules. For a
-drafter
-that is no torch module, layers and projection are part of `walk`. Numbers are medians over the rounds that drafted in the most
-common way; `x` counts target forwards of one node, as plain decoding runs them. With one thread they are its processor time, which
-what else runs on the machine hardly touches; with more, time on the wall, which wants a quiet machine. One JSON line at the end.
+Prompts are decoded while the functions of a round are wrapped. A clock charges the time between their calls and returns to the
+innermost one that runs, so the parts of a round add up to the whole; the cost of the clock is seen beside the same rounds without
+it. Inside `propose`, `layers` are the drafter's own modules, `project` is the LM head, `noise` the target's noise (which
+verification needs as well), `choose` the rest of `Rows.choose`, `tree` the bookkeeping of `headstart.drafters.parts.grow`, and
+`walk` everything else: embeddings, positions, what a method computes between its modules. For a drafter that is no torch module,
+layers and LM head are part of `walk`. Numbers are medians over the rounds that drafted the most common shape; `x` counts target
+forwards of one node, as in plain decoding. With one thread, times are processor time, which other programs hardly disturb; with
+more threads they are wall-clock time, which needs an idle machine. The last line of the output is JSON.
 """
 
 import argparse
@@ -29,9 +28,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+import headstart
 from headstart.bench import report, runner, suites
-from headstart.cli.bench import as_tasks
-from headstart.cli.options import Model
+from headstart.bench.tasks import encode_tasks
 from headstart.drafters.parts import grow
 from headstart.engine import engine as rounds
 from headstart.engine.engine import Engine
@@ -40,30 +39,38 @@ from headstart.speculation.rows import Rows
 
 PARTS = ("propose", "prune", "merge", "score", "verify", "commit", "extend", "host")
 INSIDE = ("layers", "walk", "project", "noise", "choose", "tree")
-OWN = "walk"  # what a part does itself
+OWN = "walk"  # what a part computes itself
 Key = tuple[str, int, str]  # part of the round, level (0 outside propose), what
 
 
 @dataclass
 class Round:
-    """Seconds of a round by part, level and what. lines: how many nodes were given children, by level; nodes: scored."""
+    """The time of a round.
+
+    spent: seconds by part, level and operation.
+    lines: number of nodes that were given children, by level.
+    nodes: scored by the target.
+    """
 
     spent: dict[Key, float] = field(default_factory=lambda: defaultdict(float))
     lines: dict[int, int] = field(default_factory=dict)
     nodes: int = 0
 
     def sum(self, part: str | None = None, level: int | None = None, what: str | None = None) -> float:
-        """Seconds of a part, of one of its levels, of one thing; None: of all of them."""
-        wanted = part, level, what
-        return sum(spent for key, spent in self.spent.items() if all(w in (None, k) for w, k in zip(wanted, key, strict=True)))
+        """Seconds of a part, of one of its levels, of one operation; None: of all of them."""
+        selected = part, level, what
+        return sum(spent for key, spent in self.spent.items() if all(w in (None, k) for w, k in zip(selected, key, strict=True)))
 
 
 class Clock:
-    """Charges all time to what is running: the innermost thing entered.
+    """Charges all time to the innermost operation that was entered.
 
-    A round begins when something is entered while nothing runs, and ends when that is left. Inside `propose`, what leads to the
-    choice of a level's nodes belongs to that level; where all levels are projected before any is chosen, so do layers and
-    projections in their order. now: seconds."""
+    A round begins when an operation is entered while none runs, and ends when that one is left. Inside `propose`, everything up to
+    the choice of a level's nodes belongs to that level; where all levels are projected before any is chosen, layers and projections
+    are counted in their order.
+
+    now: returns seconds.
+    """
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
@@ -74,6 +81,7 @@ class Clock:
         self.rounds: list[Round] = []
 
     def enter(self, what: str) -> None:
+        """An operation begins."""
         if self._stack:
             self._charge()
         else:
@@ -83,6 +91,7 @@ class Clock:
             self._done = dict.fromkeys(self._done, 0)
 
     def leave(self) -> None:
+        """The innermost operation ends."""
         self._charge()
         what = self._stack.pop()
         if what in self._done:
@@ -102,24 +111,24 @@ class Clock:
         return 1 + (max(chosen, self._done["project"]) if what in ("layers", "project") else chosen)
 
     def timed(self, what: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, clocked."""
+        """The function, timed as the operation `what`."""
 
-        def call(*given: Any, **named: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
             self.enter(what)
             try:
-                return function(*given, **named)
+                return function(*args, **kwargs)
             finally:
                 self.leave()
 
         return call
 
 
-Wrap = tuple[Any, str, str]  # whose, which function, as what
+Wrap = tuple[Any, str, str]  # object, name of its function, operation
 
 
 @contextmanager
 def wrapped(clock: Clock, wraps: Sequence[Wrap], modules: Sequence[tuple[nn.Module, str]] = ()) -> Iterator[None]:
-    """Functions and modules clocked, until the end of the block."""
+    """Time functions and modules until the end of the block."""
     with ExitStack() as stack:
         for owner, name, what in wraps:
             stack.enter_context(patch.object(owner, name, clock.timed(what, getattr(owner, name))))
@@ -131,16 +140,16 @@ def wrapped(clock: Clock, wraps: Sequence[Wrap], modules: Sequence[tuple[nn.Modu
 
 @contextmanager
 def watched(clock: Clock, engine: Engine, modules: Sequence[tuple[nn.Module, str]]) -> Iterator[None]:
-    """Everything that an engine does in a round clocked, and noted how many nodes it is about."""
+    """Time everything that an engine does in a round, and record the number of nodes."""
     choose, score = Rows.choose, engine.target.score
 
-    def noted_choose(rows: Rows, logits: Tensor, level: int, *given: Any, **named: Any) -> Any:
+    def recorded_choose(rows: Rows, logits: Tensor, level: int, *args: Any, **kwargs: Any) -> Any:
         clock.round.lines[level] = len(logits)
-        return choose(rows, logits, level, *given, **named)
+        return choose(rows, logits, level, *args, **kwargs)
 
-    def noted_score(forest: Any, *given: Any, **named: Any) -> Any:
+    def recorded_score(forest: Any, *args: Any, **kwargs: Any) -> Any:
         clock.round.nodes = len(forest)
-        return score(forest, *given, **named)
+        return score(forest, *args, **kwargs)
 
     bookkeeping = [name for name, method in vars(grow._TreeBuilder).items() if callable(method) and not name.startswith("_")]
     wraps: list[Wrap] = [
@@ -157,26 +166,27 @@ def watched(clock: Clock, engine: Engine, modules: Sequence[tuple[nn.Module, str
         *((grow._TreeBuilder, name, "tree") for name in bookkeeping),
     ]
     with ExitStack() as stack:
-        stack.enter_context(patch.object(Rows, "choose", noted_choose))
-        stack.enter_context(patch.object(engine.target, "score", noted_score))
+        stack.enter_context(patch.object(Rows, "choose", recorded_choose))
+        stack.enter_context(patch.object(engine.target, "score", recorded_score))
         stack.enter_context(wrapped(clock, wraps, modules))
         yield
 
 
 def modules_of(engine: Engine, decode: Callable[[], object]) -> list[tuple[nn.Module, str]]:
-    """A drafter's modules that are called from no other one of it, and what leads to the vocabulary: its own, or the target's.
+    """A drafter's outermost modules and the LM head (its own, or the target's), each with its operation.
 
-    Heard from a few rounds, which `decode` runs: hooks on all modules would be slow."""
+    decode: runs a few rounds to find them; hooks on all modules would be slow.
+    """
     if not isinstance(engine.drafter, nn.Module):
         return []
     depth, outermost = [0], {}
 
-    def enter(module: nn.Module, given: Any) -> None:
+    def enter(module: nn.Module, args: Any) -> None:
         if not depth[0]:
             outermost[module] = "layers"
         depth[0] += 1
 
-    def leave(module: nn.Module, given: Any, out: Any) -> None:
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
         depth[0] -= 1
 
     with ExitStack() as stack:
@@ -193,9 +203,14 @@ def modules_of(engine: Engine, decode: Callable[[], object]) -> list[tuple[nn.Mo
 
 
 @dataclass(frozen=True)
-class Findings:
-    """rounds: those that drafted in the most common way, of `num_rounds` that drafted; bare: the same ones without a clock inside;
-    plain: plain decoding's."""
+class Result:
+    """Measured rounds.
+
+    rounds: those that drafted the most common shape.
+    num_rounds: number of all rounds that drafted.
+    bare: the same rounds without a clock inside.
+    plain: rounds of plain decoding.
+    """
 
     rounds: Sequence[Round]
     num_rounds: int
@@ -203,7 +218,7 @@ class Findings:
     plain: Sequence[Round]
 
     def ms(self, part: str | None = None, level: int | None = None, what: str | None = None) -> float:
-        """Milliseconds of a round of the drafter, or of what is named of it."""
+        """Median milliseconds of a round of the drafter, or of a part, level or operation of it."""
         return milliseconds(self.rounds, part, level, what)
 
     @property
@@ -213,7 +228,7 @@ class Findings:
 
     @property
     def sums(self) -> dict[str, float]:
-        """Milliseconds of what should be alike, and of what to compare it with."""
+        """Milliseconds of totals that should agree, and of plain decoding."""
         return {
             "sum of these": sum(map(self.ms, PARTS)),
             "whole round": self.ms(),
@@ -224,11 +239,11 @@ class Findings:
 
     @property
     def levels(self) -> list[int]:
-        """Of `propose`; the last is what follows the last choice."""
+        """The levels of `propose`; the last one is what follows the last choice."""
         return sorted({level for part, level, _ in self.rounds[0].spent if part == "propose"})
 
     def as_dict(self) -> dict[str, Any]:
-        """Milliseconds."""
+        """All numbers in milliseconds."""
         return {
             "parts": {part: self.ms(part) for part in PARTS},
             "levels": {level: {what: self.ms("propose", level, what) for what in INSIDE} for level in self.levels},
@@ -240,67 +255,72 @@ class Findings:
 
 
 def milliseconds(some: Sequence[Round], part: str | None = None, level: int | None = None, what: str | None = None) -> float:
+    """Median milliseconds over rounds."""
     return 1000 * median(one.sum(part, level, what) for one in some)
 
 
 def stopwatch() -> Callable[[], float]:
-    """Processor time where one thread does everything, else the wall's."""
+    """Processor time where there is one thread, else wall-clock time."""
     return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
-def measure(setup: runner.Setup, spec: str) -> Findings:
-    """Every prompt by plain decoding, by the drafter, and by the drafter under the clock.
+def measure(setup: runner.Setup, spec: str) -> Result:
+    """Decode every prompt plainly, with the drafter, and with the drafter and a clock inside.
 
-    Raises ValueError where nothing is chosen from logits."""
+    Raises ValueError where no draft is chosen from logits.
+    """
     plain, run = runner.prepare(setup, [spec])
     modules = modules_of(run.engine, lambda: runner.answer(setup, run, 0))
     runner.answer(setup, plain, 0)
     simple, bare, full = (Clock(stopwatch()) for _ in range(3))
-    for place in range(len(setup.tasks)):
+    for index in range(len(setup.tasks)):
         with wrapped(simple, [(plain.engine, "step", "host"), (setup.target, "score", "score")]):
-            runner.answer(setup, plain, place)
+            runner.answer(setup, plain, index)
         with wrapped(bare, [(run.engine, "step", "host")]):
-            runner.answer(setup, run, place)
+            runner.answer(setup, run, index)
         with watched(full, run.engine, modules):
-            runner.answer(setup, run, place)
-    both = [(one, without) for one, without in zip(full.rounds, bare.rounds, strict=True) if one.lines]
-    if not both:
-        raise ValueError(f"{spec} drafted nothing that was chosen from logits; there is nothing to measure inside it")
-    usual = Counter(tuple(one.lines.items()) for one, _ in both).most_common(1)[0][0]
-    chosen = [(one, without) for one, without in both if tuple(one.lines.items()) == usual]
-    own, without = zip(*chosen, strict=True)
-    return Findings(own, len(both), without, simple.rounds)
+            runner.answer(setup, run, index)
+    drafting = [(one, without) for one, without in zip(full.rounds, bare.rounds, strict=True) if one.lines]
+    if not drafting:
+        raise ValueError(f"{spec} chose no draft from logits; there is nothing to measure inside it")
+    usual = Counter(tuple(one.lines.items()) for one, _ in drafting).most_common(1)[0][0]
+    chosen = [(one, without) for one, without in drafting if tuple(one.lines.items()) == usual]
+    measured, bare_rounds = zip(*chosen, strict=True)
+    return Result(measured, len(drafting), bare_rounds, simple.rounds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="the embedded one by default")
+    parser.add_argument("--model", help="folder or hub id; default: the embedded model")
     parser.add_argument("--drafter", required=True, help="a folder of heads or a name")
-    parser.add_argument("--planner", help="such as chain:4, tree:16 or best:nodes=8; the drafter's own by default")
+    parser.add_argument("--planner", help="such as chain:4, tree:16 or best:nodes=8; default: the drafter's own")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--prompts", default="stories", help="a JSONL file or a built-in suite")
-    parser.add_argument("--limit", type=int, help="only the first so many prompts")
+    parser.add_argument("--limit", type=int, help="only the first N prompts")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--exact", action=argparse.BooleanOptionalAction)
     parser.add_argument("--threads", type=int)
     arguments = parser.parse_args()
     try:
-        found, setup = run(arguments)
+        result, setup = run(arguments)
     except ValueError as error:
         parser.error(str(error))
-    show(found, setup, arguments)
-    print(json.dumps({"machine": report.machine(setup.target), "arguments": vars(arguments), "ms": found.as_dict()}))
+    show(result, setup, arguments)
+    print(json.dumps({"machine": report.machine(setup.target), "arguments": vars(arguments), "ms": result.as_dict()}))
 
 
-def run(arguments: argparse.Namespace) -> tuple[Findings, runner.Setup]:
+def run(arguments: argparse.Namespace) -> tuple[Result, runner.Setup]:
+    """The result, and the setup that it was measured in. Raises ValueError for bad settings."""
     spec = f"{arguments.drafter}@{arguments.planner}" if arguments.planner else arguments.drafter
     params = SamplingParams(max_tokens=arguments.max_tokens, temperature=arguments.temperature, seed=0)
     runner.read_spec(spec, params.temperature)
     cases = suites.load_cases(arguments.prompts, arguments.limit)
-    model = Model(arguments.model, device="cpu", dtype=arguments.dtype, exact=arguments.exact, threads=arguments.threads)
-    llm = model.load(drafter=None, max_rows=1)
-    tasks, _ = as_tasks(llm, cases, params.max_tokens, None, False)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    exact = "auto" if arguments.exact is None else arguments.exact
+    llm = headstart.load(arguments.model, device="cpu", dtype=arguments.dtype, exact=exact, drafter=None, max_rows=1)
+    tasks, _ = encode_tasks(llm, cases, params.max_tokens)
     setup = runner.Setup(llm.engine.target, tasks, params, llm.stop_ids)
     return measure(setup, spec), setup
 
@@ -308,41 +328,42 @@ def run(arguments: argparse.Namespace) -> tuple[Findings, runner.Setup]:
 # -- printing ---------------------------------------------------------------------------------------------------------------
 
 
-def show(found: Findings, setup: runner.Setup, arguments: argparse.Namespace) -> None:
-    """The parts of a round, with what the clock saw inside them, and the levels of `propose`."""
-    whole, forward = found.ms(), found.forward
+def show(result: Result, setup: runner.Setup, arguments: argparse.Namespace) -> None:
+    """Print the parts of a round, with the operations inside them, and the levels of `propose`."""
+    total, forward = result.ms(), result.forward
     words = [arguments.drafter, arguments.planner or "its own planner", f"T={arguments.temperature:g}", report.cpu_name()]
     words += [
         f"{torch.get_num_threads()} threads",
-        f"{found.rounds[0].nodes} nodes",
-        f"{len(found.rounds)} of {found.num_rounds} rounds",
+        f"{result.rounds[0].nodes} nodes",
+        f"{len(result.rounds)} of {result.num_rounds} rounds",
         *report.labels(setup),
     ]
     parts = Table(title=f"a round: {', '.join(words)}", title_justify="left")
     for column in ("", "ms", "share", "x", "of which"):
         parts.add_column(column, justify="left" if column in ("", "of which") else "right")
     for part in PARTS:
-        ms, inner = found.ms(part), {what: found.ms(part, what=what) for what in INSIDE if what != OWN}
-        told = ", ".join(f"{what} {spent:.3f}" for what, spent in inner.items() if spent >= 0.0005)
-        parts.add_row(part, f"{ms:.3f}", f"{ms / whole:.1%}", f"{ms / forward:.2f}", told)
+        ms, inner = result.ms(part), {what: result.ms(part, what=what) for what in INSIDE if what != OWN}
+        operations = ", ".join(f"{what} {spent:.3f}" for what, spent in inner.items() if spent >= 0.0005)
+        parts.add_row(part, f"{ms:.3f}", f"{ms / total:.1%}", f"{ms / forward:.2f}", operations)
     parts.add_section()
-    for name, ms in found.sums.items():
-        parts.add_row(name, f"{ms:.3f}", f"{ms / whole:.1%}", f"{ms / forward:.2f}", "")
+    for name, ms in result.sums.items():
+        parts.add_row(name, f"{ms:.3f}", f"{ms / total:.1%}", f"{ms / forward:.2f}", "")
     Console(width=160).print(parts)
-    Console(width=160).print(by_level(found))
+    Console(width=160).print(by_level(result))
 
 
-def by_level(found: Findings) -> Table:
+def by_level(result: Result) -> Table:
+    """The time inside `propose` by level."""
     table = Table(title="inside propose, ms", title_justify="left")
     for column in ("level", "parents", *INSIDE, "all", "x"):
         table.add_column(column, justify="right")
-    lines = found.rounds[0].lines
-    for level in (*found.levels, None):
+    lines = result.rounds[0].lines
+    for level in (*result.levels, None):
         if level is None:
             table.add_section()
-        spent = [found.ms("propose", level, what) for what in (*INSIDE, None)]
+        spent = [result.ms("propose", level, what) for what in (*INSIDE, None)]
         name, parents = ("all", sum(lines.values())) if level is None else (level, lines[level]) if level in lines else ("end", "")
-        table.add_row(str(name), str(parents), *(f"{ms:.3f}" for ms in spent), f"{spent[-1] / found.forward:.2f}")
+        table.add_row(str(name), str(parents), *(f"{ms:.3f}" for ms in spent), f"{spent[-1] / result.forward:.2f}")
     return table
 
 

@@ -1,12 +1,12 @@
-"""Is the engine right on this device, and what does a pass cost? One command, on a GPU or on a CPU.
+"""Checks the engine on a device, GPU or CPU, and measures the cost of a forward.
 
     python benchmarks/gpu_check.py                          # the embedded model
     python benchmarks/gpu_check.py --model PATH --draft PATH
     python benchmarks/gpu_check.py --random 16x2048         # a Llama of that size with random weights: for timings
 
-Identity: every drafter against plain decoding of one row at a time. In fp32 the texts may part at near ties only; in bf16 they are
-counted. Then: all rows in one attention call against row by row, the cost of a pass, the engine against `model.generate`, how
-often the host waits for the device in a round, and memory. Prints a table and one line of JSON; exit code 1 if anything is wrong.
+Identity: every drafter against plain decoding of one row at a time. In fp32 texts may differ at near ties only; in bf16 differences
+are counted. Then: all rows in one attention call against row by row, the cost of a forward, the engine against `model.generate`,
+host synchronisations per round, and memory. Prints a table and one line of JSON. The exit code is 1 where a check fails.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from headstart.target.cache import Seating
 from headstart.target.loading import embedded
 from headstart.target.target import Target, load_model
 
-LAWS = {
+DISTRIBUTIONS = {
     "greedy": SamplingParams(),
     "T=0.7": SamplingParams(temperature=0.7),
     "T=1 top-p 0.9": SamplingParams(temperature=1.0, top_p=0.9),
@@ -52,7 +52,7 @@ NODES = (1, 2, 8, 16, 64)
 CONTEXTS = (256, 1024)
 MEMORY = 2**29  # bytes of an engine's caches
 
-Line = tuple[str, str, bool]  # what was checked, the finding, whether it is as it should be
+Line = tuple[str, str, bool]  # the check, its result, whether it passed
 
 
 def main() -> int:
@@ -69,7 +69,7 @@ def main() -> int:
         result[name] = {"identity": identity(target, draft, options.tokens, lines), "together": together(target, lines)}
         if dtype == torch.bfloat16 or options.both:
             result[name] |= {
-                "pass_ms": passes(target, lines),
+                "pass_ms": forwards(target, lines),
                 "generate": against_generate(target, options.tokens, lines),
                 "waits": waits(target, draft, lines),
                 "memory": memory(target, draft, lines),
@@ -86,25 +86,26 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--draft", help="a smaller model with the same tokens (default: the target's first two layers)")
     parser.add_argument("--random", metavar="LAYERSxHIDDEN", help="a Llama with random weights instead of a model")
     parser.add_argument("--device", choices=["auto", "cpu"], default="auto")
-    parser.add_argument("--tokens", type=int, default=64, help="of each answer")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of each answer")
     parser.add_argument("--both", action="store_true", help="time fp32 too, not only bf16")
     return parser.parse_args()
 
 
 def targets(options: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> tuple[Target, Target]:
-    """The model under test and a smaller one that drafts for it; plain torch operations, so that both devices run the same."""
+    """The model under test and a smaller draft model, with plain torch operations, so that all devices run the same ones."""
     if options.random:
         layers, hidden = map(int, options.random.split("x"))
         model = random_llama(layers, hidden, dtype, device)
     else:
         model = load_model(options.model or embedded("target"), dtype, str(device))
-    place = options.draft or (None if options.model or options.random else embedded("draft"))
-    if place is None:
+    draft = options.draft or (None if options.model or options.random else embedded("draft"))
+    if draft is None:
         return Target(model), Target(first_layers(model, 2))
-    return Target(model), Target(load_model(place, dtype, str(device)))
+    return Target(model), Target(load_model(draft, dtype, str(device)))
 
 
 def random_llama(layers: int, hidden: int, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
+    """A Llama with random weights."""
     heads = max(1, hidden // 64)
     config = LlamaConfig(
         vocab_size=32000,
@@ -123,36 +124,38 @@ def random_llama(layers: int, hidden: int, dtype: torch.dtype, device: torch.dev
 
 
 def first_layers(model: Any, layers: int) -> Any:
-    """A drafter that is often right: the same model, cut. The weights are shared."""
+    """A draft model that is often right: the first layers of the same model. The weights are shared."""
     config = type(model.config).from_dict(model.config.to_dict() | {"num_hidden_layers": layers, "layer_types": None})
     with torch.device("meta"):
         cut = type(model)(config)
     cut.load_state_dict(model.state_dict(), strict=False, assign=True)
     cut.tie_weights()
-    cut.model.rotary_emb = model.model.rotary_emb  # its tables are computed, not loaded
+    cut.model.rotary_emb = model.model.rotary_emb  # its buffers are computed, not loaded
     return cut
 
 
-# -- right? -----------------------------------------------------------------------------------------------------------------
+# -- correctness --------------------------------------------------------------------------------------------------------------
 
 
 def prompts(target: Target) -> list[list[int]]:
+    """Random prompts of the given lengths."""
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(target.vocab, (length,), generator=generator).tolist() for length in LENGTHS]
 
 
 def answers(
-    target: Target, drafter: Drafter | None, params: SamplingParams, max_rows: int, asked: list[list[int]]
+    target: Target, drafter: Drafter | None, params: SamplingParams, max_rows: int, texts: list[list[int]]
 ) -> tuple[list[list[int]], float]:
+    """The answers to some prompts, and their tau."""
     engine = Engine(target, drafter, max_rows=max_rows, memory=MEMORY)
-    requests = [engine.add(prompt, replace(params, seed=place)) for place, prompt in enumerate(asked)]
+    requests = [engine.add(prompt, replace(params, seed=index)) for index, prompt in enumerate(texts)]
     for _ in engine.run():
         pass
     return [request.output for request in requests], engine.stats.tau
 
 
 def heads(name: str, target: Target) -> Drafter:
-    """The embedded model's heads of a method, where it has some; else heads that have learned nothing."""
+    """The embedded model's heads of a method where there are some, else untrained heads."""
     if target.name == str(embedded("target")) and folder_of(name) is not None:
         return make(name, target)
     kind = method(name)
@@ -171,26 +174,26 @@ def identity(target: Target, draft: Target, tokens: int, lines: list[Line]) -> l
         "none": lambda: None, "lookup": lambda: Lookup(floor=0.02, min_gain=0.02), "model": lambda: ModelDrafter(draft),
         **{name: partial(heads, name, target) for name in METHODS},
     }  # fmt: skip
-    asked, found = prompts(target), []
+    texts, results = prompts(target), []
     tokens = min(tokens, target.context - max(LENGTHS))
-    for distribution, base in LAWS.items():
+    for distribution, base in DISTRIBUTIONS.items():
         params = replace(base, max_tokens=tokens, ignore_eos=True)
-        plain, _ = answers(target, None, params, 1, asked)
-        for name, made in drafters.items():
-            for rows in (1, len(asked)):
+        plain, _ = answers(target, None, params, 1, texts)
+        for name, make_drafter in drafters.items():
+            for rows in (1, len(texts)):
                 if (name, rows) == ("none", 1):
                     continue
-                said, tau = answers(target, made(), params, rows, asked)
-                pairs = enumerate(zip(asked, plain, said, strict=True))
-                splits = [find_split(target, ask, replace(params, seed=i), old, new) for i, (ask, old, new) in pairs]
+                actual, tau = answers(target, make_drafter(), params, rows, texts)
+                triples = enumerate(zip(texts, plain, actual, strict=True))
+                splits = [find_split(target, text, replace(params, seed=i), old, new) for i, (text, old, new) in triples]
                 gaps = [split.gap for split in splits if split]
-                found.append(
+                results.append(
                     {"drafter": name, "distribution": distribution, "rows": rows, "tau": tau, "differing": len(gaps), "gaps": gaps}
                 )
                 is_right = target.dtype != torch.float32 or all(split.is_near_tie for split in splits if split)
-                finding = f"tau {tau:.2f}, {len(gaps)} of {len(said)} differ" + (f", gap up to {max(gaps):.1g}" if gaps else "")
+                finding = f"tau {tau:.2f}, {len(gaps)} of {len(actual)} differ" + (f", gap up to {max(gaps):.1g}" if gaps else "")
                 lines.append((f"{dtype_name(target)} {distribution}, {name}, {rows} rows", finding, is_right))
-    return found
+    return results
 
 
 def together(target: Target, lines: list[Line]) -> float:
@@ -208,30 +211,33 @@ def together(target: Target, lines: list[Line]) -> float:
 
 
 def trees(target: Target, behind: tuple[int, ...], size: int) -> tuple[Any, list[int], Any]:
-    """Rows with so many committed tokens and a tree of `size` drafts each: two branches from the root."""
-    texts = [[(7 * place + row) % target.vocab for place in range(length + 1)] for row, length in enumerate(behind)]
-    room = max(behind) + size + 2
-    seating = Seating(len(behind), room * len(behind))
-    cache, seats = target.new_cache(seating), [seating.take(room) or 0 for _ in behind]
+    """Cache, seats and forest of rows with a tree each: two branches from the root.
+
+    behind: committed tokens per row. size: drafts per tree.
+    """
+    texts = [[(7 * index + row) % target.vocab for index in range(length + 1)] for row, length in enumerate(behind)]
+    slots = max(behind) + size + 2
+    seating = Seating(len(behind), slots * len(behind))
+    cache, seats = target.new_cache(seating), [seating.take(slots) or 0 for _ in behind]
     forest = merge([text[:-1] for text in texts], [0] * len(texts), [False] * len(texts), Drafts.none(target.device))
     target.score(forest, cache, seats)
     cache.commit(seats, forest.stems, [()] * len(seats))
     parents = [ROOT, ROOT, *range(size - 2)][:size]
-    depths = [1 + place // 2 for place in range(size)]
+    depths = [1 + node // 2 for node in range(size)]
     count = len(texts)
     drafts = Drafts.of(
-        [(place + 1) % target.vocab for _ in texts for place in range(size)],
+        [(node + 1) % target.vocab for _ in texts for node in range(size)],
         [ROOT if parent == ROOT else parent + row * size for row in range(count) for parent in parents],
         [row for row in range(count) for _ in range(size)], depths * count, [0.5] * size * count, device=target.device,
     )  # fmt: skip
     return cache, seats, merge([text[-1:] for text in texts], list(behind), [True] * count, drafts)
 
 
-# -- how fast? --------------------------------------------------------------------------------------------------------------
+# -- speed --------------------------------------------------------------------------------------------------------------
 
 
 def seconds(target: Target, work: Callable[[], object], repeat: int = 9) -> float:
-    """Median, after two unmeasured."""
+    """Median seconds of some work, after two warm-up runs."""
     times = []
     for _ in range(repeat + 2):
         synchronise(target)
@@ -243,26 +249,27 @@ def seconds(target: Target, work: Callable[[], object], repeat: int = 9) -> floa
 
 
 def synchronise(target: Target) -> None:
+    """Wait until the device is idle."""
     if target.device.type == "cuda":
         torch.cuda.synchronize(target.device)
 
 
 @torch.inference_mode()
-def passes(target: Target, lines: list[Line]) -> dict[str, float]:
-    """Milliseconds of a pass by nodes and context."""
-    found = {}
+def forwards(target: Target, lines: list[Line]) -> dict[str, float]:
+    """Milliseconds of a forward by nodes and context."""
+    times = {}
     for behind in dict.fromkeys(min(context, target.context - max(NODES) - 1) for context in CONTEXTS):
         for nodes in NODES:
             cache, seats, forest = trees(target, (behind,), nodes - 1)
-            found[f"{nodes}@{behind}"] = 1000 * seconds(target, lambda c=cache, s=seats, f=forest: target.score(f, c, s))
-        row = [found[f"{nodes}@{behind}"] for nodes in NODES]
+            times[f"{nodes}@{behind}"] = 1000 * seconds(target, lambda c=cache, s=seats, f=forest: target.score(f, c, s))
+        row = [times[f"{nodes}@{behind}"] for nodes in NODES]
         finding = "  ".join(f"{nodes}: {ms:.2f} (x{ms / row[0]:.2f})" for nodes, ms in zip(NODES, row, strict=True))
-        lines.append((f"{dtype_name(target)} ms of a pass, nodes behind {behind}", finding, True))
-    return found
+        lines.append((f"{dtype_name(target)} ms of a forward, nodes after a context of {behind}", finding, True))
+    return times
 
 
 def against_generate(target: Target, tokens: int, lines: list[Line]) -> dict[str, float]:
-    """Tokens/s of one row, greedy, drafter none: our engine and transformers' loop."""
+    """Tokens/s of one greedy row without a drafter: this engine and `model.generate`."""
     prompt = prompts(target)[1]
     tokens = min(tokens, target.context - len(prompt))
     params = SamplingParams(max_tokens=tokens, ignore_eos=True)
@@ -283,10 +290,10 @@ def against_generate(target: Target, tokens: int, lines: list[Line]) -> dict[str
 
 
 def waits(target: Target, draft: Target, lines: list[Line]) -> dict[str, float] | None:
-    """How often a round makes the host wait for the device. A drafted round should wait once, to read its verdict."""
+    """Host synchronisations per round. A round with drafts should have one, to read the decisions."""
     if target.device.type != "cuda":
         return None
-    found = {}
+    counts = {}
     drafters: dict[str, Drafter | None] = {
         "none": None, "lookup": Lookup(floor=0.02, min_gain=0.02), "model": ModelDrafter(draft),
         **{name: heads(name, target) for name in METHODS},
@@ -304,13 +311,15 @@ def waits(target: Target, draft: Target, lines: list[Line]) -> dict[str, float] 
                 for _ in range(5):
                     engine.step()
                 torch.cuda.set_sync_debug_mode("default")
-            found[f"{name}, {rows} rows"] = sum("synchroniz" in str(w.message) for w in caught) / 5
-    lines.append((f"{dtype_name(target)} waits a round", "  ".join(f"{name}: {n:.1f}" for name, n in found.items()), True))
-    return found
+            counts[f"{name}, {rows} rows"] = sum("synchroniz" in str(w.message) for w in caught) / 5
+    lines.append(
+        (f"{dtype_name(target)} host synchronisations per round", "  ".join(f"{name}: {n:.1f}" for name, n in counts.items()), True)
+    )
+    return counts
 
 
 def memory(target: Target, draft: Target, lines: list[Line]) -> dict[str, int | None]:
-    """Announced and allocated bytes of the caches, and whether decoding leaves anything behind."""
+    """Announced and allocated bytes of the KV caches, and bytes that decoding leaves allocated."""
     before = torch.cuda.memory_allocated() if target.device.type == "cuda" else None
     drafter = ModelDrafter(draft)
     engine = Engine(target, drafter, Best(nodes=8, depth=4), max_rows=4, memory=2**27)
@@ -322,27 +331,29 @@ def memory(target: Target, draft: Target, lines: list[Line]) -> dict[str, int | 
         pass
     engine.seating.check()
     is_right = held == engine.memory and (allocated is None or abs(allocated - held) <= 2**21)
-    grown = None if before is None or allocated is None else torch.cuda.memory_allocated() - before - allocated
-    finding = f"announced {engine.memory:,}, caches {held:,}, allocated {allocated}, more after decoding {grown}"
-    lines.append((f"{dtype_name(target)} bytes", finding, is_right and (grown or 0) < 2**24))
-    return {"announced": engine.memory, "held": held, "allocated": allocated, "grown": grown}
+    left = None if before is None or allocated is None else torch.cuda.memory_allocated() - before - allocated
+    finding = f"announced {engine.memory:,}, caches {held:,}, allocated {allocated}, more after decoding {left}"
+    lines.append((f"{dtype_name(target)} bytes", finding, is_right and (left or 0) < 2**24))
+    return {"announced": engine.memory, "held": held, "allocated": allocated, "grown": left}
 
 
 # -- printing ---------------------------------------------------------------------------------------------------------------
 
 
 def dtype_name(target: Target) -> str:
+    """fp32 or bf16."""
     return {torch.float32: "fp32", torch.bfloat16: "bf16"}[target.dtype]
 
 
 def show(lines: list[Line], result: dict[str, Any]) -> None:
-    where = result["machine"]
-    title = f"{result['model']['name']} on {where['device']} ({where['cpu']}), torch {where['torch']}"
+    """Print a line per check."""
+    machine_info = result["machine"]
+    title = f"{result['model']['name']} on {machine_info['device']} ({machine_info['cpu']}), torch {machine_info['torch']}"
     table = Table(title=title, title_justify="left")
-    for heading in ("checked", "found", ""):
+    for heading in ("check", "result", ""):
         table.add_column(heading, overflow="fold")
-    for what, finding, is_right in lines:
-        table.add_row(what, finding, "ok" if is_right else "WRONG")
+    for check, finding, is_right in lines:
+        table.add_row(check, finding, "ok" if is_right else "WRONG")
     Console(width=160).print(table)
 
 

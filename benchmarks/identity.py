@@ -1,10 +1,9 @@
-"""Compare every drafter with plain decoding, long: the cells of tests/engine/test_engine_identity.py from the command line.
+"""Compare every drafter with plain decoding on long texts: the cells of tests/engine/test_engine_identity.py.
 
     python benchmarks/identity.py --tokens 5000 --model talk13M --model tiny --dtype bfloat16
 
-Targets have the kernels that they have by default. Prints a line per drafter, distribution and number of rows, and counts near
-ties; exits
-with 1 at a difference that is none, and at any difference of a target that is exact to the bit.
+Targets have their default kernels. Prints a line per drafter, distribution and number of rows, and counts near ties. The exit code
+is 1 where a difference is not a near tie, and at any difference of a target that is exact to the bit.
 """
 
 import argparse
@@ -20,18 +19,20 @@ from cells import DRAFTERS, LAWS, cells, samplings
 
 
 def main() -> int:
-    there = samplings()
+    models = samplings()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="append", choices=list(there), help="which model, again for more; all by default")
-    parser.add_argument("--distribution", action="append", choices=list(LAWS), help="how tokens are sampled; all by default")
-    parser.add_argument("--drafter", action="append", choices=list(DRAFTERS), help="which drafter; all by default")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all but the tiny one")
+    parser.add_argument("--model", action="append", choices=list(models), help="model; may be repeated; default: all")
+    parser.add_argument(
+        "--distribution", action="append", choices=list(LAWS), help="sampling settings; may be repeated; default: all"
+    )
+    parser.add_argument("--drafter", action="append", choices=list(DRAFTERS), help="drafter; may be repeated; default: all")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all models but the tiny one")
     parser.add_argument("--tokens", type=int, default=500, help="tokens per cell")
     arguments = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.tokens} tokens per cell")
     wrong = total = ties = 0
     began = time.perf_counter()
-    for name in arguments.model or there:
+    for name in arguments.model or models:
         sampling = samplings(getattr(torch, arguments.dtype))[name]()
         print(f"\n{sampling.target}")
         for distribution in arguments.distribution or LAWS:

@@ -1,9 +1,9 @@
-"""What the CPU kernels cost and gain: one pass of a model, and one attention layer, each beside its plain reference.
+"""The cost and gain of the CPU kernels: one forward of a model, and attention layers, each beside plain torch.
 
     python benchmarks/kernels.py path/to/model [--dtype bfloat16] [--context 256] [--repeats 40]
 
-Times are interleaved; a sample during which the scheduler kept this process waiting for more than 2 % of it is not counted.
-Printed is the median of the counted samples, in milliseconds, how many there were, and the ratio to the plain pass.
+Measurements are interleaved. A sample during which this process waited for a processor for more than 2 % of the time is left out.
+Prints the median of the other samples in milliseconds, their number, and the ratio to plain torch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NODES = (1, 2, 8, 16)
 
 
 def waited() -> float:
-    """Seconds that this process's threads have stood ready without a core, since they started; Linux only."""
+    """Seconds that this process's threads have waited for a processor since they started; Linux only."""
     total = 0
     for file in Path("/proc/self/task").glob("*/schedstat"):
         total += int(file.read_text().split()[1])
@@ -38,7 +38,7 @@ def waited() -> float:
 
 
 def measure(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, tuple[float, int]]:
-    """Median milliseconds of the undisturbed samples of each job, and their number; all samples where none was undisturbed."""
+    """Median milliseconds of the clean samples of each job, and their number; of all samples where none was clean."""
     clean: dict[str, list[float]] = {name: [] for name in jobs}
     every: dict[str, list[float]] = {name: [] for name in jobs}
     for repeat in range(repeats + 3):
@@ -55,7 +55,7 @@ def measure(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, tu
 
 
 def row_mask(nodes: int, context: int) -> RowMask:
-    """A row behind `context` committed slots whose nodes are a root and random drafts."""
+    """The mask of a row with `context` committed slots, whose nodes are a root and random drafts."""
     generator = torch.Generator().manual_seed(nodes)
     seen, depths = torch.eye(nodes, dtype=torch.bool), [0] * nodes
     for node in range(1, nodes):
@@ -65,7 +65,8 @@ def row_mask(nodes: int, context: int) -> RowMask:
     return RowMask(0, nodes, 0, context, None if nodes == 1 else seen, torch.tensor(depths) + context)
 
 
-def one_pass(target: Target, kernel: Kernel, nodes: int, context: int) -> Callable[[], object]:
+def one_forward(target: Target, kernel: Kernel, nodes: int, context: int) -> Callable[[], object]:
+    """A job: one forward of a model over `nodes` nodes."""
     seating = Seating(1, context + nodes)
     seating.take(context + nodes)
     cache = target.new_cache(seating)
@@ -73,23 +74,25 @@ def one_pass(target: Target, kernel: Kernel, nodes: int, context: int) -> Callab
 
     def run() -> Tensor:
         target.kernel = kernel
-        row = sight_of[nodes]
-        fresh = RowMask(0, nodes, 0, context, row.seen, row.positions)  # masks are made anew in every pass
+        row = masks[nodes]
+        fresh = RowMask(0, nodes, 0, context, row.seen, row.positions)  # masks are made anew in every forward
         return target.forward(tokens, row.positions, [fresh], cache, asked).logits
 
-    sight_of = {nodes: row_mask(nodes, context)}
+    masks = {nodes: row_mask(nodes, context)}
     return run
 
 
 def one_layer(
     kernel: Kernel, dtype: torch.dtype, nodes: int, context: int, heads: int = 16, width: int = 64
 ) -> Callable[[], object]:
+    """A job: eight attention layers over `nodes` nodes."""
     query, row = torch.randn(heads, nodes, width).to(dtype), row_mask(nodes, context)
     stores = [torch.randn(2, heads, context + nodes, width).to(dtype) for _ in range(8)]
     return lambda: [kernel(query, keys, values, row, AttentionParams(width**-0.5, Window())) for keys, values in stores]
 
 
 def show(title: str, columns: list[str], rows: list[tuple[str, dict[str, tuple[float, int]]]]) -> None:
+    """Print a Markdown table; ratios are to the first row."""
     print(f"\n{title}\n| | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
     for name, cells in rows:
         plain = rows[0][1]
@@ -104,24 +107,26 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    dtype = getattr(torch, given.dtype)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    dtype = getattr(torch, arguments.dtype)
     with torch.inference_mode():
-        layers(dtype, given.repeats)
-        passes(given.model, dtype, given.context, given.repeats)
+        layers(dtype, arguments.repeats)
+        forwards(arguments.model, dtype, arguments.context, arguments.repeats)
 
 
 def layers(dtype: torch.dtype, repeats: int) -> None:
+    """Measure attention layers."""
     kernels: dict[str, Kernel] = {"torch sdpa": attention.fused, "ordered": ordered, "fp64": wide}
     for context in (64, 256, 1024):
         jobs = {f"{name} {nodes}": one_layer(kernel, dtype, nodes, context) for nodes in NODES for name, kernel in kernels.items()}
-        found = measure(jobs, repeats)
-        table = [(name, {str(nodes): found[f"{name} {nodes}"] for nodes in NODES}) for name in kernels]
+        times = measure(jobs, repeats)
+        table = [(name, {str(nodes): times[f"{name} {nodes}"] for nodes in NODES}) for name in kernels]
         show(f"attention, 8 layers of 16 heads x 64, {dtype}, {context} slots; ms by nodes", [str(n) for n in NODES], table)
 
 
-def passes(path: str, dtype: torch.dtype, context: int, repeats: int) -> None:
+def forwards(path: str, dtype: torch.dtype, context: int, repeats: int) -> None:
+    """Measure forwards of a model."""
     models = [load_model(path, dtype, "cpu") for _ in range(3)]
     fused = fuse(models[2])
     counts = [prepack(model) for model in models[1:]]
@@ -134,10 +139,10 @@ def passes(path: str, dtype: torch.dtype, context: int, repeats: int) -> None:
         "packed, fused, exact": (targets[2], ordered),
         "packed, fused, exact by fp64": (targets[2], wide),
     }
-    jobs = {f"{name} {n}": one_pass(*variant, n, context) for n in NODES for name, variant in variants.items()}
-    found = measure(jobs, repeats)
-    table = [(name, {str(n): found[f"{name} {n}"] for n in NODES}) for name in variants]
-    show(f"one pass of {path}, {dtype}, {context} slots; ms by nodes", [str(n) for n in NODES], table)
+    jobs = {f"{name} {n}": one_forward(*variant, n, context) for n in NODES for name, variant in variants.items()}
+    times = measure(jobs, repeats)
+    table = [(name, {str(n): times[f"{name} {n}"] for n in NODES}) for name in variants]
+    show(f"one forward of {path}, {dtype}, {context} slots; ms by nodes", [str(n) for n in NODES], table)
 
 
 if __name__ == "__main__":

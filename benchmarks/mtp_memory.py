@@ -1,8 +1,8 @@
-"""What each further head costs in memory while a trunk learns with it: head after head, and all in one graph.
+"""Memory of each further head while a trunk is trained with it: head after head, and all in one graph.
 
     python benchmarks/mtp_memory.py [--vocab 32000] [--hidden 256] [--heads 0 1 3]
 
-One step of 2,048 tokens in float32 on the CPU, each in a process of its own: how far the peak of its memory rises.
+One step of 2,048 tokens in float32 on the CPU, each in a process of its own: by how much the peak of its memory rises.
 """
 
 import argparse
@@ -24,17 +24,17 @@ ROWS, LENGTH = 4, 512
 
 
 def peak() -> float:
-    """MiB."""
+    """Peak memory of this process in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def lean(loss_module: PretrainLoss, tokens: torch.Tensor) -> None:
-    """A step as `headstart pretrain` takes it."""
+def head_after_head(loss_module: PretrainLoss, tokens: torch.Tensor) -> None:
+    """A training step of `headstart pretrain`."""
     loss, _ = loss_module(TextBatch(tokens, torch.ones_like(tokens, dtype=torch.bool), ()))
     loss.backward()
 
 
-def whole(loss_module: PretrainLoss, tokens: torch.Tensor) -> None:
+def one_graph(loss_module: PretrainLoss, tokens: torch.Tensor) -> None:
     """The same losses as one graph, with all logits."""
     out = loss_module.trunk(tokens, output_hidden_states=True, use_cache=False)
     loss = cross_entropy(out.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
@@ -44,6 +44,9 @@ def whole(loss_module: PretrainLoss, tokens: torch.Tensor) -> None:
             logits = loss_module.trunk.lm_head(states[:, : -depth - 2])
             loss = loss + cross_entropy(logits.flatten(0, 1), tokens[:, depth + 2 :].flatten())
     loss.backward()
+
+
+STEPS = {"head-after-head": head_after_head, "one-graph": one_graph}
 
 
 def measure(way: str, num_heads: int, vocab: int, hidden: int) -> float:
@@ -56,7 +59,7 @@ def measure(way: str, num_heads: int, vocab: int, hidden: int) -> float:
     kind = ParallelMtp(ParallelConfig(num_heads=max(1, num_heads), block=block_of(config)), hidden, vocab).bind(EmbedHead(trunk))
     loss_module = PretrainLoss(trunk, {"mtp-parallel": kind} if num_heads else {}, lambda progress: 1.0, 1.0)
     before = peak()
-    {"lean": lean, "whole": whole}[way](loss_module, torch.randint(vocab, (ROWS, LENGTH)))
+    STEPS[way](loss_module, torch.randint(vocab, (ROWS, LENGTH)))
     return peak() - before
 
 
@@ -72,13 +75,13 @@ def main() -> None:
         return
     sizes = ["--vocab", str(args.vocab), "--hidden", str(args.hidden)]
     for heads in args.heads:
-        found = [
+        peaks = [
             float(
                 subprocess.run([sys.executable, __file__, *sizes, "--one", way, str(heads)], check=True, capture_output=True).stdout
             )
-            for way in ("lean", "whole")
+            for way in STEPS
         ]
-        print(f"{heads} heads: {found[0]:6.0f} MiB head after head, {found[1]:6.0f} MiB in one graph", flush=True)
+        print(f"{heads} heads: {peaks[0]:6.0f} MiB head after head, {peaks[1]:6.0f} MiB in one graph", flush=True)
 
 
 if __name__ == "__main__":

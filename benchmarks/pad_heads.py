@@ -1,12 +1,12 @@
-"""Widen heads with zeros, for a target that was widened with zeros: what the small ones say, at the cost of large ones.
+"""Widen heads with zeros for a target that was widened with zeros: the logits of the small heads at the cost of large ones.
 
     python benchmarks/pad_heads.py HEADS PADDED_TARGET OUT
 
-A target whose embeddings and final states are those of a smaller model, followed by zeros, says what that one says and costs what
-its width costs. So do these heads: every weight goes to the leading corner of a larger one. Where vectors stand side by side
-(Hydra, MTP, EAGLE), each one's columns move to its new place; norms average over the width, so their weights shrink by
-sqrt(old / new) and their eps by old / new. Nothing is written unless the logits are the same. Say "padded" wherever such a
-number is printed.
+A target whose embeddings and last hidden states are those of a smaller model, followed by zeros, has the logits of that model and
+the cost of its own width. So do these heads: every weight goes to the leading corner of a larger one. Where a matrix reads
+concatenated vectors (Hydra, MTP, EAGLE), the columns of each vector move to its new position. Norms average over the width, so
+their weights shrink by sqrt(old / new) and their eps by old / new. Nothing is written unless the logits are the same. Numbers
+measured with such heads must be labelled "padded".
 """
 
 import argparse
@@ -37,14 +37,14 @@ def widen(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
     return result
 
 
-def widen_side_by_side(weight: Tensor, old: int, shape: tuple[int, ...]) -> Tensor:
-    """[rows, count * old], which reads `count` vectors side by side -> [more rows, count * more]."""
+def widen_concatenated(weight: Tensor, old: int, shape: tuple[int, ...]) -> Tensor:
+    """A matrix that reads `count` concatenated vectors, [rows, count * old], widened to `shape`, [more rows, count * more]."""
     blocks = weight.unflatten(1, (-1, old))
     return widen(blocks, (shape[0], blocks.shape[1], shape[1] // blocks.shape[1])).flatten(1)
 
 
-def is_side_by_side(name: str, weight: Tensor, like: Tensor, old: int, hidden: int) -> bool:
-    """Whether a matrix reads several vectors of the target's width."""
+def is_concatenated(name: str, weight: Tensor, like: Tensor, old: int, hidden: int) -> bool:
+    """Whether a matrix reads concatenated vectors of the target's width."""
     count = weight.shape[-1] // old
     reads = (
         "fuse" in name
@@ -56,7 +56,10 @@ def is_side_by_side(name: str, weight: Tensor, like: Tensor, old: int, hidden: i
 
 
 def widened(heads: Heads, hidden: int) -> Heads:
-    """The same heads for states of `hidden` numbers, in float32. Raises ValueError where that is no larger or does not fit."""
+    """The same heads for hidden states of width `hidden`, in float32.
+
+    Raises ValueError where that is no larger, or attention heads of the same size do not fill it.
+    """
     if hidden <= heads.hidden:
         raise ValueError(f"the heads are for a hidden size of {heads.hidden} and the target has {hidden}; nothing to widen")
     large = type(heads)(widened_config(heads.config, heads.hidden, hidden), hidden, heads.vocab)
@@ -66,8 +69,8 @@ def widened(heads: Heads, hidden: int) -> Heads:
         weight = heads.state_dict()[name]
         if not weight.is_floating_point():
             weights[name] = weight  # tokens of a vocabulary
-        elif is_side_by_side(name, weight, like, heads.hidden, hidden):
-            weights[name] = widen_side_by_side(weight.float(), heads.hidden, tuple(like.shape))
+        elif is_concatenated(name, weight, like, heads.hidden, hidden):
+            weights[name] = widen_concatenated(weight.float(), heads.hidden, tuple(like.shape))
         else:
             weight = weight.float()
             weights[name] = widen(weight * shrink if "norm" in name else weight, tuple(like.shape))
@@ -77,89 +80,97 @@ def widened(heads: Heads, hidden: int) -> Heads:
 
 
 def widened_config(config: Any, old: int, hidden: int) -> Any:
-    """Settings of a decoder layer grow with it: more attention heads of the same size, an MLP in proportion."""
+    """The configuration with larger decoder layers: more attention heads of the same size, an MLP in proportion."""
     if getattr(config, "prefix", None) is not None:
-        grown = widened_layer(config.prefix, old, hidden)
-        return config.model_copy(update={"prefix": config.prefix.model_copy(update=grown)})
+        sizes = widened_layer(config.prefix, old, hidden)
+        return config.model_copy(update={"prefix": config.prefix.model_copy(update=sizes)})
     if getattr(config, "block", None) is not None:
         layer = AutoConfig.for_model(**config.block)  # settings that are a family's own are not in the folder
-        grown = widened_layer(layer, old, hidden)
+        sizes = widened_layer(layer, old, hidden)
         head = {"head_dim": getattr(layer, "head_dim", None) or old // layer.num_attention_heads}
-        return config.model_copy(update={"block": {**config.block, **grown, **head, "hidden_size": hidden}})
+        return config.model_copy(update={"block": {**config.block, **sizes, **head, "hidden_size": hidden}})
     return config
 
 
 def widened_layer(layer: Any, old: int, hidden: int) -> dict[str, Any]:
-    """Raises ValueError where heads of the same size do not fill the new width."""
+    """The sizes of a wider decoder layer. Raises ValueError where attention heads of the same size do not fill the width."""
     counts = {name: getattr(layer, name) * hidden for name in ("num_attention_heads", "num_key_value_heads")}
     if odd := [name for name, count in counts.items() if count % old]:
         raise ValueError(f"{odd[0]} is {getattr(layer, odd[0])}, which does not grow from {old} to {hidden} in whole heads")
-    grown: dict[str, Any] = {name: count // old for name, count in counts.items()}
-    grown["intermediate_size"] = math.ceil(layer.intermediate_size * hidden / old)
-    grown["rms_norm_eps"] = layer.rms_norm_eps * old / hidden
-    return grown
+    sizes: dict[str, Any] = {name: count // old for name, count in counts.items()}
+    sizes["intermediate_size"] = math.ceil(layer.intermediate_size * hidden / old)
+    sizes["rms_norm_eps"] = layer.rms_norm_eps * old / hidden
+    return sizes
 
 
-class Narrow:
-    """The ends of the small model inside a padded one. Raises ValueError for a target that is not padded behind `hidden`."""
+class NarrowEmbedHead:
+    """Embedding and LM head of the small model inside a padded one.
 
-    parameters = ()  # nothing learns here
+    hidden: width of the small model.
+    Raises ValueError for a target that is not padded beyond it.
+    """
+
+    parameters = ()  # nothing is trained here
 
     def __init__(self, embed_head: EmbedHead, hidden: int) -> None:
         self._embed_head, self.hidden, self.vocab = embed_head, hidden, embed_head.vocab
-        table = embed_head.embed(torch.arange(embed_head.vocab))
-        if table[:, hidden:].any() or embed_head.lm_head_weight[:, hidden:].any():
-            raise ValueError(f"the target is not padded: behind {hidden} numbers, its embeddings or its head are not zero")
-        self._table, self.weight = table[:, :hidden], embed_head.lm_head_weight[:, :hidden]
+        embedding = embed_head.embed(torch.arange(embed_head.vocab))
+        if embedding[:, hidden:].any() or embed_head.lm_head_weight[:, hidden:].any():
+            raise ValueError(f"the target is not padded: beyond a width of {hidden}, its embedding or its LM head is not zero")
+        self._embedding, self.lm_head_weight = embedding[:, :hidden], embed_head.lm_head_weight[:, :hidden]
 
     def embed(self, tokens: Tensor) -> Tensor:
-        return self._table[tokens]
+        """Embeddings [..., hidden] of tokens [...]."""
+        return self._embedding[tokens]
 
-    def project(self, states: Tensor) -> Tensor:
-        return self.finish(linear(states, self.weight))
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits [..., vocab] of last hidden states [..., hidden]."""
+        return self.scale_logits(linear(states, self.lm_head_weight))
 
     def scale_logits(self, logits: Tensor) -> Tensor:
+        """As the padded model's."""
         return self._embed_head.scale_logits(logits)
 
 
 @torch.no_grad()
 def gap(small: Heads, large: Heads, length: int = 12) -> float:
-    """The largest difference of their logits on one random text, relative to the largest logit."""
+    """The largest difference of logits on one random text, relative to the largest logit."""
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(1, length, len(small.taps), small.hidden, generator=generator)
     tokens = torch.randint(0, small.vocab, (1, length), generator=generator)
-    counts = torch.ones_like(tokens, dtype=torch.bool)
+    loss_mask = torch.ones_like(tokens, dtype=torch.bool)
     wide = pad(states, (0, large.hidden - small.hidden))
-    texts = [Batch(tokens, counts, read.flatten(2), read[:, :, -1]) for read in (states, wide)]
+    texts = [Batch(tokens, loss_mask, taps.flatten(2), taps[:, :, -1]) for taps in (states, wide)]
     pairs = zip(small.states(texts[0]), large.states(texts[1]), strict=True)
     worst = 0.0
-    for mine, theirs in pairs:
-        expected, found = mine.project(mine.states[0]), theirs.project(theirs.states[0])
-        worst = max(worst, float((expected - found).abs().max() / expected.abs().max()))
+    for narrow_output, wide_output in pairs:
+        expected, actual = (output.output_head(output.states[0]) for output in (narrow_output, wide_output))
+        worst = max(worst, float((expected - actual).abs().max() / expected.abs().max()))
     return worst
 
 
 def check_target(heads: TargetInfo, target: TargetInfo) -> None:
-    """Raise ValueError where the padded target cannot be theirs, only wider."""
-    for what in ("vocab", "layers", "tokenizer"):
-        mine, its = getattr(heads, what), getattr(target, what)
-        if None not in (mine, its) and mine != its:
-            raise ValueError(f"the heads are for {heads.name} with {what} {mine}, but {target.name} has {its}")
+    """Raise ValueError where the padded target is not the target of the heads, widened."""
+    for name in ("vocab", "layers", "tokenizer"):
+        expected, actual = getattr(heads, name), getattr(target, name)
+        if None not in (expected, actual) and expected != actual:
+            raise ValueError(f"the heads are for {heads.name} with {name} {expected}, but {target.name} has {actual}")
 
 
 def pad_heads(source: Path, target: Path, out: Path) -> float:
-    """Write widened heads and what was measured of the small ones; the gap of their logits, in float32.
+    """Write widened heads with the calibration of the small ones. Returns the relative difference of their logits, in float32.
 
-    Raises ValueError, before anything is written, where the target is no padded one of theirs or the logits differ."""
+    Raises ValueError, before anything is written, where the target is not their target padded, or the logits differ.
+    """
     described, small = describe(source), load(source).float()
     model = load_model(target, dtype="float32", device="cpu")
     target_info = describe_target(model, load_tokenizer(target))
     check_target(described.target, target_info)
     embed_head = EmbedHead(model)
     large = widened(small, embed_head.hidden).bind(embed_head)
-    worst = gap(small.bind(Narrow(embed_head, small.hidden)), large)
+    worst = gap(small.bind(NarrowEmbedHead(embed_head, small.hidden)), large)
     if not worst <= TOLERANCE:
-        raise ValueError(f"widening changed what the heads say: their logits differ by {worst:.1e} of the largest")
+        raise ValueError(f"widening changed the heads: their logits differ by {worst:.1e} of the largest")
     plan = load_plan(source)
     save(out, large, target_info, {**described.training, "padded": True})
     if plan is not None:

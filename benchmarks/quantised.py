@@ -1,9 +1,9 @@
-"""What heads are worth to a model with fewer bits than the one they were trained for: tau with the model as it is, with its linears
-in 8 bits and in 4 (weights only, torchao), by the same heads on the same prompts.
+"""tau (acceptance length) of heads on a quantised model: with the model that they were trained for, and with its linear layers in 8
+and in 4 bits (weights only, torchao), by the same heads on the same prompts.
 
     python benchmarks/quantised.py --drafter mtp --drafter hydra --limit 8
 
-Prints a line per drafter and temperature. Texts differ between the models, so every answer has all its tokens (no stop token).
+Prints a line per drafter and temperature. Texts differ between the models, so stop tokens are ignored.
 """
 
 import argparse
@@ -24,7 +24,7 @@ BITS = (16, 8, 4)
 
 
 def model_of(folder: Path, bits: int) -> torch.nn.Module:
-    """In bfloat16, or with linears of so many bits, and then its head in eight; a group of 32 weights shares a scale of 4 bits."""
+    """The model in bfloat16, or quantised: linear layers in 8 or 4 bits (groups of 32 weights), the LM head in 8."""
     model = load_model(folder, dtype="bfloat16", device="cpu")
     if bits < 16:
         from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
@@ -35,7 +35,7 @@ def model_of(folder: Path, bits: int) -> torch.nn.Module:
 
 
 def taus(folder: Path, bits: int, drafters: list[str], prompts: list, temperature: float, tokens: int) -> Iterator[float]:
-    """Of each drafter, on one model."""
+    """tau of each drafter, on one model."""
     target = Target(model_of(folder, bits))
     for name in drafters:
         llm = headstart.LLM(headstart.Engine(target, heads_in(folder_of(name), target)), load_tokenizer(folder))
@@ -45,20 +45,20 @@ def taus(folder: Path, bits: int, drafters: list[str], prompts: list, temperatur
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=embedded("target"), help="folder; the embedded model by default")
-    parser.add_argument("--drafter", action="append", required=True, help="folder of heads, or a method's name; again for more")
+    parser.add_argument("--model", type=Path, default=embedded("target"), help="folder; default: the embedded model")
+    parser.add_argument("--drafter", action="append", required=True, help="folder of heads, or a method's name; may be repeated")
     parser.add_argument("--prompts", default="stories", help="a built-in suite, or a JSONL file")
-    parser.add_argument("--limit", type=int, default=8, help="how many of them")
-    parser.add_argument("--tokens", type=int, default=96, help="of each answer")
+    parser.add_argument("--limit", type=int, default=8, help="only the first N prompts")
+    parser.add_argument("--tokens", type=int, default=96, help="tokens of each answer")
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")  # heads say that they were trained for other weights, which is the question here
+    warnings.simplefilter("ignore")  # that the heads were trained for other weights, which is the point here
     prompts = [case.prompt for case in load_cases(arguments.prompts, arguments.limit)]
     print(f"torch {torch.__version__}, {len(prompts)} prompts of {arguments.prompts}, {arguments.tokens} tokens each; tau by bits")
     print(f"{'drafter':<24}{'T':>5}" + "".join(f"{bits:>8}" for bits in BITS))
     for temperature in (0.0, 0.7):
         columns = [list(taus(arguments.model, bits, arguments.drafter, prompts, temperature, arguments.tokens)) for bits in BITS]
-        for name, *found in zip(arguments.drafter, *columns, strict=True):
-            print(f"{Path(name).name:<24}{temperature:>5}" + "".join(f"{tau:>8.3f}" for tau in found), flush=True)
+        for name, *taus_by_bits in zip(arguments.drafter, *columns, strict=True):
+            print(f"{Path(name).name:<24}{temperature:>5}" + "".join(f"{tau:>8.3f}" for tau in taus_by_bits), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""What shared noise gives: the same heads, prompts and trees, with children chosen in three ways, as the temperature rises.
+"""The gain of shared noise: the same heads, prompts and trees, with drafts chosen in three ways, by sampling temperature.
 
     python benchmarks/shared_noise.py [--model MODEL] --drafter mtp --drafter HEADS [--temperatures 0.7,1] [--shape full:4,2,2,1]
 
-coupled: children are chosen with the target's own noise. rejection: drawn with noise of their own, and judged by their chances,
-on the same shape. picked: the best of the drafter's logits, without noise, judged as coupled ones are, which is exact for any
-tree. Where a shape grows (`best`), rejection has no part, and a picked child's chance is the drafter's own at that temperature,
-for what was calibrated are chances under noise; the calibrated trees (`tree:8`) are those of coupled children too. Coupled and
-picked texts are asserted to be plain decoding's. Errors are standard errors over prompts (jackknife), of ratios in pairs: where the
-texts are the same they say much more than those of the two taus. One JSON line at the end.
+coupled: drafts are chosen with the target's own noise. rejection: drafts are sampled with noise of their own and accepted by
+rejection sampling, on the same shape. picked: drafts are the drafter's top tokens, without noise, and accepted by the coupled
+rule, which is exact for any tree. Shapes that grow (`best`) have no rejection, and there the chance (acceptance probability) of a
+picked draft is the drafter's own probability at that temperature, because calibrated chances are those under noise. The calibrated
+trees (`tree:8`) are those of coupled drafts in all three. Coupled and picked texts are asserted to be plain decoding's. Errors are
+standard errors over prompts (jackknife). Those of the ratios are paired by prompt, which is more precise where the texts are the
+same. The last line of the output is JSON.
 """
 
 import argparse
@@ -17,13 +18,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
+import headstart
 from headstart.bench import report, runner, suites
 from headstart.bench.identity import find_split
-from headstart.cli.bench import as_tasks
-from headstart.cli.options import Model
+from headstart.bench.tasks import encode_tasks
 from headstart.engine.stats import Stats
 from headstart.speculation.calibration import UNFITTED, Calibration
 from headstart.speculation.params import SamplingParams
@@ -36,7 +38,12 @@ DEFAULT_SHAPES = ("chain:4", "tree:8", "best")
 
 @dataclass(frozen=True)
 class Cell:
-    """One way of choosing children. parts: the rounds of each prompt; near_ties: texts unlike plain's by a rounding."""
+    """The results of one way of choosing drafts.
+
+    way: coupled, rejection or picked.
+    parts: statistics of each prompt.
+    near_ties: texts that differ from plain decoding's because of rounding.
+    """
 
     drafter: str
     temperature: float
@@ -46,25 +53,26 @@ class Cell:
     near_ties: int
 
     def tau(self, prompts: Sequence[int]) -> float:
-        """Tokens per round over some of the prompts."""
+        """Acceptance length (tokens per target forward) over some of the prompts."""
         return Stats.total(self.parts[prompt] for prompt in prompts).tau
 
 
 def standard_error(estimate: Callable[[Sequence[int]], float], num_prompts: int) -> float:
-    """Of an estimate from several prompts: how it moves as each is left out (jackknife, Tukey 1958). NaN for one prompt."""
+    """Standard error of an estimate from several prompts by the jackknife (Tukey 1958); NaN for one prompt."""
     if num_prompts < 2:
         return math.nan
-    found = [estimate([prompt for prompt in range(num_prompts) if prompt != out]) for out in range(num_prompts)]
-    mean = sum(found) / num_prompts
-    return math.sqrt((num_prompts - 1) / num_prompts * sum((value - mean) ** 2 for value in found))
+    estimates = [estimate([prompt for prompt in range(num_prompts) if prompt != out]) for out in range(num_prompts)]
+    mean = sum(estimates) / num_prompts
+    return math.sqrt((num_prompts - 1) / num_prompts * sum((value - mean) ** 2 for value in estimates))
 
 
 def with_error(estimate: Callable[[Sequence[int]], float], num_prompts: int) -> tuple[float, float]:
+    """An estimate over all prompts and its standard error."""
     return estimate(range(num_prompts)), standard_error(estimate, num_prompts)
 
 
 def ratio(one: Cell, other: Cell) -> Callable[[Sequence[int]], float]:
-    """Of two taus over the same prompts; NaN where nothing was decoded."""
+    """The ratio of two taus over the same prompts; NaN where nothing was decoded."""
 
     def estimate(prompts: Sequence[int]) -> float:
         base = other.tau(prompts)
@@ -73,8 +81,8 @@ def ratio(one: Cell, other: Cell) -> Callable[[Sequence[int]], float]:
     return estimate
 
 
-def prepared(setup: runner.Setup, spec: str, way: str) -> runner.Run:
-    """A run of the bench under one of the three rules."""
+def prepare_run(setup: runner.Setup, spec: str, way: str) -> runner.Run:
+    """A run of the bench with one way of choosing drafts."""
     run = runner.prepare(setup, [spec])[1]
     run.engine.rule = RULE_OF[way]
     temperature = setup.params.temperature
@@ -84,7 +92,7 @@ def prepared(setup: runner.Setup, spec: str, way: str) -> runner.Run:
 
 
 def near_ties(setup: runner.Setup, plain: Sequence[runner.Sample], samples: Sequence[runner.Sample]) -> int:
-    """How many texts a rounding changed. AssertionError for any other difference from plain decoding."""
+    """The number of texts that rounding changed. Raises AssertionError for any other difference from plain decoding."""
     count = 0
     for mine, theirs in zip(samples, plain, strict=True):
         task = setup.tasks[mine.task]
@@ -96,124 +104,129 @@ def near_ties(setup: runner.Setup, plain: Sequence[runner.Sample], samples: Sequ
 
 
 def measure(setup: runner.Setup, drafter: str, shape: str, plain: Sequence[runner.Sample], num_prompts: int) -> list[Cell]:
-    """All ways that a shape allows; tasks are `num_prompts` prompts, again and again."""
+    """The results of all ways that a shape allows. The tasks of the setup repeat `num_prompts` prompts."""
     temperature, spec, cells = setup.params.temperature, f"{drafter}@{shape}", []
     is_fixed = isinstance(runner.read_spec(spec, temperature)[1], Chain | StaticTree)
     for way in RULE_OF if is_fixed else ("coupled", "picked"):
-        run = prepared(setup, spec, way)
-        samples = [runner.answer(setup, run, place) for place in range(len(setup.tasks))]
+        run = prepare_run(setup, spec, way)
+        samples = [runner.answer(setup, run, index) for index in range(len(setup.tasks))]
         ties = 0 if way == "rejection" else near_ties(setup, plain, samples)
         parts = (Stats.total(sample.stats for sample in samples[prompt::num_prompts]) for prompt in range(num_prompts))
         cells.append(Cell(drafter, temperature, shape, way, tuple(parts), ties))
     return cells
 
 
-def shapes_of(drafter: str, given: Sequence[str] | None, temperature: float) -> list[str]:
-    """The shapes to measure: those given, or the usual ones but for a calibrated tree where there is none.
+def shapes_of(drafter: str, requested: Sequence[str] | None, temperature: float) -> list[str]:
+    """The shapes to measure: the requested ones, or the default ones without a calibrated tree where the drafter has none.
 
-    Raises ValueError for one that cannot be had."""
-    found = []
-    for shape in given or DEFAULT_SHAPES:
+    Raises ValueError for a requested shape that the drafter does not have.
+    """
+    shapes = []
+    for shape in requested or DEFAULT_SHAPES:
         try:
             runner.read_spec(f"{drafter}@{shape}", temperature)
         except ValueError:
-            if given or not shape.startswith("tree"):
+            if requested or not shape.startswith("tree"):
                 raise
             continue
-        found.append(shape)
-    return found
+        shapes.append(shape)
+    return shapes
 
 
 def numbers(text: str) -> list[float]:
+    """Numbers between commas."""
     return list(map(float, text.split(",")))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="the embedded one by default")
-    parser.add_argument("--drafter", action="append", required=True, help="a folder of heads or a name; again for more")
+    parser.add_argument("--model", help="folder or hub id; default: the embedded model")
+    parser.add_argument("--drafter", action="append", required=True, help="a folder of heads or a name; may be repeated")
     parser.add_argument("--temperatures", type=numbers, default=[0.7, 1.0], help="such as 0.7,1")
-    parser.add_argument("--shape", action="append", help="a planner, such as chain:4, full:4,2,2,1 or best; again for more")
-    parser.add_argument("--prompts", action="append", help="a JSONL file or a built-in suite; again for more")
-    parser.add_argument("--limit", type=int, help="only the first so many prompts of each")
-    parser.add_argument("--answers", type=int, default=1, help="per prompt, each with a seed of its own")
+    parser.add_argument("--shape", action="append", help="a planner, such as chain:4, full:4,2,2,1 or best; may be repeated")
+    parser.add_argument("--prompts", action="append", help="a JSONL file or a built-in suite; may be repeated")
+    parser.add_argument("--limit", type=int, help="only the first N prompts of each set")
+    parser.add_argument("--answers", type=int, default=1, help="answers per prompt, each with its own seed")
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--exact", action=argparse.BooleanOptionalAction, default=True, help="equality to the bit; on by default")
+    parser.add_argument("--exact", action=argparse.BooleanOptionalAction, default=True, help="equality to the bit; default: on")
     parser.add_argument("--threads", type=int)
     arguments = parser.parse_args()
     try:
-        found, setup = run(arguments)
+        cells, setup = run(arguments)
     except ValueError as error:
         parser.error(str(error))
-    show(found, setup, arguments.model or "embedded model")
-    cells = [asdict(cell) | {"tau": cell.tau(range(len(cell.parts)))} for cell in found]
-    print(json.dumps({"machine": report.machine(setup.target), "arguments": vars(arguments), "cells": cells}))
+    show(cells, setup, arguments.model or "embedded model")
+    entries = [asdict(cell) | {"tau": cell.tau(range(len(cell.parts)))} for cell in cells]
+    print(json.dumps({"machine": report.machine(setup.target), "arguments": vars(arguments), "cells": entries}))
 
 
 def run(arguments: argparse.Namespace) -> tuple[list[Cell], runner.Setup]:
-    """All cells, and what they share. Raises ValueError, before the model is loaded, for settings that cannot be had."""
+    """All cells, and what they share. Raises ValueError for bad settings before the model is loaded."""
     base = SamplingParams(max_tokens=arguments.max_tokens, seed=arguments.seed)
-    laws = [replace(base, temperature=temperature) for temperature in arguments.temperatures]
+    all_params = [replace(base, temperature=temperature) for temperature in arguments.temperatures]
     if arguments.answers < 1:
         raise ValueError(f"answers is {arguments.answers}; it must be at least 1 per prompt")
     cases = [case for source in arguments.prompts or ["stories"] for case in suites.load_cases(source, arguments.limit)]
-    for params, drafter in product(laws, arguments.drafter):
+    for params, drafter in product(all_params, arguments.drafter):
         shapes_of(drafter, arguments.shape, params.temperature)
-    model = Model(arguments.model, dtype=arguments.dtype, exact=arguments.exact, threads=arguments.threads)
-    llm = model.load(drafter=None, max_rows=1)
-    prompts, _ = as_tasks(llm, cases, arguments.max_tokens, None, False)
-    found: list[Cell] = []
-    for params in laws:
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    llm = headstart.load(arguments.model, dtype=arguments.dtype, exact=arguments.exact, drafter=None, max_rows=1)
+    prompts, _ = encode_tasks(llm, cases, arguments.max_tokens)
+    cells: list[Cell] = []
+    for params in all_params:
         setup = runner.Setup(llm.engine.target, prompts * arguments.answers, params, llm.stop_ids)
-        (plainly,) = runner.prepare(setup, [])
-        plain = [runner.answer(setup, plainly, task) for task in range(len(setup.tasks))]
+        (plain_run,) = runner.prepare(setup, [])
+        plain = [runner.answer(setup, plain_run, task) for task in range(len(setup.tasks))]
         for drafter in arguments.drafter:
             for shape in shapes_of(drafter, arguments.shape, params.temperature):
-                found += measure(setup, drafter, shape, plain, len(prompts))
-    return found, setup
+                cells += measure(setup, drafter, shape, plain, len(prompts))
+    return cells, setup
 
 
 # -- printing ---------------------------------------------------------------------------------------------------------------
 
 
-def show(found: Sequence[Cell], setup: runner.Setup, name: str) -> None:
-    """A line per drafter, shape and temperature with the taus of all ways, then how often drafts were kept by depth."""
-    num_prompts = len(found[0].parts)
+def show(cells: Sequence[Cell], setup: runner.Setup, name: str) -> None:
+    """Print a line per drafter, shape and temperature: tau of all ways, then acceptance rates by depth."""
+    num_prompts = len(cells[0].parts)
     words = [name, report.cpu_name(), f"{num_prompts} prompts, {len(setup.tasks)} answers", *report.labels(setup)]
-    taus = Table(title=f"tau: {', '.join(words)}", title_justify="left")
-    kept = Table(title="kept by depth, of the rounds that drafted there", title_justify="left")
-    for table, columns in ((taus, (*RULE_OF, "coupled / picked", "rejection / picked", "near-ties")), (kept, RULE_OF)):
+    taus = Table(title=f"tau (acceptance length): {', '.join(words)}", title_justify="left")
+    rates = Table(title="acceptance rate by depth, of the rounds that drafted there", title_justify="left")
+    for table, columns in ((taus, (*RULE_OF, "coupled / picked", "rejection / picked", "near-ties")), (rates, RULE_OF)):
         for name in ("drafter", "shape", "T", *columns):
             table.add_column(name, justify="left" if name in ("drafter", "shape") else "right")
-    for (drafter, shape, temperature), cells in by_line(found).items():
+    for (drafter, shape, temperature), by_way in by_line(cells).items():
         line = report.short(drafter), shape, f"{temperature:g}"
-        own = [written(*with_error(cells[way].tau, num_prompts)) if way in cells else "" for way in RULE_OF]
-        against = [
-            written(*with_error(ratio(cells[way], cells["picked"]), num_prompts)) if way in cells else ""
+        values = [written(*with_error(by_way[way].tau, num_prompts)) if way in by_way else "" for way in RULE_OF]
+        ratios = [
+            written(*with_error(ratio(by_way[way], by_way["picked"]), num_prompts)) if way in by_way else ""
             for way in ("coupled", "rejection")
         ]
-        taus.add_row(*line, *own, *against, str(sum(cell.near_ties for cell in cells.values())))
-        kept.add_row(*line, *(by_depth(cells[way]) if way in cells else "" for way in RULE_OF))
-    for table in (taus, kept):
+        taus.add_row(*line, *values, *ratios, str(sum(cell.near_ties for cell in by_way.values())))
+        rates.add_row(*line, *(by_depth(by_way[way]) if way in by_way else "" for way in RULE_OF))
+    for table in (taus, rates):
         Console(width=170).print(table)
 
 
-def by_line(found: Sequence[Cell]) -> dict[tuple[str, str, float], dict[str, Cell]]:
-    """Ways by drafter, shape and temperature; temperatures of one shape stand together."""
+def by_line(cells: Sequence[Cell]) -> dict[tuple[str, str, float], dict[str, Cell]]:
+    """Cells by drafter, shape and temperature, then by way; the temperatures of one shape are adjacent."""
     lines: dict[tuple[str, str, float], dict[str, Cell]] = {}
-    places = {name: place for place, name in enumerate(dict.fromkeys(cell.drafter for cell in found))}
-    for cell in sorted(found, key=lambda cell: (places[cell.drafter], cell.shape)):
+    order = {name: index for index, name in enumerate(dict.fromkeys(cell.drafter for cell in cells))}
+    for cell in sorted(cells, key=lambda cell: (order[cell.drafter], cell.shape)):
         lines.setdefault((cell.drafter, cell.shape, cell.temperature), {})[cell.way] = cell
     return lines
 
 
 def written(value: float, error: float) -> str:
+    """A number with its standard error."""
     return f"{value:.2f}" if math.isnan(error) else f"{value:.2f} ± {error:.2f}"
 
 
 def by_depth(cell: Cell) -> str:
+    """Acceptance rates by depth."""
     return " ".join(f"{share:.2f}" for share in Stats.total(cell.parts).acceptance)
 
 

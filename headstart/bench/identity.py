@@ -1,7 +1,7 @@
 """Whether two answers to one request are identical, and if not, whether a near tie explains the first difference.
 
 Speculative decoding groups the arithmetic of a forward differently, so a logit may differ by a rounding error; where two tokens are
-nearly tied, that changes the token. To tell this from a bug, the logits at the first difference are computed again by plain decoding.
+nearly tied, that changes the token. To tell this from a bug, plain decoding computes the logits at the first difference again.
 """
 
 from __future__ import annotations

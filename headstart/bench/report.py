@@ -263,13 +263,13 @@ _SHORT: tuple[Column, ...] = (
     ("run", lambda row: short(row.run)),
     ("tokens/s", lambda row: f"{row.tokens_per_second:.1f}"),
     ("speed-up", lambda row: f"{row.speed_up:.2f}x"),
-    ("tau\n(acceptance length)", lambda row: f"{row.tau:.2f}"),
+    ("tau\n(acceptance\nlength)", lambda row: f"{row.tau:.2f}"),
     ("identical", lambda row: row.identical),
 )
 _LONG: tuple[Column, ...] = (
     *_SHORT[:3],
-    ("median\nspeed-up", lambda row: f"{row.median_speed_up:.2f}x"),
-    ("speed-up\nof decoding", lambda row: f"{row.decode_speed_up:.2f}x"),
+    ("median over\nprompts", lambda row: f"{row.median_speed_up:.2f}x"),
+    ("after first\ntoken", lambda row: f"{row.decode_speed_up:.2f}x"),
     _SHORT[3],
     ("acceptance rate\nby depth", lambda row: " ".join(f"{share:.2f}"[1:] if share < 1 else "1.0" for share in row.acceptance[:6])),
     ("nodes per\nforward", lambda row: f"{row.nodes:.1f}"),

@@ -28,8 +28,8 @@ def calibrate(
     """Measure heads and save their calibration.
 
     Measures on the model's own answers, by temperature: the calibration temperatures that make acceptance probabilities true, the
-    acceptance rates by depth, and the best static trees. They are saved in the folder of the heads, and drafting uses them from then
-    on. The tau (acceptance length) that the ranks predict is printed beside the one that decoding has.
+    acceptance rates by depth, and the best static trees. They are saved in the folder of the heads, and drafting uses them
+    from then on. The tau (acceptance length) that the ranks predict is printed beside the one that decoding has.
 
     Example: headstart calibrate ./my-heads --model ./talk13M --limit 4
     """

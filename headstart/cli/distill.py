@@ -75,8 +75,8 @@ def distill(
 ) -> None:
     """Generate training data for heads.
 
-    Writes a model's own answers to prompts. An answer depends on its prompt and the seed only, so an interrupted run continues where
-    it stopped: run the same command again.
+    Writes a model's own answers to prompts. An answer depends on its prompt and the seed only, so an interrupted run continues
+    where it stopped: run the same command again.
 
     Example: headstart distill prompts.jsonl --model ./talk13M --out answers.jsonl --mode chat --max-tokens 256
     """
