@@ -2,8 +2,8 @@
 
     python benchmarks/lookup_priors.py TOKENIZER FILE...
 
-Each file holds texts (.jsonl or .jsonl.gz with `text` or `messages`; any other file is one text). No model runs: a text's tokens stand
-for the target's. The first third of a text is the prompt. A chance is the acceptance probability of a draft.
+Each file holds texts (.jsonl or .jsonl.gz with `text` or `messages`; any other file is one text). No model runs: a text's tokens
+stand for the target's. The first third of a text is the prompt. A chance is the acceptance probability of a draft.
 """
 
 import gzip

@@ -1,4 +1,4 @@
-"""The bench: what it reads, what it counts, and that a replay says what the reference says."""
+"""The bench: the prompts it reads, the numbers it reports, and replays."""
 
 import json
 from dataclasses import replace
@@ -9,8 +9,7 @@ from folders import write_model
 from heads import heads_for
 from typer.testing import CliRunner, Result
 
-from headstart.bench import report, runner, suites
-from headstart.bench import trained_heads as heads
+from headstart.bench import report, runner, suites, trained_heads
 from headstart.bench.identity import find_split
 from headstart.bench.replay import Replay
 from headstart.cli import app
@@ -37,10 +36,10 @@ def setup(target):
 
 @pytest.fixture(scope="module")
 def heads_folder(target, tmp_path_factory):
-    """Heads that were trained and measured, by what their folder says."""
+    """A folder of heads with the records of a training and a calibration."""
     folder = tmp_path_factory.mktemp("heads") / "medusa"
-    told = {"tokens": 1234, "seconds": 90.0, "held_out_top1": [0.5, 0.25], "held_out_tau": 1.75}
-    save(folder, heads_for(target, "medusa, shared", num_heads=2), describe_target(target.model), told)
+    training = {"tokens": 1234, "seconds": 90.0, "held_out_top1": [0.5, 0.25], "held_out_tau": 1.75}
+    save(folder, heads_for(target, "medusa, shared", num_heads=2), describe_target(target.model), training)
     trees = {0.0: {2: Tree(((0,), (1,)), 1.5)}, 1.0: {2: Tree(((0,), (0, 0)), 1.25)}}
     save_plan(folder, HeadsPlan(UNFITTED, trees))
     return folder
@@ -61,7 +60,7 @@ def heads_folder(target, tmp_path_factory):
         ({"question": "6 * 7?", "answer": "42"}, suites.Case("6 * 7?", "42")),
     ],
 )
-def test_every_format_of_the_field_is_read(tmp_path, line, case):
+def test_every_published_format_of_prompts_is_read(tmp_path, line, case):
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps(line) + "\n\n")
     assert suites.load_cases(str(path)) == [case]
@@ -77,21 +76,21 @@ def test_every_format_of_the_field_is_read(tmp_path, line, case):
         (b"\xff\n", "not valid UTF-8"),
     ],
 )
-def test_a_bad_file_is_refused_with_its_line(tmp_path, content, words):
+def test_a_bad_file_is_refused_with_the_line_number(tmp_path, content, words):
     path = tmp_path / "prompts.jsonl"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=words):
         suites.load_cases(str(path))
 
 
-def test_a_suite_that_is_not_there_is_refused_with_those_that_are():
+def test_an_unknown_suite_is_refused_with_the_names_of_the_built_in_ones():
     with pytest.raises(ValueError, match="stories, questions, edits"):
         suites.load_cases("no-such-suite")
     with pytest.raises(ValueError, match="limit is 0"):
         suites.load_cases("stories", 0)
 
 
-def test_edits_repeat_their_input_with_small_changes():
+def test_references_of_edits_repeat_the_prompt_with_small_changes():
     cases = suites.load_cases("edits")
     assert len(cases) == 12
     for case in cases:
@@ -105,16 +104,16 @@ def test_edits_repeat_their_input_with_small_changes():
 # -- counting --
 
 
-def test_loops_are_what_stands_inside_repeated_runs():
+def test_the_loop_share_counts_tokens_inside_repeated_ngrams():
     text = [*range(10), *range(100, 110)]
     assert report.loop_share(text) == 0
-    assert report.loop_share([*text, *range(8)]) == 8 / 28  # eight tokens that stood there before
-    assert report.loop_share([*text, *range(7)]) == 0  # seven are no run of eight
+    assert report.loop_share([*text, *range(8)]) == 8 / 28  # eight tokens that occurred before
+    assert report.loop_share([*text, *range(7)]) == 0  # seven are no n-gram of eight
     assert report.loop_share([5] * 100) == 99 / 100  # all but the very first
     assert report.loop_share([]) == 0
 
 
-def test_a_run_is_a_drafter_and_perhaps_a_planner():
+def test_a_run_is_a_drafter_and_optionally_a_planner():
     assert runner.split_spec("lookup") == ("lookup", None)
     assert runner.split_spec("lookup@best:nodes=8") == ("lookup", Best(nodes=8))
     assert runner.split_spec("model:a@b/c@chain:4") == ("model:a@b/c", Chain(4))
@@ -133,23 +132,23 @@ def test_a_run_is_a_drafter_and_perhaps_a_planner():
         ("mine:heads/@full:3,2", "mine:heads@full:3,2"),
     ],
 )
-def test_a_run_is_called_by_the_last_name_of_its_folder(run, name):
+def test_the_short_name_of_a_run_has_only_the_last_part_of_its_folder(run, name):
     assert report.short(run) == name
 
 
 @pytest.mark.parametrize(("temperature", "paths"), [(0.3, ((0,), (1,))), (0.7, ((0,), (0, 0)))])
-def test_a_measured_tree_is_the_one_of_the_nearest_temperature(heads_folder, temperature, paths):
+def test_a_calibrated_tree_is_the_one_of_the_nearest_temperature(heads_folder, temperature, paths):
     assert runner.read_spec(f"{heads_folder}@tree:2", temperature) == (str(heads_folder), StaticTree(paths))
 
 
-def test_waiting_for_a_processor_only_grows():
+def test_the_time_waited_for_a_processor_never_decreases():
     first = runner.waiting_seconds()
     torch.randn(300, 300) @ torch.randn(300, 300)
     second = runner.waiting_seconds()
     assert first is None or second >= first >= 0
 
 
-def test_a_target_widened_with_zeros_is_called_padded(target, tmp_path):
+def test_a_target_widened_with_zeros_is_labelled_padded(target, tmp_path):
     assert not report.is_padded(target)
     padded = Target.load(write_model(tmp_path))
     with torch.no_grad():
@@ -168,25 +167,25 @@ def test_statistics_add_up():
 # -- runs --
 
 
-def test_runs_alternate_prompt_by_prompt_and_say_the_same(setup, draft_folder):
+def test_runs_alternate_prompt_by_prompt_and_give_identical_answers(setup, draft_folder):
     runs = runner.prepare(setup, ["lookup", f"model:{draft_folder}@chain:3"])
     samples = runner.measure(setup, runs, repeat=2)
     assert [(sample.task, sample.run) for sample in samples[:6]] == [(task, run.name) for task in (0, 1) for run in runs]
     assert len(samples) == 2 * 3 * 3
-    found = report.rows(setup, samples)
-    assert [row.run for row in found] == [run.name for run in runs]
-    for row in found:
+    rows = report.rows(setup, samples)
+    assert [row.run for row in rows] == [run.name for run in runs]
+    for row in rows:
         assert row.identical == "yes"
         assert (row.tokens, row.splits) == (60, [])
         assert row.tokens_per_second > 0 < row.forward
         assert abs(sum(row.shares.values()) - 1) < 1e-6
-    plain, _, chain = found
+    plain, _, chain = rows
     assert (plain.speed_up, plain.tau, plain.nodes, plain.acceptance) == (1, 1, setup.target.min_nodes, [])
     assert chain.tau >= 1
     assert len(chain.acceptance) == 3
 
 
-def test_each_prompt_set_has_its_own_speed_and_tau(setup, draft_folder):
+def test_each_prompt_set_has_its_own_speed_up_and_tau(setup, draft_folder):
     tasks = tuple(replace(task, kind=kind) for task, kind in zip(setup.tasks, ("a", "a", "b"), strict=True))
     mixed = replace(setup, tasks=tasks)
     samples = runner.measure(mixed, runner.prepare(mixed, [f"model:{draft_folder}@chain:3"]))
@@ -197,7 +196,7 @@ def test_each_prompt_set_has_its_own_speed_and_tau(setup, draft_folder):
     assert alone.kinds == {}
 
 
-def test_a_drafter_that_is_always_right_has_full_acceptance(setup, model_folder):
+def test_a_drafter_that_is_the_target_has_an_acceptance_rate_of_one(setup, model_folder):
     runs = runner.prepare(setup, [f"model:{model_folder}@chain:4"])
     own = report.rows(setup, runner.measure(setup, runs))[1]
     assert own.acceptance == [1, 1, 1, 1]
@@ -212,7 +211,7 @@ def test_every_prompt_has_its_own_seed(setup):
     assert [sample.tokens for sample in first] == [sample.tokens for sample in again]
 
 
-def test_a_different_answer_is_counted_and_shown(setup):
+def test_a_different_answer_is_counted_and_reported(setup):
     runs = runner.prepare(setup, ["lookup"])
     samples = runner.measure(setup, runs)
     wrong = [replace(s, tokens=(*s.tokens[:5], (s.tokens[5] + 1) % 320, *s.tokens[6:])) for s in samples if s.run == "lookup"]
@@ -222,14 +221,14 @@ def test_a_different_answer_is_counted_and_shown(setup):
     assert row.splits[0].startswith("token 5: ")
 
 
-def test_what_counts_as_a_near_tie_follows_the_precision(target, model_folder):
+def test_the_tolerance_of_a_near_tie_depends_on_the_precision(target, model_folder):
     coarse = Target.load(model_folder, dtype="bfloat16")
     params = SamplingParams(max_tokens=1, seed=0)
     splits = [find_split(one, [5, 6], params, [7], [8]) for one in (target, coarse)]
     assert [split.tolerance for split in splits] == [1e-4, 0.125]
 
 
-def test_a_rule_that_keeps_the_law_does_not_promise_the_text(setup, draft_folder):
+def test_a_rule_that_keeps_only_the_distribution_does_not_promise_the_text(setup, draft_folder):
     drawn = replace(setup, params=replace(setup.params, temperature=1.0), accept="rejection")
     samples = runner.measure(drawn, runner.prepare(drawn, [f"model:{draft_folder}@full:2,1"]))
     assert report.rows(drawn, samples)[1].identical == "in distribution"
@@ -266,7 +265,7 @@ def test_a_replay_is_faster_where_the_reference_repeats_the_prompt(target):
     assert lookup.tau > 2
 
 
-def test_a_replay_ends_at_max_tokens_too(target):
+def test_a_replay_also_ends_at_max_tokens(target):
     replay = Replay(RULES["coupled"])
     replay.follow((5, 6, 7), (8, 9, 10, 11))
     engine = Engine(target, accept=replay.rule, max_rows=1)
@@ -289,14 +288,14 @@ RUN_FIELDS = {
 MACHINE_FIELDS = {"cpu", "cores", "threads", "device", "python", "torch", "transformers", "headstart", "command"}
 
 
-def test_bench_prints_a_table_and_writes_json_where_it_is_told(model_folder, draft_folder, tmp_path):
+def test_bench_prints_a_table_and_writes_json_to_out(model_folder, draft_folder, tmp_path):
     base = ("bench", "--model", model_folder, "--limit", 2, "--max-tokens", 8, "--repeat", 1, "--run", "lookup")
     result = run(*base, "--run", f"model:{draft_folder}@chain:2", "--seed", 4, "--temperature", 0.5, "--out", tmp_path / "measured")
     assert result.exit_code == 0, result.output
     table = result.stdout.splitlines()
     assert any("speed-up" in line for line in table)
     assert any("clean samples" in line for line in table)
-    assert "{" not in result.stdout  # kilobytes of JSON are for machines
+    assert "{" not in result.stdout  # JSON goes to the file only
     found = json.loads((tmp_path / "measured").read_text())
     assert found.keys() == {"model", "machine", "settings", "labels", "num_samples", "clean_share", "runs", "heads"}
     assert found["machine"].keys() == MACHINE_FIELDS
@@ -324,7 +323,7 @@ def test_temperatures_and_prompt_sets_share_one_table(model_folder, heads_folder
     assert found["settings"]["num_prompts"] == 2
 
 
-def test_heads_say_what_their_training_wrote_down(model_folder, heads_folder, tmp_path):
+def test_the_table_of_heads_has_what_their_training_recorded(model_folder, heads_folder, tmp_path):
     base = ("bench", "--model", model_folder, "--limit", 1, "--max-tokens", 4, "--repeat", 1, "--dtype", "bfloat16")
     result = run(*base, "--run", heads_folder, "--run", f"{heads_folder}@chain:2", "--out", tmp_path / "m")
     (made,) = json.loads((tmp_path / "m").read_text())["heads"]
@@ -336,11 +335,11 @@ def test_heads_say_what_their_training_wrote_down(model_folder, heads_folder, tm
     assert "held-out tau" in result.stdout
 
 
-def test_heads_whose_training_said_nothing_leave_it_blank(target, tmp_path):
+def test_what_the_training_of_heads_did_not_record_is_left_blank(target, tmp_path):
     save(tmp_path, heads_for(target, "medusa, shared"), describe_target(target.model), {"held_out_top1": "good", "seconds": None})
-    (made,) = heads.trained([str(tmp_path), "lookup"], torch.float32)
+    (made,) = trained_heads.trained([str(tmp_path), "lookup"], torch.float32)
     assert (made.tokens, made.minutes, made.top1, made.tau) == (None, None, [], None)
-    assert heads.table([made]).row_count == 1
+    assert trained_heads.table([made]).row_count == 1
 
 
 def test_bench_replays_references_from_a_file(model_folder, tmp_path):
@@ -391,7 +390,7 @@ def test_a_bad_setting_of_bench_is_one_sentence(model_folder, arguments, words):
     assert result.stderr.count("\n") == 1
 
 
-def test_generate_drafts_by_a_measured_tree_and_says_the_same(model_folder, heads_folder):
+def test_generate_with_a_calibrated_tree_gives_the_same_tokens(model_folder, heads_folder):
     base = ("generate", "the cat", "--model", model_folder, "--max-tokens", 12, "--temperature", 0.9, "--seed", 5, "--json")
     plain, tree = (
         json.loads(run(*base, *more).stdout) for more in (("--drafter", "none"), ("--drafter", heads_folder, "--planner", "tree:2"))

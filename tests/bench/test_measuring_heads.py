@@ -1,4 +1,4 @@
-"""Calibration against what decoding really does, and against laws that are known."""
+"""Calibration against decoding, and against known distributions."""
 
 import json
 
@@ -32,7 +32,7 @@ METHODS = {
 
 
 def heads(name):
-    """Heads with random weights: their first guesses are right now and then."""
+    """Heads with random weights, whose first candidates are sometimes right."""
     kind, config = METHODS[name]
     torch.manual_seed(0)
     drafter = kind(config, 64, VOCAB).bind(tiny().embed_head)
@@ -50,85 +50,85 @@ def trial(max_tokens=24):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_replayed_and_decoded_tau_are_the_same_number(name):
-    """In double precision nothing is near a tie: what ranks predict is what rounds do, chain and trees, at any temperature."""
+    """In double precision nothing is near a tie: the ranks predict tau of chains and trees exactly, at any temperature."""
     drafter = heads(name)
-    plan, found = calibrate(trial(), drafter, [0.0, 1.0], sizes=(4, 12))
-    for finding in found:
-        assert finding.chain == pytest.approx(finding.chain_measured)
-        for tree in plan.trees[finding.temperature].values():
-            assert trial().decode(drafter, StaticTree(tree.paths), finding.temperature).tau == pytest.approx(tree.tau)
-    assert max(tree.tau for finding in found for tree in finding.trees.values()) > 1
+    plan, results = calibrate(trial(), drafter, [0.0, 1.0], sizes=(4, 12))
+    for result in results:
+        assert result.chain == pytest.approx(result.chain_measured)
+        for tree in plan.trees[result.temperature].values():
+            assert trial().decode(drafter, StaticTree(tree.paths), result.temperature).tau == pytest.approx(tree.tau)
+    assert max(tree.tau for result in results for tree in result.trees.values()) > 1
 
 
-def test_an_answer_that_stops_inside_a_kept_path_is_replayed_as_it_was():
-    """Stopped at one token of the answer after another, so that some rounds end in the middle of what they kept."""
-    drafter, said = heads("hydra"), []
-    trial().decode(drafter, Chain(3), 0.0, lambda place, done: said.append(done.output))
-    for stop in list(dict.fromkeys(said[0]))[:8]:
+def test_an_answer_that_stops_inside_a_kept_path_is_replayed_exactly():
+    """Each token of the answer in turn is a stop token, so that some rounds end in the middle of their kept path."""
+    drafter, outputs = heads("hydra"), []
+    trial().decode(drafter, Chain(3), 0.0, lambda index, request: outputs.append(request.output))
+    for stop in list(dict.fromkeys(outputs[0]))[:8]:
         stopped = DecodeTrial(tiny(), PROMPTS[:2], max_tokens=24, seed=7, stop_ids=(stop,))
-        _, (found,) = calibrate(stopped, drafter, [0.0], sizes=(12,))
-        assert found.chain == pytest.approx(found.chain_measured)
-        assert stopped.decode(drafter, StaticTree(found.trees[12].paths), 0.0).tau == pytest.approx(found.trees[12].tau)
+        _, (result,) = calibrate(stopped, drafter, [0.0], sizes=(12,))
+        assert result.chain == pytest.approx(result.chain_measured)
+        assert stopped.decode(drafter, StaticTree(result.trees[12].paths), 0.0).tau == pytest.approx(result.trees[12].tau)
 
 
-def test_what_is_observed_is_what_the_drafter_proposes():
-    """The ranks of one text, against the drafts of every round of a wide tree."""
+def test_observed_ranks_are_those_of_the_proposed_drafts():
+    """The ranks of one text, compared with the drafts of every round of a wide tree."""
     drafter, target = heads("medusa"), tiny()
-    student = drafter.clone().bind(target.embed_head).to(target.device, target.dtype)
+    clone = drafter.clone().bind(target.embed_head).to(target.device, target.dtype)
     proposed = []
-    drafter.propose, propose = lambda rows: note(propose(rows), rows), drafter.propose
+    drafter.propose, propose = lambda rows: record(propose(rows), rows), drafter.propose
 
-    def note(drafts, rows):
+    def record(drafts, rows):
         proposed.append((rows.root_positions[0], drafts.tokens[drafts.depths == 1].tolist()))
         return drafts
 
-    recorder, seen = Recorder(drafter), []
+    recorder, observed = Recorder(drafter), []
 
-    def on_answer(place, done):
-        seen.append(observe(student, recorder.batch((*done.prompt, *done.output), 5), 0.7, done.seed, 99).ranks)
-        texts.append((*done.prompt, *done.output))
+    def on_answer(index, request):
+        observed.append(observe(clone, recorder.batch((*request.prompt, *request.output), 5), 0.7, request.seed, 99).ranks)
+        texts.append((*request.prompt, *request.output))
 
     texts = []
     DecodeTrial(target, PROMPTS[:1], 16).decode(recorder, StaticTree.full(VOCAB - 1), 0.7, on_answer)
     assert len(proposed) > 3
     for root, children in proposed:
-        rank = seen[0][root - 5, 0]
+        rank = observed[0][root - 5, 0]
         assert rank == VOCAB - 1 or children[rank] == texts[0][root + 1]
 
 
-def test_behind_the_end_of_an_answer_nothing_is_right():
+def test_past_the_end_of_an_answer_no_rank_is_right():
     drafter, target = heads("hydra"), tiny()
-    recorder, seen = Recorder(drafter), []
-    student = drafter.clone().bind(target.embed_head).to(target.device, target.dtype)
+    recorder, observed = Recorder(drafter), []
+    clone = drafter.clone().bind(target.embed_head).to(target.device, target.dtype)
     DecodeTrial(target, PROMPTS[:1], 4).decode(
         recorder,
         Chain(2),
         0.0,
-        lambda _, done: seen.append(observe(student, recorder.batch((*done.prompt, *done.output), 5), 0, 0, 9)),
+        lambda _, request: observed.append(observe(clone, recorder.batch((*request.prompt, *request.output), 5), 0, 0, 9)),
     )
-    assert seen[0].ranks.shape == (3, 3)  # roots 0, 1 and 2 of four tokens
-    assert (seen[0].ranks == BEYOND).tolist() == [[False, False, False], [False, False, True], [False, True, True]]
-    assert walk([seen[0].ranks], [(0,)]) >= 1
+    assert observed[0].ranks.shape == (3, 3)  # roots 0, 1 and 2 of four tokens
+    assert (observed[0].ranks == BEYOND).tolist() == [[False, False, False], [False, False, True], [False, True, True]]
+    assert walk([observed[0].ranks], [(0,)]) >= 1
 
 
 # -- the fit ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tau", [0.3, 1.0, 2.5])
-def test_the_fit_finds_the_warmth_that_made_the_tokens(tau):
+def test_the_fit_finds_the_calibration_temperature_that_sampled_the_tokens(tau):
     draw = torch.Generator().manual_seed(3)
     scores = 2 * torch.randn(20_000, 12, generator=draw)
     decided = torch.multinomial(torch.softmax(scores / tau, -1), 1, generator=draw).squeeze(-1)
     assert fit_calibration_temperature(scores, decided) == pytest.approx(tau, rel=0.05)
 
 
-def test_the_fit_stays_within_bounds():
+def test_the_calibration_temperature_stays_within_bounds():
     scores = torch.tensor([[1.0, 0.0]]).expand(10, -1)
     assert fit_calibration_temperature(scores, torch.zeros(10, dtype=torch.int64)) == pytest.approx(0.05, rel=0.01)
     assert fit_calibration_temperature(scores, torch.ones(10, dtype=torch.int64)) == pytest.approx(20, rel=0.01)
 
 
-def test_fitted_chances_are_truer_than_boastful_ones():
+def test_fitted_chances_have_a_smaller_calibration_error_than_overconfident_ones():
     draw = torch.Generator().manual_seed(4)
     scores = 2 * torch.randn(5_000, 12, generator=draw)
     decided = torch.multinomial(torch.softmax(scores / 2, -1), 1, generator=draw).squeeze(-1)
@@ -137,7 +137,7 @@ def test_fitted_chances_are_truer_than_boastful_ones():
 
 
 @pytest.mark.parametrize(("temperatures", "prompts", "max_tokens"), [([], PROMPTS, 9), ([1.0], (), 9), ([1.0], PROMPTS, 2)])
-def test_what_cannot_be_measured_is_refused(temperatures, prompts, max_tokens):
+def test_calibration_without_data_is_refused(temperatures, prompts, max_tokens):
     with pytest.raises(ValueError, match="give it more"):
         calibrate(DecodeTrial(tiny(), prompts, max_tokens), heads("medusa"), temperatures)
 
@@ -147,7 +147,7 @@ def test_what_cannot_be_measured_is_refused(temperatures, prompts, max_tokens):
 
 @pytest.fixture(scope="module")
 def heads_folder(model_folder, tmp_path_factory):
-    """Heads that say what the target's own head says: sometimes right."""
+    """Heads that begin as the target's LM head: sometimes right."""
     target = Target.load(model_folder)
     torch.manual_seed(0)
     drafter = (
@@ -164,7 +164,7 @@ def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_calibrating_leaves_a_plan_that_drafting_goes_by(model_folder, heads_folder):
+def test_calibrating_saves_a_plan_that_drafting_uses(model_folder, heads_folder):
     base = ("calibrate", heads_folder, "--model", model_folder, "--limit", 2, "--max-tokens", 24, "--no-exact")
     done = run(*base, "--temperature", 0, "--temperature", 1, "--json")
     found = json.loads(done.stdout)["findings"]
@@ -178,7 +178,7 @@ def test_calibrating_leaves_a_plan_that_drafting_goes_by(model_folder, heads_fol
     assert "tree of 64" in run(*base, "--temperature", 1).stdout
 
 
-def test_a_probe_says_how_heads_fare(model_folder, heads_folder):
+def test_a_probe_reports_tau_and_acceptance_rates(model_folder, heads_folder):
     found = json.loads(run("inspect", heads_folder, "--model", model_folder, "--probe", "--json").stdout)["probe"]
     assert found["tau"] >= 1
     assert len(found["acceptance"]) == 2
@@ -202,15 +202,15 @@ def test_what_a_user_did_wrong_is_one_sentence(arguments, word, model_folder, he
     assert "Traceback" not in done.stderr
 
 
-def test_the_card_says_what_was_measured_once(model_folder, heads_folder):
-    """Measured twice, it has the second table; a card that somebody deleted is written anew; the rest of it stays."""
+def test_the_model_card_has_one_section_of_measurements(model_folder, heads_folder):
+    """Measured twice, it has the second table; a deleted card is written anew; its other sections stay."""
     card = heads_folder / "README.md"
     before = card.read_text().split("## Measured")[0].rstrip()
-    ask = ["calibrate", str(heads_folder), "--model", str(model_folder), "--limit", "2", "--max-tokens", "16", "--raw"]
-    result = CliRunner().invoke(app, [*ask, "--temperature", "0.7"])
+    command = ["calibrate", str(heads_folder), "--model", str(model_folder), "--limit", "2", "--max-tokens", "16", "--raw"]
+    result = CliRunner().invoke(app, [*command, "--temperature", "0.7"])
     assert result.exit_code == 0, result.output
     first = card.read_text()
-    result = CliRunner().invoke(app, [*ask, "--temperature", "0", "--json"])
+    result = CliRunner().invoke(app, [*command, "--temperature", "0", "--json"])
     (finding,) = json.loads(result.stdout)["findings"]
     second = card.read_text()
     assert second.startswith(before)
@@ -227,6 +227,6 @@ def test_the_card_says_what_was_measured_once(model_folder, heads_folder):
     assert card.read_text() == f"{before}\n\n## Measured\n\nagain\n"
 
 
-def test_a_section_of_a_card_is_replaced_and_those_around_it_stay():
+def test_a_section_of_a_card_is_replaced_and_the_others_stay():
     card = "# heads\n\n## Settings\n\n- a: 1\n\n## Measured\n\nold\n\n## Mine\n\nkeep\n"
     assert with_section(card, "Measured", "new") == "# heads\n\n## Settings\n\n- a: 1\n\n## Mine\n\nkeep\n\n## Measured\n\nnew\n"

@@ -1,4 +1,4 @@
-"""The command line: what it prints, what it refuses and how, and that nothing is lost when it is interrupted."""
+"""The command line: its output, its error messages, and that an interruption loses nothing."""
 
 import json
 import os
@@ -31,8 +31,8 @@ RUN = {
     "--schedule", "--floor", "--weight-decay", "--clip", "--seed", "--dtype", "--precision", "--device", "--threads", "--log-every",
     "--eval-every", "--save-every", "--tracker", "--out", "--config", "--resume", "--finish", "--json", "--trust-remote-code",
 }  # fmt: skip
-TOGETHER = {"--heads", "--weight", "--weight-end", "--weight-until", "--decay"}
-ASKING = {
+HEADS = {"--heads", "--weight", "--weight-end", "--weight-until", "--decay"}
+DISTILL = {
     "--out", "--mode", "--beginning", "--limit", "--rows", "--drop-cut", "--max-tokens", "--temperature", "--top-k", "--top-p",
     "--seed", "--endpoint", "--endpoint-model", "--api-key-env",
 }  # fmt: skip
@@ -44,9 +44,9 @@ FROZEN = {
     "chat": MODEL | DRAFTING | SAMPLING | ANSWER,
     "train": RUN
     | {"--start", "--target", "--any-target", "--features", "--set", "--loss", "--joint", "--decode-every", "--decode-prompts"},
-    "pretrain": RUN | TOGETHER | {"--model", "--start", "--tokenizer", "--times", "--optimizer"},
+    "pretrain": RUN | HEADS | {"--model", "--start", "--tokenizer", "--times", "--optimizer"},
     "inspect": {"--device", "--model", "--probe", "--trust-remote-code", "--json"},
-    "distill": MODEL | DRAFTING | ASKING | {"--json"},
+    "distill": MODEL | DRAFTING | DISTILL | {"--json"},
     "import": {"--target", "--out", "--taps", "--trust-remote-code", "--json"},
     "calibrate": MODEL | {"--prompts", "--limit", "--max-tokens", "--temperature", "--seed", "--raw", "--chat", "--json"},
     "bench": MODEL
@@ -85,7 +85,7 @@ def options(command: object) -> set[str]:
 # -- what there is --
 
 
-def test_commands_and_options_are_a_decision():
+def test_commands_and_options_are_frozen():
     group = typer.main.get_command(app)
     assert {name: options(command) for name, command in group.commands.items()} == FROZEN
 
@@ -97,20 +97,20 @@ def test_every_help_has_an_example(command):
     assert f"Example: headstart {command}" in " ".join(result.stdout.split())
 
 
-def test_help_is_instant_because_it_loads_nothing_heavy():
+def test_help_imports_neither_torch_nor_transformers():
     program = "import sys; from headstart.cli import app\ntry: app(['generate', '--help'])\nexcept SystemExit: print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert {"torch", "transformers"} & set(loaded.stdout.split()) == set()
 
 
-def test_version():
+def test_version_is_printed():
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", run("--version").stdout)
 
 
 # -- answers --
 
 
-def test_the_answer_is_the_same_with_any_drafter_and_planner(model_folder, draft_folder):
+def test_the_tokens_are_the_same_with_any_drafter_and_planner(model_folder, draft_folder):
     base = ("generate", "the cat and the sea", "--model", model_folder, "--max-tokens", 24, "--temperature", 0.7, "--seed", 5)
     plain = answer(*base, "--drafter", "none")
     for more in (
@@ -123,7 +123,7 @@ def test_the_answer_is_the_same_with_any_drafter_and_planner(model_folder, draft
         assert answer(*base, *more)["token_ids"] == plain["token_ids"]
 
 
-def test_json_says_everything_that_repeats_the_answer(model_folder):
+def test_json_has_everything_needed_to_repeat_the_answer(model_folder):
     first = answer("generate", "the cat", "--model", model_folder, "--max-tokens", 12, "--temperature", 1, "--logprobs", 2)
     again = answer("generate", "the cat", "--model", model_folder, "--max-tokens", 12, "--temperature", 1, "--seed", first["seed"])
     assert again["token_ids"] == first["token_ids"]
@@ -133,19 +133,19 @@ def test_json_says_everything_that_repeats_the_answer(model_folder):
     assert len(first["logprobs"][0][1]) == 2
 
 
-def test_several_answers_are_several_lines(model_folder):
+def test_several_answers_are_printed_on_several_lines(model_folder):
     result = run("generate", "the cat", "--model", model_folder, "--max-tokens", 6, "--temperature", 1, "--n", 3, "--json")
     answers = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(answers) == len({one["seed"] for one in answers}) == 3
     assert run("generate", "the cat", "--model", model_folder, "--max-tokens", 6, "--n", 2).stdout.startswith("[1] ")
 
 
-def test_what_is_streamed_is_the_text(model_folder):
+def test_the_streamed_text_is_the_text_of_the_answer(model_folder):
     base = ("generate", "the cat", "--model", model_folder, "--max-tokens", 20, "--ignore-eos", "--seed", 1, "--temperature", 1)
     assert run(*base).stdout == answer(*base)["text"] + "\n"
 
 
-def test_guessed_tokens_are_underlined_and_nothing_else_changes(model_folder):
+def test_accepted_drafts_are_underlined_and_nothing_else_changes(model_folder):
     base = ("generate", "--raw", "sea sea sea sea", "--model", model_folder, "--max-tokens", 40, "--ignore-eos", "--drafter")
     plain = answer(*base, "none")
     marked = run(*base, f"model:{model_folder}", "--show-drafts")  # a drafter that is always right
@@ -156,9 +156,9 @@ def test_guessed_tokens_are_underlined_and_nothing_else_changes(model_folder):
 
 def test_a_stop_string_ends_the_text_before_it(model_folder):
     base = ("generate", "the cat", "--model", model_folder, "--max-tokens", 30, "--ignore-eos")
-    whole = answer(*base)["text"]
-    stop = whole[10:12]
-    assert answer(*base, "--stop", stop, "--stop", "never said")["text"] == whole[: whole.index(stop)]
+    text = answer(*base)["text"]
+    stop = text[10:12]
+    assert answer(*base, "--stop", stop, "--stop", "never generated")["text"] == text[: text.index(stop)]
 
 
 def test_raw_leaves_the_chat_template_out(model_folder):
@@ -167,7 +167,7 @@ def test_raw_leaves_the_chat_template_out(model_folder):
     assert len({tuple(one["token_ids"]) for one in (as_chat, raw, system)}) == 3
 
 
-def test_a_prompt_comes_from_standard_input(model_folder):
+def test_a_prompt_is_read_from_standard_input(model_folder):
     base = ("--model", model_folder, "--max-tokens", 8, "--ignore-eos")
     expected = answer("generate", "猫は魚", *base)["text"]
     assert answer("generate", *base, stdin="猫は魚")["text"] == expected
@@ -180,7 +180,7 @@ def test_with_no_max_tokens_an_answer_fits_the_context(model_folder):
     assert 0 < len(short["token_ids"]) < 256
 
 
-def test_chat_remembers_what_was_said(model_folder):
+def test_chat_keeps_the_conversation(model_folder):
     base = ("chat", "--model", model_folder, "--max-tokens", 6, "--ignore-eos", "--json")
     lines = run(*base, stdin="the cat\n\nthe sea\n").stdout.splitlines()
     alone = run(*base, stdin="the sea\n").stdout.splitlines()
@@ -188,7 +188,7 @@ def test_chat_remembers_what_was_said(model_folder):
     assert json.loads(lines[1])["token_ids"] != json.loads(alone[0])["token_ids"]
 
 
-def test_the_other_settings_reach_the_model(model_folder):
+def test_the_sampling_options_change_the_answer(model_folder):
     base = ("generate", "the cat", "--model", model_folder, "--max-tokens", 12, "--ignore-eos", "--temperature", 1, "--seed", 2)
     plain = answer(*base)["token_ids"]
     for change in (
@@ -207,7 +207,7 @@ def test_the_other_settings_reach_the_model(model_folder):
 # -- inspect --
 
 
-def test_inspect_says_what_a_folder_holds(model_folder):
+def test_inspect_reports_what_a_folder_holds(model_folder):
     found = answer("inspect", model_folder)
     assert (found["layers"], found["hidden"], found["vocab"], found["context"]) == (2, 32, 320, 256)
     assert found["cache_bytes_per_token"] == 2 * 2 * 16 * 4  # layers x (keys and values) x head width x float32
@@ -241,7 +241,7 @@ def test_inspect_names_the_problems(tmp_path, model_folder):
 
 @pytest.fixture(scope="session")
 def broken(tmp_path_factory):
-    """Folders in which one thing is wrong."""
+    """Folders with one fault each."""
     home = tmp_path_factory.mktemp("broken")
     (home / "empty").mkdir()
     for name in ("corrupt", "truncated", "no-tokenizer", "no-template", "bad-config"):
@@ -281,12 +281,12 @@ def refused(*arguments: object, stdin: str | bytes | None = "") -> str:
         ("no-tokenizer", "no tokenizer in the folder"),
     ],
 )
-def test_a_bad_folder_is_one_sentence(broken, folder, words):
+def test_a_bad_folder_is_refused_in_one_sentence(broken, folder, words):
     assert words in refused("generate", "the cat", "--model", broken / folder)
 
 
 @pytest.mark.parametrize("folder", ["missing", "empty", "not-causal", "corrupt"])
-def test_inspect_refuses_what_is_no_model(broken, folder):
+def test_inspect_refuses_a_folder_without_a_model(broken, folder):
     refused("inspect", broken / folder)
 
 
@@ -332,7 +332,7 @@ def test_inspect_refuses_what_is_no_model(broken, folder):
         (("--raw", "--system", "x"), "drop one of them"),
     ],
 )
-def test_a_bad_setting_is_one_sentence(model_folder, settings, words):
+def test_a_bad_setting_is_refused_in_one_sentence(model_folder, settings, words):
     assert words in refused("generate", "the cat", "--model", model_folder, *settings)
 
 
@@ -351,7 +351,7 @@ def test_an_empty_prompt_is_refused(model_folder):
     assert "empty" in refused("generate", "--model", model_folder, "--raw", "")
 
 
-def test_invalid_utf8_on_standard_input_is_one_sentence(model_folder):
+def test_invalid_utf8_on_standard_input_is_refused_in_one_sentence(model_folder):
     assert "not valid UTF-8 (byte 0xff at offset 3)" in refused("generate", "--model", model_folder, stdin=b"cat\xff\xfe")
     assert "not valid UTF-8" in refused("chat", "--model", model_folder, stdin=b"\xc3(\n")
 
@@ -361,7 +361,7 @@ def test_chat_without_a_template_is_refused(broken):
     assert "no chat template" in refused("generate", "the cat", "--system", "x", "--model", broken / "no-template")
 
 
-def test_an_unknown_command_is_one_sentence():
+def test_an_unknown_command_is_refused_in_one_sentence():
     assert "fly" in refused("fly")
 
 
@@ -369,7 +369,7 @@ def test_an_unknown_command_is_one_sentence():
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
-    """A process of its own, which can be interrupted even where the tests run in the background and Ctrl-C is ignored."""
+    """A process that can be interrupted even where the tests run in the background and ignore Ctrl-C."""
     command = [sys.executable, "-c", "from headstart.cli import main; main()", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
@@ -384,7 +384,7 @@ def endless_folder(tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_interrupting_keeps_the_partial_text(endless_folder):
     process = start("generate", "the cat", "--model", endless_folder, "--max-tokens", 100_000, "--ignore-eos", "--drafter", "none")
-    first = process.stdout.read(40)  # it is streaming
+    first = process.stdout.read(40)  # the answer is being streamed
     process.send_signal(signal.SIGINT)
     rest, err = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -396,12 +396,12 @@ def test_interrupting_keeps_the_partial_text(endless_folder):
 @pytest.mark.parametrize("several", [1, 2])
 def test_interrupting_keeps_the_partial_json(model_folder, monkeypatch, several):
     rounds = iter(range(8))
-    whole_advance = Engine.advance
+    original_advance = Engine.advance
 
     def advance(engine: Engine, is_done: Callable[[], bool]) -> None:
         if next(rounds, None) is None:
             raise KeyboardInterrupt
-        whole_advance(engine, is_done)
+        original_advance(engine, is_done)
 
     monkeypatch.setattr(Engine, "advance", advance)
     result = run("generate", "the cat", "--model", model_folder, "--ignore-eos", "--drafter", "none", "--n", several, "--json")
@@ -414,7 +414,7 @@ def test_interrupting_keeps_the_partial_json(model_folder, monkeypatch, several)
 
 
 @pytest.mark.slow
-def test_nothing_but_the_text_is_printed(model_folder):
+def test_only_the_text_is_printed(model_folder):
     process = start("generate", "the cat", "--model", model_folder, "--max-tokens", "5", "--ignore-eos")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0

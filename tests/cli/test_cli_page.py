@@ -1,4 +1,4 @@
-"""docs/cli.md is written from the commands; this fails where it is behind them."""
+"""docs/cli.md is generated from the commands and must be up to date."""
 
 import runpy
 from pathlib import Path
@@ -8,6 +8,6 @@ from headstart.cli import app
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def test_the_command_line_page_says_what_help_says():
+def test_the_page_of_the_command_line_is_up_to_date():
     generator = runpy.run_path(str(DOCS / "generate_cli.py"))
     assert (DOCS / "cli.md").read_text() == generator["reference"](app), "docs/cli.md is out of date: run `make docs`"

@@ -1,4 +1,4 @@
-"""The tab key: names of drafters, planners and folders, at once, in any shell that typer knows."""
+"""Shell completion: names of drafters, planners and folders, without importing torch."""
 
 import os
 import subprocess
@@ -16,26 +16,26 @@ ASK = "import sys; from headstart.cli import main\ntry: main()\nfinally: assert 
 
 
 def headstart(folder, *arguments, **environment):
-    """A process of its own, as a shell starts it, with no home but `folder`."""
+    """A process as a shell starts it, with `folder` as its home."""
     package = str(Path(complete.__file__).parents[2])
-    here = {"PYTHONPATH": package, "PATH": os.environ["PATH"], "HOME": str(folder)}
+    base = {"PYTHONPATH": package, "PATH": os.environ["PATH"], "HOME": str(folder)}
     script = folder / "headstart"
     script.write_text(ASK)
     return subprocess.run(
-        [sys.executable, str(script), *arguments], env=here | environment, cwd=folder, capture_output=True, text=True, timeout=120
+        [sys.executable, str(script), *arguments], env=base | environment, cwd=folder, capture_output=True, text=True, timeout=120
     )
 
 
 def completed(folder, line):
     words = line.split(" ")
     environment = {"_HEADSTART_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
-    found = headstart(folder, **environment)
-    assert found.stderr == ""
-    return found.stdout.split()
+    result = headstart(folder, **environment)
+    assert result.stderr == ""
+    return result.stdout.split()
 
 
 @pytest.mark.parametrize(
-    ("line", "wanted"),
+    ("line", "expected"),
     [
         ("headstart cal", ["calibrate"]),
         ("headstart generate --drafter hyd", ["hydra", "hydra++"]),
@@ -46,11 +46,11 @@ def completed(folder, line):
         ("headstart train med", ["medusa"]),
     ],
 )
-def test_the_shell_is_told_what_can_stand_there(tmp_path, line, wanted):
+def test_the_shell_gets_the_possible_completions(tmp_path, line, expected):
     for folder in ("ours", "owner/model"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "config.json").write_text("{}")
-    assert completed(tmp_path, line) == wanted
+    assert completed(tmp_path, line) == expected
 
 
 def test_the_shell_is_set_up_by_one_option(tmp_path):
@@ -61,14 +61,14 @@ def test_the_shell_is_set_up_by_one_option(tmp_path):
     assert any("_HEADSTART_COMPLETE" in file.read_text() for file in tmp_path.rglob("*.sh"))
 
 
-def test_what_is_completed_is_what_there_is():
+def test_every_drafter_is_completed_and_every_planner_can_be_read():
     assert set(complete.METHODS) == METHODS.keys()
     assert {name.rstrip(":") for name in (*complete.DRAFTERS, *complete.METHODS)} == {*names(), "auto", "none"}
     for planner in complete.PLANNERS:
         assert parse(planner) is not None
 
 
-def test_folders_that_cannot_be_read_complete_nothing(tmp_path, monkeypatch):
+def test_folders_are_completed_and_missing_ones_complete_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a").mkdir()
     (tmp_path / ".hidden").mkdir()
