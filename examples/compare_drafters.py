@@ -22,5 +22,5 @@ params = headstart.SamplingParams(max_tokens=64, temperature=0.7, seed=1)
 setup = runner.Setup(llm.engine.target, tasks, params, llm.stop_ids)
 
 samples = runner.measure(setup, runner.prepare(setup, specs))
-found = report.rows(setup, samples)
-Console(width=160).print(report.table(found, f"{llm.engine.target.name}, temperature 0.7", is_short=True))
+rows = report.rows(setup, samples)
+Console(width=160).print(report.table(rows, f"{llm.engine.target.name}, temperature 0.7", is_short=True))

@@ -1,4 +1,4 @@
-"""A drafter of one's own: what followed each token the last time. python examples/custom_drafter.py [MODEL]"""
+"""A custom drafter: the token that followed each token last. python examples/custom_drafter.py [MODEL]"""
 
 import sys
 from itertools import pairwise
@@ -12,14 +12,14 @@ class Bigrams:
     name, taps, slot_bytes, planner = "bigrams", (), 0, Chain(4)
 
     def attach(self, target, seating):
-        self.after = {}  # per seat: token -> the token that followed it last
+        self.after = {}  # per seat (a row's place in the KV cache): token -> the token that followed it last
 
     def extend(self, kept):
         for seat, text in zip(kept.seats, kept.texts, strict=True):
             self.after.setdefault(seat, {}).update(pairwise(text))
 
     def propose(self, rows):
-        drafts = []  # token, parent, row, depth, chance
+        drafts = []  # token, parent, row, depth, chance (acceptance probability)
         for row, (seat, token) in enumerate(zip(rows.seats, rows.roots, strict=True)):
             for depth in range(1, rows.depths[row] + 1):
                 if (token := self.after[seat].get(token)) is None:
@@ -36,4 +36,6 @@ class Bigrams:
 
 llm = headstart.load(sys.argv[1] if len(sys.argv) > 1 else None, drafter=Bigrams())
 answer = llm.generate("The sun and the moon and the", max_tokens=60, temperature=0.5, seed=3)[0]
-print(f"{answer.text}\n\ntau {answer.stats.tau:.2f}, {sum(answer.guessed)} of {len(answer.token_ids)} tokens were guessed")
+print(
+    f"{answer.text}\n\ntau {answer.stats.tau:.2f}, {sum(answer.guessed)} of {len(answer.token_ids)} tokens were drafts"
+)

@@ -1,4 +1,4 @@
-"""An answer as it comes, and where its time went. python examples/generate.py [MODEL]"""
+"""A streamed answer, and how many rounds it took. python examples/generate.py [MODEL]"""
 
 import sys
 

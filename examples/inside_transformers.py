@@ -1,4 +1,4 @@
-"""Inside transformers: the same tokens from `model.generate`, in fewer passes. python examples/inside_transformers.py [MODEL]"""
+"""Inside transformers: the same tokens from `model.generate`, in fewer forwards. python examples/inside_transformers.py [MODEL]"""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Heads for a model, learned from its own answers, then used. python examples/train_medusa.py [MODEL]"""
+"""Train heads on a model's own answers, then draft with them. python examples/train_medusa.py [MODEL]"""
 
 import json
 import sys
@@ -14,7 +14,7 @@ model = sys.argv[1] if len(sys.argv) > 1 else str(embedded("target"))
 folder = Path(tempfile.mkdtemp(prefix="heads-"))
 settings = {"max_tokens": 64, "temperature": 0.7, "seed": 1}
 
-# What the model says is what its heads have to guess. `headstart distill` does this for many prompts.
+# Heads predict the model's own answers. `headstart distill` generates them for many prompts.
 llm = headstart.load(model, drafter=None, dtype="float32")
 prompts = [[{"role": "user", "content": case.prompt}] for case in load_cases("stories", 8)]
 answers = llm.generate(prompts, **settings)
@@ -28,7 +28,7 @@ config = TrainConfig(
     target=model,
     dtype="float32",
     data=[folder / "answers.jsonl"],
-    held_out=0,  # so few texts are learned by heart; hold some out to know what heads are worth
+    held_out=0,  # with so few texts; hold some out to measure what heads are worth
     out=folder / "heads",
     steps=40,
     learning_rate=5e-3,

@@ -1,7 +1,7 @@
-"""500 broken folders and files, the same ones every time: what people copy by half, edit by hand, or are sent by a stranger.
+"""500 broken folders and files, the same in every run: incomplete copies, bad edits, malicious files.
 
-Each case starts from something whole (a model, an adapter, heads, prompts, settings of a run), breaks one thing in it, and names
-the command that is to read it. What would run code, were it read carelessly, leaves a marker: an empty file called `MARKER`.
+Each case starts from an intact input (a model, an adapter, heads, prompts, settings of a run), breaks one thing in it, and names
+the command that reads it. Files with code create an empty file called `MARKER` if the code is run.
 """
 
 from __future__ import annotations
@@ -36,8 +36,12 @@ Random = random.Random
 
 
 @dataclass(frozen=True)
-class Whole:
-    """What the cases start from. scratch: where marks and outputs may go."""
+class Intact:
+    """The inputs that the cases start from.
+
+    model, adapter, heads: folders.
+    scratch: folder for markers and outputs.
+    """
 
     model: Path
     adapter: Path
@@ -47,8 +51,13 @@ class Whole:
 
 @dataclass(frozen=True)
 class Case:
-    """A broken folder or file. what: is broken how. arguments: of the command that reads it. inputs: which must stay as they are.
-    folder: of a model that `transformers` can be asked about where the command succeeds, else None."""
+    """A broken folder or file.
+
+    what: what is broken, and how.
+    arguments: of the command that reads it.
+    inputs: folder or file that must not change.
+    folder: of a model, for comparison with transformers where the command succeeds, else None.
+    """
 
     what: str
     arguments: tuple[object, ...]
@@ -56,18 +65,18 @@ class Case:
     folder: Path | None = None
 
 
-def whole(home: Path) -> Whole:
-    """A model of two layers with its tokenizer, an adapter of it, heads for it."""
+def intact_inputs(home: Path) -> Intact:
+    """A model of two layers with its tokenizer, an adapter and heads for it."""
     model = write_model(home / "model", context=64)
     lora = get_peft_model(load_model(model), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     lora.save_pretrained(home / "adapter")
-    known = json.loads((home / "adapter" / "adapter_config.json").read_text())
-    (home / "adapter" / "adapter_config.json").write_text(json.dumps(known | {"base_model_name_or_path": str(model)}))
+    config = json.loads((home / "adapter" / "adapter_config.json").read_text())
+    (home / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(model)}))
     target = Target(load_model(model))
     save(home / "heads", heads_for(target, METHOD, num_heads=2), describe_target(target.model, load_tokenizer(model)), {})
     (home / "heads" / "plan.json").write_text(json.dumps(PLAN))
     (home / "scratch").mkdir()
-    return Whole(model, home / "adapter", home / "heads", home / "scratch")
+    return Intact(model, home / "adapter", home / "heads", home / "scratch")
 
 
 PLAN = {
@@ -78,7 +87,7 @@ PLAN = {
 }
 
 
-def cases(start: Whole, home: Path, count: int = 500, seed: int = 0) -> Iterator[Case]:
+def cases(start: Intact, home: Path, count: int = 500, seed: int = 0) -> Iterator[Case]:
     """The broken folders, made one at a time under `home`."""
     kinds = [makers for makers, share in KINDS for _ in range(share)]
     for number in range(count):
@@ -88,7 +97,7 @@ def cases(start: Whole, home: Path, count: int = 500, seed: int = 0) -> Iterator
         yield kinds[number % len(kinds)](rng, start, folder)
 
 
-# -- what is wrong with a value, a file of JSON, any file -------------------------------------------------------------------
+# -- faults of values, JSON files and any file -------------------------------------------------------------------
 
 VALUES: tuple[Callable[[], Any], ...] = (
     lambda: None, lambda: "abc", lambda: "", lambda: -1, lambda: 0, lambda: 7, lambda: 3.7, lambda: 10**30, lambda: -(10**18),
@@ -98,32 +107,32 @@ VALUES: tuple[Callable[[], Any], ...] = (
 
 
 def _nested(depth: int) -> Any:
-    found: Any = []
+    value: Any = []
     for _ in range(depth):
-        found = [found]
-    return found
+        value = [value]
+    return value
 
 
 def _paths(content: Any, start: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Every place in a content, as keys and indices; of long lists the first few."""
-    found = [start] if start else []
+    """Every path into JSON content, as keys and indices; of long lists the first three entries."""
+    paths = [start] if start else []
     if isinstance(content, dict):
         for key in list(content)[:60]:
-            found += _paths(content[key], (*start, key))
+            paths += _paths(content[key], (*start, key))
     elif isinstance(content, list):
         for index in range(min(3, len(content))):
-            found += _paths(content[index], (*start, index))
-    return found
+            paths += _paths(content[index], (*start, index))
+    return paths
 
 
 def _one_value(rng: Random, content: Any) -> tuple[str, str]:
-    """What was changed, and the JSON of a content in which one value is another, or is missing."""
+    """What was changed, and the JSON of the content with one value replaced or missing."""
     content = copy.deepcopy(content)
-    *way, last = rng.choice(_paths(content))
+    *parents, last = rng.choice(_paths(content))
     holder = content
-    for key in way:
+    for key in parents:
         holder = holder[key]
-    name = ".".join(map(str, (*way, last)))
+    name = ".".join(map(str, (*parents, last)))
     if isinstance(holder, dict) and rng.random() < 0.15:
         del holder[last]
         return f"{name} is missing", json.dumps(content)
@@ -132,7 +141,7 @@ def _one_value(rng: Random, content: Any) -> tuple[str, str]:
 
 
 def _whole_file(rng: Random, text: bytes) -> tuple[str, bytes]:
-    """What was changed, and a text that is no longer what it was."""
+    """What was changed, and the changed content of a file."""
     kinds: dict[str, Callable[[], bytes]] = {
         "is cut": lambda: text[: rng.randrange(len(text))],
         "is empty": lambda: b"",
@@ -146,7 +155,7 @@ def _whole_file(rng: Random, text: bytes) -> tuple[str, bytes]:
         "holds a deep value": lambda: b'{"a": ' * DEEP + b"1" + b"}" * DEEP,
         "holds zeros": lambda: bytes(len(text)),
         "has a number of 5000 digits": lambda: b'{"a": ' + b"9" * 5000 + b"}",
-        "says a key twice": lambda: text.rstrip()[:-1] + b', "model_type": 3}',
+        "has a key twice": lambda: text.rstrip()[:-1] + b', "model_type": 3}',
     }
     name = rng.choice([*kinds])
     return name, kinds[name]()
@@ -173,19 +182,19 @@ def _generate(folder: Path, *more: object) -> tuple[object, ...]:
     return ("generate", "the cat and the sea", "--model", folder, "--max-tokens", 4, "--no-exact", "--json", *more)
 
 
-def _config(rng: Random, start: Whole, folder: Path) -> Case:
+def _config(rng: Random, start: Intact, folder: Path) -> Case:
     model = _copied(start.model, folder)
     what = _break_json(rng, model / "config.json")
     command = rng.choice([_generate(model, "--drafter", "lookup"), _generate(model), ("inspect", model, "--json")])
     return Case(what, command, model, model)
 
 
-def _generation_config(rng: Random, start: Whole, folder: Path) -> Case:
+def _generation_config(rng: Random, start: Intact, folder: Path) -> Case:
     model = _copied(start.model, folder)
     return Case(_break_json(rng, model / "generation_config.json"), _generate(model), model, model)
 
 
-def _tokenizer(rng: Random, start: Whole, folder: Path) -> Case:
+def _tokenizer(rng: Random, start: Intact, folder: Path) -> Case:
     model = _copied(start.model, folder)
     what = _break_json(rng, model / rng.choice(["tokenizer.json", "tokenizer_config.json"]))
     return Case(what, _generate(model), model)
@@ -209,7 +218,7 @@ TEMPLATES = (
 )
 
 
-def _template(rng: Random, start: Whole, folder: Path) -> Case:
+def _template(rng: Random, start: Intact, folder: Path) -> Case:
     model, number = _copied(start.model, folder), rng.randrange(len(TEMPLATES))
     text = TEMPLATES[number].replace("MARKER", str(start.scratch / MARKER))
     for file in model.glob("chat_template*"):
@@ -219,32 +228,32 @@ def _template(rng: Random, start: Whole, folder: Path) -> Case:
     return Case(f"chat template {number}", _generate(model), model)
 
 
-def _foreign_code(rng: Random, start: Whole, folder: Path) -> Case:
-    """Python files and pickles that leave a mark when they are run."""
-    model, mark = _copied(start.model, folder), start.scratch / MARKER
-    program = f"open({str(mark)!r}, 'w').close()\nclass A: pass\n"
+def _foreign_code(rng: Random, start: Intact, folder: Path) -> Case:
+    """Python files and pickles that create the marker when they are run."""
+    model, marker = _copied(start.model, folder), start.scratch / MARKER
+    program = f"open({str(marker)!r}, 'w').close()\nclass A: pass\n"
     (model / "own.py").write_text(program)
-    known = json.loads((model / "config.json").read_text())
+    config = json.loads((model / "config.json").read_text())
     tokenizer = json.loads((model / "tokenizer_config.json").read_text())
     names = {"AutoConfig": "own.A", "AutoModelForCausalLM": "own.A"}
     kind = rng.choice(["config", "model", "tokenizer", "pickle", "kernel", "adapter"])
     if kind == "config":
-        (model / "config.json").write_text(json.dumps(known | {"auto_map": names, "model_type": "own"}))
+        (model / "config.json").write_text(json.dumps(config | {"auto_map": names, "model_type": "own"}))
     elif kind == "model":
-        (model / "config.json").write_text(json.dumps(known | {"auto_map": {"AutoModelForCausalLM": "own.A"}}))
+        (model / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "own.A"}}))
     elif kind == "tokenizer":
-        own = {"auto_map": {"AutoTokenizer": ["own.A", "own.A"]}, "tokenizer_class": "A"}
-        (model / "tokenizer_config.json").write_text(json.dumps(tokenizer | own))
+        auto_map = {"auto_map": {"AutoTokenizer": ["own.A", "own.A"]}, "tokenizer_class": "A"}
+        (model / "tokenizer_config.json").write_text(json.dumps(tokenizer | auto_map))
     elif kind == "pickle":
         (model / "model.safetensors").unlink()
-        (model / "pytorch_model.bin").write_bytes(pickle.dumps(_Touch(str(mark))))
+        (model / "pytorch_model.bin").write_bytes(pickle.dumps(_Touch(str(marker))))
     elif kind == "kernel":
-        (model / "config.json").write_text(json.dumps(known | {"attn_implementation": "nobody/kernel"}))
+        (model / "config.json").write_text(json.dumps(config | {"attn_implementation": "nobody/kernel"}))
     else:
         adapter = _copied(start.adapter, folder)
-        said = json.loads((adapter / "adapter_config.json").read_text())
-        said |= {"megatron_config": {"tensor_model_parallel_size": 1}, "megatron_core": "own"}
-        (adapter / "adapter_config.json").write_text(json.dumps(said))
+        adapter_config = json.loads((adapter / "adapter_config.json").read_text())
+        adapter_config |= {"megatron_config": {"tensor_model_parallel_size": 1}, "megatron_core": "own"}
+        (adapter / "adapter_config.json").write_text(json.dumps(adapter_config))
         (adapter / "own.py").write_text(program)
         return Case("code by adapter", _generate(adapter), folder)
     return Case(f"code by {kind}", _generate(model), model, model if kind == "model" else None)
@@ -259,7 +268,7 @@ class _Touch:
 
 
 def _break_tensors(rng: Random, file: Path) -> str:
-    """Tensors that are missing, strange or too many, or a file that is cut."""
+    """Tensors that are missing, malformed or too many, or a file that is cut."""
     if rng.random() < 0.4:
         what, content = _whole_file(rng, file.read_bytes()) if rng.random() < 0.3 else ("is cut", _cut(rng, file.read_bytes()))
         file.write_bytes(content)
@@ -296,18 +305,18 @@ def _cut(rng: Random, content: bytes) -> bytes:
     return content[: rng.randrange(len(content))]
 
 
-def _weights(rng: Random, start: Whole, folder: Path) -> Case:
+def _weights(rng: Random, start: Intact, folder: Path) -> Case:
     model = _copied(start.model, folder)
     return Case(_break_tensors(rng, model / "model.safetensors"), _generate(model), model, model)
 
 
-def _adapter(rng: Random, start: Whole, folder: Path) -> Case:
+def _adapter(rng: Random, start: Intact, folder: Path) -> Case:
     adapter = _copied(start.adapter, folder)
     if rng.random() < 0.3:
         what = _break_tensors(rng, adapter / "adapter_model.safetensors")
     elif rng.random() < 0.1:
-        said = json.loads((adapter / "adapter_config.json").read_text())
-        (adapter / "adapter_config.json").write_text(json.dumps(said | {"base_model_name_or_path": str(adapter)}))
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(adapter)}))
         what = "an adapter of itself"
     else:
         what = _break_json(rng, adapter / "adapter_config.json")
@@ -317,7 +326,7 @@ def _adapter(rng: Random, start: Whole, folder: Path) -> Case:
 # -- heads ------------------------------------------------------------------------------------------------------------------
 
 
-def _heads(rng: Random, start: Whole, folder: Path) -> Case:
+def _heads(rng: Random, start: Intact, folder: Path) -> Case:
     heads = _copied(start.heads, folder)
     file = heads / rng.choice(["config.json", "model.safetensors", "plan.json"])
     what = _break_tensors(rng, file) if file.suffix == ".safetensors" else _break_json(rng, file)
@@ -347,11 +356,11 @@ TEXTS: tuple[dict[str, Any], ...] = (
 )
 
 
-def _jsonl(rng: Random, start: Whole, folder: Path) -> Case:
-    command, place = rng.choice(["distill", "bench", "train"]), rng.randrange(3)
+def _jsonl(rng: Random, start: Intact, folder: Path) -> Case:
+    command, index = rng.choice(["distill", "bench", "train"]), rng.randrange(3)
     lines = [json.dumps(rng.choice({"distill": (*PROMPTS, CHAT), "bench": PROMPTS, "train": TEXTS}[command])) for _ in range(3)]
     if rng.random() < 0.75:
-        what, lines[place] = _one_value(rng, json.loads(lines[place]))
+        what, lines[index] = _one_value(rng, json.loads(lines[index]))
         content = "\n".join(lines).encode()
     else:
         what, content = _whole_file(rng, "\n".join(lines).encode())
@@ -368,7 +377,7 @@ def _jsonl(rng: Random, start: Whole, folder: Path) -> Case:
     return Case(f"{file.name}: {what}", arguments[command], file)
 
 
-def _run_config(rng: Random, start: Whole, folder: Path) -> Case:
+def _run_config(rng: Random, start: Intact, folder: Path) -> Case:
     (folder / "data.jsonl").write_text('{"text": "the cat and the sea"}\n' * 3)
     settings: dict[str, Any] = {
         "method": METHOD,
@@ -397,7 +406,7 @@ def _run_config(rng: Random, start: Whole, folder: Path) -> Case:
     return Case(f"run.yaml: {what}", ("train", "--config", file), folder)
 
 
-Maker = Callable[[Random, Whole, Path], Case]
+Maker = Callable[[Random, Intact, Path], Case]
 KINDS: Sequence[tuple[Maker, int]] = (
     (_config, 12), (_generation_config, 4), (_tokenizer, 7), (_template, 3), (_foreign_code, 2), (_weights, 6), (_adapter, 4),
     (_heads, 6), (_jsonl, 4), (_run_config, 2),

@@ -1,4 +1,4 @@
-"""benchmarks/shared_noise.py and benchmarks/draft_cost.py: what they count, and that they run on a tiny model."""
+"""benchmarks/shared_noise.py and benchmarks/draft_cost.py: their numbers, and that they run on a tiny model."""
 
 import json
 import math
@@ -27,7 +27,7 @@ import shared_noise
 
 
 def result_of(main: Callable[[], None], monkeypatch, capsys, *arguments: str) -> dict:
-    """What a script prints for machines."""
+    """The JSON that a script prints last."""
     monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
     main()
     return json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -69,14 +69,14 @@ def test_a_drafter_that_is_the_target_is_always_right_with_its_noise_and_not_wit
     assert all(cell["parts"][1]["tokens"] == 2 * 16 for cell in cells)  # the first token comes with the prompt
 
 
-def test_the_usual_shapes_leave_out_a_tree_that_was_not_calibrated():
+def test_the_default_shapes_leave_out_a_tree_of_an_uncalibrated_drafter():
     assert shared_noise.shapes_of("lookup", None, 1.0) == ["chain:4", "best"]
     assert shared_noise.shapes_of("mtp", None, 1.0) == list(shared_noise.DEFAULT_SHAPES)
     with pytest.raises(ValueError, match="tree:8"):
         shared_noise.shapes_of("lookup", ["tree:8"], 1.0)
 
 
-def test_a_text_that_is_not_plain_decodings_stops_the_comparison(model_folder):
+def test_a_text_that_differs_from_plain_decoding_stops_the_comparison(model_folder):
     target = Target.load(model_folder, dtype="float32", exact=True)
     setup = runner.Setup(target, (runner.Task((5, 6, 7)),), SamplingParams(max_tokens=8, seed=1, ignore_eos=True))
     plain = [runner.answer(setup, *runner.prepare(setup, []), 0)]
@@ -90,17 +90,17 @@ def test_a_text_that_is_not_plain_decodings_stops_the_comparison(model_folder):
 
 
 def clocked(*events: str) -> draft_cost.Round:
-    """A round in which event `i` comes after `i` seconds; `<` leaves what was entered last."""
-    ticks = iter(sum(range(1 + place)) for place in range(99))
+    """A round in which event `i` comes after `i` seconds; `<` leaves the operation that was entered last."""
+    ticks = iter(sum(range(1 + index)) for index in range(99))
     clock = draft_cost.Clock(lambda: next(ticks))
     for event in events:
         clock.leave() if event == "<" else clock.enter(event)
-    (found,) = clock.rounds
-    assert sum(found.spent.values()) == found.sum() == sum(range(len(events)))
-    return found
+    (measured,) = clock.rounds
+    assert sum(measured.spent.values()) == measured.sum() == sum(range(len(events)))
+    return measured
 
 
-def test_a_level_is_what_leads_to_its_choice():
+def test_a_level_includes_everything_up_to_its_choice():
     level = ("layers", "<", "project", "<", "tree", "choose", "<", "<")
     found = clocked("host", "propose", *level, *level, "<", "score", "project", "<", "<", "<")
     assert [found.sum("propose", level, "layers") for level in (1, 2)] == [3, 11]
@@ -119,7 +119,7 @@ def test_parallel_heads_are_projected_level_by_level_before_any_choice():
 
 
 @pytest.mark.parametrize(("kind", "parents"), [("mtp", [1, 2, 2]), ("hydra", [1, 2, 2]), ("medusa", [1, 1, 1])])
-def test_every_level_of_a_drafter_is_seen(kind, parents, model_folder, tmp_path, monkeypatch, capsys):
+def test_every_level_of_a_drafter_is_measured(kind, parents, model_folder, tmp_path, monkeypatch, capsys):
     target = Target.load(model_folder)
     save(tmp_path / kind, heads_for(target, kind), describe_target(target.model, load_tokenizer(model_folder)), {})
     before = Rows.choose, grow._TreeBuilder.select_beam

@@ -1,4 +1,4 @@
-"""benchmarks/gpu_check.py runs where there is no GPU, and finds nothing wrong."""
+"""benchmarks/gpu_check.py runs without a GPU, and all checks pass."""
 
 import json
 import runpy

@@ -1,4 +1,4 @@
-"""benchmarks/pad_heads.py: heads widened with zeros say what the small ones say, and cost what large ones cost."""
+"""benchmarks/pad_heads.py: heads widened with zeros propose the same drafts as the small ones."""
 
 import json
 import math
@@ -26,7 +26,7 @@ HIDDEN, WIDE = 32, 64
 
 @pytest.fixture(scope="module")
 def padded_folder(model_folder, tmp_path_factory):
-    """The tiny model, twice as wide: its final states, and as many zeros."""
+    """The tiny model, twice as wide: its last hidden states, and as many zeros."""
     folder = write_model(tmp_path_factory.mktemp("padded") / "target")  # for the tokenizer
     small = AutoModelForCausalLM.from_pretrained(model_folder)
     config = AutoConfig.from_pretrained(model_folder)
@@ -65,7 +65,7 @@ def decoded(model: Path, heads: Path) -> tuple[list[int], float]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_padded_heads_draft_what_the_small_ones_draft(kind, model_folder, padded_folder, tmp_path, monkeypatch):
+def test_padded_heads_propose_the_drafts_of_the_small_ones(kind, model_folder, padded_folder, tmp_path, monkeypatch):
     heads = saved(tmp_path / "heads", kind, model_folder)
     pad_heads(monkeypatch, heads, padded_folder, tmp_path / "out")
     tokens, tau = decoded(padded_folder, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""What people give by mistake, and what machines refuse: one sentence and exit code 2, and nothing goes by in silence."""
+"""Mistakes of users and errors of the system: one sentence and exit code 2, and none is ignored."""
 
 import errno
 import json
@@ -44,9 +44,9 @@ def refused(*arguments: object) -> str:
 
 
 def changed(folder: Path, file: str = "config.json", **values: object) -> Path:
-    place = folder / file
-    known = json.loads(place.read_text()) if place.exists() else {}
-    place.write_text(json.dumps(known | values))
+    path = folder / file
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(content | values))
     return folder
 
 
@@ -73,7 +73,7 @@ def own_heads(model_folder, tmp_path):
 
 
 @pytest.mark.parametrize("device", ["meta", "mps", "xla", "cuda:x", ""])
-def test_a_device_that_models_do_not_run_on_is_refused_with_those_that_they_do(model_folder, device):
+def test_an_unsupported_device_is_refused_with_the_supported_ones(model_folder, device):
     assert "write auto, cpu, cuda or cuda:NUMBER" in refused("generate", "a", "--model", model_folder, "--device", device)
     with pytest.raises(ValueError, match="write auto, cpu, cuda or cuda:NUMBER"):
         headstart.load(model_folder, device=device)
@@ -85,22 +85,22 @@ def test_more_answers_than_can_be_queued_are_refused_before_anything_is_loaded(t
 
 
 @pytest.mark.parametrize("command", [("generate", "a"), ("chat",), ("inspect",), ("bench",)])
-def test_a_name_of_5000_letters_is_one_sentence(command):
+def test_a_name_of_5000_letters_is_refused_in_one_short_sentence(command):
     name = "a" * 5000
-    said = refused(*command, *(("--model", name) if command != ("inspect",) else (name,)))
-    assert len(said) < 400
+    message = refused(*command, *(("--model", name) if command != ("inspect",) else (name,)))
+    assert len(message) < 400
 
 
 @pytest.mark.parametrize("setting", [("--temperature", "hot"), ("--max-tokens", "many"), ("--seed", 2**80), ("--threads", 0)])
-def test_a_setting_of_the_wrong_kind_is_one_sentence(model_folder, setting):
+def test_a_setting_of_the_wrong_type_is_refused_in_one_sentence(model_folder, setting):
     refused("generate", "a", "--model", model_folder, *setting)
 
 
 @pytest.mark.parametrize("option", [("--system", "\udcff"), ("--stop", "\udcff"), ()])
-def test_bytes_that_are_no_text_are_one_sentence(model_folder, option):
+def test_bytes_that_are_not_utf8_are_refused_in_one_sentence(model_folder, option):
     prompt = "a" if option else "\udcff"
-    said = refused("generate", prompt, "--model", model_folder, *option, *QUICK)
-    assert "UTF-8" in said or "surrogate" in said
+    message = refused("generate", prompt, "--model", model_folder, *option, *QUICK)
+    assert "UTF-8" in message or "surrogate" in message
 
 
 def test_half_of_a_surrogate_pair_is_refused_by_name(model_folder):
@@ -122,7 +122,7 @@ def test_half_of_a_surrogate_pair_is_refused_by_name(model_folder):
         {"hidden_size": 10**18}, {"max_position_embeddings": 0}, {"eos_token_id": "abc"},
     ],
 )  # fmt: skip
-def test_a_configuration_of_the_wrong_type_is_one_sentence(own_model, values):
+def test_a_configuration_of_the_wrong_type_is_refused_in_one_sentence(own_model, values):
     changed(own_model, **values)
     (own_model / "generation_config.json").unlink()
     assert str(own_model) in refused("inspect", own_model) or "eos_token_id" in values
@@ -131,7 +131,7 @@ def test_a_configuration_of_the_wrong_type_is_one_sentence(own_model, values):
 @pytest.mark.parametrize(
     ("kind", "context"), [("llama", 1), ("llama", 8), ("gpt2", 1), ("gpt2", 2), ("gpt2", 8), ("gpt2", 15), ("gpt2", 17)]
 )
-def test_a_context_below_16_answers_as_the_model_itself_does(tmp_path, context, kind):
+def test_a_context_below_16_gives_the_tokens_of_the_model_itself(tmp_path, context, kind):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     folder = write_model(tmp_path, context=context, template=None)
@@ -144,12 +144,12 @@ def test_a_context_below_16_answers_as_the_model_itself_does(tmp_path, context, 
             headstart.load(folder)
         return
     llm = headstart.load(folder, drafter="lookup")
-    found = llm.generate([[5]], max_tokens=context - 1, ignore_eos=True)[0].token_ids
+    tokens = llm.generate([[5]], max_tokens=context - 1, ignore_eos=True)[0].token_ids
     model, text = AutoModelForCausalLM.from_pretrained(folder), [5]
     with torch.no_grad():
         for _ in range(context - 1):
             text.append(int(model(torch.tensor([text])).logits[0, -1].argmax()))
-    assert list(found) == text[1:]
+    assert list(tokens) == text[1:]
 
 
 def test_weights_with_more_layers_than_the_configuration_are_refused(own_model):
@@ -159,7 +159,7 @@ def test_weights_with_more_layers_than_the_configuration_are_refused(own_model):
     )
 
 
-def test_experts_that_are_stored_one_by_one_are_no_layers_too_many(tmp_path):
+def test_experts_that_are_stored_one_by_one_do_not_count_as_layers(tmp_path):
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
@@ -174,12 +174,12 @@ def test_experts_that_are_stored_one_by_one_are_no_layers_too_many(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"eos_token_id": "abc"}', '{"eos_token_id": [[]]}'])
-def test_a_broken_generation_config_is_not_left_out_in_silence(own_model, text):
+def test_a_broken_generation_config_is_refused(own_model, text):
     (own_model / "generation_config.json").write_text(text)
     refused("generate", "a", "--model", own_model, *QUICK)
 
 
-def test_a_model_that_says_nan_is_refused(own_model):
+def test_a_model_with_nan_logits_is_refused(own_model):
     tensors = load_file(own_model / "model.safetensors")
     tensors["model.layers.1.mlp.down_proj.weight"][0] = float("nan")
     save_file(tensors, own_model / "model.safetensors", metadata={"format": "pt"})
@@ -194,7 +194,7 @@ def test_a_tensor_of_another_shape_is_named_with_both(own_model):
     assert "first model.norm.weight: [31], not [32]" in refused("generate", "a", "--model", own_model)
 
 
-def test_inspect_of_a_model_that_is_refused_exits_with_2_and_says_everything_else(tmp_path):
+def test_inspect_of_a_refused_model_exits_with_2_and_reports_everything_else(tmp_path):
     from transformers import BloomConfig, BloomForCausalLM
 
     BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2)).save_pretrained(tmp_path)
@@ -212,7 +212,7 @@ def test_files_of_a_model_that_are_lists_or_nested_deeply_are_named(own_model, f
     assert file in refused("generate", "a", "--model", own_model)
 
 
-def test_an_adapter_that_leads_back_to_itself_is_one_sentence(tmp_path):
+def test_an_adapter_of_itself_is_refused_in_one_sentence(tmp_path):
     for one, other in (("a", "b"), ("b", "a"), ("self", "self")):
         (tmp_path / one).mkdir()
         (tmp_path / one / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / other)}))
@@ -232,7 +232,7 @@ def test_an_adapter_that_leads_back_to_itself_is_one_sentence(tmp_path):
         ("{{ 'a' + 1 }}", "can only concatenate"),
     ],
 )
-def test_a_chat_template_that_fails_or_never_ends_is_one_sentence(model_folder, monkeypatch, template, words):
+def test_a_chat_template_that_fails_or_never_ends_is_refused_in_one_sentence(model_folder, monkeypatch, template, words):
     monkeypatch.setattr("headstart.text.tokenizer.LONGEST_RENDERING", 0.1)
     tokenizer = load_tokenizer(model_folder)
     tokenizer.chat_template = template
@@ -259,28 +259,28 @@ def test_heads_of_nan_are_refused_wherever_they_are_used(model_folder, own_heads
     assert f"numbers in {name} that are none (nan or inf)" in refused(*arguments[command])
 
 
-def test_the_bar_of_a_calibration_moves_in_its_longer_half_too(model_folder, own_heads, monkeypatch):
+def test_the_progress_bar_of_a_calibration_counts_the_decoding_of_trees(model_folder, own_heads, monkeypatch):
     from contextlib import contextmanager
 
-    told: list[int] = []
+    progress_calls: list[int] = []
 
     @contextmanager
     def progress(total):
-        told.append(total)
-        yield lambda: told.append(1)
+        progress_calls.append(total)
+        yield lambda: progress_calls.append(1)
 
     monkeypatch.setattr("headstart.cli.calibrate.progress", progress)
     monkeypatch.setattr("headstart.bench.calibrate.acceptance", lambda ranks, width: ((0.5,) * width, (0.25,) * width))
     result = run("calibrate", own_heads, "--model", model_folder, "--limit", 2, "--max-tokens", 4, "--temperature", 0.7)
     assert result.exit_code == 0, result.output
-    total, *steps = told
+    total, *steps = progress_calls
     assert total == len(steps) == 2 * (1 + len(SIZES))
 
 
 # -- files ------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_byte_order_mark_is_no_part_of_a_jsonl_file(tmp_path):
+def test_a_byte_order_mark_of_a_jsonl_file_is_skipped(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}\n')
     assert [fields["text"] for _, fields in read_records(file)] == ["a", "b"]
@@ -303,7 +303,7 @@ def test_a_line_that_cannot_be_read_is_named(tmp_path, line, words):
 
 
 @pytest.mark.parametrize("name", ["folder", "folder/missing/../../file/below"])
-def test_an_output_that_cannot_be_is_refused(model_folder, tmp_path, name):
+def test_an_output_that_cannot_be_written_is_refused(model_folder, tmp_path, name):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("kept")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
@@ -317,7 +317,7 @@ FULL = Path("/dev/full")
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="the system has no /dev/full")
-def test_output_that_does_not_fit_is_one_sentence(model_folder):
+def test_output_to_a_full_disk_is_refused_in_one_sentence(model_folder):
     command = [sys.executable, "-m", "headstart", "--version"]
     with FULL.open("w") as out:
         done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True, timeout=120)
@@ -326,21 +326,21 @@ def test_output_that_does_not_fit_is_one_sentence(model_folder):
 
 
 @pytest.mark.skipif(not FULL.exists(), reason="the system has no /dev/full")
-def test_a_device_is_no_file_for_answers(model_folder, tmp_path):
+def test_a_device_is_refused_as_the_file_of_answers(model_folder, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
-    said = refused("distill", tmp_path / "prompts.jsonl", "--model", model_folder, "--out", FULL, *QUICK[:2])
-    assert "no ordinary file" in said
+    message = refused("distill", tmp_path / "prompts.jsonl", "--model", model_folder, "--out", FULL, *QUICK[:2])
+    assert "no ordinary file" in message
 
 
-def test_distill_on_a_full_disk_keeps_whole_lines_and_goes_on_later(model_folder, tmp_path, monkeypatch):
+def test_distill_on_a_full_disk_keeps_complete_lines_and_can_be_continued(model_folder, tmp_path, monkeypatch):
     (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "the cat {number}"}}\n' for number in range(4)))
     command = ("distill", tmp_path / "prompts.jsonl", "--model", model_folder, "--max-tokens", 3, "--rows", 1, "--out")
     assert run(*command, tmp_path / "whole").exit_code == 0
-    whole = (tmp_path / "whole").read_bytes()
-    room = len(whole) // 2  # a disk that fills up in the middle of a line
+    complete = (tmp_path / "whole").read_bytes()
+    capacity = len(complete) // 2  # a disk that fills up in the middle of a line
     import headstart.distill.distill as module
 
-    class Small:
+    class FullDisk:
         def __init__(self, file):
             self.file = file
 
@@ -348,7 +348,7 @@ def test_distill_on_a_full_disk_keeps_whole_lines_and_goes_on_later(model_folder
             return self.file.fileno()
 
         def write(self, content):
-            left = room - os.fstat(self.file.fileno()).st_size
+            left = capacity - os.fstat(self.file.fileno()).st_size
             if left <= 0:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return self.file.write(content[:left])
@@ -360,20 +360,20 @@ def test_distill_on_a_full_disk_keeps_whole_lines_and_goes_on_later(model_folder
             self.file.close()
 
     opened = module._opened
-    monkeypatch.setattr(module, "_opened", lambda path: Small(opened(path)))
-    said = refused(*command, tmp_path / "part")
+    monkeypatch.setattr(module, "_opened", lambda path: FullDisk(opened(path)))
+    message = refused(*command, tmp_path / "part")
     part = (tmp_path / "part").read_bytes()
-    assert "No space left on device" in said
-    assert f"the {part.count(bytes([10]))} conversations that are in it are whole" in said
+    assert "No space left on device" in message
+    assert f"the {part.count(bytes([10]))} conversations that are in it are whole" in message
     assert part.endswith(b"\n")
-    assert set(part.splitlines()) < set(whole.splitlines())
+    assert set(part.splitlines()) < set(complete.splitlines())
     monkeypatch.setattr(module, "_opened", opened)
     assert run(*command, tmp_path / "part").exit_code == 0
-    assert sorted((tmp_path / "part").read_bytes().splitlines()) == sorted(whole.splitlines())
+    assert sorted((tmp_path / "part").read_bytes().splitlines()) == sorted(complete.splitlines())
 
 
 @pytest.mark.parametrize("part", ["config", "log", "checkpoint"])
-def test_train_on_a_full_disk_is_one_sentence(model_folder, tmp_path, monkeypatch, part):
+def test_train_on_a_full_disk_fails_in_one_sentence(model_folder, tmp_path, monkeypatch, part):
     def full(*arguments, **settings):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -394,7 +394,7 @@ def test_train_on_a_full_disk_is_one_sentence(model_folder, tmp_path, monkeypatc
     assert "No space left on device" in " ".join(result.stderr.split("headstart: ")[-1].split())
 
 
-def test_errors_of_the_system_and_of_memory_are_one_sentence(model_folder, monkeypatch):
+def test_errors_of_the_system_and_of_memory_are_reported_in_one_sentence(model_folder, monkeypatch):
     for error, words in (
         (PermissionError(errno.EACCES, "Permission denied", "/a/file"), "/a/file: Permission denied"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "/a"), "/a: Is a directory"),
@@ -410,7 +410,7 @@ def test_errors_of_the_system_and_of_memory_are_one_sentence(model_folder, monke
         assert words in refused("generate", "a", "--model", model_folder)
 
 
-def test_a_fault_of_ours_still_has_its_traceback(model_folder, monkeypatch):
+def test_a_bug_still_has_its_traceback(model_folder, monkeypatch):
     def fail(*arguments, **settings):
         raise AssertionError("what we did")
 
