@@ -36,6 +36,4 @@ class Bigrams:
 
 llm = headstart.load(sys.argv[1] if len(sys.argv) > 1 else None, drafter=Bigrams())
 answer = llm.generate("The sun and the moon and the", max_tokens=60, temperature=0.5, seed=3)[0]
-print(
-    f"{answer.text}\n\ntau {answer.stats.tau:.2f}, {sum(answer.guessed)} of {len(answer.token_ids)} tokens were drafts"
-)
+print(f"{answer.text}\n\ntau {answer.stats.tau:.2f}, {sum(answer.guessed)} of {len(answer.token_ids)} tokens were drafts")
