@@ -30,8 +30,8 @@ from headstart.speculation.calibration import (
     walk,
 )
 from headstart.speculation.noise import mix
+from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Chain, Planner, StaticTree
-from headstart.speculation.sampling import SamplingParams
 from headstart.target.target import Target
 
 SIZES = (8, 16, 32, 64)  # drafts of the static trees

@@ -12,7 +12,7 @@ from torch import Tensor
 from headstart.drafters import Drafter
 from headstart.drafters.parts.losses import CHUNK, NONE, Batch, HeadOutput, columns
 from headstart.speculation.noise import gumbel, noise_keys, signed
-from headstart.speculation.sampling import Rows
+from headstart.speculation.rows import Rows
 from headstart.speculation.tree import Drafts, Kept
 from headstart.target.cache import Seating
 from headstart.target.embed_head import EmbedHead

@@ -14,7 +14,7 @@ from headstart.cli.options import SamplingOptions, waiting
 if TYPE_CHECKING:
     from headstart.engine.answers import Answering, Fragment
     from headstart.engine.llm import LLM
-    from headstart.speculation.sampling import SamplingParams
+    from headstart.speculation.params import SamplingParams
     from headstart.text.tokenizer import Prompt
 
 System = Annotated[str | None, typer.Option(help="System message for the chat template.")]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from headstart.bench.suites import Case
     from headstart.bench.trained_heads import Trained
     from headstart.engine.llm import LLM
-    from headstart.speculation.sampling import SamplingParams
+    from headstart.speculation.params import SamplingParams
 
 
 def _option(help: str, default: str | bool = True) -> Any:

@@ -35,7 +35,7 @@ def demo(
     """
     from headstart.bench import report, runner, suites
     from headstart.bench.tasks import encode_tasks
-    from headstart.speculation.sampling import SamplingParams
+    from headstart.speculation.params import SamplingParams
 
     cases = [*suites.SUITES["stories"][:3], suites.SUITES["questions"][0]]
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)

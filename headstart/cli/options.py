@@ -188,7 +188,7 @@ class SamplingOptions:
 
     def params(self, **more: Any) -> "SamplingParams":
         """The sampling parameters, checked before anything is loaded. more: fields that only one command has."""
-        from headstart.speculation.sampling import SamplingParams
+        from headstart.speculation.params import SamplingParams
 
         settings = {field.name: getattr(self, field.name) for field in fields(self)}
         settings["max_tokens"] = 256 if self.max_tokens is None else self.max_tokens

@@ -12,8 +12,8 @@ from typing import Any, Literal, Protocol
 from headstart.engine.llm import LLM
 from headstart.engine.scheduler import Request
 from headstart.speculation.noise import mix
-from headstart.speculation.sampling import SamplingParams
-from headstart.speculation.verify import RULES
+from headstart.speculation.params import SamplingParams
+from headstart.speculation.rules import RULES
 from headstart.target.loading import digest
 from headstart.text.conversations import follow_up
 from headstart.text.prompts import ChatPrompt, Message

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from headstart.drafters.parts.drafter_loss import backward_by_part, chunked_loss
 from headstart.drafters.parts.heads import Heads
-from headstart.drafters.parts.losses import Metrics, Objective, OutputHead, backward_by_part, chunked_loss
+from headstart.drafters.parts.losses import Metrics, Objective, OutputHead
 from headstart.target.embed_head import EmbedHead
 from headstart.target.hidden_states import asking_for
 from headstart.training.dataset import TextBatch
