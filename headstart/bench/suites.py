@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headstart.text.jsonl import PROMPTS, applied_to, first_text, read_records
+from headstart.text.jsonl import PROMPTS, applied_to, first_text, read_fields
 
 REFERENCES = ("reference", "answer", "canonical_solution", "output")
 
@@ -44,7 +44,7 @@ def load_cases(source: str, limit: int | None = None) -> list[Case]:
 def _from_file(path: Path) -> list[Case]:
     if not path.is_file():
         raise ValueError(f"prompts {str(path)!r} is neither a JSONL file nor a built-in suite ({', '.join(SUITES)})")
-    cases = [_from_record(path, number, fields) for number, fields in read_records(path)]
+    cases = [_from_record(path, number, fields) for number, fields in read_fields(path)]
     if not cases:
         raise ValueError(f"{path} holds no prompt")
     return cases

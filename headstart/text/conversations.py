@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headstart.text.jsonl import is_jsonl, read_records, read_text
+from headstart.text.jsonl import read_fields
 from headstart.text.tokenizer import checked_messages, name_of, render, special_ids, vocabulary_size
 
 if TYPE_CHECKING:
@@ -165,11 +165,7 @@ class _Reader:
         self.report = ReadReport()
 
     def read(self, path: Path) -> Iterator[Example]:
-        if not is_jsonl(path):
-            self.report.num_read += 1
-            yield from self._text(read_text(path))
-            return
-        for number, fields in read_records(path):
+        for number, fields in read_fields(path, "text"):
             self.report.num_read += 1
             try:
                 yield from self._line(fields)

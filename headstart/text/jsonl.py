@@ -12,7 +12,7 @@ import lzma
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 ENCODING = "utf-8-sig"  # a byte order mark, as some editors write it, is no part of the text
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz")
@@ -91,11 +91,6 @@ def is_jsonl(path: Path) -> bool:
     return path.name.endswith(SUFFIXES)
 
 
-def read_text(path: Path) -> str:
-    """A whole text file. Raises ValueError as `read_lines` does."""
-    return "".join(line for _, line in read_lines(path))
-
-
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """(line number from 1, line with its end) of a text file, which may be packed (.gz, .xz).
 
@@ -121,6 +116,21 @@ def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not isinstance(fields, dict):
             raise ValueError(f"line {number} of {path} is a {type(fields).__name__}; each line must be a JSON object")
         yield number, fields
+
+
+def read_fields(path: Path, plain: Literal["text", "prompts"] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number from 1, fields) of each record in a data file, packed (.gz, .xz) or not.
+
+    plain: what a file without a JSONL name holds: "text", one document (`text`); "prompts", a prompt in each line (`prompt`), blank
+    lines left out; None, JSON lines whatever its name.
+    Raises ValueError as `read_records` and `read_lines` do.
+    """
+    if plain is None or is_jsonl(path):
+        yield from read_records(path)
+    elif plain == "text":
+        yield 1, {"text": "".join(line for _, line in read_lines(path))}
+    else:
+        yield from ((number, {"prompt": line.rstrip("\n")}) for number, line in read_lines(path) if line.strip())
 
 
 def first_text(fields: dict[str, Any], names: Sequence[str]) -> str | None:

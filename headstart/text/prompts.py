@@ -5,13 +5,12 @@ This file knows the fields of prompt files. It refuses to know tokens and who an
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from headstart.text.jsonl import PROMPTS, applied_to, first_text, is_jsonl, read_lines, read_records
+from headstart.text.jsonl import PROMPTS, applied_to, first_text, read_fields
 from headstart.text.tokenizer import checked_messages
 
 Message = dict[str, Any]
@@ -47,15 +46,10 @@ def read_prompts(path: str | Path, limit: int | None = None, *, is_chat: bool = 
     path = Path(path)
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1 prompt")
-    records: Iterable[tuple[int, dict[str, Any]]] = read_records(path) if is_jsonl(path) else _lines_as_prompts(path)
-    prompts = [_prompt(path, number, fields, is_chat) for number, fields in islice(records, limit)]
+    prompts = [_prompt(path, number, fields, is_chat) for number, fields in islice(read_fields(path, "prompts"), limit)]
     if not prompts:
         raise ValueError(f"{path} holds no prompt")
     return prompts
-
-
-def _lines_as_prompts(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    return ((number, {"prompt": line.rstrip("\n")}) for number, line in read_lines(path) if line.strip())
 
 
 def _prompt(path: Path, number: int, fields: dict[str, Any], is_chat: bool) -> ChatPrompt:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.text.jsonl import is_jsonl, read_records, read_text
+from headstart.text.jsonl import read_fields
 from headstart.text.tokenizer import checked_messages, name_of, render, vocabulary_size
 
 if TYPE_CHECKING:
@@ -106,10 +106,7 @@ def _tokenized(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, is_chat
 
 def _documents(path: Path, tokenizer: PreTrainedTokenizerBase, vocab: int) -> Iterator[_Document]:
     """Empty ones are left out."""
-    if not is_jsonl(path):
-        found = iter([_Document("text", read_text(path))])
-    else:
-        found = (_document(f"line {number} of {path}", fields, tokenizer, vocab) for number, fields in read_records(path))
+    found = (_document(f"line {number} of {path}", fields, tokenizer, vocab) for number, fields in read_fields(path, "text"))
     return (document for document in found if document.content)
 
 
