@@ -24,7 +24,7 @@ from torch import Tensor
 
 from headstart.drafters.registry import method
 from headstart.formats.disk import sync
-from headstart.formats.draft_vocab import fault
+from headstart.formats.draft_vocab import native_id_error
 from headstart.formats.model_card import card, with_section
 from headstart.formats.target_info import TargetInfo, check
 from headstart.speculation.calibration import PLAN
@@ -70,7 +70,7 @@ def save(folder: str | Path, drafter: Heads, target_info: TargetInfo, training: 
     with torch.device("meta"):
         wanted = _build(described, folder).state_dict()
     assert tensors.keys() == wanted.keys(), "these heads are packed for drafting; save their clone"
-    assert not any(_wrong_ids(ids, target_info.vocab) for ids in tensors.values() if not ids.is_floating_point()), (
+    assert not any(native_id_error(ids, target_info.vocab) for ids in tensors.values() if not ids.is_floating_point()), (
         "ids are no tokens"
     )
     with _in_one_sentence(folder, "heads that were there are untouched"), _staging(folder) as staged:
@@ -216,19 +216,8 @@ def _match(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], folder: Pa
 
 def _match_ids(found: Mapping[str, Tensor], vocab: int, folder: Path) -> None:
     for name, ids in found.items():
-        if not ids.is_floating_point() and (wrong := _wrong_ids(ids, vocab)):
-            raise ValueError(f"{folder / WEIGHTS} has {name} that cannot be right: {wrong}; copy or import the heads again")
-
-
-def _wrong_ids(ids: Tensor, vocab: int) -> str | None:
-    """Whole numbers among the tensors of heads are the tokens that they can say, ascending: why these are not."""
-    if ids.dtype is not torch.int64:
-        return f"it is of type {ids.dtype} and should be torch.int64"
-    falls = (ids.diff() < 0).nonzero()
-    if len(falls):
-        place = int(falls[0])
-        return f"tokens {int(ids[place])} and {int(ids[place + 1])} stand in this order, and should ascend"
-    return fault(ids, vocab)
+        if not ids.is_floating_point() and (error := native_id_error(ids, vocab)):
+            raise ValueError(f"{folder / WEIGHTS} has {name} that cannot be right: {error}; copy or import the heads again")
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------------

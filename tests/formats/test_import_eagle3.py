@@ -175,9 +175,9 @@ def test_a_list_that_nobody_reads_may_be_empty(trial, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda d2t: d2t.index_fill_(0, torch.tensor(5), 400), "token 5 of theirs would be token 405 of the target, which has 320"),
-        (lambda d2t: d2t.index_fill_(0, torch.tensor(0), -1), "token 0 of theirs would be token -1 of the target"),
-        (lambda d2t: d2t[4].copy_(SOME[3] - 4), f"tokens 3 and 4 of theirs would both be token {SOME[3]} of the target"),
+        (lambda d2t: d2t.index_fill_(0, torch.tensor(5), 400), "draft token 5 would be token 405 of the target, which has 320"),
+        (lambda d2t: d2t.index_fill_(0, torch.tensor(0), -1), "draft token 0 would be token -1 of the target"),
+        (lambda d2t: d2t[4].copy_(SOME[3] - 4), f"draft tokens 3 and 4 would both be token {SOME[3]} of the target"),
         (lambda d2t: d2t.add_(torch.arange(60)), "it holds ids themselves, and should hold offsets"),
     ],
 )
@@ -192,7 +192,7 @@ def test_two_lists_of_tokens_must_agree(trial, tmp_path):
     tensors = heads(draft=SOME)
     tensors["t2d"][SOME[7]] = False
     write(tmp_path, "model.safetensors", tensors, **SIZES)
-    assert f"d2t and t2d do not agree on whether token {SOME[7]} can be said" in trial.refusal(tmp_path)
+    assert f"d2t and t2d do not agree on whether token {SOME[7]} can be drafted" in trial.refusal(tmp_path)
     assert checkpoint.detect(tmp_path).command is None
 
 
@@ -335,8 +335,8 @@ def test_layers_are_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("ids", "words"),
     [
-        (torch.tensor([3, 5, 400]), "token 2 of theirs would be token 400 of the target, which has 320"),
-        (torch.tensor([3, 5, 5]), "tokens 1 and 2 of theirs would both be token 5"),
+        (torch.tensor([3, 5, 400]), "draft token 2 would be token 400 of the target, which has 320"),
+        (torch.tensor([3, 5, 5]), "draft tokens 1 and 2 would both be token 5"),
         (torch.tensor([3, 9, 5]), "tokens 9 and 5 stand in this order, and should ascend"),
         (torch.tensor([3, 5, 9], dtype=torch.int32), "of type torch.int32 and should be torch.int64"),
         (torch.tensor([3.0, 5.0, 9.0]), "has ids of type torch.float32, but these heads need torch.int64"),

@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
-import torch
 from torch import Tensor
 
-from headstart.formats.draft_vocab import fault, unlike
+from headstart.formats.draft_vocab import first_difference, ids_from_offsets, offsets_error
 from headstart.formats.published import layer_config as blocks
 from headstart.formats.published.base import MAX, Published, Shape, base_of, disagreements
 from headstart.formats.published.eagle import TABLE, EagleHead, Unprefixed, is_other, wanted
@@ -93,24 +92,18 @@ class Eagle3Head(EagleHead):
 
     def _ids(self) -> Tensor:
         """[draft vocab] of the target's tokens, in their order."""
-        offsets = self.weights[str(self.offsets)]
-        return offsets.long() + torch.arange(len(offsets))
+        return ids_from_offsets(self.weights[str(self.offsets)])
 
     def _wrong_ids(self) -> str | None:
         if self.offsets is None:
             return None
-        stored = self.weights[self.offsets]
-        if stored.is_floating_point() or stored.dtype is torch.bool:
-            return f"{self.offsets} is of type {stored.dtype} and should hold whole numbers"
-        vocab = self.vocab or int(self._ids().max()) + 1
-        if wrong := fault(self._ids(), vocab):
-            are_ids = fault(stored.long(), vocab) is None
-            return f"{self.offsets} is wrong: {wrong}" + ("; it holds ids themselves, and should hold offsets" if are_ids else "")
-        table = (
+        if error := offsets_error(self.offsets, self.weights[self.offsets], self.vocab):
+            return error
+        mask = (
             Unprefixed(self.weights).full.get(KEPT) if self.settings["draft_vocab"] is not None else None
-        )  # read by nobody there
-        token = None if table is None else unlike(self._ids(), self.weights[table])
-        return None if token is None else f"{self.offsets} and {table} do not agree on whether token {token} can be said"
+        )  # unused with all tokens
+        token = None if mask is None else first_difference(self._ids(), self.weights[mask])
+        return None if token is None else f"{self.offsets} and {mask} do not agree on whether token {token} can be drafted"
 
 
 def understand(weights: Weights, config: Mapping[str, Any]) -> Published | None:
