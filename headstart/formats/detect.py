@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from headstart.formats import native
+from headstart.formats.description import is_native
 from headstart.formats.published import eagle, eagle3, hydra, medusa, mtp
 from headstart.formats.published.base import Published
 from headstart.formats.target_info import model_option
@@ -70,7 +71,7 @@ def detect(path: str | Path) -> Detected:
     if not path.exists():
         raise ValueError(f"{path} does not exist; name a folder of heads or of a model")
     config = config_in(path)
-    if native.is_native(config):
+    if is_native(config):
         return _native(path)
     weights = weights_in(path)
     found = understand(weights, config) if weights else None
@@ -110,7 +111,7 @@ def modules_lost(model: str | Path) -> str | None:
 def published_in(path: str | Path) -> Published:
     """The heads of others in a folder or file. Raises ValueError, saying what it is instead, where there are none."""
     path = Path(path)
-    if path.exists() and not native.is_native(config_in(path)):
+    if path.exists() and not is_native(config_in(path)):
         weights = weights_in(path)
         found = understand(weights, config_in(path)) if weights else None
         if found is not None:

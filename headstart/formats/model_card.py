@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from headstart.formats.target_info import model_option
 
 if TYPE_CHECKING:
-    from headstart.formats.native import Description
+    from headstart.formats.description import Description
 
 CARD = """---
 base_model: {name}

@@ -14,43 +14,28 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from headstart.drafters.registry import method
+from headstart.formats.description import CONFIG, Description, first_error, is_native, parse
 from headstart.formats.disk import sync
 from headstart.formats.draft_vocab import native_id_error
 from headstart.formats.model_card import card, with_section
 from headstart.formats.target_info import TargetInfo, check
 from headstart.speculation.calibration import PLAN
-from headstart.text.jsonl import parsed, read_object
+from headstart.text.jsonl import read_object
 
 if TYPE_CHECKING:
     from headstart.drafters.parts.heads import Heads
 
-CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+WEIGHTS, CARD = "model.safetensors", "README.md"
 STAGING = ".saving-"
-
-
-class Description(BaseModel):
-    """The `config.json` of native heads.
-
-    settings: of the method's `config_type`. training: whatever the trainer thinks worth telling.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format: Literal["headstart"] = "headstart"
-    version: Literal[1] = 1
-    method: str
-    settings: dict[str, Any]
-    target: TargetInfo
-    training: dict[str, Any] = {}
 
 
 def save(folder: str | Path, drafter: Heads, target_info: TargetInfo, training: Mapping[str, Any]) -> None:
@@ -125,10 +110,10 @@ def describe(folder: str | Path) -> Description:
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} holds no heads: it has no {CONFIG}; heads are a folder made by `headstart train` or `import`")
-    described = _parse((folder / CONFIG).read_bytes(), folder)
+    described = parse((folder / CONFIG).read_bytes(), folder)
     with _reading(folder) as file:
         copy = (file.metadata() or {}).get("headstart")
-    if copy is None or (saved := _parse(copy, folder)) == described:
+    if copy is None or (saved := parse(copy, folder)) == described:
         return described
     warnings.warn(
         f"{folder / CONFIG} is not what was saved with the weights: saving was interrupted, or it was edited; the one saved inside "
@@ -138,25 +123,7 @@ def describe(folder: str | Path) -> Description:
     return saved
 
 
-def is_native(config: object) -> bool:
-    """Whether the content of a `config.json` is ours, of whatever version."""
-    return isinstance(config, Mapping) and config.get("format") == "headstart"
-
-
 # -- reading ----------------------------------------------------------------------------------------------------------------
-
-
-def _parse(text: str | bytes, folder: Path) -> Description:
-    where = folder / CONFIG
-    found = parsed(text, where)
-    if not is_native(found):
-        raise ValueError(f"{folder} holds no native heads; `headstart inspect {folder}` says what it is")
-    if found.get("version") != 1:
-        raise ValueError(f"{where} is of format version {found.get('version')!r}, and this headstart reads version 1; update it")
-    try:
-        return Description.model_validate(found)
-    except ValidationError as error:
-        raise ValueError(_first(error, where)) from None
 
 
 def _build(described: Description, folder: Path) -> Heads:
@@ -165,21 +132,10 @@ def _build(described: Description, folder: Path) -> Heads:
         kind = method(described.method)
         settings = kind.config_type.model_validate(described.settings)
     except ValidationError as error:
-        raise ValueError(_first(error, folder / CONFIG)) from None
+        raise ValueError(first_error(error, folder / CONFIG)) from None
     except ValueError as error:
         raise ValueError(f"{folder} holds heads that this headstart does not know: {error}") from None
     return kind(settings, described.target.hidden, described.target.vocab)
-
-
-def _first(error: ValidationError, where: Path) -> str:
-    """The first complaint, with the key's name."""
-    found = error.errors()[0]
-    key = ".".join(map(str, found["loc"])) or "its content"
-    if found["type"] == "extra_forbidden":
-        return f"{where} has an unknown key {key}; remove it, or update headstart"
-    if found["type"] == "missing":
-        return f"{where} lacks the key {key}"
-    return f"{where}: {key} is {found['input']!r}: {found['msg']}"
 
 
 @contextmanager
