@@ -25,7 +25,8 @@ from headstart.speculation.planner import Planner
 from headstart.target.loading import check_folder, embedded
 from headstart.target.target import Target
 from headstart.target.tokenizer_loading import load_tokenizer
-from headstart.text.tokenizer import Prompt, TextStream, encode_chat, encode_prompt, stop_token_ids
+from headstart.text.text_stream import TextStream
+from headstart.text.tokenizer import Prompt, encode_chat, encode_prompt, stop_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

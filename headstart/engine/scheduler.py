@@ -29,7 +29,7 @@ class Piece(Protocol):
 
 
 class Stream(Protocol):
-    """Turns the tokens of one answer into text; `headstart.text.tokenizer.TextStream` is one.
+    """Turns the tokens of one answer into text; `headstart.text.text_stream.TextStream` is one.
 
     A round pushes to a copy, which takes the original's place when the round counts.
     """

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headstart.text.chat_template import checked_messages, name_of, render
 from headstart.text.jsonl import read_fields
-from headstart.text.tokenizer import checked_messages, name_of, render, special_ids, vocabulary_size
+from headstart.text.tokenizer import special_ids, vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,8 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from headstart.text.chat_template import checked_messages
 from headstart.text.jsonl import PROMPTS, applied_to, first_text, read_fields
-from headstart.text.tokenizer import checked_messages
 
 Message = dict[str, Any]
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from headstart.text.chat_template import checked_messages, name_of, render
 from headstart.text.jsonl import read_fields
-from headstart.text.tokenizer import checked_messages, name_of, render, vocabulary_size
+from headstart.text.tokenizer import vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -24,8 +24,9 @@ from headstart.speculation.params import SamplingParams
 from headstart.target.loading import load_model
 from headstart.target.target import Target
 from headstart.target.tokenizer_loading import load_tokenizer
+from headstart.text.chat_template import render
 from headstart.text.jsonl import read_records
-from headstart.text.tokenizer import encode_prompt, render
+from headstart.text.tokenizer import encode_prompt
 
 QUICK = ("--max-tokens", 3, "--no-exact")
 
@@ -232,8 +233,8 @@ def test_an_adapter_of_itself_is_refused_in_one_sentence(tmp_path):
         ("{{ 'a' + 1 }}", "can only concatenate"),
     ],
 )
-def test_a_chat_template_that_fails_or_never_ends_is_refused_in_one_sentence(model_folder, monkeypatch, template, words):
-    monkeypatch.setattr("headstart.text.tokenizer.LONGEST_RENDERING", 0.1)
+def test_a_chat_template_that_fails_or_never_ends_is_one_sentence(model_folder, monkeypatch, template, words):
+    monkeypatch.setattr("headstart.text.chat_template.LONGEST_RENDERING", 0.1)
     tokenizer = load_tokenizer(model_folder)
     tokenizer.chat_template = template
     before = sys.gettrace()

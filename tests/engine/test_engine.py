@@ -25,7 +25,7 @@ from headstart.speculation.tree import Drafts, merge
 from headstart.target.cache import Seating
 from headstart.target.target import Target
 from headstart.target.tokenizer_loading import load_tokenizer
-from headstart.text.tokenizer import TextStream
+from headstart.text.text_stream import TextStream
 from headstart.text.tokenizer import decode as text_of
 
 SAMPLED = SamplingParams(temperature=1.0)

@@ -21,7 +21,7 @@ from headstart.engine.engine import Engine
 from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Best
 from headstart.speculation.tree import Kept
-from headstart.text.tokenizer import Piece
+from headstart.text.text_stream import Piece
 
 PACKAGE = str(Path(headstart.__file__).parent)
 CHUNK = 6

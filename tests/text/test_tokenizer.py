@@ -11,7 +11,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from headstart.target.tokenizer_loading import load_tokenizer
-from headstart.text.tokenizer import Detokenizer, StopStrings, TextStream, decode, encode_prompt, special_ids, stop_token_ids
+from headstart.text.detokenizer import Detokenizer
+from headstart.text.text_stream import StopStrings, TextStream
+from headstart.text.tokenizer import decode, encode_prompt, special_ids, stop_token_ids
 
 MODELS = Path(__file__).parents[3] / "shared" / "models"
 TEMPLATE = (
@@ -150,7 +152,7 @@ def test_the_cost_of_a_push_does_not_grow_with_the_text(name, token, monkeypatch
     tokenizer = TOKENIZERS[name]
     token_id = tokenizer.convert_tokens_to_ids(token)
     num_decoded = []
-    monkeypatch.setattr("headstart.text.tokenizer.decode", lambda _, ids: num_decoded.append(len(ids)) or decode(tokenizer, ids))
+    monkeypatch.setattr("headstart.text.detokenizer.decode", lambda _, ids: num_decoded.append(len(ids)) or decode(tokenizer, ids))
     stream(tokenizer, [[token_id or 0]] * 4000)
     assert sum(num_decoded) < 80 * 4000
 
