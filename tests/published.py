@@ -53,7 +53,7 @@ class Trial:
 
     def read(self, source: Path, taps: Sequence[int] = ()) -> Any:
         """The heads there, brought in for this target, in its precision."""
-        found = checkpoint.published_in(source).suited(self.target_info, lambda: self.embed_head, taps)
+        found = checkpoint.published_in(source).for_target(self.target_info, lambda: self.embed_head, taps)
         return found.read(self.target_info, self.model.config).to(self.model.dtype).bind(self.embed_head)
 
     def logits(self, source: Path) -> list[Tensor]:

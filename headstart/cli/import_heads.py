@@ -1,20 +1,11 @@
 """`import`: heads that others have published, brought into the native format."""
 
 import json as json_format
-from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from headstart.cli.options import Json, Trust, quieten, waiting
-
-if TYPE_CHECKING:
-    from headstart.formats.published.base import Published
-
-
-_SAID = {"heads": "num_heads", "layers": "num_layers", "modules": "num_modules", "taps": "taps", "draft_vocab": "draft_vocab"}
 
 
 def bring(
@@ -47,9 +38,11 @@ def bring(
 
     Example: headstart import ./medusa-vicuna-7b-v1.3 --target lmsys/vicuna-7b-v1.3 --out ./heads
     """
+    from headstart.formats.importing import import_heads
+
     quieten()
     with waiting(f"reading {source}"):
-        found = imported(source, target, out, _layers(taps), trust_remote_code)
+        found = import_heads(source, target, out, _layers(taps), trust_remote_code)
     if json:
         print(json_format.dumps(found))
     else:
@@ -61,63 +54,6 @@ def _layers(taps: str | None) -> tuple[int, ...]:
         return tuple(int(layer) for layer in taps.split(",")) if taps is not None else ()
     except ValueError:
         raise ValueError(f"--taps is {taps!r}; write the numbers of layers, as 1,15,28") from None
-
-
-def imported(
-    source: str, target: str | None, out: str, taps: Sequence[int] = (), trust_remote_code: bool = False
-) -> dict[str, Any]:
-    """Convert and save; what was found. taps: layers of the target that a person names, see `Published.suited`. Raises ValueError
-    where there is nothing to bring in, or it does not fit."""
-    from headstart.formats import describe_target, hub, published_in, save
-    from headstart.target.embed_head import EmbedHead
-    from headstart.target.loading import load_model
-    from headstart.target.tokenizer_loading import load_tokenizer
-
-    is_on_hub = hub.is_id(source)
-    published = published_in(hub.fetched_of_others(source) if is_on_hub else source)
-    place = _target(published, source, target)
-    model = load_model(place, "auto", "cpu", trust_remote_code)
-    target_info = describe_target(model, load_tokenizer(place, trust_remote_code))
-    published = published.suited(target_info, partial(EmbedHead, model), taps)
-    heads = published.read(target_info, model.config)
-    training = {
-        "imported_from": source if is_on_hub else Path(source).name,
-        "format": published.layout,
-        "made_for": published.base or "not said",
-    }
-    save(out, heads, target_info, training)
-    return {
-        "found": published.layout,
-        "method": published.method,
-        **{word: published.settings[name] for word, name in _SAID.items() if published.settings.get(name) is not None},
-        "hidden": published.hidden,
-        "vocab": published.vocab or target_info.vocab,
-        "parameters": published.parameters,
-        "target": place,
-        "out": out,
-        "notes": [*published.notes, *_doubts(published, source, place)],
-        "use": f"headstart generate --model {place} --drafter {out}",
-    }
-
-
-def _target(published: "Published", source: str, target: str | None) -> str:
-    if target is not None:
-        return target
-    if published.has_trunk:
-        return source
-    known = f", such as --target {published.base}" if published.base else ""
-    raise ValueError(f"the heads in {source} draft for a model that is not with them; name it with --target{known}")
-
-
-def _doubts(published: "Published", source: str, place: str) -> list[str]:
-    """Why few drafts may be accepted; the text is right in any case."""
-    if published.has_trunk:
-        same = Path(source).resolve() == Path(place).resolve()
-        trained = f"these heads were trained together with the model in {source}, which is their target"
-        return [trained if same else f"{trained}; on {place} they may guess worse"]
-    if published.base and Path(published.base).name != Path(place).name:
-        return [f"they name {published.base} as their model; whether {place} is the same, `headstart inspect --probe` measures"]
-    return []
 
 
 def _print(found: dict[str, Any]) -> None:

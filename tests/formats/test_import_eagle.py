@@ -38,7 +38,7 @@ def test_heads_say_what_the_formula_says_at_every_unrolled_step(trial, tmp_path,
 def test_an_embedding_that_is_the_targets_is_left_out(trial, tmp_path):
     table = trial.embed_head.embed_weight.half()
     write(tmp_path, "model.safetensors", heads() | {"embed_tokens.weight": table}, **SIZES, num_key_value_heads=2)
-    found = checkpoint.published_in(tmp_path).suited(trial.target_info, lambda: trial.embed_head)
+    found = checkpoint.published_in(tmp_path).for_target(trial.target_info, lambda: trial.embed_head)
     assert "their embedding is the target's, and left out" in found.notes
     assert found.read(trial.target_info, trial.model.config).config.embedding == "shared"
 

@@ -100,7 +100,9 @@ class Published:
         made: Heads = self.kind(self.kind.config_type.model_validate(settings), self.hidden, self.vocab or 1)
         return made
 
-    def suited(self, target_info: TargetInfo, embed_head: Callable[[], EmbedHead] | None = None, taps: Sequence[int] = ()) -> Self:
+    def for_target(
+        self, target_info: TargetInfo, embed_head: Callable[[], EmbedHead] | None = None, taps: Sequence[int] = ()
+    ) -> Self:
         """The same, once their target is known, and what only that can settle is settled.
 
         embed_head: makes those of the target, asked only where they matter; None where it is not at hand. taps: layers of the

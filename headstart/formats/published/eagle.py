@@ -67,9 +67,11 @@ class Unprefixed:
 class EagleHead(Published):
     """Heads whose embedding may turn out to be the target's."""
 
-    def suited(self, target_info: TargetInfo, embed_head: Callable[[], EmbedHead] | None = None, taps: Sequence[int] = ()) -> Self:
+    def for_target(
+        self, target_info: TargetInfo, embed_head: Callable[[], EmbedHead] | None = None, taps: Sequence[int] = ()
+    ) -> Self:
         """Their embedding is left out where it is the target's, once both are rounded to the coarser type."""
-        found = super().suited(target_info, embed_head, taps)
+        found = super().for_target(target_info, embed_head, taps)
         if self.refused or embed_head is None or EMBEDDING not in self.names:
             return found
         self.check_sizes(target_info)
@@ -95,7 +97,7 @@ class EagleHead(Published):
 
     def read(self, target_info: TargetInfo, target_config: Any) -> Heads:
         """The drafter, for that target. Raises ValueError where they do not fit the target, or are not whole."""
-        return Published.read(self.suited(target_info), target_info, target_config)
+        return Published.read(self.for_target(target_info), target_info, target_config)
 
 
 def understand(weights: Weights, config: Mapping[str, Any]) -> Published | None:

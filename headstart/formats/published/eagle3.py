@@ -38,12 +38,12 @@ _LAYERS = re.compile(r"layers\.(\d{1,4})\..*")
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Eagle3Head(EagleHead):
     """count: how many layers of the target they read. numbers: which, as their configuration counts; are_inputs: and whether that
-    is known to mean inputs. is_suited: whether `settings` says it in our terms. head: the target's own, where they speak by it."""
+    is known to mean inputs. is_fitted: whether `settings` says it in our terms. head: the target's own, where they speak by it."""
 
     count: int = 0
     numbers: tuple[int, ...] | None = None
     are_inputs: bool = False
-    is_suited: bool = False
+    is_fitted: bool = False
     head: Tensor | None = None
 
     def problems(self, target_config: Any = None) -> Iterator[str]:
@@ -52,21 +52,23 @@ class Eagle3Head(EagleHead):
         if not found and (wrong := self._wrong_ids()):
             yield wrong
 
-    def suited(self, target_info: TargetInfo, embed_head: Callable[[], EmbedHead] | None = None, taps: Sequence[int] = ()) -> Self:
+    def for_target(
+        self, target_info: TargetInfo, embed_head: Callable[[], EmbedHead] | None = None, taps: Sequence[int] = ()
+    ) -> Self:
         """Layers are counted as here, and what is the target's own is found there. Raises ValueError where it cannot be told which
         layers they read."""
-        if self.refused or (self.is_suited and not taps):
+        if self.refused or (self.is_fitted and not taps):
             return self
         self.check_sizes(target_info)
         try:
             named = self._taps(target_info.layers, taps)
         except ValueError as error:
             raise self.error(str(error)) from None
-        found = replace(self, settings={**self.settings, "taps": named}, vocab=self.vocab or target_info.vocab, is_suited=True)
+        found = replace(self, settings={**self.settings, "taps": named}, vocab=self.vocab or target_info.vocab, is_fitted=True)
         if self.names[HEAD] is None and embed_head is not None:
             lent = embed_head()
             found = replace(found, head=lent.lm_head_weight * lent.scale)
-        return super(Eagle3Head, found).suited(target_info, embed_head)
+        return super(Eagle3Head, found).for_target(target_info, embed_head)
 
     def _taps(self, num_layers: int, named: Sequence[int]) -> tuple[int, ...]:
         if named:
