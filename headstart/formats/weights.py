@@ -17,6 +17,8 @@ from torch import Tensor
 
 from headstart.text.jsonl import read_object
 
+TensorShape = tuple[int, ...]
+
 PICKLES = (".pt", ".bin", ".pth")
 HEADS = ("medusa_lm_head.safetensors", "medusa_lm_head.pt", "hydra_lm_head.safetensors", "hydra_lm_head.pt")
 WHOLE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -31,7 +33,7 @@ class Weights:
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = tuple(files)
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.shapes: dict[str, TensorShape] = {}
         self._read: dict[str, Callable[[], Tensor]] = {}
         for path in self.files:
             found = _pickled(path) if path.suffix in PICKLES else _safe(path)
@@ -97,10 +99,10 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-Found = dict[str, tuple[tuple[int, ...], Callable[[], Tensor]]]
+_Readers = dict[str, tuple[TensorShape, Callable[[], Tensor]]]  # shape and reader of each tensor, by name
 
 
-def _safe(path: Path) -> Found:
+def _safe(path: Path) -> _Readers:
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -115,7 +117,7 @@ def _read_one(path: Path, name: str) -> Tensor:
     return tensor
 
 
-def _pickled(path: Path) -> Found:
+def _pickled(path: Path) -> _Readers:
     found = _unpickle(path)
     if not isinstance(found, dict) or not all(isinstance(name, str) and _is_plain(value) for name, value in found.items()):
         raise ValueError(f"{path} holds something else than tensors by name")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from headstart.drafters.registry import method
-from headstart.formats.weights import Weights
+from headstart.formats.weights import TensorShape, Weights
 
 if TYPE_CHECKING:
     from headstart.drafters.parts.heads import Heads
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 MAX = 64  # heads, and layers of a head; more can only be a mistake in a name
 PREFIX = "prefix."  # tensors of a decoder layer whose sizes only the target's configuration tells
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +43,7 @@ class Published:
     vocab: int | None
     names: Mapping[str, str | None]
     ours: tuple[str, ...]  # names in the files that belong to the heads, not to a trunk
-    unused: Mapping[str, Shape] = field(default_factory=dict)
+    unused: Mapping[str, TensorShape] = field(default_factory=dict)
     has_prefix: bool = False
     has_trunk: bool = False
     base: str | None = None
@@ -74,7 +72,7 @@ class Published:
         for theirs in sorted({*self.ours} - {*self.names.values()} - self.unused.keys()):
             yield f"a tensor that has no place in {self.layout}: {theirs}"
 
-    def _problem(self, theirs: str | None, shape: Shape | None) -> Iterator[str]:
+    def _problem(self, theirs: str | None, shape: TensorShape | None) -> Iterator[str]:
         if theirs is None:
             return
         if theirs not in self.weights.shapes:
@@ -82,7 +80,7 @@ class Published:
         elif shape is not None and self.weights.shapes[theirs] != shape:
             yield f"{theirs} has the shape {list(self.weights.shapes[theirs])} and should have {list(shape)}"
 
-    def _wanted(self, target_config: Any) -> dict[str, Shape]:
+    def _wanted(self, target_config: Any) -> dict[str, TensorShape]:
         """Ours, by name, with the shapes that they must have."""
         with torch.device("meta"):
             drafter = self._empty(target_config)

@@ -16,8 +16,8 @@ import torch
 
 from headstart.drafters.registry import method
 from headstart.formats.published import layer_config as blocks
-from headstart.formats.published.base import Published, Shape, base_of, disagreements, height
-from headstart.formats.weights import Weights
+from headstart.formats.published.base import Published, base_of, disagreements, height
+from headstart.formats.weights import TensorShape, Weights
 
 if TYPE_CHECKING:
     from headstart.drafters.parts.heads import Heads
@@ -38,15 +38,15 @@ class Unprefixed:
             self.full.setdefault(name.removeprefix("model."), name)
         self.shapes = {unprefixed: weights.shapes[name] for unprefixed, name in self.full.items()}
 
-    def sized(self, name: str, dims: int) -> Shape:
-        """Shape of a tensor that is there. Raises ValueError where it has another number of dimensions, or is empty."""
+    def sized(self, name: str, dims: int) -> TensorShape:
+        """TensorShape of a tensor that is there. Raises ValueError where it has another number of dimensions, or is empty."""
         shape = self.shapes[name]
         if len(shape) != dims or 0 in shape:
             raise ValueError(f"{self.full[name]} has the shape {list(shape)} and should be a {'matrix' if dims == 2 else 'list'}")
         return shape
 
-    def inside(self, prefix: str) -> dict[str, Shape]:
-        """Shapes of the tensors behind a beginning of names, by what follows it."""
+    def inside(self, prefix: str) -> dict[str, TensorShape]:
+        """ShapesByName of the tensors behind a beginning of names, by what follows it."""
         return {name.removeprefix(prefix): shape for name, shape in self.shapes.items() if name.startswith(prefix)}
 
     def named(self, wanted: Sequence[str], renames: Renames) -> dict[str, str]:
@@ -58,7 +58,7 @@ class Unprefixed:
             found[name] = self.full.get(unprefixed, unprefixed)
         return found
 
-    def angles(self) -> dict[str, Shape]:
+    def angles(self) -> dict[str, TensorShape]:
         """Tables of positions, which are left out."""
         return {self.full[name]: shape for name, shape in self.shapes.items() if _ANGLES.fullmatch(name)}
 

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from headstart.formats.draft_vocab import first_difference, ids_from_offsets, offsets_error
 from headstart.formats.published import layer_config as blocks
-from headstart.formats.published.base import MAX, Published, Shape, base_of, disagreements
+from headstart.formats.published.base import MAX, Published, base_of, disagreements
 from headstart.formats.published.eagle import TABLE, EagleHead, Unprefixed, is_other, wanted
 from headstart.formats.published.layer_config import section
 from headstart.formats.published.taps import checked, taps_of, told
-from headstart.formats.weights import Weights
+from headstart.formats.weights import TensorShape, Weights
 
 if TYPE_CHECKING:
     from headstart.formats.target_info import TargetInfo
@@ -231,7 +231,7 @@ class _File:
         norms = [(f"fc_norms.{place}.", name) for place, name in enumerate(_fc_norms(self.unprefixed))]
         return [("block.layers.0.", self.first), ("block.", ""), ("embedding.", "embed_tokens."), ("ids", OFFSETS), *norms]
 
-    def _unused(self, vocab: int | None, settings: Mapping[str, Any]) -> dict[str, Shape]:
+    def _unused(self, vocab: int | None, settings: Mapping[str, Any]) -> dict[str, TensorShape]:
         found = {name: self.unprefixed.shapes[name] for name in _LEFT_OUT if name in self.unprefixed.full}
         if KEPT in found and vocab is not None:
             found[KEPT] = (vocab,)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from headstart.formats.published.base import PREFIX, Published, base_of, check_counts, disagreements, height
-from headstart.formats.weights import Weights
+from headstart.formats.weights import TensorShape, Weights
 
 _BLOCK = re.compile(r"hydra_mlp\.(\d{1,4})\.(\d{1,4})\.linear\.weight")
 _PREFIXES = ("prefix_embeding_layer.", "prefix_embedding_layer.")  # the first is how it is published
@@ -76,9 +76,9 @@ def _names(places: Sequence[int], projections: Sequence[str], has_bias: bool) ->
                 yield f"{mine}projection.{part}", projection + part
 
 
-def _unused(weights: Weights, prefix: str, hidden: int, vocab: int | None) -> dict[str, tuple[int, ...]]:
+def _unused(weights: Weights, prefix: str, hidden: int, vocab: int | None) -> dict[str, TensorShape]:
     """Copies of the target's embeddings, and of positions that a configuration gives."""
-    copies: dict[str, tuple[int, ...]] = {}
+    copies: dict[str, TensorShape] = {}
     for name in ("input_embed_fn.weight", f"{prefix}embed_tokens.weight"):
         if name in weights.shapes:
             copies[name] = (vocab or weights.shapes[name][0], hidden)

@@ -11,15 +11,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from headstart.drafters.parts.llama_layer import STEADY
-
-Shape = tuple[int, ...]
+from headstart.formats.weights import TensorShape
 
 DYNAMIC = "dynamic"  # positions that are plain up to `max_position_embeddings`, and behind that stretched anew at every length
 THETA = 10000.0  # of rotary positions, where nothing is said: what every published implementation falls back to
 _PLAIN = {"llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"}  # their drafters have a Llama's layers
 
 
-def block(config: Mapping[str, Any], layer: Mapping[str, Shape], hidden: int, count: int) -> dict[str, Any]:
+def block(config: Mapping[str, Any], layer: Mapping[str, TensorShape], hidden: int, count: int) -> dict[str, Any]:
     """Settings for `headstart.drafters.parts.decoder.decoder`.
 
     layer: shapes of the first layer's tensors, by their names inside it; hidden: width of the layers; count: how many. Raises
@@ -43,7 +42,7 @@ def block(config: Mapping[str, Any], layer: Mapping[str, Shape], hidden: int, co
     }
 
 
-def doubts(config: Mapping[str, Any], layer: Mapping[str, Shape]) -> Iterator[str]:
+def doubts(config: Mapping[str, Any], layer: Mapping[str, TensorShape]) -> Iterator[str]:
     """What a configuration leaves open or says wrongly, and how it was read."""
     if _theta(config) is None:
         yield f"their config.json says no rope_theta: {THETA:g}, whatever the target's is"
@@ -110,7 +109,7 @@ def _theta(config: Mapping[str, Any]) -> float | None:
     return None if said is None else float(said)
 
 
-def _kind(layer: Mapping[str, Shape]) -> dict[str, Any]:
+def _kind(layer: Mapping[str, TensorShape]) -> dict[str, Any]:
     """The family whose layers have these norms and biases."""
     has_bias, has_output_bias = "self_attn.q_proj.bias" in layer, "self_attn.o_proj.bias" in layer
     if "self_attn.q_norm.weight" in layer or "self_attn.k_norm.weight" in layer:
@@ -128,7 +127,7 @@ def _require_plain(config: Mapping[str, Any]) -> None:
         raise ValueError("their config.json says that they see a sliding window only, which these heads here do not")
 
 
-def _head_dim(config: Mapping[str, Any], layer: Mapping[str, Shape], hidden: int, heads: int) -> int:
+def _head_dim(config: Mapping[str, Any], layer: Mapping[str, TensorShape], hidden: int, heads: int) -> int:
     said = config.get("head_dim")
     size = _positive(config, "head_dim", hidden // heads or 1)
     rows = layer.get("self_attn.q_proj.weight", (heads * size,))[0]

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headstart.formats.weights import TensorShape
+
 LAYER = "layers.0."
-Shapes = dict[str, tuple[int, ...]]
+ShapesByName = dict[str, TensorShape]
 
 
-def layouts(block: Any) -> tuple[Shapes, Shapes]:
+def layouts(block: Any) -> tuple[ShapesByName, ShapesByName]:
     """Names and shapes of the tensors of a decoder's only layer: as published, and as its module has them.
 
     block: made by `headstart.drafters.parts.decoder.decoder`, on any device; "meta" will do.
@@ -28,7 +30,7 @@ def layouts(block: Any) -> tuple[Shapes, Shapes]:
     return _of_layer(revert_weight_conversion(block, own)), _of_layer(own)
 
 
-def _of_layer(state: Mapping[str, Tensor]) -> Shapes:
+def _of_layer(state: Mapping[str, Tensor]) -> ShapesByName:
     return {name.removeprefix(LAYER): tuple(tensor.shape) for name, tensor in state.items() if name.startswith(LAYER)}
 
 

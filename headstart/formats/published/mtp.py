@@ -16,7 +16,7 @@ import torch
 
 from headstart.drafters.parts.decoder import block_of
 from headstart.formats.published.base import Published, disagreements
-from headstart.formats.published.layer_tensors import Shapes, filled, layouts
+from headstart.formats.published.layer_tensors import ShapesByName, filled, layouts
 from headstart.formats.weights import Weights
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class Modules(Published):
             if not theirs.endswith(_TABLE):
                 yield f"a tensor that has no place in a module of this model's kind: {theirs}"
 
-    def _around(self) -> Shapes:
+    def _around(self) -> ShapesByName:
         """What stands around the layers."""
         shapes = {
             "enorm": (self.hidden,),
@@ -113,7 +113,7 @@ class Modules(Published):
         }
         return {f"{stage}{getattr(self.naming, part)}.weight": shape for stage in self.stages for part, shape in shapes.items()}
 
-    def _layers(self, target_config: Any) -> Shapes:
+    def _layers(self, target_config: Any) -> ShapesByName:
         """Tensors of the layers, each in the layout that it is stored in."""
         with torch.device("meta"):
             block = self._empty(target_config).stages[0].block
@@ -123,7 +123,7 @@ class Modules(Published):
             for name, shape in self._layout(stage, layouts(block)).items()
         }
 
-    def _layout(self, stage: str, known: tuple[Shapes, Shapes]) -> Shapes:
+    def _layout(self, stage: str, known: tuple[ShapesByName, ShapesByName]) -> ShapesByName:
         return max(known, key=lambda shapes: sum(stage + self.naming.layer + name in self.weights.shapes for name in shapes))
 
     def _empty(self, target_config: Any) -> Any:
@@ -147,7 +147,7 @@ class Modules(Published):
         ready: Heads = drafter.eval()
         return ready
 
-    def _fill(self, stage: str, module: Any, layers: Shapes) -> None:
+    def _fill(self, stage: str, module: Any, layers: ShapesByName) -> None:
         """Read one module. module: a `Stage` without memory."""
         naming, prefix = self.naming, stage + self.naming.layer
         around = {f"{part}.weight": self._plain(f"{stage}{getattr(naming, part)}.weight") for part in ("enorm", "hnorm", "eh_proj")}
