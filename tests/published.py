@@ -52,12 +52,12 @@ class Trial:
             self.embedded = self.embed_head.embed(self.tokens)
 
     def read(self, source: Path, taps: Sequence[int] = ()) -> Any:
-        """The heads there, brought in for this target, in its precision."""
+        """The heads there, imported for this target, in its precision."""
         found = checkpoint.published_in(source).for_target(self.target_info, lambda: self.embed_head, taps)
         return found.read(self.target_info, self.model.config).to(self.model.dtype).bind(self.embed_head)
 
     def logits(self, source: Path) -> list[Tensor]:
-        """[heads][rows, length, vocab]: what the heads say at every position, once brought in."""
+        """[heads][rows, length, vocab]: what the heads say at every position, once imported."""
         heads = self.read(source)
         read = torch.cat([self.outputs[tap] if tap >= 0 else self.states for tap in heads.taps], -1)
         batch = Batch(self.tokens, torch.ones_like(self.tokens, dtype=torch.bool), read, self.states)

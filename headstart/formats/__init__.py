@@ -1,4 +1,4 @@
-"""Heads on disk: the native format, and what others publish."""
+"""Heads on disk: the native format, and the formats in which others publish heads."""
 
 from headstart.formats.detect import Detected, detect, inside, modules_lost, published_in
 from headstart.formats.native import describe, load, save, write_card_section

@@ -1,7 +1,4 @@
-"""What a folder holds: our heads, heads of others, a model to be drafted for, or nothing known.
-
-This file knows names of formats and of the tensors that tell them. It reads no weights and runs nothing.
-"""
+"""Detection of what a folder holds: native heads, published heads, a model, or nothing known. Must not read tensors' values."""
 
 from __future__ import annotations
 
@@ -21,16 +18,17 @@ from headstart.formats.target_info import model_option
 from headstart.formats.weights import Weights, beside, config_in, safe_in, weights_in
 from headstart.speculation.calibration import load_plan
 
-METHODS: tuple[Callable[[Weights, Mapping[str, Any]], Published | None], ...] = (
-    hydra.understand,
-    medusa.understand,
-    eagle3.understand,
-    mtp.understand,
-    eagle.understand,
+# One function per method that can be imported, tried in this order: each returns heads of its method, or None.
+FORMATS: tuple[Callable[[Weights, Mapping[str, Any]], Published | None], ...] = (
+    hydra.match,
+    medusa.match,
+    eagle3.match,
+    mtp.match,
+    eagle.match,
 )
 
-# Formats that are known by name only: (kind, words, a pattern that one tensor's name fits, a pattern of the configuration's names).
-NAMED = (
+# Formats that are detected and cannot be imported: (kind, words, pattern of a tensor's name, pattern of the configuration's names).
+DETECTED_ONLY = (
     ("redrafter", "ReDrafter heads", r"rnn_[uw]\.weight", r"recurrent_drafting"),
     ("dflash", "DFlash heads", r"(model\.)?hidden_norm\.weight", r"(?i)dflash|dspark"),
     ("eagle", "heads of EAGLE's kind", r"(model\.)?fusion_fc\.weight", r"Eagle|eagle"),
@@ -40,12 +38,20 @@ NAMED = (
 
 @dataclass(frozen=True)
 class Detected:
-    """What `detect` found.
+    """What a folder or file holds. Numbers are None where they are unknown.
 
-    kind: "native", a method's name, "target" or "unknown". layout: in words. is_target: whether a whole model is there, perhaps
-    with heads inside. target: the model that the heads were made for, by name. command: brings them in, None where nothing does.
-    num_heads, num_layers, num_modules, hidden, vocab, draft_vocab, parameters: None where unknown; vocab of heads is also None
-    where they have no projection of their own, draft_vocab where they can say all of it. notes, problems: sentences for a person.
+    kind: "native", a method's name, "target" or "unknown".
+    layout: the format in words.
+    is_target: whether it holds a complete model, perhaps with heads inside.
+    method: the method of the heads; None: there are none.
+    num_heads, num_layers, num_modules: how many heads, layers of a head, MTP modules.
+    hidden: width of the hidden states.
+    vocab: of the heads' own projection to logits; None also where they have none.
+    draft_vocab: size of a reduced draft vocabulary; None also where they draft all tokens.
+    parameters: number of parameters of the heads.
+    target: name of the model that the heads were made for.
+    command: the command that uses or imports the heads; None: no command does.
+    notes, problems: sentences for a person; heads with problems cannot be used.
     """
 
     kind: str
@@ -74,54 +80,62 @@ def detect(path: str | Path) -> Detected:
     if is_native(config):
         return _native(path)
     weights = weights_in(path)
-    found = understand(weights, config) if weights else None
-    if found is not None:
-        return _published(path, found)
-    return _named(weights, config) or _model(config, path) or _unknown(path)
+    published = match_format(weights, config) if weights else None
+    if published is not None:
+        return _published(path, published)
+    return _detected_only(weights, config) or _model(config, path) or _unknown(path)
 
 
-def understand(weights: Weights, config: Mapping[str, Any]) -> Published | None:
-    """Heads that can be brought in, or at least are named by a method of ours."""
-    return next((found for method in METHODS if (found := method(weights, config))), None)
+def match_format(weights: Weights, config: Mapping[str, Any]) -> Published | None:
+    """Published heads of a method that this package has; None where there are none.
+
+    They may still have problems that prevent importing them.
+    config: content of the `config.json` beside the weights.
+    """
+    return next((published for format in FORMATS if (published := format(weights, config))), None)
 
 
 def inside(model: str | Path) -> Published | None:
-    """Heads in the same files as a model, a folder or a hub id; None where there are none, or the files are not here.
+    """Heads in the same files as a model; None where there are none, or the files are not on this machine.
 
-    Only safetensors are looked at, and only their headers. Raises ValueError where they are damaged.
+    model: a folder or a hub id. Only the headers of its safetensors are read.
+    Raises ValueError where they are damaged.
     """
     folder = beside(model)
     weights = None if folder is None else safe_in(folder)
-    found = understand(weights, config_in(weights.files[0])) if weights else None
-    return found if found is not None and found.has_trunk else None
+    published = match_format(weights, config_in(weights.files[0])) if weights else None
+    return published if published is not None and published.has_trunk else None
 
 
 def modules_lost(model: str | Path) -> str | None:
-    """Where a model's configuration says that it has modules that its weights lack, and what to do: one sentence, else None."""
+    """One sentence where a model's configuration declares MTP modules that its weights lack, with what to do; else None.
+
+    model: a folder or a hub id.
+    """
     folder = beside(model)
-    said = mtp.declared_modules(config_in(folder)) if folder is not None else None
-    if said is None or inside(model) is not None:
+    declared = mtp.declared_modules(config_in(folder)) if folder is not None else None
+    if declared is None or inside(model) is not None:
         return None
     return (
-        f"its config.json says {said}, but there are no such modules in its weights: transformers leaves them out when it saves a "
-        f"model; bring them in from the model that its makers publish: `headstart import ORIGINAL --target {model} --out FOLDER`"
+        f"its config.json says {declared}, but its weights have no such modules: transformers leaves them out when it saves a "
+        f"model; import them from the makers' model: `headstart import ORIGINAL --target {model} --out FOLDER`"
     )
 
 
 def published_in(path: str | Path) -> Published:
-    """The heads of others in a folder or file. Raises ValueError, saying what it is instead, where there are none."""
+    """The published heads in a folder or file. Raises ValueError, saying what it holds instead, where there are none."""
     path = Path(path)
     if path.exists() and not is_native(config_in(path)):
         weights = weights_in(path)
-        found = understand(weights, config_in(path)) if weights else None
-        if found is not None:
-            return found
-    known = detect(path)
-    if known.kind == "native":
+        published = match_format(weights, config_in(path)) if weights else None
+        if published is not None:
+            return published
+    detected = detect(path)
+    if detected.kind == "native":
         raise ValueError(f"{path} already holds native heads; use them with `--drafter {path}`")
-    yet = " yet" if known.method else ""
+    yet = " yet" if detected.method else ""
     can = "heads of Medusa, Hydra and EAGLE and a model's MTP modules can"
-    raise ValueError(f"{path} holds {known.layout}, which cannot be imported{yet}; {can}")
+    raise ValueError(f"{path} holds {detected.layout}, which cannot be imported{yet}; {can}")
 
 
 def _native(path: Path) -> Detected:
@@ -138,15 +152,15 @@ def _native(path: Path) -> Detected:
         hidden=described.target.hidden,
         vocab=described.target.vocab,
         draft_vocab=settings.get("draft_vocab"),
-        parameters=_numbers(weights),
+        parameters=_num_parameters(weights),
         target=described.target.name,
         command=f"headstart generate {model_option(described.target.name)}--drafter {path}",
-        problems=tuple(filter(None, [_fault_of_plan(path)])),
+        problems=tuple(filter(None, [_plan_error(path)])),
     )
 
 
-def _fault_of_plan(path: Path) -> str | None:
-    """What is wrong with what was measured of our heads."""
+def _plan_error(path: Path) -> str | None:
+    """What is wrong with the `plan.json` of native heads, or None."""
     try:
         load_plan(path)
     except ValueError as error:
@@ -154,36 +168,36 @@ def _fault_of_plan(path: Path) -> str | None:
     return None
 
 
-def _published(path: Path, found: Published) -> Detected:
-    problems = tuple(found.problems())
-    target = str(path) if found.has_trunk else found.base
+def _published(path: Path, published: Published) -> Detected:
+    problems = tuple(published.problems())
+    target = str(path) if published.has_trunk else published.base
     return Detected(
-        kind=found.method,
-        layout=found.layout,
-        is_target=found.has_trunk,
-        method=found.method,
-        num_heads=found.settings.get("num_heads"),
-        num_layers=found.settings.get("num_layers"),
-        num_modules=found.settings.get("num_modules"),
-        hidden=found.hidden or None,
-        vocab=found.vocab,
-        draft_vocab=found.settings.get("draft_vocab"),
-        parameters=found.parameters or None,
+        kind=published.method,
+        layout=published.layout,
+        is_target=published.has_trunk,
+        method=published.method,
+        num_heads=published.settings.get("num_heads"),
+        num_layers=published.settings.get("num_layers"),
+        num_modules=published.settings.get("num_modules"),
+        hidden=published.hidden or None,
+        vocab=published.vocab,
+        draft_vocab=published.settings.get("draft_vocab"),
+        parameters=published.parameters or None,
         target=target,
         command=None if problems else f"headstart import {path} --target {target or 'MODEL'} --out FOLDER",
-        notes=found.notes,
+        notes=published.notes,
         problems=problems,
     )
 
 
-def _named(weights: Weights | None, config: Mapping[str, Any]) -> Detected | None:
-    """Heads of methods that are known by name only. A model may have some inside."""
+def _detected_only(weights: Weights | None, config: Mapping[str, Any]) -> Detected | None:
+    """Heads of a format in `DETECTED_ONLY`, alone or inside a model; None where there are none."""
     names = weights.shapes if weights else {}
-    said = " ".join(
+    called = " ".join(
         [*(config.get("architectures") or []), str(config.get("model_type")), str(config.get("speculators_model_type"))]
     )
-    for kind, words, tensor, called in NAMED:
-        if not (any(re.fullmatch(tensor, name) for name in names) or re.search(called, said)):
+    for kind, words, tensor_pattern, config_pattern in DETECTED_ONLY:
+        if not (any(re.fullmatch(tensor_pattern, name) for name in names) or re.search(config_pattern, called)):
             continue
         is_target = _is_model(config) and any(re.search(r"layers\.1\.", name) for name in names)
         return Detected(
@@ -191,9 +205,9 @@ def _named(weights: Weights | None, config: Mapping[str, Any]) -> Detected | Non
             layout=words + (" inside a whole model" if is_target else ""),
             is_target=is_target,
             method=kind,
-            hidden=_number(config, "hidden_size"),
-            vocab=_number(config, "vocab_size"),
-            parameters=None if is_target or not weights else _numbers(weights),
+            hidden=_integer(config, "hidden_size"),
+            vocab=_integer(config, "vocab_size"),
+            parameters=None if is_target or not weights else _num_parameters(weights),
             notes=("they cannot be imported yet",),
         )
     return None
@@ -204,16 +218,16 @@ def _is_model(config: Mapping[str, Any]) -> bool:
 
 
 def _model(config: Mapping[str, Any], path: Path) -> Detected | None:
-    """A model by its configuration; whether it can be a target is for the one who loads it to say."""
+    """A model, judged by its configuration alone; whether it can be a target shows when it is loaded."""
     if not _is_model(config):
         return None
-    named = config.get("architectures")
-    architecture = named[0] if isinstance(named, list) and named else config.get("model_type")
+    architectures = config.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else config.get("model_type")
     return Detected(
         kind="target",
-        layout=f"a model ({architecture})",
+        layout=f"a model ({name})",
         is_target=True,
-        hidden=_number(config, "hidden_size"),
+        hidden=_integer(config, "hidden_size"),
         notes=tuple(filter(None, [modules_lost(path)])),
     )
 
@@ -222,10 +236,10 @@ def _unknown(path: Path) -> Detected:
     return Detected(kind="unknown", layout="nothing that is known", notes=(f"{path} has neither a model's config.json nor heads",))
 
 
-def _numbers(weights: Weights) -> int:
+def _num_parameters(weights: Weights) -> int:
     return sum(torch.Size(shape).numel() for shape in weights.shapes.values())
 
 
-def _number(config: Mapping[str, Any], key: str) -> int | None:
+def _integer(config: Mapping[str, Any], key: str) -> int | None:
     value = config.get(key)
     return value if isinstance(value, int) else None

@@ -1,7 +1,4 @@
-"""Putting what was written onto the disk, so that after a power cut no name stands for half a file.
-
-This file knows files and folders of an operating system. It refuses to know what is in them.
-"""
+"""Flushing files and folders to the disk, so that after a power cut no file is half written."""
 
 from __future__ import annotations
 
@@ -10,8 +7,11 @@ from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk. Windows flushes only what is open for writing, and no folders:
-    there a rename is left to its journal. Raises OSError where the disk refuses."""
+    """Wait until a file's content, or the names in a folder, are on the disk.
+
+    Windows flushes only files that are open for writing, and no folders: there a rename relies on the file system's journal.
+    Raises OSError where the disk refuses.
+    """
     is_windows = os.name == "nt"
     if is_windows and path.is_dir():
         return

@@ -1,6 +1,6 @@
-"""Heads on the Hugging Face hub, by their id `owner/name`: fetched into the hub's own cache, and from then on a folder.
+"""Downloads of heads from the Hugging Face hub, by their id `owner/name`, into the hub's own cache.
 
-Nothing of what is fetched is run. This file knows ids and downloads. It refuses to know what is in the files.
+No downloaded code is run. Must not read what is in the files.
 """
 
 from __future__ import annotations
@@ -11,22 +11,25 @@ from pathlib import Path
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "plan.json", "README.md")
-PICKLES = ("*.bin", "*.bin.index.json", "*.pt", "*.pth")  # which are read as tensors only
+PICKLES = ("*.bin", "*.bin.index.json", "*.pt", "*.pth")  # read as tensors only
 
 
 def is_id(name: str) -> bool:
-    """Whether a name is meant for the hub: `owner/name`, and nothing of that name lies here."""
+    """Whether a name is an id on the hub: it has the form `owner/name`, and there is no local file or folder of that name."""
     return ID.fullmatch(name) is not None and not Path(name).exists()
 
 
 def fetched(name: str) -> Path:
-    """The folder with a repository's heads of ours: configuration, safetensors, plan, card. Raises ValueError where they cannot
-    be had."""
+    """The local folder with a repository's native heads: configuration, safetensors, plan and model card.
+
+    name: `owner/name`.
+    Raises ValueError where the repository cannot be downloaded.
+    """
     return _fetched(name, FILES)
 
 
 def fetched_of_others(name: str) -> Path:
-    """The same of heads that others publish: pickles, too, where there are no safetensors."""
+    """The same for published heads of any format: pickles are downloaded too, where there are no safetensors."""
     folder = _fetched(name, FILES)
     return folder if any(folder.rglob("*.safetensors")) else _fetched(name, (*FILES, *PICKLES))
 

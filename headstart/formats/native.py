@@ -1,8 +1,8 @@
-"""Heads in a folder: `config.json` says what they are, `model.safetensors` holds them, `README.md` tells people.
+"""The native format: heads in a folder with `config.json`, `model.safetensors` and `README.md`. Must not import a method.
 
-Saving never harms the heads that were there. Everything is written into a hidden folder inside first; the heads change in the one
-moment in which the new `model.safetensors` takes the name of the old one. It carries its own copy of the configuration, so that a
-kill before `config.json` follows leaves whole heads, too: `load` then believes the copy. This file knows no method by name.
+A kill at any moment leaves complete heads, old or new. Everything is written to a hidden subfolder first; the heads change
+when the new `model.safetensors` replaces the old one. It holds a copy of the configuration, which `load` uses where `config.json`
+differs.
 """
 
 from __future__ import annotations
@@ -39,12 +39,15 @@ STAGING = ".saving-"
 
 
 def save(folder: str | Path, drafter: Heads, target_info: TargetInfo, training: Mapping[str, Any]) -> None:
-    """Write heads whole, or leave those that were there as they are. A `plan.json` of the old heads goes with them.
+    """Save heads in a folder; on failure, the heads that were there stay as they are. Their `plan.json` is removed with them.
 
+    drafter: a clone that is not packed for drafting.
+    target_info: of the target that the heads draft for.
+    training: what to record of their training.
     Raises ValueError where the folder cannot be written, as on a full disk, and where it holds something else, as a model.
     """
     folder = Path(folder)
-    _refuse_others(folder)
+    _require_native_or_empty(folder)
     described = Description(
         method=type(drafter).name,
         settings=drafter.config.model_dump(mode="json"),
@@ -53,15 +56,15 @@ def save(folder: str | Path, drafter: Heads, target_info: TargetInfo, training: 
     )
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in drafter.state_dict().items()}
     with torch.device("meta"):
-        wanted = _build(described, folder).state_dict()
-    assert tensors.keys() == wanted.keys(), "these heads are packed for drafting; save their clone"
+        expected = _build(described, folder).state_dict()
+    assert tensors.keys() == expected.keys(), "these heads are packed for drafting; save their clone"
     assert not any(native_id_error(ids, target_info.vocab) for ids in tensors.values() if not ids.is_floating_point()), (
-        "ids are no tokens"
+        "the draft vocabulary is not valid"
     )
-    with _in_one_sentence(folder, "heads that were there are untouched"), _staging(folder) as staged:
+    with _write_errors(folder, "heads that were there are untouched"), _staging(folder) as staged:
         _write(staged, described, tensors)
-        os.replace(staged / WEIGHTS, folder / WEIGHTS)  # the moment: old heads before it, new heads after it
-        with _in_one_sentence(folder, f"the new heads are whole, but {CARD} and {PLAN} may still be of the old ones"):
+        os.replace(staged / WEIGHTS, folder / WEIGHTS)  # a kill before this line leaves the old heads, after it the new ones
+        with _write_errors(folder, f"the new heads are complete, but {CARD} and {PLAN} may still be of the old ones"):
             os.replace(staged / CONFIG, folder / CONFIG)
             (folder / PLAN).unlink(missing_ok=True)
             os.replace(staged / CARD, folder / CARD)
@@ -70,35 +73,38 @@ def save(folder: str | Path, drafter: Heads, target_info: TargetInfo, training: 
 def load(folder: str | Path, target_info: TargetInfo | None = None) -> Heads:
     """The drafter saved in `folder`, in evaluation mode, in the dtype it was saved in; not yet bound to a target.
 
-    target_info: of the target it shall work for, None to look at it without one. Raises ValueError, in one sentence, for a folder
-    that holds no native heads, an unknown key or method, a version of another time, a tensor that is missing, extra or
-    misshaped, and heads of another hidden size, vocabulary or tokenizer. Warns about heads of another digest, as of a fine-tune.
+    target_info: of the target to draft for; None: not compared with the one that the heads record.
+    Raises ValueError, in one sentence, for a folder without native heads, an unknown key or method, another version of the format,
+    a tensor that is missing, extra or of the wrong shape, and heads for another hidden size, vocabulary or tokenizer.
+    Warns where the target's digest is another one, as of a fine-tune.
     """
     folder = Path(folder)
     described = describe(folder)
     if target_info is not None:
         check(described.target, target_info, folder)
-    with torch.random.fork_rng(devices=[]):  # what it starts from is thrown away; nobody's random numbers shall depend on it
+    with torch.random.fork_rng(devices=[]):  # the initial weights are discarded; callers' random numbers must not change
         drafter = _build(described, folder)
     tensors = _tensors(folder)
-    _match(drafter.state_dict(), tensors, folder)
-    _match_ids(tensors, described.target.vocab, folder)
+    _check_tensors(drafter.state_dict(), tensors, folder)
+    _check_ids(tensors, described.target.vocab, folder)
     drafter.load_state_dict(tensors, assign=True)
     return drafter.eval()
 
 
 def write_card_section(folder: str | Path, title: str, body: str) -> None:
-    """Add a section to the card of native heads, in place of one of that title; a card that was deleted is written anew.
+    """Add a section to the model card of native heads, in place of one of the same title; a missing card is written anew.
 
+    title: of the section.
+    body: its text, without the title.
     Raises ValueError where the folder holds no native heads, or cannot be written.
     """
     folder = Path(folder)
     described = describe(folder)
-    with _in_one_sentence(folder, f"{CARD} is as it was"), _staging(folder) as staged:
+    with _write_errors(folder, f"{CARD} is unchanged"), _staging(folder) as staged:
         try:
             text = (folder / CARD).read_text(encoding="utf-8")
         except FileNotFoundError:
-            with _reading(folder) as file:
+            with _opened(folder) as file:
                 sizes = [torch.Size(file.get_slice(name).get_shape()).numel() for name in file.keys()]  # noqa: SIM118
             text = card(described, sum(sizes))
         (staged / CARD).write_text(with_section(text, title, body), encoding="utf-8")
@@ -106,12 +112,16 @@ def write_card_section(folder: str | Path, title: str, body: str) -> None:
 
 
 def describe(folder: str | Path) -> Description:
-    """What the native heads in `folder` are, without reading them. Raises ValueError where there are none."""
+    """The description of the native heads in `folder`, without reading their tensors.
+
+    Raises ValueError where there are none.
+    Warns where `config.json` differs from the copy saved with the weights, and returns the copy.
+    """
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} holds no heads: it has no {CONFIG}; heads are a folder made by `headstart train` or `import`")
     described = parse((folder / CONFIG).read_bytes(), folder)
-    with _reading(folder) as file:
+    with _opened(folder) as file:
         copy = (file.metadata() or {}).get("headstart")
     if copy is None or (saved := parse(copy, folder)) == described:
         return described
@@ -127,7 +137,7 @@ def describe(folder: str | Path) -> Description:
 
 
 def _build(described: Description, folder: Path) -> Heads:
-    """The module, with weights that mean nothing yet."""
+    """The drafter of this description, with untrained weights."""
     try:
         kind = method(described.method)
         settings = kind.config_type.model_validate(described.settings)
@@ -139,7 +149,7 @@ def _build(described: Description, folder: Path) -> Heads:
 
 
 @contextmanager
-def _reading(folder: Path) -> Iterator[Any]:
+def _opened(folder: Path) -> Iterator[Any]:
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             yield file
@@ -150,28 +160,29 @@ def _reading(folder: Path) -> Iterator[Any]:
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
-    with _reading(folder) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (a file is no mapping)
+    with _opened(folder) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (a safetensors file is no mapping)
 
 
-def _match(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], folder: Path) -> None:
+def _check_tensors(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor], folder: Path) -> None:
     where = folder / WEIGHTS
-    for name, tensor in wanted.items():
-        if name not in found:
+    for name, tensor in expected.items():
+        if name not in actual:
             raise ValueError(f"{where} lacks {name} {list(tensor.shape)}")
-        if found[name].shape != tensor.shape:
-            raise ValueError(f"{where} has {name} as {list(found[name].shape)}, but these heads need {list(tensor.shape)}")
-        if tensor.is_floating_point() != found[name].is_floating_point():
+        if actual[name].shape != tensor.shape:
+            raise ValueError(f"{where} has {name} as {list(actual[name].shape)}, but these heads need {list(tensor.shape)}")
+        if tensor.is_floating_point() != actual[name].is_floating_point():
             needed = "floating-point numbers" if tensor.is_floating_point() else str(tensor.dtype)
-            raise ValueError(f"{where} has {name} of type {found[name].dtype}, but these heads need {needed}")
-    if broken := next((name for name, tensor in found.items() if not bool(torch.isfinite(tensor).all())), None):
-        raise ValueError(f"{where} has numbers in {broken} that are none (nan or inf); train or import the heads again")
-    if extra := sorted(found.keys() - wanted.keys()):
+            raise ValueError(f"{where} has {name} of type {actual[name].dtype}, but these heads need {needed}")
+    if broken := next((name for name, tensor in actual.items() if not bool(torch.isfinite(tensor).all())), None):
+        raise ValueError(f"{where} has values in {broken} that are not finite (nan or inf); train or import the heads again")
+    if extra := sorted(actual.keys() - expected.keys()):
         raise ValueError(f"{where} has {len(extra)} tensors that these heads have no place for, first {extra[0]}")
 
 
-def _match_ids(found: Mapping[str, Tensor], vocab: int, folder: Path) -> None:
-    for name, ids in found.items():
+def _check_ids(tensors: Mapping[str, Tensor], vocab: int, folder: Path) -> None:
+    """Check the integer tensors of heads, which hold the ids of their draft vocabulary."""
+    for name, ids in tensors.items():
         if not ids.is_floating_point() and (error := native_id_error(ids, vocab)):
             raise ValueError(f"{folder / WEIGHTS} has {name} that cannot be right: {error}; copy or import the heads again")
 
@@ -179,8 +190,8 @@ def _match_ids(found: Mapping[str, Tensor], vocab: int, folder: Path) -> None:
 # -- writing ----------------------------------------------------------------------------------------------------------------
 
 
-def _refuse_others(folder: Path) -> None:
-    """A model's folder has files of the same names; they are not ours to replace."""
+def _require_native_or_empty(folder: Path) -> None:
+    """Raise ValueError for a folder whose `config.json` is not of native heads: a model's files have the same names."""
     try:
         is_other = (folder / CONFIG).exists() and not is_native(read_object(folder / CONFIG))
     except (ValueError, OSError):
@@ -193,7 +204,7 @@ def _write(staged: Path, described: Description, tensors: Mapping[str, Tensor]) 
     text = described.model_dump_json(indent=2) + "\n"
     save_file(dict(tensors), staged / WEIGHTS, metadata={"format": "pt", "headstart": text})
     (staged / CONFIG).write_text(text, encoding="utf-8")
-    shutil.copymode(staged / CONFIG, staged / WEIGHTS)  # safetensors makes files that only their owner can read
+    shutil.copymode(staged / CONFIG, staged / WEIGHTS)  # safetensors writes files that only their owner can read
     (staged / CARD).write_text(card(described, sum(map(Tensor.numel, tensors.values()))), encoding="utf-8")
     for path in staged.iterdir():
         sync(path)
@@ -201,7 +212,7 @@ def _write(staged: Path, described: Description, tensors: Mapping[str, Tensor]) 
 
 @contextmanager
 def _staging(folder: Path) -> Iterator[Path]:
-    """A hidden folder on the same disk. One that a killed run left behind is removed."""
+    """A hidden folder on the same disk, removed at the end. One that a killed run left behind is removed first."""
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(f"{STAGING}*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -210,7 +221,8 @@ def _staging(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _in_one_sentence(folder: Path, remains: str) -> Iterator[None]:
+def _write_errors(folder: Path, remains: str) -> Iterator[None]:
+    """Turn errors of writing into one ValueError. remains: what is in the folder after the error."""
     try:
         yield
     except (OSError, SafetensorError) as error:

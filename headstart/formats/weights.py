@@ -1,6 +1,6 @@
-"""Named tensors in files of others: safetensors, and pickles that may hold tensors but run nothing.
+"""Named tensors in published files: safetensors, and pickles of tensors, of which no code is run.
 
-This file knows files. It refuses to know what the names mean.
+Must not know what the names mean; the modules of `headstart.formats.published` do.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ TensorShape = tuple[int, ...]
 
 PICKLES = (".pt", ".bin", ".pth")
 HEADS = ("medusa_lm_head.safetensors", "medusa_lm_head.pt", "hydra_lm_head.safetensors", "hydra_lm_head.pt")
-WHOLE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+MODELS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 class Weights:
-    """Tensors by name, from one file or several, looked at without reading their values.
+    """Tensors by name, from one file or several; their values are read only when asked for.
 
-    files: of safetensors or pickles. Raises ValueError, naming the file, for one that is damaged, that wants to run code, or that
-    holds something else than named tensors. `shapes`: of every tensor, by name.
+    files: safetensors or pickles.
+    shapes: shape of every tensor, by name.
+    Raises ValueError, naming the file, for one that is damaged, wants to run code, or holds something else than named tensors.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -36,73 +37,82 @@ class Weights:
         self.shapes: dict[str, TensorShape] = {}
         self._read: dict[str, Callable[[], Tensor]] = {}
         for path in self.files:
-            found = _pickled(path) if path.suffix in PICKLES else _safe(path)
-            self.shapes |= {name: shape for name, (shape, _) in found.items()}
-            self._read |= {name: read for name, (_, read) in found.items()}
+            readers = _pickle_readers(path) if path.suffix in PICKLES else _safetensors_readers(path)
+            self.shapes |= {name: shape for name, (shape, _) in readers.items()}
+            self._read |= {name: read for name, (_, read) in readers.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        """A copy with memory of its own, for a name may be stored twice."""
+        """A tensor with its own memory, on the CPU: two names may share one storage in the file."""
         return self._read[name]().detach().clone()
 
 
 def weights_in(path: Path) -> Weights | None:
-    """The weights of a folder, heads before whole models, or one file itself; None where there are none."""
+    """The weights of a folder, or of one file; None where there are none.
+
+    In a folder, files of heads come before those of a model; a single file of any other name is taken too.
+    """
     if path.is_file():
         return Weights([path])
-    for name in (*HEADS, *WHOLE):
+    for name in (*HEADS, *MODELS):
         if (path / name).is_file():
             return Weights(_shards(path / name) if name.endswith(".index.json") else [path / name])
-    loose = [file for file in sorted(path.iterdir()) if file.suffix in (".safetensors", *PICKLES)] if path.is_dir() else []
-    return Weights(loose[:1]) if len(loose) == 1 else None
+    others = [file for file in sorted(path.iterdir()) if file.suffix in (".safetensors", *PICKLES)] if path.is_dir() else []
+    return Weights(others[:1]) if len(others) == 1 else None
 
 
 def beside(model: str | Path) -> Path | None:
-    """The folder with a model's files: its own, or where those of a hub id have been put; None where they are not here."""
+    """The local folder with a model's files, None where they are not on this machine.
+
+    model: a folder, or a hub id whose files are in the hub's cache.
+    """
     from transformers.utils.hub import cached_file
 
     if Path(model).is_dir():
         return Path(model)
     try:
-        found = cached_file(str(model), "config.json", local_files_only=True)
+        config_file = cached_file(str(model), "config.json", local_files_only=True)
     except (OSError, ValueError):
         return None
-    return Path(found).parent if found else None
+    return Path(config_file).parent if config_file else None
 
 
 def safe_in(folder: Path) -> Weights | None:
-    """The safetensors of a whole model; None where it has none. Only their headers are read."""
-    for name in WHOLE:
+    """The safetensors of a model's folder; None where it has none. Only their headers are read."""
+    for name in MODELS:
         if ".safetensors" in name and (folder / name).is_file():
             return Weights(_shards(folder / name) if name.endswith(".index.json") else [folder / name])
     return None
 
 
 def config_in(path: Path) -> dict[str, Any]:
-    """The `config.json` in a folder or beside a file; empty where there is none. Raises ValueError for one that is no object."""
+    """The `config.json` in a folder, or in the folder of a file; empty where there is none.
+
+    Raises ValueError for one that is no JSON object, or whose `architectures` is no list of names.
+    """
     file = (path if path.is_dir() else path.parent) / "config.json"
     if not file.is_file():
         return {}
-    found = read_object(file)
-    named = found.get("architectures")
-    if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
-        raise ValueError(f"{file}: architectures is {named!r}; it must be a list of names")
-    return found
+    config = read_object(file)
+    names = config.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"{file}: architectures is {names!r}; it must be a list of names")
+    return config
 
 
 def _shards(index: Path) -> list[Path]:
-    named = read_object(index).get("weight_map")
-    if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{index} is no index of weights: its weight_map does not say in which file each tensor is")
-    names = sorted({*named.values()})
-    if strange := [name for name in names if Path(name).name != name]:
-        raise ValueError(f"{index} names the file {strange[0]!r}, which is not in its folder")
+    names = sorted({*weight_map.values()})
+    if elsewhere := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"{index} names the file {elsewhere[0]!r}, which is not in its folder")
     return [index.parent / name for name in names]
 
 
 _Readers = dict[str, tuple[TensorShape, Callable[[], Tensor]]]  # shape and reader of each tensor, by name
 
 
-def _safe(path: Path) -> _Readers:
+def _safetensors_readers(path: Path) -> _Readers:
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -117,27 +127,27 @@ def _read_one(path: Path, name: str) -> Tensor:
     return tensor
 
 
-def _pickled(path: Path) -> _Readers:
-    found = _unpickle(path)
-    if not isinstance(found, dict) or not all(isinstance(name, str) and _is_plain(value) for name, value in found.items()):
+def _pickle_readers(path: Path) -> _Readers:
+    content = _unpickle(path)
+    if not isinstance(content, dict) or not all(isinstance(name, str) and _is_strided(value) for name, value in content.items()):
         raise ValueError(f"{path} holds something else than tensors by name")
-    return {name: (tuple(tensor.shape), partial(found.__getitem__, name)) for name, tensor in found.items()}
+    return {name: (tuple(tensor.shape), partial(content.__getitem__, name)) for name, tensor in content.items()}
 
 
-def _is_plain(value: object) -> bool:
+def _is_strided(value: object) -> bool:
     return isinstance(value, Tensor) and value.layout is torch.strided
 
 
 def _unpickle(path: Path) -> object:
-    """The content, mapped into memory where the file allows it; nothing in it is run."""
+    """The content, mapped into memory where the file allows it; no code in it is run."""
     try:
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # written before torch 1.6, or damaged
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes of others can confuse the unpickler in every way there is
-        if wanted := re.search(r"GLOBAL (\S+)", str(error)):
+    except Exception as error:  # damaged bytes make the unpickler raise anything
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(
-                f"{path} wants to run {wanted[1]} when it is read; code of others is never run here: ask its author for safetensors"
+                f"{path} wants to run {code[1]} when it is read; code of others is never run here: ask its author for safetensors"
             ) from None
         raise ValueError(f"{path} is damaged or no file of tensors; copy it again") from None

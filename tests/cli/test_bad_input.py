@@ -257,7 +257,7 @@ def test_heads_of_nan_are_refused_wherever_they_are_used(model_folder, own_heads
         "probe": ("inspect", own_heads, "--model", model_folder, "--probe"),
         "generate": ("generate", "a", "--model", model_folder, "--drafter", own_heads),
     }
-    assert f"numbers in {name} that are none (nan or inf)" in refused(*arguments[command])
+    assert f"values in {name} that are not finite (nan or inf)" in refused(*arguments[command])
 
 
 def test_the_progress_bar_of_a_calibration_counts_the_decoding_of_trees(model_folder, own_heads, monkeypatch):

@@ -1,4 +1,4 @@
-"""Heads of others as they are used: from the file through drafting, for every kind of layer that can be brought in."""
+"""Heads of others as they are used: from the file through drafting, for every kind of layer that can be imported."""
 
 import published_eagle as eagle
 import published_eagle3 as eagle3

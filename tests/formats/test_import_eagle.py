@@ -1,4 +1,4 @@
-"""EAGLE heads of others: brought in, they say what the formula says, however they are stored; what is wrong with them is named."""
+"""EAGLE heads of others: imported, they say what the formula says, however they are stored; what is wrong with them is named."""
 
 import json
 
@@ -129,7 +129,7 @@ def test_what_a_folder_holds_is_told_with_the_command(tmp_path):
         ),
         (
             lambda tensors: tensors.update({"fc.weight": tensors["fc.weight"].to(torch.int8)}),
-            "quantized heads cannot be brought in",
+            "quantized heads cannot be imported",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""EAGLE-3 heads of others: brought in, they say what the formula says, whoever stored them; what is wrong with them is named."""
+"""EAGLE-3 heads of others: imported, they say what the formula says, whoever stored them; what is wrong with them is named."""
 
 import json
 
@@ -387,7 +387,7 @@ def without(name):
         ),
         (
             lambda tensors: tensors.update({"norm.weight": torch.ones(HIDDEN).to(torch.int8)}),
-            "quantized heads cannot be brought in",
+            "quantized heads cannot be imported",
         ),
     ],
 )

@@ -119,8 +119,8 @@ def test_a_tensor_that_does_not_fit_is_named(trial, tmp_path, change, words):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"hydra_head_arch": "cross-attn"}, "'cross-attn'; mlp and prefix-mlp can be brought in"),
-        ({"hydra_head_arch": "eagle-attn"}, "'eagle-attn'; mlp and prefix-mlp can be brought in"),
+        ({"hydra_head_arch": "cross-attn"}, "'cross-attn'; mlp and prefix-mlp can be imported"),
+        ({"hydra_head_arch": "eagle-attn"}, "'eagle-attn'; mlp and prefix-mlp can be imported"),
         ({"grounded_heads": False}, "grounded_heads = false"),
         ({"hidden_state_offset": 1}, "they read the state 1 layers below the last"),
     ],

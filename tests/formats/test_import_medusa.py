@@ -178,7 +178,7 @@ def test_more_heads_than_anybody_has_are_refused(trial, tmp_path):
 
 def test_quantized_heads_are_refused(trial, tmp_path):
     write(tmp_path, "medusa_lm_head.pt", {name: tensor.to(torch.int8) for name, tensor in numbered(parts(1, 1)).items()})
-    assert "is of type torch.int8; quantized heads cannot be brought in" in trial.refusal(tmp_path)
+    assert "is of type torch.int8; quantized heads cannot be imported" in trial.refusal(tmp_path)
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (0, 0), (2, 2, 2)])

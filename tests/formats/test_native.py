@@ -183,7 +183,7 @@ def test_a_disk_that_fails_after_the_moment_has_whole_new_heads(heads, monkeypat
     real = os.replace
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda a, b: real(a, b) if Path(b).name == "model.safetensors" else no_space())
-        with pytest.raises(ValueError, match="the new heads are whole"):
+        with pytest.raises(ValueError, match="the new heads are complete"):
             checkpoint.save(heads, toy(2, width=7), FACTS, {})
     with pytest.warns(UserWarning, match="saving was interrupted"):
         assert is_same(checkpoint.load(heads), toy(2, width=7))

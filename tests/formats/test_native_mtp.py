@@ -205,11 +205,11 @@ BROKEN = {
     ),
     "integers": (
         lambda t: t.update({"model.layers.3.eh_proj.weight": torch.zeros(64, 128, dtype=torch.int8)}),
-        "is of type torch.int8; quantized heads cannot be brought in",
+        "is of type torch.int8; quantized heads cannot be imported",
     ),
     "numbers of 8 bits": (
         lambda t: t.update({"model.layers.3.eh_proj.weight": torch.zeros(64, 128).to(torch.float8_e4m3fn)}),
-        "is of type torch.float8_e4m3fn; quantized heads cannot be brought in",
+        "is of type torch.float8_e4m3fn; quantized heads cannot be imported",
     ),
     "a gap": (
         lambda t: t.update({"model.layers.5.enorm.weight": torch.zeros(64)}),
@@ -231,7 +231,7 @@ def test_what_is_wrong_is_named(publish, tmp_path, what):
     published, (change, words) = publish("deepseek_v3"), BROKEN[what]
     tensors = dict(published.tensors)
     change(tensors)
-    with pytest.raises(ValueError, match="cannot be brought in") as error:
+    with pytest.raises(ValueError, match="cannot be imported") as error:
         read(published, rewritten(published, tmp_path, tensors))
     assert words in str(error.value)
 

@@ -32,7 +32,7 @@ class Published:
     layout: what a person would call the format. settings: of the method's `config_type`, but for what the target must tell.
     hidden, vocab: their widths; vocab is None where they speak through the target's head. names: ours to theirs, whole; None
     stands for zeros. unused: theirs that are accepted and left out, with their shapes. has_trunk: a whole model is in the same
-    files, and is the target. base: the target that they name. refused: why they cannot be brought in at all.
+    files, and is the target. base: the target that they name. refused: why they cannot be imported at all.
     """
 
     weights: Weights
@@ -57,7 +57,7 @@ class Published:
         return sum(torch.Size(self.weights.shapes[name]).numel() for name in theirs if name)
 
     def problems(self, target_config: Any = None) -> Iterator[str]:
-        """What keeps them from being brought in, one sentence each. target_config: of the target, where known."""
+        """What keeps them from being imported, one sentence each. target_config: of the target, where known."""
         if self.refused:
             yield self.refused
             return
@@ -129,8 +129,8 @@ class Published:
                 raise ValueError(f"the heads in {where} have {what} of {theirs}, but the target {target_info.name} has {its}")
 
     def error(self, problem: str) -> ValueError:
-        """What is raised where a problem keeps them from being brought in."""
-        return ValueError(f"the heads in {self.weights.files[0]} cannot be brought in: {problem}")
+        """What is raised where a problem keeps them from being imported."""
+        return ValueError(f"the heads in {self.weights.files[0]} cannot be imported: {problem}")
 
     def read(self, target_info: TargetInfo, target_config: Any) -> Heads:
         """The drafter, for that target. Raises ValueError where they do not fit the target, or are not whole."""
@@ -151,7 +151,7 @@ class Published:
         """One of their tensors. Raises ValueError where its numbers are not plain ones."""
         tensor = self.weights[theirs]
         if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
-            raise ValueError(f"{theirs} in {self.weights.files[0]} is of type {tensor.dtype}; quantized heads cannot be brought in")
+            raise ValueError(f"{theirs} in {self.weights.files[0]} is of type {tensor.dtype}; quantized heads cannot be imported")
         return tensor
 
 
@@ -162,7 +162,7 @@ def prefix_of(target_config: Any, published: Published) -> dict[str, Any]:
     if rope.get("rope_type", "default") != "default":
         raise ValueError(
             f"the heads in {published.weights.files[0]} have a decoder layer shaped after the target's, whose positions are of "
-            f"type {rope['rope_type']!r}; only plain rotary positions can be brought in"
+            f"type {rope['rope_type']!r}; only plain rotary positions can be imported"
         )
     gate = published.names[f"{PREFIX}layers.0.mlp.gate_proj.weight"]
     return {

@@ -100,7 +100,7 @@ class EagleHead(Published):
         return Published.read(self.for_target(target_info), target_info, target_config)
 
 
-def understand(weights: Weights, config: Mapping[str, Any]) -> Published | None:
+def match(weights: Weights, config: Mapping[str, Any]) -> Published | None:
     """What these EAGLE heads are; None where there are none."""
     unprefixed = Unprefixed(weights)
     if not _is_eagle(unprefixed, config):

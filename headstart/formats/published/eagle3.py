@@ -108,7 +108,7 @@ class Eagle3Head(EagleHead):
         return None if token is None else f"{self.offsets} and {mask} do not agree on whether token {token} can be drafted"
 
 
-def understand(weights: Weights, config: Mapping[str, Any]) -> Published | None:
+def match(weights: Weights, config: Mapping[str, Any]) -> Published | None:
     """What these EAGLE-3 heads are; None where there are none."""
     unprefixed = Unprefixed(weights)
     if not _is_eagle3(unprefixed, config):
@@ -147,7 +147,7 @@ class _File:
         self.count = columns // self.hidden
 
     def fill(self, found: Eagle3Head) -> Eagle3Head:
-        """The heads, with everything that is known without their target. Raises ValueError for what cannot be brought in."""
+        """The heads, with everything that is known without their target. Raises ValueError for what cannot be imported."""
         vocab, weights = self._vocab(), found.weights
         settings = self._settings(vocab)
         names: dict[str, str | None] = dict(self.unprefixed.named(wanted("eagle3", settings, self.hidden, vocab), self._renames()))
@@ -277,9 +277,9 @@ def _require_known(unprefixed: Unprefixed, config: Mapping[str, Any]) -> None:
     if "mask_hidden" in unprefixed.full or config.get("speculators_model_type") == "peagle" or config.get("parallel_drafting"):
         raise ValueError("they are P-EAGLE's, which guess all tokens at once from mask_hidden, and not one after another")
     if latent := next((name for name in unprefixed.full if re.search(r"self_attn\.(q_a|kv_a)_proj", name)), None):
-        raise ValueError(f"{latent} belongs to latent attention, and only layers like a Llama's can be brought in")
+        raise ValueError(f"{latent} belongs to latent attention, and only layers like a Llama's can be imported")
     if expert := next((name for name in unprefixed.full if ".mlp.experts." in name), None):
-        raise ValueError(f"{expert} belongs to a mixture of experts, and only layers like a Llama's can be brought in")
+        raise ValueError(f"{expert} belongs to a mixture of experts, and only layers like a Llama's can be imported")
     if section(config, "eagle_config").get("use_aux_hidden_state") is False:
         raise ValueError("their config.json says use_aux_hidden_state = false: they read the last state only, without fc.weight")
     if "fc.weight" not in unprefixed.full:

@@ -25,7 +25,7 @@ _LAYER = (
 _ROTARY = "layers.0.self_attn.rotary_emb.inv_freq"
 
 
-def understand(weights: Weights, config: Mapping[str, Any]) -> Published | None:
+def match(weights: Weights, config: Mapping[str, Any]) -> Published | None:
     """What these Hydra heads are; None where there are none."""
     blocks = [(int(found[1]), int(found[2])) for name in weights.shapes if (found := _BLOCK.fullmatch(name))]
     if not blocks and "hydra_head_arch" not in config and not any(name.startswith("hydra_") for name in weights.shapes):
@@ -90,7 +90,7 @@ def _unused(weights: Weights, prefix: str, hidden: int, vocab: int | None) -> di
 def _refused(config: Mapping[str, Any], blocks: list[tuple[int, int]]) -> str | None:
     arch = config.get("hydra_head_arch")
     if arch not in (None, "mlp", "prefix-mlp"):
-        return f"their head architecture is {arch!r}; mlp and prefix-mlp can be brought in"
+        return f"their head architecture is {arch!r}; mlp and prefix-mlp can be imported"
     if config.get("grounded_heads") is False:
         return "their config.json says grounded_heads = false: they do not read what was drafted before, as Hydra here does"
     if config.get("hidden_state_offset"):

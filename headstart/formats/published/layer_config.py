@@ -81,11 +81,11 @@ def rope(config: Mapping[str, Any]) -> dict[str, Any]:
     kind = _kind_of_positions(newer) or _kind_of_positions(older) or "default"
     if kind not in (*STEADY, DYNAMIC) or "mrope_section" in found or any(isinstance(value, dict) for value in found.values()):
         known = ", ".join(sorted((*STEADY, DYNAMIC)))
-        raise ValueError(f"their positions are of the type {kind!r} with {sorted(found)}; those of type {known} can be brought in")
+        raise ValueError(f"their positions are of the type {kind!r} with {sorted(found)}; those of type {known} can be imported")
     if kind != "default" and not found.get("factor"):
         raise ValueError(f"their positions are of the type {kind!r}, but their config.json says no factor")
     if (part := found.get("partial_rotary_factor", config.get("partial_rotary_factor", 1))) not in (None, 1):
-        raise ValueError(f"only {part} of each of their heads has positions, which cannot be brought in")
+        raise ValueError(f"only {part} of each of their heads has positions, which cannot be imported")
     if kind in ("default", DYNAMIC):
         return {"rope_type": "default", "rope_theta": _theta(config) or THETA}
     return {**found, "rope_type": kind, "rope_theta": _theta(config) or THETA}

@@ -57,7 +57,7 @@ FORMS = (
 )
 
 
-def understand(weights: Weights, config: Mapping[str, Any]) -> Published | None:
+def match(weights: Weights, config: Mapping[str, Any]) -> Published | None:
     """What these Medusa heads are; None where there are none."""
     for form in FORMS:
         if blocks := form.blocks(weights):

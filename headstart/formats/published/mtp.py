@@ -85,7 +85,7 @@ class Modules(Published):
         return sum(torch.Size(self.weights.shapes[name]).numel() for name in theirs)
 
     def problems(self, target_config: Any = None) -> Iterator[str]:
-        """What keeps them from being brought in. Without `target_config`, nothing is said of the layers."""
+        """What keeps them from being imported. Without `target_config`, nothing is said of the layers."""
         if self.refused or (quantized := next(filter(_SCALES.fullmatch, self.ours), None)):
             yield self.refused or (
                 f"{quantized} says that they are quantized, which they must not be here; convert the checkpoint to bfloat16, "
@@ -160,12 +160,12 @@ class Modules(Published):
         end = _end(self.weights, next(end for name, end in COPIES.items() if copy.endswith(name)))
         if not torch.equal(self.weights[copy], self.weights[end]):
             raise ValueError(
-                f"the heads in {self.weights.files[0]} cannot be brought in: {copy} is not the same as the model's own {end}, and "
+                f"the heads in {self.weights.files[0]} cannot be imported: {copy} is not the same as the model's own {end}, and "
                 f"modules that speak through a head of their own are not known here"
             )
 
 
-def understand(weights: Weights, config: Mapping[str, Any]) -> Published | None:
+def match(weights: Weights, config: Mapping[str, Any]) -> Published | None:
     """The MTP modules in the files of a model; None where there are none, or no model."""
     text = config.get("text_config") or config
     num_layers = text.get("num_hidden_layers")
