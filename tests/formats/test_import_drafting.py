@@ -95,7 +95,7 @@ def test_dynamic_positions_are_plain_ones_up_to_their_limit(trial, tmp_path, rop
     write(tmp_path, "pytorch_model.bin", tensors, **eagle3.SIZES | {"head_dim": SIZE}, **rope, max_position_embeddings=8)
     assert_same(trial.drafted(tmp_path, eagle3.STEPS), list(eagle3.by_formula(trial, tensors, SIZE)))
     (note,) = checkpoint.detect(tmp_path).notes
-    assert "of the type 'dynamic', the same as plain ones in the first 8 tokens: behind these nothing is drafted" in note
+    assert "of the type 'dynamic', the same as plain ones in the first 8 tokens: beyond these nothing is drafted" in note
 
 
 @pytest.mark.parametrize("method", ["eagle", "eagle3"])

@@ -16,7 +16,7 @@ import torch
 
 from headstart.drafters.registry import method
 from headstart.formats.published import layer_config as blocks
-from headstart.formats.published.base import Published, base_of, disagreements, height
+from headstart.formats.published.base import Published, base_of, disagreements, num_rows
 from headstart.formats.weights import TensorShape, Weights
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class EagleHead(Published):
         if self.refused or embed_head is None or EMBEDDING not in self.names:
             return found
         self.check_sizes(target_info)
-        theirs = self._plain(str(self.names[EMBEDDING]))
+        theirs = self._floats(str(self.names[EMBEDDING]))
         table = embed_head().embed_weight
         is_same = theirs.shape == table.shape and (
             torch.equal(theirs.to(table.dtype), table) or torch.equal(theirs, table.to(theirs.dtype))
@@ -105,8 +105,8 @@ def match(weights: Weights, config: Mapping[str, Any]) -> Published | None:
     unprefixed = Unprefixed(weights)
     if not _is_eagle(unprefixed, config):
         return None
-    hidden, layer = height(weights, [unprefixed.full["fc.weight"]]), unprefixed.inside("layers.0.")
-    vocab = height(weights, [unprefixed.full[TABLE]]) if TABLE in unprefixed.full else None
+    hidden, layer = num_rows(weights, [unprefixed.full["fc.weight"]]), unprefixed.inside("layers.0.")
+    vocab = num_rows(weights, [unprefixed.full[TABLE]]) if TABLE in unprefixed.full else None
     has_bias = "fc.bias" in unprefixed.full
     found = EagleHead(
         weights=weights,
@@ -116,7 +116,7 @@ def match(weights: Weights, config: Mapping[str, Any]) -> Published | None:
         hidden=hidden,
         vocab=vocab,
         names={},
-        ours=tuple(weights.shapes),
+        head_tensors=tuple(weights.shapes),
         unused=unprefixed.angles(),
         base=base_of(config),
     )

@@ -84,7 +84,7 @@ class Eagle3Head(EagleHead):
             if self.head is None:
                 raise self.error(f"{HEAD} is missing, and the target's own is not at hand")
             return self.head
-        rows = self._plain(str(self.names[HEAD]))
+        rows = self._floats(str(self.names[HEAD]))
         return rows if self.offsets is None else rows[self._ids().argsort()]  # in the order of the target's tokens
 
     @property
@@ -121,7 +121,7 @@ def match(weights: Weights, config: Mapping[str, Any]) -> Published | None:
         hidden=0,
         vocab=None,
         names={},
-        ours=(),
+        head_tensors=(),
         base=_base(config),
     )
     try:
@@ -157,7 +157,7 @@ class _File:
             hidden=self.hidden,
             vocab=vocab,
             names=names if HEAD in self.unprefixed.full else {**names, HEAD: None},
-            ours=tuple(weights.shapes),
+            head_tensors=tuple(weights.shapes),
             unused=self._unused(vocab, settings),
             notes=tuple(self._doubts(vocab)),
             count=self.count,

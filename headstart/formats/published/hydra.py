@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from headstart.formats.published.base import PREFIX, Published, base_of, check_counts, disagreements, height
+from headstart.formats.published.base import PREFIX, Published, base_of, check_counts, disagreements, num_rows
 from headstart.formats.weights import TensorShape, Weights
 
 _BLOCK = re.compile(r"hydra_mlp\.(\d{1,4})\.(\d{1,4})\.linear\.weight")
@@ -41,8 +41,8 @@ def match(weights: Weights, config: Mapping[str, Any]) -> Published | None:
     names = dict(_names([first + step * layer for layer in range(num_layers)], projections, has_bias))
     prefix = next((prefix for prefix in _PREFIXES if any(name.startswith(prefix) for name in weights.shapes)), None)
     names |= {PREFIX + name: prefix + name for name in _LAYER} if prefix else {}
-    hidden = height(weights, [f"hydra_mlp.{head}.{at}.linear.weight" for head, at in blocks])
-    vocab = height(weights, said) if (said := _found(weights, projections)) else None
+    hidden = num_rows(weights, [f"hydra_mlp.{head}.{at}.linear.weight" for head, at in blocks])
+    vocab = num_rows(weights, said) if (said := _found(weights, projections)) else None
     return Published(
         weights=weights,
         method="hydra++" if prefix else "hydra",
@@ -51,7 +51,7 @@ def match(weights: Weights, config: Mapping[str, Any]) -> Published | None:
         hidden=hidden,
         vocab=vocab,
         names=names,
-        ours=tuple(weights.shapes),
+        head_tensors=tuple(weights.shapes),
         unused=_unused(weights, prefix or "", hidden, vocab),
         has_prefix=prefix is not None,
         base=base_of(config),
@@ -107,7 +107,7 @@ def _unreadable(weights: Weights, config: Mapping[str, Any], why: str) -> Publis
         hidden=0,
         vocab=None,
         names={},
-        ours=(),
+        head_tensors=(),
         base=base_of(config),
         refused=why,
     )

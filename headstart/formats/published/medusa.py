@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from headstart.formats.published.base import Published, base_of, check_counts, disagreements, height
+from headstart.formats.published.base import Published, base_of, check_counts, disagreements, num_rows
 from headstart.formats.weights import Weights
 
 
@@ -76,10 +76,10 @@ def _published(form: Form, weights: Weights, config: Mapping[str, Any], blocks: 
         method="medusa",
         layout=form.words + ("" if projections else ", version 2: they speak through the target's head"),
         settings={"num_heads": num_heads, "num_layers": num_layers, "projection": "own" if projections else "shared"},
-        hidden=height(weights, [form.block_name(*blocks[0], "weight")]),
-        vocab=height(weights, projections) if projections else None,
+        hidden=num_rows(weights, [form.block_name(*blocks[0], "weight")]),
+        vocab=num_rows(weights, projections) if projections else None,
         names=dict(_names(form, num_heads, num_layers, projections, has_bias)),
-        ours=ours,
+        head_tensors=ours,
         has_trunk=bool(form.prefix) and len(ours) < len(weights.shapes),
         base=base_of(config),
         notes=disagreements(config, {form.count_heads: num_heads, form.count_layers: num_layers}),

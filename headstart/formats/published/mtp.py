@@ -81,12 +81,12 @@ class Modules(Published):
     @property
     def parameters(self) -> int:
         """Numbers that a drafter of these modules has."""
-        theirs = {*self.ours} - self.unused.keys()
+        theirs = {*self.head_tensors} - self.unused.keys()
         return sum(torch.Size(self.weights.shapes[name]).numel() for name in theirs)
 
     def problems(self, target_config: Any = None) -> Iterator[str]:
         """What keeps them from being imported. Without `target_config`, nothing is said of the layers."""
-        if self.refused or (quantized := next(filter(_SCALES.fullmatch, self.ours), None)):
+        if self.refused or (quantized := next(filter(_SCALES.fullmatch, self.head_tensors), None)):
             yield self.refused or (
                 f"{quantized} says that they are quantized, which they must not be here; convert the checkpoint to bfloat16, "
                 f"as its makers describe"
@@ -99,7 +99,7 @@ class Modules(Published):
         layers = {} if target_config is None else self._layers(target_config)
         for theirs, shape in {**wanted, **layers}.items():
             yield from self._problem(theirs, shape)
-        for theirs in sorted({*self.ours} - wanted.keys() - layers.keys()) if layers else ():
+        for theirs in sorted({*self.head_tensors} - wanted.keys() - layers.keys()) if layers else ():
             if not theirs.endswith(_TABLE):
                 yield f"a tensor that has no place in a module of this model's kind: {theirs}"
 
@@ -116,7 +116,7 @@ class Modules(Published):
     def _layers(self, target_config: Any) -> ShapesByName:
         """Tensors of the layers, each in the layout that it is stored in."""
         with torch.device("meta"):
-            block = self._empty(target_config).stages[0].block
+            block = self._untrained(target_config).stages[0].block
         return {
             stage + self.naming.layer + name: shape
             for stage in self.stages
@@ -126,7 +126,7 @@ class Modules(Published):
     def _layout(self, stage: str, known: tuple[ShapesByName, ShapesByName]) -> ShapesByName:
         return max(known, key=lambda shapes: sum(stage + self.naming.layer + name in self.weights.shapes for name in shapes))
 
-    def _empty(self, target_config: Any) -> Any:
+    def _untrained(self, target_config: Any) -> Any:
         settings = {**self.settings, "block": _block(target_config)}
         return self.kind(self.kind.config_type.model_validate(settings), self.hidden, self.vocab or 1)
 
@@ -137,7 +137,7 @@ class Modules(Published):
         for copy in self.unused:
             self._compare(copy)
         with torch.device("meta"):
-            drafter = self._empty(target_config)
+            drafter = self._untrained(target_config)
         drafter.vocab = target_info.vocab
         layers = self._layers(target_config)
         with torch.random.fork_rng(devices=[]):
@@ -150,9 +150,11 @@ class Modules(Published):
     def _fill(self, stage: str, module: Any, layers: ShapesByName) -> None:
         """Read one module. module: a `Stage` without memory."""
         naming, prefix = self.naming, stage + self.naming.layer
-        around = {f"{part}.weight": self._plain(f"{stage}{getattr(naming, part)}.weight") for part in ("enorm", "hnorm", "eh_proj")}
-        layer = {name.removeprefix(prefix): self._plain(name) for name in layers if name.startswith(prefix)}
-        module.block = filled(module.block, layer, self._plain(f"{stage}{naming.norm}.weight"))
+        around = {
+            f"{part}.weight": self._floats(f"{stage}{getattr(naming, part)}.weight") for part in ("enorm", "hnorm", "eh_proj")
+        }
+        layer = {name.removeprefix(prefix): self._floats(name) for name in layers if name.startswith(prefix)}
+        module.block = filled(module.block, layer, self._floats(f"{stage}{naming.norm}.weight"))
         module.load_state_dict(around, strict=False, assign=True)
 
     def _compare(self, copy: str) -> None:
@@ -204,7 +206,7 @@ def _modules(
         hidden=weights.shapes[EMBEDDING][-1],
         vocab=None,
         names={},
-        ours=ours,
+        head_tensors=ours,
         unused=copies,
         has_trunk=True,
         notes=disagreements(config, dict.fromkeys(COUNTS, count)) if stages else (),
