@@ -360,11 +360,11 @@ def without(name):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (without("fc.weight"), "fc.weight is missing, without which nothing leads"),
+        (without("fc.weight"), "fc.weight is missing, which projects the target's hidden states"),
         (without("norm.weight"), "norm.weight is missing"),
         (without("midlayer.hidden_norm.weight"), "midlayer.hidden_norm.weight is missing"),
-        (without("lm_head.weight"), "lm_head.weight is missing, and only theirs can say the 60 tokens of d2t"),
-        (without("d2t"), "lm_head.weight says 60 tokens of a vocabulary of 320, but no d2t says which ones"),
+        (without("lm_head.weight"), "lm_head.weight is missing, and only their own can score the 60 tokens of d2t"),
+        (without("d2t"), "lm_head.weight scores 60 tokens of a vocabulary of 320, but no d2t says which ones"),
         (lambda tensors: tensors.update(more=random(1)), "no place in EAGLE-3 heads: more"),
         (lambda tensors: tensors.update(t2d=torch.tensor(1)), "t2d has the shape [] and should be a list"),
         (lambda tensors: tensors.update(d2t=tensors["d2t"][None]), "d2t has the shape [1, 60] and should be a list"),
@@ -403,7 +403,7 @@ def test_a_tensor_that_does_not_fit_is_named(trial, tmp_path, change, words):
     [
         ({"speculators_model_type": "peagle"}, "they are P-EAGLE's"),
         ({"parallel_drafting": True}, "they are P-EAGLE's"),
-        ({"eagle_config": {"use_aux_hidden_state": False}}, "they read the last state only"),
+        ({"eagle_config": {"use_aux_hidden_state": False}}, "they read the last hidden state only"),
         ({"eagle_config": "yes"}, "says eagle_config = 'yes', which should be an object"),
         ({"norm_output": "yes"}, "says norm_output = 'yes', which should be true or false"),
         ({"norm_before_fc": True}, "input_norm.weight is missing"),

@@ -239,7 +239,7 @@ def test_what_is_wrong_is_named(publish, tmp_path, what):
 def test_names_that_nobody_knows_are_refused(publish, tmp_path):
     published = publish("qwen3")
     folder = rewritten(published, tmp_path, {"model.mtp_block.0.mlp.up_proj.weight": torch.zeros(96, 64)})
-    with pytest.raises(ValueError, match=r"none that are known here, such as model\.mtp_block\.0\.mlp\.up_proj\.weight"):
+    with pytest.raises(ValueError, match=r"their names are not known here, such as model\.mtp_block\.0\.mlp\.up_proj\.weight"):
         read(published, folder)
 
 
@@ -248,7 +248,7 @@ def test_layers_that_share_a_projection_are_refused(publish, tmp_path):
     second = {
         name.replace("layers.0.", "layers.1."): tensor.clone() for name, tensor in published.tensors.items() if "layers.0." in name
     }
-    with pytest.raises(ValueError, match=r"several layers behind one projection \(mtp\.layers\.1\.\*\)"):
+    with pytest.raises(ValueError, match=r"several layers after one projection \(mtp\.layers\.1\.\*\)"):
         read(published, rewritten(published, tmp_path, published.tensors | second))
 
 
@@ -256,14 +256,16 @@ def test_modules_of_different_kinds_are_refused(publish):
     published = publish("mimo", 4)
     config = hf.Qwen2Config(**{**published.model.config.to_dict(), "mtp_layer_types": ["full_attention", "sliding_attention"]})
     problems = [*checkpoint.inside(published.folder).problems(config)]
-    assert problems == ["they are of different kinds (full_attention, sliding_attention), but modules here are all of one"]
+    assert problems == [
+        "they are of different kinds (full_attention, sliding_attention), but only modules of one kind are supported"
+    ]
 
 
 def test_a_norm_that_all_modules_share_is_refused(publish):
     published = publish("mimo")
     config = hf.Qwen2Config(**{**published.model.config.to_dict(), "chain_hidden_post_norm": True})
     problems = [*checkpoint.inside(published.folder).problems(config)]
-    assert problems == ["their model's configuration has chain_hidden_post_norm, which modules here do not"]
+    assert problems == ["their model's configuration has chain_hidden_post_norm, which is not supported"]
 
 
 def test_a_miscounting_configuration_is_noted(publish, tmp_path):

@@ -1,7 +1,7 @@
 """Published Hydra heads: `mlp` and `prefix-mlp` (Hydra++), as the authors write them, with or without dropout between the blocks.
 
-The file also keeps copies of embeddings that nothing reads; they are checked for their shape and left out. With several layers,
-one block is stored under several names: each becomes a block of its own.
+Files also hold copies of embeddings that nothing reads; their shapes are checked and they are left out. With several layers, one
+block is stored under several names: each becomes a separate block.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from headstart.formats.published.base import PREFIX, Published, base_of, check_c
 from headstart.formats.weights import TensorShape, Weights
 
 _BLOCK = re.compile(r"hydra_mlp\.(\d{1,4})\.(\d{1,4})\.linear\.weight")
-_PREFIXES = ("prefix_embeding_layer.", "prefix_embedding_layer.")  # the first is how it is published
+_PREFIXES = ("prefix_embeding_layer.", "prefix_embedding_layer.")  # published files have the first spelling
 _LAYER = (
     *(f"layers.0.self_attn.{name}_proj.weight" for name in "qkvo"),
     *(f"layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
@@ -26,14 +26,15 @@ _ROTARY = "layers.0.self_attn.rotary_emb.inv_freq"
 
 
 def match(weights: Weights, config: Mapping[str, Any]) -> Published | None:
-    """What these Hydra heads are; None where there are none."""
-    blocks = [(int(found[1]), int(found[2])) for name in weights.shapes if (found := _BLOCK.fullmatch(name))]
+    """The Hydra heads that these weights are; None where they are none."""
+    blocks = [(int(block[1]), int(block[2])) for name in weights.shapes if (block := _BLOCK.fullmatch(name))]
     if not blocks and "hydra_head_arch" not in config and not any(name.startswith("hydra_") for name in weights.shapes):
         return None
     if refused := _refused(config, blocks):
         return _unreadable(weights, config, refused)
-    num_heads, first, last = 1 + max(head for head, _ in blocks), min(at for _, at in blocks), max(at for _, at in blocks)
-    step = 1 + first  # with dropout, blocks stand at 1, 3, 5, ...; without, at 0, 1, 2, ...
+    num_heads = 1 + max(head for head, _ in blocks)
+    first, last = min(index for _, index in blocks), max(index for _, index in blocks)
+    step = 1 + first  # with dropout, blocks have the indices 1, 3, 5, ...; without, 0, 1, 2, ...
     num_layers = 1 + (last - first) // step
     check_counts(weights, num_heads, num_layers)
     projections = [f"hydra_lm_head.{head}.1." if first else f"hydra_lm_head.{head}." for head in range(num_heads)]
@@ -41,8 +42,9 @@ def match(weights: Weights, config: Mapping[str, Any]) -> Published | None:
     names = dict(_names([first + step * layer for layer in range(num_layers)], projections, has_bias))
     prefix = next((prefix for prefix in _PREFIXES if any(name.startswith(prefix) for name in weights.shapes)), None)
     names |= {PREFIX + name: prefix + name for name in _LAYER} if prefix else {}
-    hidden = num_rows(weights, [f"hydra_mlp.{head}.{at}.linear.weight" for head, at in blocks])
-    vocab = num_rows(weights, said) if (said := _found(weights, projections)) else None
+    hidden = num_rows(weights, [f"hydra_mlp.{head}.{index}.linear.weight" for head, index in blocks])
+    stored = [f"{name}weight" for name in projections if f"{name}weight" in weights.shapes]
+    vocab = num_rows(weights, stored) if stored else None
     return Published(
         weights=weights,
         method="hydra++" if prefix else "hydra",
@@ -59,25 +61,25 @@ def match(weights: Weights, config: Mapping[str, Any]) -> Published | None:
     )
 
 
-def _found(weights: Weights, projections: Sequence[str]) -> list[str]:
-    return [f"{name}weight" for name in projections if f"{name}weight" in weights.shapes]
+def _names(indices: Sequence[int], projections: Sequence[str], has_bias: bool) -> Iterator[tuple[str, str]]:
+    """Pairs of our tensor name and theirs.
 
-
-def _names(places: Sequence[int], projections: Sequence[str], has_bias: bool) -> Iterator[tuple[str, str]]:
-    """places: of a head's blocks among its layers; projections: one per head."""
+    indices: of a head's blocks in its `nn.Sequential`.
+    projections: prefix of the names of each head's projection.
+    """
     for head, projection in enumerate(projections):
-        mine, theirs = f"heads.{head}.", f"hydra_mlp.{head}."
+        ours, theirs = f"heads.{head}.", f"hydra_mlp.{head}."
         for part in ("weight", "bias"):
-            yield f"{mine}fuse.linear.{part}", f"{theirs}{places[0]}.linear.{part}"
-            yield f"{mine}fuse.residual.{part}", f"{theirs}{places[0]}.res_connection.{part}"
-            for block, place in enumerate(places[1:]):
-                yield f"{mine}blocks.{block}.linear.{part}", f"{theirs}{place}.linear.{part}"
+            yield f"{ours}fuse.linear.{part}", f"{theirs}{indices[0]}.linear.{part}"
+            yield f"{ours}fuse.residual.{part}", f"{theirs}{indices[0]}.res_connection.{part}"
+            for block, index in enumerate(indices[1:]):
+                yield f"{ours}blocks.{block}.linear.{part}", f"{theirs}{index}.linear.{part}"
             if part == "weight" or has_bias:
-                yield f"{mine}projection.{part}", projection + part
+                yield f"{ours}projection.{part}", projection + part
 
 
 def _unused(weights: Weights, prefix: str, hidden: int, vocab: int | None) -> dict[str, TensorShape]:
-    """Copies of the target's embeddings, and of positions that a configuration gives."""
+    """Expected shapes of copies of the target's embedding and of rotary frequencies."""
     copies: dict[str, TensorShape] = {}
     for name in ("input_embed_fn.weight", f"{prefix}embed_tokens.weight"):
         if name in weights.shapes:
@@ -88,17 +90,19 @@ def _unused(weights: Weights, prefix: str, hidden: int, vocab: int | None) -> di
 
 
 def _refused(config: Mapping[str, Any], blocks: list[tuple[int, int]]) -> str | None:
+    """Why these heads cannot be imported, or None."""
     arch = config.get("hydra_head_arch")
     if arch not in (None, "mlp", "prefix-mlp"):
         return f"their head architecture is {arch!r}; mlp and prefix-mlp can be imported"
     if config.get("grounded_heads") is False:
-        return "their config.json says grounded_heads = false: they do not read what was drafted before, as Hydra here does"
+        return "their config.json says grounded_heads = false: they do not read the tokens drafted before, as Hydra here does"
     if config.get("hidden_state_offset"):
         return f"they read the state {config['hidden_state_offset']} layers below the last, which this method does not"
     return None if blocks else "no hydra_mlp.0.0.linear.weight or hydra_mlp.0.1.linear.weight is among their tensors"
 
 
-def _unreadable(weights: Weights, config: Mapping[str, Any], why: str) -> Published:
+def _unreadable(weights: Weights, config: Mapping[str, Any], reason: str) -> Published:
+    """Hydra heads that cannot be imported, and the reason."""
     return Published(
         weights=weights,
         method="hydra",
@@ -109,5 +113,5 @@ def _unreadable(weights: Weights, config: Mapping[str, Any], why: str) -> Publis
         names={},
         head_tensors=(),
         base=base_of(config),
-        refused=why,
+        refused=reason,
     )

@@ -1,7 +1,7 @@
-"""Published Medusa heads: as their authors, TGI and vLLM write them, in a file of their own or inside a whole model.
+"""Published Medusa heads, as their authors, TGI and vLLM write them, in a separate file or inside a complete model.
 
-The number of heads and layers is counted in the tensors' names: a published configuration says 2 where there are 5. With several
-layers, the authors' code stores one block under several names; equal or not, every name becomes a block of its own.
+Heads and layers are counted by the tensors' names: one published configuration says 2 where there are 5. With several layers, the
+authors' code stores one block under several names; equal or not, every name becomes a separate block.
 """
 
 from __future__ import annotations
@@ -18,9 +18,14 @@ from headstart.formats.weights import Weights
 
 @dataclass(frozen=True)
 class Form:
-    """Names of a format: of a block's weight and bias, and of a projection. `prefix` tells heads from other tensors.
+    """The tensor names of one format.
 
-    has_bias: blocks must have one. count_heads, count_layers: what its configuration calls their numbers.
+    words: the format, for a person.
+    prefix: of all names of heads; it distinguishes them from other tensors.
+    block: name of a block's weight or bias behind the prefix, with `{head}`, `{layer}` and `{part}`.
+    projection: name of a head's projection behind the prefix, with `{head}` and `{layers}`.
+    count_heads, count_layers: keys of its configuration with the numbers of heads and layers.
+    has_bias: whether every block must have a bias.
     """
 
     words: str
@@ -32,15 +37,16 @@ class Form:
     has_bias: bool = True
 
     def block_name(self, head: int | str, layer: int | str, part: str) -> str:
+        """Name of a block's "weight" or "bias"."""
         return self.prefix + self.block.format(head=head, layer=layer, part=part)
 
     def blocks(self, weights: Weights) -> list[tuple[int, int]]:
-        """(head, layer) of every block's weight."""
+        """(head, layer) of every block that the files have."""
         number = r"(\d{1,4})"
         name = re.escape(self.block_name("HEAD", "LAYER", "weight"))
         pattern = re.compile(name.replace("HEAD", number).replace("LAYER", number))
-        found = (pattern.fullmatch(name) for name in weights.shapes)
-        return [(int(one[1]), int(one[2])) for one in found if one]
+        blocks = (pattern.fullmatch(name) for name in weights.shapes)
+        return [(int(block[1]), int(block[2])) for block in blocks if block]
 
 
 _NUMBERED = ("{head}.{layer}.linear.{part}", "{head}.{layers}.weight")
@@ -58,7 +64,7 @@ FORMS = (
 
 
 def match(weights: Weights, config: Mapping[str, Any]) -> Published | None:
-    """What these Medusa heads are; None where there are none."""
+    """The Medusa heads that these weights are; None where they are none."""
     for form in FORMS:
         if blocks := form.blocks(weights):
             return _published(form, weights, config, blocks)
@@ -68,28 +74,28 @@ def match(weights: Weights, config: Mapping[str, Any]) -> Published | None:
 def _published(form: Form, weights: Weights, config: Mapping[str, Any], blocks: list[tuple[int, int]]) -> Published:
     num_heads, num_layers = 1 + max(head for head, _ in blocks), 1 + max(layer for _, layer in blocks)
     check_counts(weights, num_heads, num_layers)
-    ours = tuple(name for name in weights.shapes if name.startswith(form.prefix))
+    head_tensors = tuple(name for name in weights.shapes if name.startswith(form.prefix))
     projections = _projections(form, weights, num_heads, num_layers)
-    has_bias = form.has_bias or any(name.endswith(".bias") for name in ours) or bool(config.get("medusa_fc_bias"))
+    has_bias = form.has_bias or any(name.endswith(".bias") for name in head_tensors) or bool(config.get("medusa_fc_bias"))
     return Published(
         weights=weights,
         method="medusa",
-        layout=form.words + ("" if projections else ", version 2: they speak through the target's head"),
+        layout=form.words + ("" if projections else ", version 2: they use the target's LM head"),
         settings={"num_heads": num_heads, "num_layers": num_layers, "projection": "own" if projections else "shared"},
         hidden=num_rows(weights, [form.block_name(*blocks[0], "weight")]),
         vocab=num_rows(weights, projections) if projections else None,
         names=dict(_names(form, num_heads, num_layers, projections, has_bias)),
-        head_tensors=ours,
-        has_trunk=bool(form.prefix) and len(ours) < len(weights.shapes),
+        head_tensors=head_tensors,
+        has_trunk=bool(form.prefix) and len(head_tensors) < len(weights.shapes),
         base=base_of(config),
         notes=disagreements(config, {form.count_heads: num_heads, form.count_layers: num_layers}),
-        refused=_refused(config, ours),
+        refused=_refused(config, head_tensors),
     )
 
 
 def _projections(form: Form, weights: Weights, num_heads: int, num_layers: int) -> list[str]:
-    """One name per head; empty where no head has one."""
-    single = f"{form.prefix}lm_head.weight"  # vLLM's `original_lm_head`: one for all heads
+    """Name of each head's projection; empty where no head has one."""
+    single = f"{form.prefix}lm_head.weight"  # vLLM's `original_lm_head`: one projection for all heads
     if single in weights.shapes and not form.has_bias:
         return [single] * num_heads
     names = [form.prefix + form.projection.format(head=head, layers=num_layers) for head in range(num_heads)]
@@ -97,16 +103,18 @@ def _projections(form: Form, weights: Weights, num_heads: int, num_layers: int) 
 
 
 def _names(form: Form, num_heads: int, num_layers: int, projections: list[str], has_bias: bool) -> Iterator[tuple[str, str | None]]:
+    """Pairs of our tensor name and theirs; None for a bias that the format leaves out."""
     for head, layer in product(range(num_heads), range(num_layers)):
-        mine = f"heads.{head}.blocks.{layer}.linear."
-        yield f"{mine}weight", form.block_name(head, layer, "weight")
-        yield f"{mine}bias", form.block_name(head, layer, "bias") if has_bias else None
+        ours = f"heads.{head}.blocks.{layer}.linear."
+        yield f"{ours}weight", form.block_name(head, layer, "weight")
+        yield f"{ours}bias", form.block_name(head, layer, "bias") if has_bias else None
     yield from ((f"heads.{head}.projection.weight", name) for head, name in enumerate(projections))
 
 
-def _refused(config: Mapping[str, Any], ours: tuple[str, ...]) -> str | None:
-    if any(name.endswith("token_map") for name in ours):
-        return "their token_map says that they know a part of the vocabulary only, which this method cannot"
+def _refused(config: Mapping[str, Any], head_tensors: tuple[str, ...]) -> str | None:
+    """Why these heads cannot be imported, or None."""
+    if any(name.endswith("token_map") for name in head_tensors):
+        return "their token_map restricts them to a part of the vocabulary, which this method does not support"
     if config.get("logit_scale", 1) != 1:
         return f"their config.json scales logits by {config['logit_scale']}, which this method does not"
     return None

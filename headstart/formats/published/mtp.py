@@ -1,8 +1,7 @@
-"""MTP modules that come with a model, under the names of those who publish them: DeepSeek-V3 and GLM, MiMo, Qwen and Mellum.
+"""MTP modules in a model's files, under the names of those who publish them: DeepSeek-V3 and GLM, MiMo, Qwen and Mellum.
 
-transformers leaves these tensors out when it loads a model, and when it saves one. Around its decoder layer, a module has four
-tensors whose names tell the family. The layer is what the model's own configuration makes of it; see
-`headstart.formats.published.layer_tensors`.
+transformers leaves these tensors out when it loads or saves a model. Around its decoder layer, a module has four tensors, whose
+names identify the family. The layer is built from the model's own configuration; see `headstart.formats.published.layer_tensors`.
 """
 
 from __future__ import annotations
@@ -23,20 +22,26 @@ if TYPE_CHECKING:
     from headstart.drafters.parts.heads import Heads
     from headstart.formats.target_info import TargetInfo
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # of the model around
-COPIES = {"embed_tokens.weight": EMBEDDING, "shared_head.head.weight": HEAD}  # that some modules keep
-COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")  # in a configuration
-DEPTH = 3  # how deep modules draft: the last one is used again
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # names in the model that the modules come with
+COPIES = {"embed_tokens.weight": EMBEDDING, "shared_head.head.weight": HEAD}  # copies that some modules store, and of what
+COUNTS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers", "num_mtp_modules")  # keys of a configuration
+DEPTH = 3  # draft depth: the last module is used again where there are fewer
 _SCALES = re.compile(r".*(weight_scale|weight_scale_inv|input_scale|weight_scale_2|qweight|qzeros|weight_packed|absmax)$")
-_TABLE = "self_attn.rotary_emb.inv_freq"  # of older checkpoints; made anew, never read
-_LIKE = re.compile(r"(.*[._])?(mtp|nextn)[._0-9].*")
-_ALIEN = ("chain_hidden_post_norm", "logits_mup_width_multiplier", "mtp_per_layer_config")  # of configurations, see `_unlike`
+_INV_FREQ = "self_attn.rotary_emb.inv_freq"  # rotary frequencies in older checkpoints; computed here, never read
+_MODULE_LIKE = re.compile(r"(.*[._])?(mtp|nextn)[._0-9].*")
+_UNSUPPORTED = ("chain_hidden_post_norm", "logits_mup_width_multiplier", "mtp_per_layer_config")  # keys of configurations
 
 
 @dataclass(frozen=True)
 class Naming:
-    """Names of a family. stage: what a module's names begin with, `{}` being its number; layer: and behind that, those of its
-    decoder layer. hidden_first: whether the projection reads [state, embedding]."""
+    """The tensor names of one family of models.
+
+    words: the family, for a person.
+    stage: prefix of a module's names, with `{}` for its number.
+    enorm, hnorm, eh_proj, norm: names behind the prefix: norms of the embedding and of the hidden state, projection, final norm.
+    layer: prefix of the decoder layer's names behind `stage`.
+    hidden_first: whether the projection reads [hidden state, embedding]; else [embedding, hidden state].
+    """
 
     words: str
     stage: str
@@ -48,13 +53,16 @@ class Naming:
     hidden_first: bool = False
 
     def numbers(self, weights: Weights, num_layers: int) -> list[int]:
-        """Of the modules. Where they are counted as layers of the model, those behind its last."""
+        """Numbers of the modules, ascending. Where they are counted as layers of the model, those after its last layer.
+
+        num_layers: of the model.
+        """
         if "{}" not in self.stage:
             around = {f"{self.stage}{part}.weight" for part in (self.enorm, self.hnorm, self.eh_proj)}
             return [0] if around & weights.shapes.keys() else []
         pattern = re.compile(re.escape(self.stage).replace(r"\{\}", r"(\d{1,4})"))
-        found = {int(one[1]) for name in weights.shapes if (one := pattern.match(name))}
-        return sorted(number for number in found if number >= self.first(num_layers))
+        numbers = {int(prefix[1]) for name in weights.shapes if (prefix := pattern.match(name))}
+        return sorted(number for number in numbers if number >= self.first(num_layers))
 
     def first(self, num_layers: int) -> int:
         """The number of the first module."""
@@ -72,39 +80,42 @@ NAMINGS = (
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Modules(Published):
-    """MTP modules of a model, not read yet. `names` holds what stands around the layers; stages: what the names of each module
-    begin with."""
+    """MTP modules of a model whose tensors are not read yet.
+
+    naming: the family's names.
+    stages: prefix of each module's names.
+    """
 
     naming: Naming
     stages: tuple[str, ...]
 
     @property
     def parameters(self) -> int:
-        """Numbers that a drafter of these modules has."""
-        theirs = {*self.head_tensors} - self.unused.keys()
-        return sum(torch.Size(self.weights.shapes[name]).numel() for name in theirs)
+        """Number of parameters of a drafter of these modules."""
+        stored = {*self.head_tensors} - self.unused.keys()
+        return sum(torch.Size(self.weights.shapes[name]).numel() for name in stored)
 
     def problems(self, target_config: Any = None) -> Iterator[str]:
-        """What keeps them from being imported. Without `target_config`, nothing is said of the layers."""
+        """What prevents importing them, one sentence each. target_config: the target's; None: the layers are not checked."""
         if self.refused or (quantized := next(filter(_SCALES.fullmatch, self.head_tensors), None)):
             yield self.refused or (
-                f"{quantized} says that they are quantized, which they must not be here; convert the checkpoint to bfloat16, "
+                f"{quantized} shows that they are quantized, which is not supported; convert the checkpoint to bfloat16, "
                 f"as its makers describe"
             )
             return
-        if unlike := None if target_config is None else _unlike(target_config):
-            yield unlike
+        if unsupported := None if target_config is None else _unsupported(target_config):
+            yield unsupported
             return
-        wanted = {**self._around(), **self.unused}
+        expected = {**self._around(), **self.unused}
         layers = {} if target_config is None else self._layers(target_config)
-        for theirs, shape in {**wanted, **layers}.items():
-            yield from self._problem(theirs, shape)
-        for theirs in sorted({*self.head_tensors} - wanted.keys() - layers.keys()) if layers else ():
-            if not theirs.endswith(_TABLE):
-                yield f"a tensor that has no place in a module of this model's kind: {theirs}"
+        for stored, shape in {**expected, **layers}.items():
+            yield from self._problem(stored, shape)
+        for stored in sorted({*self.head_tensors} - expected.keys() - layers.keys()) if layers else ():
+            if not stored.endswith(_INV_FREQ):
+                yield f"a tensor that has no place in a module of this model's kind: {stored}"
 
     def _around(self) -> ShapesByName:
-        """What stands around the layers."""
+        """Expected shapes of the tensors around the layers, by the name in the files."""
         shapes = {
             "enorm": (self.hidden,),
             "hnorm": (self.hidden,),
@@ -114,7 +125,7 @@ class Modules(Published):
         return {f"{stage}{getattr(self.naming, part)}.weight": shape for stage in self.stages for part, shape in shapes.items()}
 
     def _layers(self, target_config: Any) -> ShapesByName:
-        """Tensors of the layers, each in the layout that it is stored in."""
+        """Expected shapes of the layers' tensors, by the name in the files, in the layout in which each layer is stored."""
         with torch.device("meta"):
             block = self._untrained(target_config).stages[0].block
         return {
@@ -124,6 +135,7 @@ class Modules(Published):
         }
 
     def _layout(self, stage: str, known: tuple[ShapesByName, ShapesByName]) -> ShapesByName:
+        """The one of two layouts of which the files have more names."""
         return max(known, key=lambda shapes: sum(stage + self.naming.layer + name in self.weights.shapes for name in shapes))
 
     def _untrained(self, target_config: Any) -> Any:
@@ -131,8 +143,10 @@ class Modules(Published):
         return self.kind(self.kind.config_type.model_validate(settings), self.hidden, self.vocab or 1)
 
     def read(self, target_info: TargetInfo, target_config: Any) -> Heads:
-        """The drafter, for that target. Raises ValueError where they do not fit the target, are not whole, or speak through
-        another head than the model's own."""
+        """The drafter for this target, as `Published.read` returns it.
+
+        Raises ValueError as that does, and where a module has an embedding or LM head that differs from the model's.
+        """
         self.check(target_info, target_config)
         for copy in self.unused:
             self._compare(copy)
@@ -144,11 +158,11 @@ class Modules(Published):
             for stage, module in zip(self.stages, drafter.stages, strict=True):
                 self._fill(stage, module, layers)
         assert not any(tensor.is_meta for tensor in drafter.state_dict().values()), "a tensor was forgotten"
-        ready: Heads = drafter.eval()
-        return ready
+        heads: Heads = drafter.eval()
+        return heads
 
     def _fill(self, stage: str, module: Any, layers: ShapesByName) -> None:
-        """Read one module. module: a `Stage` without memory."""
+        """Read one module. module: a `Stage` on the "meta" device."""
         naming, prefix = self.naming, stage + self.naming.layer
         around = {
             f"{part}.weight": self._floats(f"{stage}{getattr(naming, part)}.weight") for part in ("enorm", "hnorm", "eh_proj")
@@ -158,17 +172,17 @@ class Modules(Published):
         module.load_state_dict(around, strict=False, assign=True)
 
     def _compare(self, copy: str) -> None:
-        """Raise ValueError where a module's copy of the embedding or the head is none."""
-        end = _end(self.weights, next(end for name, end in COPIES.items() if copy.endswith(name)))
-        if not torch.equal(self.weights[copy], self.weights[end]):
+        """Raise ValueError where a module's copy of the embedding or the LM head differs from the model's."""
+        original = _original(self.weights, next(name for suffix, name in COPIES.items() if copy.endswith(suffix)))
+        if not torch.equal(self.weights[copy], self.weights[original]):
             raise ValueError(
-                f"the heads in {self.weights.files[0]} cannot be imported: {copy} is not the same as the model's own {end}, and "
-                f"modules that speak through a head of their own are not known here"
+                f"the heads in {self.weights.files[0]} cannot be imported: {copy} is not the same as the model's own {original}, "
+                f"and modules with an LM head of their own are not supported"
             )
 
 
 def match(weights: Weights, config: Mapping[str, Any]) -> Published | None:
-    """The MTP modules in the files of a model; None where there are none, or no model."""
+    """The MTP modules in a model's files; None where there are none, or no complete model."""
     text = config.get("text_config") or config
     num_layers = text.get("num_hidden_layers")
     if EMBEDDING not in weights.shapes or not isinstance(num_layers, int):
@@ -176,13 +190,13 @@ def match(weights: Weights, config: Mapping[str, Any]) -> Published | None:
     for naming in NAMINGS:
         if numbers := naming.numbers(weights, num_layers):
             return _modules(naming, weights, text, numbers)
-    strange = tuple(filter(_LIKE.fullmatch, weights.shapes))
-    refused = f"their names are none that are known here, such as {strange[0]}" if strange else None
-    return _modules(NAMINGS[0], weights, text, [], strange, refused) if strange else None
+    unknown = tuple(filter(_MODULE_LIKE.fullmatch, weights.shapes))
+    refused = f"their names are not known here, such as {unknown[0]}" if unknown else None
+    return _modules(NAMINGS[0], weights, text, [], unknown, refused) if unknown else None
 
 
 def declared_modules(config: Mapping[str, Any]) -> str | None:
-    """Where a `config.json` says that a model has MTP modules: how it says so."""
+    """The key and value with which a `config.json` declares MTP modules, as "num_mtp_modules = 1"; None where it does not."""
     text = config.get("text_config") or config
     return next((f"{key} = {text[key]}" for key in COUNTS if isinstance(text.get(key), int) and text[key] > 0), None)
 
@@ -192,12 +206,18 @@ def _modules(
     weights: Weights,
     config: Mapping[str, Any],
     numbers: list[int],
-    ours: tuple[str, ...] = (),
+    head_tensors: tuple[str, ...] = (),
     refused: str | None = None,
 ) -> Modules:
+    """The modules of these numbers. head_tensors: names of their tensors, where the naming does not give them."""
     count, stages = len(numbers), tuple(naming.stage.format(number) for number in numbers)
-    ours = ours or tuple(name for name in weights.shapes if name.startswith(stages))
-    copies = {name: weights.shapes[_end(weights, COPIES[own])] for name in ours for own in COPIES if name.endswith(own)}
+    head_tensors = head_tensors or tuple(name for name in weights.shapes if name.startswith(stages))
+    copies = {
+        name: weights.shapes[_original(weights, original)]
+        for name in head_tensors
+        for suffix, original in COPIES.items()
+        if name.endswith(suffix)
+    }
     return Modules(
         weights=weights,
         method="mtp",
@@ -206,44 +226,45 @@ def _modules(
         hidden=weights.shapes[EMBEDDING][-1],
         vocab=None,
         names={},
-        head_tensors=ours,
+        head_tensors=head_tensors,
         unused=copies,
         has_trunk=True,
         notes=disagreements(config, dict.fromkeys(COUNTS, count)) if stages else (),
-        refused=refused or _miscounted(naming, config, numbers, ours),
+        refused=refused or _misnumbered(naming, config, numbers, head_tensors),
         naming=naming,
         stages=stages,
     )
 
 
-def _miscounted(naming: Naming, config: Mapping[str, Any], numbers: list[int], ours: tuple[str, ...]) -> str | None:
+def _misnumbered(naming: Naming, config: Mapping[str, Any], numbers: list[int], head_tensors: tuple[str, ...]) -> str | None:
+    """What is wrong with the numbers of modules or of their layers, or None."""
     first = naming.first(config["num_hidden_layers"])
     if numbers != [*range(first, first + len(numbers))]:
         return f"they are numbered {', '.join(map(str, numbers))}, but the first should be {first} and none be left out"
     second = naming.stage + naming.layer.replace("0", "1")
-    if naming.layer and any(name.startswith(second) for name in ours):
-        return f"they have several layers behind one projection ({second}*), which is not known here"
+    if naming.layer and any(name.startswith(second) for name in head_tensors):
+        return f"they have several layers after one projection ({second}*), which is not supported"
     return None
 
 
-def _end(weights: Weights, name: str) -> str:
-    """An end of the model around; where its head is its embedding, only that is stored."""
+def _original(weights: Weights, name: str) -> str:
+    """The name under which the model stores its embedding or LM head; tied ones are stored once, as the embedding."""
     return name if name in weights.shapes else EMBEDDING
 
 
-def _unlike(target_config: Any) -> str | None:
-    """Why modules of a model of this configuration are none that a drafter here can be."""
+def _unsupported(target_config: Any) -> str | None:
+    """Why modules of a model of this configuration cannot be imported, or None."""
     text = target_config.get_text_config()
-    for name in _ALIEN:
+    for name in _UNSUPPORTED:
         if getattr(text, name, None) is not None:
-            return f"their model's configuration has {name}, which modules here do not"
+            return f"their model's configuration has {name}, which is not supported"
     kinds = getattr(text, "mtp_layer_types", None) or ()
     if len({*kinds}) > 1:
-        return f"they are of different kinds ({', '.join(kinds)}), but modules here are all of one"
+        return f"they are of different kinds ({', '.join(kinds)}), but only modules of one kind are supported"
     return None
 
 
 def _block(target_config: Any) -> dict[str, Any]:
-    """Settings of a module's decoder layer: what transformers says that it is, else one like the model's last."""
+    """Settings of a module's decoder layer: as transformers describes it, else like the model's last layer."""
     text = target_config.get_text_config()
     return block_of(text.get_mtp_config() if getattr(text, "num_mtp_layers", None) else text)

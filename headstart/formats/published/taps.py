@@ -1,8 +1,9 @@
-"""Which layers of a target published heads read: outputs of layers, counted from 0, whatever their configuration means by a number.
+"""Which layers of a target (taps) published heads read: as outputs of layers, counted from 0, whatever their configuration counts.
 
-Two conventions are in use. speculators and vLLM name layers by what they read: number k is the input of layer k, so the output of
-layer k - 1. SGLang, SpecForge and ModelOpt name outputs. Files with no numbers mean the outputs of layers 1, N // 2 - 1 and N - 4
-of N, in every engine. Numbers outside speculators' files do not tell their convention, unless they are those three in one of them.
+Two conventions are in use. In speculators and vLLM, number k means the input of layer k, which is the output of layer k - 1. In
+SGLang, SpecForge and ModelOpt, number k means the output of layer k. Files without numbers mean the outputs of layers 1, N // 2 - 1
+and N - 4 of N, in every engine. Only files of speculators record their convention; numbers in others are accepted if they are
+these three layers in one of the two conventions.
 """
 
 from __future__ import annotations
@@ -16,30 +17,39 @@ IDS = "eagle_aux_hidden_state_layer_ids"
 _ADVICE = "say which layers' outputs they read, counted from 0, with --taps"
 
 
-def told(config: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """The numbers that a configuration gives; None for none. Raises ValueError where it gives different ones, or no numbers."""
-    places = (config, section(config, "eagle_config"), section(config, "transformer_layer_config"))
-    found = [place[IDS] for place in places if place.get(IDS)]
-    if not found:
+def layer_numbers(config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The layer numbers that a configuration gives; None for none.
+
+    Raises ValueError where it gives different ones in two places, or something else than whole numbers.
+    """
+    sections = (config, section(config, "eagle_config"), section(config, "transformer_layer_config"))
+    values = [each[IDS] for each in sections if each.get(IDS)]
+    if not values:
         return None
-    if any(each != found[0] for each in found):
-        raise ValueError(f"their config.json says {IDS} = {found[0]} and {found[1]}; remove the wrong one")
-    if not isinstance(found[0], list) or not all(isinstance(number, int) for number in found[0]):
-        raise ValueError(f"their config.json says {IDS} = {found[0]!r}, which should be a list of whole numbers")
-    return tuple(found[0])
+    if any(each != values[0] for each in values):
+        raise ValueError(f"their config.json says {IDS} = {values[0]} and {values[1]}; remove the wrong one")
+    if not isinstance(values[0], list) or not all(isinstance(number, int) for number in values[0]):
+        raise ValueError(f"their config.json says {IDS} = {values[0]!r}, which should be a list of whole numbers")
+    return tuple(values[0])
 
 
 def taps_of(numbers: Sequence[int] | None, count: int, num_layers: int, are_inputs: bool) -> tuple[int, ...]:
-    """Outputs of layers that are meant. count: how many the heads have room for; are_inputs: whether a number is known to stand for
-    the input of its layer. Raises ValueError where that cannot be told."""
+    """The layers whose outputs the heads read.
+
+    numbers: as their configuration gives them; None: it gives none.
+    count: number of layers that the columns of `fc.weight` hold.
+    num_layers: of the target.
+    are_inputs: whether a number is known to mean the input of its layer.
+    Raises ValueError where the layers cannot be determined.
+    """
     if numbers is None:
         return _usual(count, num_layers)
     if len(numbers) == count + 1 and numbers[-1] in (num_layers - 1, num_layers):
-        numbers = numbers[:-1]  # the last layer's, which only training needs
+        numbers = numbers[:-1]  # the last layer, which only training reads
     if len(numbers) != count:
         raise ValueError(f"their config.json names {len(numbers)} layers, {list(numbers)}, but fc.weight reads {count}; {_ADVICE}")
     if not are_inputs:
-        return _either(numbers, num_layers)
+        return _inputs_or_outputs(numbers, num_layers)
     taps = tuple(number - 1 for number in numbers)
     for number, tap in zip(numbers, taps, strict=True):
         if not 0 <= tap < num_layers - 1:
@@ -51,7 +61,11 @@ def taps_of(numbers: Sequence[int] | None, count: int, num_layers: int, are_inpu
 
 
 def checked(taps: Sequence[int], count: int, num_layers: int) -> tuple[int, ...]:
-    """Those that a person names. Raises ValueError where heads have no room for them, or a target does not have them."""
+    """The layers that a person names with --taps.
+
+    count, num_layers: as of `taps_of`.
+    Raises ValueError where the heads read another number of layers, the target lacks one, or one is named twice.
+    """
     if len(taps) != count:
         raise ValueError(f"--taps names {len(taps)} layers, {_list(taps)}, but fc.weight reads {count}")
     if wrong := [tap for tap in taps if not 0 <= tap < num_layers]:
@@ -61,8 +75,8 @@ def checked(taps: Sequence[int], count: int, num_layers: int) -> tuple[int, ...]
     return tuple(taps)
 
 
-def _either(numbers: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """The usual layers, if they are meant."""
+def _inputs_or_outputs(numbers: Sequence[int], num_layers: int) -> tuple[int, ...]:
+    """The usual layers, if the numbers are these in one of the two conventions; else ValueError."""
     inputs = tuple(number - 1 for number in numbers)
     if _three(num_layers) not in (tuple(numbers), inputs):
         raise ValueError(
@@ -73,6 +87,7 @@ def _either(numbers: Sequence[int], num_layers: int) -> tuple[int, ...]:
 
 
 def _usual(count: int, num_layers: int) -> tuple[int, ...]:
+    """The three layers that files without numbers mean."""
     if count != 3:
         raise ValueError(f"fc.weight reads {count} layers of the target, and their config.json does not say which; {_ADVICE}")
     low, middle, high = _three(num_layers)
