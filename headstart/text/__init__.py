@@ -1,1 +1,1 @@
-"""Everything with characters: tokenizers, chat templates, conversations, prompt files and JSONL."""
+"""Text: tokenizers, chat templates, conversations, prompt files and JSONL."""

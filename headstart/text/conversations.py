@@ -1,7 +1,6 @@
-"""From messages to tokens and a loss mask, and what a heads' trainer reads: distilled lines, chats, plain texts.
+"""Conversations as tokens with a loss mask, and the training examples of heads: distilled lines, chats, plain texts.
 
-Which tokens are the assistant's is the template's to say, never a search for strings. This file knows files and templates. It
-refuses to know tensors, models and what is learned.
+The chat template alone determines which tokens are the assistant's; strings are never searched for. Must not import torch.
 """
 
 from __future__ import annotations
@@ -27,63 +26,72 @@ MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
-    """The tokens of a conversation, and a mask that is 1 where they are the assistant's, its end-of-turn tokens included.
+    """The tokens of a conversation, and its loss mask: 1 where they are the assistant's, end-of-turn tokens included.
 
-    By the template's generation markers where it has them, else by differencing. Both lists are as long as the text. Raises
-    ValueError, naming the tokenizer, for a template that renders the beginning of a conversation in another way than the whole.
+    Determined by the template's generation markers where it has them, else by differencing. Both lists have one item per token.
+    Raises ValueError, naming the tokenizer, for a template that renders the beginning of a conversation differently when more
+    follows.
     """
     messages = checked_messages(messages)
     return _by_markers(tokenizer, messages) or _by_differencing(tokenizer, messages)
 
 
 def follow_up(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-    """What the template writes between the end of the last reply in `messages` and the begin of the next one.
+    """The tokens that the template writes between the end of the last reply in `messages` and the beginning of the next one.
 
-    The last message is no reply. With it, a reply's own tokens can stay in the text as they were sampled.
+    messages: the last one is not the assistant's.
+    Appended to a reply's tokens as they were sampled, these continue the conversation without encoding the reply again.
+    Raises ValueError as `encode_conversation` does.
     """
-    last = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
-    told, mask = encode_conversation(tokenizer, messages[: last + 1])
+    last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+    answered, mask = encode_conversation(tokenizer, messages[: last + 1])
     end = len(mask) - mask[::-1].index(1) if any(mask) else len(mask)
-    whole = _tokens(tokenizer, messages, is_prompt=True)
-    _check_prefix(tokenizer, told[:end], whole)
-    return whole[end:]
+    prompt = _tokens(tokenizer, messages, is_prompt=True)
+    _check_prefix(tokenizer, answered[:end], prompt)
+    return prompt[end:]
 
 
 def _by_markers(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]] | None:
-    """None without markers, and where the mask has not one span for every reply: transformers finds a span's ends by character,
-    and loses those that begin with a blank if the tokenizer counts blanks to no token (`trim_offsets`, as Llama 3 has it)."""
+    """Tokens and loss mask by the template's generation markers.
+
+    None without markers, and where the mask has not one span for every reply: transformers finds the bounds of a span by character,
+    and misses those that begin with a blank if the tokenizer assigns blanks to no token (`trim_offsets`, as in Llama 3).
+    """
     template = tokenizer.get_chat_template() if tokenizer.chat_template is not None else ""
     if not tokenizer.is_fast or not MARKER.search(template):
         return None
-    found = render(tokenizer, messages, return_dict=True, return_assistant_tokens_mask=True)
-    tokens, mask = list(found["input_ids"]), list(found["assistant_masks"])
-    num_spans = sum(now > before for before, now in zip([0, *mask], mask, strict=False))
+    encoding = render(tokenizer, messages, return_dict=True, return_assistant_tokens_mask=True)
+    tokens, mask = list(encoding["input_ids"]), list(encoding["assistant_masks"])
+    num_spans = sum(current > previous for previous, current in zip([0, *mask], mask, strict=False))
     return (tokens, mask) if num_spans == sum(message["role"] == "assistant" for message in messages) else None
 
 
 def _by_differencing(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
-    """A reply is what the whole has more than a prompt for it has, up to its last special token: the end of the turn."""
-    whole = _tokens(tokenizer, messages)
-    mask = [0] * len(whole)
+    """Tokens and loss mask, where a reply is what the text with it has more than the prompt for it.
+
+    It ends with its last special token, which ends the turn.
+    """
+    tokens = _tokens(tokenizer, messages)
+    mask = [0] * len(tokens)
     specials = special_ids(tokenizer)
-    for place in (place for place, message in enumerate(messages) if message["role"] == "assistant"):
-        if place == 0:
+    for index in (index for index, message in enumerate(messages) if message["role"] == "assistant"):
+        if index == 0:
             raise ValueError("the conversation begins with the assistant, so its reply has no prompt; begin with a user's message")
-        before, after = _tokens(tokenizer, messages[:place], is_prompt=True), _tokens(tokenizer, messages[: place + 1])
-        _check_prefix(tokenizer, before, whole)
-        _check_prefix(tokenizer, after, whole)
+        before, after = _tokens(tokenizer, messages[:index], is_prompt=True), _tokens(tokenizer, messages[: index + 1])
+        _check_prefix(tokenizer, before, tokens)
+        _check_prefix(tokenizer, after, tokens)
         begin, end = len(before), len(after)
-        end = next((i for i in range(end, begin, -1) if whole[i - 1] in specials), end)
+        end = next((i for i in range(end, begin, -1) if tokens[i - 1] in specials), end)
         mask[begin:end] = [1] * (end - begin)
-    return whole, mask
+    return tokens, mask
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], is_prompt: bool = False) -> list[int]:
     return list(render(tokenizer, messages, add_generation_prompt=is_prompt, return_dict=False))
 
 
-def _check_prefix(tokenizer: PreTrainedTokenizerBase, beginning: list[int], whole: list[int]) -> None:
-    if whole[: len(beginning)] != beginning:
+def _check_prefix(tokenizer: PreTrainedTokenizerBase, beginning: list[int], tokens: list[int]) -> None:
+    if tokens[: len(beginning)] != beginning:
         raise ValueError(
             f"the chat template of {name_of(tokenizer)} renders the beginning of this conversation in another way than the whole, "
             "so its replies cannot be told apart; use conversations of one reply, or a template with generation markers"
@@ -95,10 +103,12 @@ def _check_prefix(tokenizer: PreTrainedTokenizerBase, beginning: list[int], whol
 
 @dataclass(frozen=True)
 class Example:
-    """A text to learn from.
+    """A training example.
 
-    tokens, mask: as long as the text; mask is True for tokens that count. temperature, seed: those the target answered with, where
-    it was this target in this package (`g(seed, index, token)` is then the noise of the token at `index`); else None.
+    tokens: of the text.
+    mask: loss mask, one item per token: True where it enters the loss.
+    temperature, seed: of the sampling, where this target wrote the text in this package (`g(seed, index, token)` is then the noise
+    of the token at `index`); else None.
     """
 
     tokens: tuple[int, ...]
@@ -112,9 +122,14 @@ class Example:
 
 @dataclass
 class ReadReport:
-    """What became of the data. num_read: lines and files of text; num_cut: conversations that lost their end; num_pieces:
-    examples that are a piece of a longer plain text; num_foreign: distilled lines whose target is not known to be this one;
-    dropped: how often for which reason."""
+    """Counts of what was read.
+
+    num_read: lines of JSONL, and plain texts.
+    num_cut: conversations cut at the maximum length.
+    num_pieces: examples that are a piece of a longer plain text.
+    num_foreign: distilled lines whose target is another one or unknown.
+    dropped: reasons for leaving out a line or a text, with their counts.
+    """
 
     num_read: int = 0
     num_cut: int = 0
@@ -138,12 +153,15 @@ def read_examples(
     any_target: bool = False,
     vocab: int | None = None,
 ) -> tuple[list[Example], ReadReport]:
-    """Everything in these files, in order, and what became of it.
+    """The training examples of these files, in order, and a report of what was read.
 
-    A .jsonl file (or .gz, .xz) holds distilled lines (`tokens`, `loss_mask`), chats (`messages`: the assistant's tokens count) or
-    texts (`text`: all count); any other file is one text. Conversations are cut at max_length tokens, texts are split into pieces
-    of it. digest: of the target to be accelerated; lines distilled from another one are refused unless any_target. vocab: the
-    target's, where it is larger than the tokenizer's. Raises ValueError, naming file and line, for what cannot be read.
+    paths: a .jsonl file (or .jsonl.gz, .jsonl.xz) holds distilled lines (`tokens`, `loss_mask`), chats (`messages`: the loss mask
+    is on the assistant's tokens) or texts (`text`: it is on all); any other file is one text.
+    digest: hash of the target to be accelerated; None: unknown.
+    max_length: tokens at which conversations are cut and texts are split into pieces; None: neither.
+    any_target: whether lines distilled from another target are accepted.
+    vocab: vocabulary size of the target; None: the tokenizer's.
+    Raises ValueError, naming file and line, for content that cannot be read, and where nothing is left.
     """
     if max_length is not None and max_length < 2:
         raise ValueError(f"max_length is {max_length}; an example needs at least 2 tokens")
@@ -155,6 +173,8 @@ def read_examples(
 
 
 class _Reader:
+    """Turns records into examples and counts them in `report`. Fields: as of `read_examples`."""
+
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, digest: str | None, max_length: int | None, any_target: bool, vocab: int
     ) -> None:
@@ -185,28 +205,29 @@ class _Reader:
     def _distilled(self, fields: dict[str, Any]) -> Iterator[Example]:
         tokens, mask = fields["tokens"], fields.get("loss_mask")
         if not isinstance(tokens, list) or not isinstance(mask, list) or len(tokens) != len(mask):
-            sizes = [len(one) if isinstance(one, list) else None for one in (tokens, mask)]
+            sizes = [len(values) if isinstance(values, list) else None for values in (tokens, mask)]
             raise ValueError(f"tokens and loss_mask must be two lists of one length; they have {sizes[0]} and {sizes[1]} items")
-        strange = next((token for token in tokens if not isinstance(token, int) or not 0 <= token < self.vocab), None)
-        if strange is not None:
-            raise ValueError(f"token {strange!r} is not in the vocabulary of {self.vocab}")
+        wrong = next((token for token in tokens if not isinstance(token, int) or not 0 <= token < self.vocab), None)
+        if wrong is not None:
+            raise ValueError(f"token {wrong!r} is not in the vocabulary of {self.vocab}")
         target, settings = (_object(fields, name) for name in ("target", "settings"))
-        is_own = self._is_own(target)
-        self.report.num_foreign += not is_own
+        is_of_target = self._is_of_target(target)
+        self.report.num_foreign += not is_of_target
         temperature, seed = settings.get("temperature"), settings.get("seed")
         if not isinstance(temperature, int | float | None) or not isinstance(seed, int | None):
             raise ValueError(f"it was answered at temperature {temperature!r} with seed {seed!r}; these must be numbers, or null")
-        return self._cut(tokens, mask, temperature, seed if is_own else None)
+        return self._cut(tokens, mask, temperature, seed if is_of_target else None)
 
-    def _is_own(self, target: dict[str, Any]) -> bool:
-        """Whether the answer is known to be this target's; one that is known to be another's is refused."""
-        given = target.get("digest")
-        if given is not None and self.digest is not None and given != self.digest and not self.any_target:
+    def _is_of_target(self, target: dict[str, Any]) -> bool:
+        """Whether the answer is known to be this target's. Raises ValueError for another target's, unless any is allowed."""
+        digest = target.get("digest")
+        if digest is not None and self.digest is not None and digest != self.digest and not self.any_target:
             raise ValueError(
-                f"this answer is of {target.get('name', 'a target')} (digest {given}), and the target here is {self.digest}; heads "
-                "learn best from their own target's answers: distill anew, or allow others with any_target=True (--any-target)"
+                f"this answer is of {target.get('name', 'a target')} (digest {digest}), and the target here is {self.digest}; "
+                "heads learn best from their own target's answers: distill again, or allow others with any_target=True "
+                "(--any-target)"
             )
-        return given is not None and given == (self.digest or given)
+        return digest is not None and digest == (self.digest or digest)
 
     def _chat(self, messages: list[Any]) -> Iterator[Example]:
         messages = checked_messages(messages)
@@ -237,22 +258,22 @@ class _Reader:
         tokens = self.tokenizer.encode(text, verbose=False)
         size = self.max_length or max(1, len(tokens))
         pieces = [tokens[start : start + size] for start in range(0, len(tokens), size)]
-        whole = [piece for piece in pieces if len(piece) > 1]
-        if not whole:
+        examples = [piece for piece in pieces if len(piece) > 1]
+        if not examples:
             return self._drop("a text of less than 2 tokens")
-        self.report.num_pieces += len(whole) if len(pieces) > 1 else 0
-        return (_example(piece, [1] * len(piece), None, None) for piece in whole)
+        self.report.num_pieces += len(examples) if len(pieces) > 1 else 0
+        return (_example(piece, [1] * len(piece), None, None) for piece in examples)
 
-    def _drop(self, why: str) -> Iterator[Example]:
-        self.report.dropped[why] += 1
+    def _drop(self, reason: str) -> Iterator[Example]:
+        self.report.dropped[reason] += 1
         return iter(())
 
 
 def _object(fields: dict[str, Any], name: str) -> dict[str, Any]:
-    found = fields.get(name)
-    if not isinstance(found, dict | None):
-        raise ValueError(f"its {name} is a {type(found).__name__}; it must be an object, as `headstart distill` writes it")
-    return found or {}
+    value = fields.get(name)
+    if not isinstance(value, dict | None):
+        raise ValueError(f"its {name} is a {type(value).__name__}; it must be an object, as `headstart distill` writes it")
+    return value or {}
 
 
 def _example(tokens: list[int], mask: list[int], temperature: float | None, seed: int | None) -> Example:

@@ -1,7 +1,6 @@
-"""JSON of others: whole files, and lines in files, packed or not: prompts, conversations, texts.
+"""Reading JSON and JSONL files, compressed or not, and the field names of published prompt files. Must not know tokenizers.
 
-Every JSON that this package reads is read by `parsed`. This file knows lines, their numbers, and under which names published
-files keep what they say. It refuses to know tokens.
+Every JSON text that this package reads goes through `parsed`.
 """
 
 from __future__ import annotations
@@ -14,48 +13,52 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-ENCODING = "utf-8-sig"  # a byte order mark, as some editors write it, is no part of the text
+ENCODING = "utf-8-sig"  # drops the byte order mark that some editors write
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz")
 PROMPTS = ("turns", "prompt", "instruction", "Instruction", "question")
-DEEPEST = 64  # lists and objects inside one another
-SURROGATE = re.compile("[\ud800-\udfff]")  # one half of a pair, which stands for no character
-_ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")  # how JSON may write one
+DEEPEST = 64  # levels of nested lists and objects
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, which is no character
+_ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")  # its escape in JSON
 
 
 def parsed(text: str | bytes, where: object) -> Any:
-    """The content of a JSON text. Raises ValueError, in one sentence that names `where`, for what is not JSON, not UTF-8, nested
-    more than `DEEPEST` deep, or a string with half of a surrogate pair."""
+    """The content of a JSON text.
+
+    where: the text's name in error messages, as a path.
+    Raises ValueError, in one sentence, for text that is not JSON, not UTF-8, nested more than `DEEPEST` deep, or has a string with
+    half of a surrogate pair.
+    """
     try:
         text = text if isinstance(text, str) else text.decode(ENCODING)
-        found = json.loads(text)
+        content = json.loads(text)
     except UnicodeDecodeError as error:
         raise ValueError(f"{where} is not valid UTF-8 ({error.reason}); convert it, for example with iconv") from None
     except RecursionError:
         raise ValueError(_too_deep(where)) from None
-    except ValueError as error:  # of the grammar, or a number with thousands of digits
+    except ValueError as error:  # a syntax error, or a number with thousands of digits
         raise ValueError(f"{where} is not JSON: {error}") from None
-    if text.count("[") + text.count("{") > DEEPEST and _depth(found) > DEEPEST:
+    if text.count("[") + text.count("{") > DEEPEST and _depth(content) > DEEPEST:
         raise ValueError(_too_deep(where))
-    if _ESCAPED.search(text) and SURROGATE.search(json.dumps(found, ensure_ascii=False)):
+    if _ESCAPED.search(text) and SURROGATE.search(json.dumps(content, ensure_ascii=False)):
         raise ValueError(f"{where} holds half of a surrogate pair, which is no character; write the whole pair, or leave it out")
-    return found
+    return content
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises ValueError as `parsed` does, for what is no object, and for a file that cannot be read."""
+    """The JSON object in a file. Raises ValueError as `parsed` does, for other JSON values, and for a file that cannot be read."""
     try:
-        content = path.read_bytes()
+        text = path.read_bytes()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    found = parsed(content, path)
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a {type(found).__name__}, and must hold a JSON object")
-    return found
+    content = parsed(text, path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, and must hold a JSON object")
+    return content
 
 
 def why(error: Exception) -> str:
-    """What an error of a library that reads files says, in one line."""
-    said = " ".join(str(error).split())[:300]
+    """The reason for an error of a library that reads files, in one line. error: as the library raised it."""
+    message = " ".join(str(error).split())[:300]
     if "trust_remote_code" in str(error):
         return (
             "it comes with Python files of its own, which do not run unless they are allowed to; read them, and if you trust them, "
@@ -65,36 +68,36 @@ def why(error: Exception) -> str:
         return "it is a pickle that holds something else than tensors, which is never run; ask its author for safetensors"
     if isinstance(error, RecursionError):
         return "something in it is nested too deeply"
-    if isinstance(error, KeyError | AttributeError | TypeError | IndexError | AssertionError) or not said:
-        return f"something in its files is missing or of the wrong kind ({type(error).__name__}: {said})"
-    return said
+    if isinstance(error, KeyError | AttributeError | TypeError | IndexError | AssertionError) or not message:
+        return f"something in its files is missing or of the wrong kind ({type(error).__name__}: {message})"
+    return message
 
 
 def _too_deep(where: object) -> str:
-    return f"{where} is nested more than {DEEPEST} deep; nothing that is meant for this is"
+    return f"{where} is nested more than {DEEPEST} deep; no valid file is"
 
 
 def _depth(content: Any) -> int:
-    """How many lists and objects stand inside one another, at most one more than `DEEPEST`."""
+    """The depth to which lists and objects are nested, at most one more than `DEEPEST`."""
     level, depth = [content], 0
     while depth <= DEEPEST:
-        level = [one for one in level if isinstance(one, list | dict)]
+        level = [value for value in level if isinstance(value, list | dict)]
         if not level:
             break
-        level = [item for one in level for item in (one.values() if isinstance(one, dict) else one)]
+        level = [item for value in level for item in (value.values() if isinstance(value, dict) else value)]
         depth += 1
     return depth
 
 
 def is_jsonl(path: Path) -> bool:
-    """Whether the name says that each line is a JSON object."""
+    """Whether a file has the name of a JSONL file, compressed or not."""
     return path.name.endswith(SUFFIXES)
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line with its end) of a text file, which may be packed (.gz, .xz).
+    """Yield (line number from 1, line with its end) of a text file, which may be compressed (.gz, .xz).
 
-    Raises ValueError if there is no such file, or its bytes are no text.
+    Raises ValueError if there is no such file, it is not UTF-8, or it cannot be decompressed.
     """
     if not path.is_file():
         raise ValueError(f"there is no file {str(path)!r}")
@@ -108,7 +111,10 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, JSON object) of a JSONL file, blank lines left out. Raises ValueError, naming the line, for what is none."""
+    """Yield (line number, JSON object) of a JSONL file, without blank lines.
+
+    Raises ValueError as `read_lines` and `parsed` do, and, naming the line, for other JSON values.
+    """
     for number, line in read_lines(path):
         if not line.strip():
             continue
@@ -119,7 +125,7 @@ def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_fields(path: Path, plain: Literal["text", "prompts"] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number from 1, fields) of each record in a data file, packed (.gz, .xz) or not.
+    """Yield (line number from 1, fields) of each record in a data file, which may be compressed (.gz, .xz).
 
     plain: what a file without a JSONL name holds: "text", one document (`text`); "prompts", a prompt in each line (`prompt`), blank
     lines left out; None, JSON lines whatever its name.
@@ -134,7 +140,10 @@ def read_fields(path: Path, plain: Literal["text", "prompts"] | None = None) -> 
 
 
 def first_text(fields: dict[str, Any], names: Sequence[str]) -> str | None:
-    """The first of these fields that holds a text; of a list (turns, references) its first one."""
+    """The first of these fields that holds a text, or the first text of a list (turns, references); None where none does.
+
+    names: of the fields, in order of preference.
+    """
     for name in names:
         value = fields.get(name)
         if isinstance(value, list) and value:
@@ -145,12 +154,15 @@ def first_text(fields: dict[str, Any], names: Sequence[str]) -> str | None:
 
 
 def applied_to(fields: dict[str, Any]) -> str:
-    """What an instruction is applied to, where a file keeps it apart; to be put behind the instruction."""
+    """The input that an instruction applies to, where a file stores it in a separate field; empty where it does not.
+
+    It begins with a blank line, for appending it to the instruction.
+    """
     instances = fields.get("instances")
-    held = [fields, *(instances if isinstance(instances, list) else ())]
-    found = (one["input"] for one in held if isinstance(one, dict) and isinstance(one.get("input"), str))
-    given = next(filter(None, found), "")
-    return f"\n\n{given}" if given else ""
+    records = [fields, *(instances if isinstance(instances, list) else ())]
+    inputs = (record["input"] for record in records if isinstance(record, dict) and isinstance(record.get("input"), str))
+    first = next(filter(None, inputs), "")
+    return f"\n\n{first}" if first else ""
 
 
 def _open(path: Path) -> TextIO:

@@ -1,7 +1,4 @@
-"""What a conversation begins with: prompts from files as the field publishes them.
-
-This file knows the fields of prompt files. It refuses to know tokens and who answers.
-"""
+"""Prompts from published files: chat messages, single prompts, and texts to continue. Must not know tokens or models."""
 
 from __future__ import annotations
 
@@ -18,7 +15,13 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """A prompt and its place in its file: messages, in which every reply is to be given anew, or a text to be continued."""
+    """A prompt from a file: messages, in which every reply is to be generated anew, or a text to be continued.
+
+    id: file name and line number, as "prompts.jsonl:3".
+    index: line number from 0.
+    messages: of the conversation, replies included; empty for a text.
+    text: to be continued; None for a conversation.
+    """
 
     id: str
     index: int
@@ -26,22 +29,24 @@ class ChatPrompt:
     text: str | None = None
 
     def unanswered_turns(self) -> list[list[Message]]:
-        """What is said before each reply."""
-        unanswered_turns: list[list[Message]] = [[]]
+        """The messages before each reply that is to be generated, without earlier ones."""
+        turns: list[list[Message]] = [[]]
         for message in self.messages:
             if message["role"] != "assistant":
-                unanswered_turns[-1].append(message)
-            elif unanswered_turns[-1]:
-                unanswered_turns.append([])
-        return unanswered_turns if unanswered_turns[-1] else unanswered_turns[:-1]
+                turns[-1].append(message)
+            elif turns[-1]:
+                turns.append([])
+        return turns if turns[-1] else turns[:-1]
 
 
 def read_prompts(path: str | Path, limit: int | None = None, *, is_chat: bool = True) -> list[ChatPrompt]:
-    """The prompts of a JSONL file (`messages`, `turns`, `prompt`, `instruction`, `question`, or `text` to be continued), packed or
-    not, or of a text file with one prompt in each line.
+    """The prompts of a file, compressed or not.
 
-    is_chat: whether the target has a chat template; a single prompt is continued as a text where it has none. Raises ValueError,
-    naming the line, for what is no prompt.
+    path: a JSONL file with one of the fields `messages`, `turns`, `prompt`, `instruction`, `question`, or `text` to be continued;
+    or a text file with one prompt in each line.
+    limit: number of prompts to read; None: all.
+    is_chat: whether the target has a chat template; without one, a single prompt is continued as a text.
+    Raises ValueError, naming the line, for a line without a prompt, and for a file without prompts.
     """
     path = Path(path)
     if limit is not None and limit < 1:
@@ -70,8 +75,8 @@ def _prompt(path: Path, number: int, fields: dict[str, Any], is_chat: bool) -> C
 
 
 def _messages(fields: dict[str, Any]) -> list[Message]:
-    if isinstance(given := fields.get("messages"), list):
-        return [{"role": one["role"], "content": one["content"]} for one in checked_messages(given)]
+    if isinstance(messages := fields.get("messages"), list):
+        return [{"role": message["role"], "content": message["content"]} for message in checked_messages(messages)]
     turns = fields.get("turns")
     if isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns):
         return [{"role": "user", "content": turn} for turn in turns]
