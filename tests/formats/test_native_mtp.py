@@ -201,7 +201,7 @@ BROKEN = {
     ),
     "a scale beside a weight": (
         lambda t: t.update({"model.layers.3.self_attn.o_proj.weight_scale_inv": torch.zeros(1, 1)}),
-        "model.layers.3.self_attn.o_proj.weight_scale_inv says that they are quantized",
+        "model.layers.3.self_attn.o_proj.weight_scale_inv shows that they are quantized",
     ),
     "integers": (
         lambda t: t.update({"model.layers.3.eh_proj.weight": torch.zeros(64, 128, dtype=torch.int8)}),
