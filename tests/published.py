@@ -10,7 +10,7 @@ from heads import Forced
 from safetensors.torch import save_file
 from torch import Tensor
 
-from headstart import formats as checkpoint
+from headstart import formats
 from headstart.drafters.parts.losses import Batch
 from headstart.speculation.tree import Kept
 from headstart.target.cache import Seating
@@ -37,13 +37,13 @@ def write(folder: Path, name: str, tensors: Tensors, **config: object) -> Path:
     return folder
 
 
-class Trial:
+class ImportTrial:
     """A target, a text of random tokens, and the target's final states there. outputs: of all its layers."""
 
     def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         self.folder = folder
         self.model = load_model(folder, dtype, "cpu")
-        self.target_info = checkpoint.describe_target(self.model)
+        self.target_info = formats.describe_target(self.model)
         self.embed_head = EmbedHead(self.model)
         self.tokens = torch.randint(VOCAB, (2, 9), generator=torch.Generator().manual_seed(3))
         with torch.no_grad():
@@ -53,7 +53,7 @@ class Trial:
 
     def read(self, source: Path, taps: Sequence[int] = ()) -> Any:
         """The heads there, imported for this target, in its precision."""
-        found = checkpoint.published_in(source).for_target(self.target_info, lambda: self.embed_head, taps)
+        found = formats.published_in(source).for_target(self.target_info, lambda: self.embed_head, taps)
         return found.read(self.target_info, self.model.config).to(self.model.dtype).bind(self.embed_head)
 
     def logits(self, source: Path) -> list[Tensor]:

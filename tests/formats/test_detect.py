@@ -9,7 +9,7 @@ from folders import write_model
 from published import HIDDEN, VOCAB, random, write
 from safetensors.torch import load_file, save_file
 
-from headstart import formats as checkpoint
+from headstart import formats
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +34,11 @@ def heads(prefix=""):
 # -- import --
 
 
-def test_import_brings_heads_in_and_says_what_was_found(target, theirs, tmp_path):
+def test_import_converts_heads_and_reports_what_it_found(target, theirs, tmp_path):
     found = answer("import", theirs, "--target", target, "--out", tmp_path / "ours")
     assert (found["found"], found["method"], found["heads"], found["layers"]) == ("Medusa heads", "medusa", 3, 1)
     assert found["notes"] == ["their config.json says medusa_num_heads = 5, their tensors 3; the tensors count"]
-    loaded = checkpoint.load(tmp_path / "ours")
+    loaded = formats.load(tmp_path / "ours")
     assert torch.equal(loaded.state_dict()["heads.2.projection.weight"], heads_of(theirs)["2.1.weight"])
     assert "org/talker" in (tmp_path / "ours" / "README.md").read_text()
 
@@ -54,7 +54,7 @@ def test_import_prints_a_table(target, theirs, tmp_path, monkeypatch):
     assert f"headstart generate --model {target} --drafter {tmp_path / 'ours'}" in printed
 
 
-def test_heads_that_were_brought_in_draft(target, theirs, tmp_path):
+def test_imported_heads_draft(target, theirs, tmp_path):
     answer("import", theirs, "--target", target, "--out", tmp_path / "ours")
     asked = ("generate", "the cat", "--model", target, "--max-tokens", 12, "--ignore-eos", "--exact", "--drafter")
     assert answer(*asked, tmp_path / "ours")["token_ids"] == answer(*asked, "none")["token_ids"]
@@ -71,7 +71,7 @@ def test_heads_inside_a_model_need_no_target(tmp_path):
     assert (inspected["kind"], inspected["heads"], inspected["num_heads"]) == ("target", "Medusa heads inside a whole model", 3)
 
 
-def test_a_target_of_another_name_is_a_doubt(theirs, tmp_path):
+def test_a_target_of_another_name_is_noted(theirs, tmp_path):
     other = write_model(tmp_path / "other")
     notes = answer("import", theirs, "--target", other, "--out", tmp_path / "ours")["notes"]
     assert f"they name org/talker as their model; whether {other} is the same, `headstart inspect --probe` measures" in notes
@@ -83,11 +83,11 @@ def refusal(*arguments):
     return result.stderr
 
 
-def test_import_asks_for_the_target_and_says_which(theirs, tmp_path):
+def test_import_asks_for_the_target_and_suggests_one(theirs, tmp_path):
     assert "name it with --target, such as --target org/talker" in refusal("import", theirs, "--out", tmp_path / "ours")
 
 
-def test_import_refuses_to_write_over_a_model(target, theirs):
+def test_import_refuses_to_overwrite_a_model(target, theirs):
     assert "holds something else than heads" in refusal("import", theirs, "--target", target, "--out", target)
 
 
@@ -101,7 +101,7 @@ def test_import_refuses_to_write_over_a_model(target, theirs):
         ("empty", "holds nothing that is known, which cannot be imported"),
     ],
 )
-def test_import_refuses_what_is_none_of_others_heads(target, theirs, tmp_path, source, words):
+def test_import_refuses_a_source_without_published_heads(target, theirs, tmp_path, source, words):
     answer("import", theirs, "--target", target, "--out", tmp_path / "ours")
     write(tmp_path / "dflash", "model.safetensors", {"hidden_norm.weight": random(HIDDEN)}, architectures=["DFlashDraftModel"])
     (tmp_path / "empty").mkdir()
@@ -113,7 +113,7 @@ def test_import_refuses_what_is_none_of_others_heads(target, theirs, tmp_path, s
 # -- inspect --
 
 
-def test_inspect_says_what_heads_of_others_are(theirs):
+def test_inspect_describes_published_heads(theirs):
     found = answer("inspect", theirs)
     assert {name: found[name] for name in ("kind", "num_heads", "num_layers", "hidden", "vocab")} == {
         "kind": "medusa", "num_heads": 3, "num_layers": 1, "hidden": HIDDEN, "vocab": VOCAB,
@@ -124,7 +124,7 @@ def test_inspect_says_what_heads_of_others_are(theirs):
     assert re.search(r"\nnote +their config\.json says", printed)
 
 
-def test_inspect_says_what_our_heads_are(target, theirs, tmp_path):
+def test_inspect_describes_native_heads(target, theirs, tmp_path):
     answer("import", theirs, "--target", target, "--out", tmp_path / "ours")
     found = answer("inspect", tmp_path / "ours")
     assert (found["kind"], found["method"], found["num_heads"], found["target"]) == ("native", "medusa", 3, "talker")
@@ -132,7 +132,7 @@ def test_inspect_says_what_our_heads_are(target, theirs, tmp_path):
     assert "medusa heads of headstart" in run("inspect", tmp_path / "ours").stdout
 
 
-def test_inspect_names_what_keeps_heads_from_being_brought_in(tmp_path):
+def test_inspect_names_what_prevents_an_import(tmp_path):
     tensors = heads()
     del tensors["1.0.linear.bias"]
     found = answer("inspect", write(tmp_path, "medusa_lm_head.safetensors", tensors))
@@ -149,9 +149,9 @@ def test_inspect_names_what_keeps_heads_from_being_brought_in(tmp_path):
         ("eagle3", ("layers.0.mlp.up_proj.weight",), {"architectures": ["LlamaForCausalLMEagle3"]}),
     ],
 )
-def test_heads_that_are_not_whole_are_still_called_by_their_name(tmp_path, kind, names, config):
+def test_incomplete_heads_are_still_detected(tmp_path, kind, names, config):
     write(tmp_path, "model.safetensors", {name: torch.zeros(2, 4) for name in names}, **config)
-    known = checkpoint.detect(tmp_path)
+    known = formats.detect(tmp_path)
     assert (known.kind, known.command) == (kind, None)
     assert known.problems
 
@@ -167,16 +167,16 @@ def test_heads_that_are_not_whole_are_still_called_by_their_name(tmp_path, kind,
         ("redrafter", ("rnn_u.weight", "lm_head.0.linear.weight"), {"model_type": "recurrent_drafting_drafter"}),
     ],
 )
-def test_heads_that_are_known_by_name_only_are_called_by_it(tmp_path, kind, names, config):
+def test_formats_that_cannot_be_imported_are_detected(tmp_path, kind, names, config):
     write(tmp_path, "model.safetensors", {name: torch.zeros(2) for name in names}, **config)
-    known = checkpoint.detect(tmp_path)
+    known = formats.detect(tmp_path)
     assert (known.kind, known.command) == (kind, None)
     assert known.notes == ("they cannot be imported yet",)
     assert known.is_target == (config.get("model_type") == "llama")
 
 
-def test_a_model_is_a_target(target):
-    known = checkpoint.detect(target)
+def test_a_model_is_detected_as_a_target(target):
+    known = formats.detect(target)
     assert (known.kind, known.is_target, known.hidden) == ("target", True, HIDDEN)
 
 

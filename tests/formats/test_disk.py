@@ -29,7 +29,7 @@ def test_files_and_folders_are_flushed(tmp_path, synced):
     assert synced == [(tmp_path / "file", os.O_RDONLY), (tmp_path, os.O_RDONLY)]
 
 
-def test_windows_flushes_what_is_open_for_writing_and_no_folders(tmp_path, synced, monkeypatch):
+def test_windows_flushes_files_open_for_writing_and_no_folders(tmp_path, synced, monkeypatch):
     monkeypatch.setattr(disk.os, "name", "nt")
     file = tmp_path / "file"
     monkeypatch.setattr(type(file), "is_dir", lambda self: self == tmp_path)
@@ -38,6 +38,6 @@ def test_windows_flushes_what_is_open_for_writing_and_no_folders(tmp_path, synce
     assert synced == [(file, os.O_RDWR)]
 
 
-def test_a_disk_that_refuses_is_heard(tmp_path):
+def test_a_disk_that_refuses_raises_an_error(tmp_path):
     with pytest.raises(OSError, match="No such file"):
         disk.sync(tmp_path / "nothing")

@@ -13,7 +13,7 @@ from published_medusa import numbered, parts
 from typer.testing import CliRunner
 
 import headstart
-from headstart import formats as checkpoint
+from headstart import formats
 from headstart.cli import app
 from headstart.drafters.medusa import Medusa, MedusaConfig
 from headstart.engine.drafter_loading import folder_of, make
@@ -52,15 +52,15 @@ def shared(tmp_path, monkeypatch):
 
 
 def heads_for(model_folder, folder):
-    target_info = checkpoint.describe_target(load_model(model_folder), load_tokenizer(model_folder))
+    target_info = formats.describe_target(load_model(model_folder), load_tokenizer(model_folder))
     torch.manual_seed(0)
-    checkpoint.save(folder, Medusa(MedusaConfig(num_heads=2), target_info.hidden, target_info.vocab), target_info, {})
+    formats.save(folder, Medusa(MedusaConfig(num_heads=2), target_info.hidden, target_info.vocab), target_info, {})
     (folder / "evil.py").write_text("raise SystemExit")
     (folder / "pytorch_model.bin").write_bytes(b"never fetched")
     return folder
 
 
-def test_heads_go_by_their_name_on_the_hub(shared, model_folder, tmp_path):
+def test_heads_are_loaded_by_their_hub_id(shared, model_folder, tmp_path):
     shared["owner/heads"] = heads_for(model_folder, tmp_path / "there")
     llm = headstart.load(model_folder, drafter="owner/heads", device="cpu")
     plain = headstart.load(model_folder, drafter=None, device="cpu")
@@ -71,32 +71,32 @@ def test_heads_go_by_their_name_on_the_hub(shared, model_folder, tmp_path):
     ]  # fmt: skip
 
 
-def test_the_command_line_takes_the_same_name(shared, model_folder, tmp_path):
+def test_the_command_line_accepts_a_hub_id(shared, model_folder, tmp_path):
     shared["owner/heads"] = heads_for(model_folder, tmp_path / "there")
     asked = ["generate", "the cat", "--model", str(model_folder), "--max-tokens", "8", "--raw"]
     found, plain = (CliRunner().invoke(app, [*asked, "--drafter", name]) for name in ("owner/heads", "none"))
     assert (found.exit_code, found.stdout) == (0, plain.stdout)
 
 
-def test_trees_that_were_measured_come_along(shared):
+def test_a_calibrated_plan_is_downloaded_with_the_heads(shared):
     shared["owner/hydra"] = embedded("hydra")
     assert load_plan(folder_of("owner/hydra")).trees
 
 
-def test_a_folder_that_exists_hides_the_hub(shared, model_folder, tmp_path):
+def test_an_existing_folder_takes_precedence_over_the_hub(shared, model_folder, tmp_path):
     heads_for(model_folder, tmp_path / "owner" / "heads")
     assert make("owner/heads", Target.load(model_folder, device="cpu")).name == "medusa"
     assert shared.asked == []
 
 
 @pytest.mark.parametrize("name", ["heads", "./owner/heads", "/owner/heads", "a/b/c", "owner/heads:x", "owner/", "..//heads"])
-def test_what_is_no_id_never_goes_to_the_hub(shared, model_folder, name):
+def test_names_that_are_no_hub_id_are_never_requested(shared, model_folder, name):
     with pytest.raises(ValueError, match=r"is unknown; there are .* a folder of heads, heads on the hub as owner/name"):
         make(name, Target.load(model_folder, device="cpu"))
     assert shared.asked == []
 
 
-def test_an_installed_drafter_and_a_method_are_never_looked_for_on_the_hub(shared, model_folder):
+def test_an_installed_drafter_and_a_method_are_never_requested_from_the_hub(shared, model_folder):
     target = Target.load(model_folder, device="cpu")
     assert make("lookup", target).name == "lookup"
     with pytest.raises(ValueError, match="comes with no medusa heads"):
@@ -120,7 +120,7 @@ def not_found():
     ids=["not there", "offline", "no route"],
 )
 @pytest.mark.parametrize("command", ["generate", "import"])
-def test_what_cannot_be_had_is_one_sentence(shared, model_folder, answer, words, command):
+def test_a_failed_download_is_reported_in_one_sentence(shared, model_folder, answer, words, command):
     if answer is not None:
         shared["owner/heads"] = answer
     rest = {
@@ -133,17 +133,17 @@ def test_what_cannot_be_had_is_one_sentence(shared, model_folder, answer, words,
 
 
 @pytest.mark.parametrize("file", ["medusa_lm_head.pt", "medusa_lm_head.safetensors", "pytorch_model.bin"])
-def test_heads_of_others_are_brought_in_by_their_name(shared, tmp_path, file):
+def test_published_heads_are_imported_by_their_hub_id(shared, tmp_path, file):
     target = write_model(tmp_path / "talker")
     shared["owner/medusa"] = write(tmp_path / "theirs", file, numbered(parts(2, 1)), base_model_name_or_path=str(target))
     result = CliRunner().invoke(app, ["import", "owner/medusa", "--target", str(target), "--out", "ours"])
     assert result.exit_code == 0, result.output
-    assert checkpoint.describe("ours").training["imported_from"] == "owner/medusa"
+    assert formats.describe("ours").training["imported_from"] == "owner/medusa"
     wants_pickles = [any("*.bin" in patterns for patterns in asked) for _, *asked in shared.asked]
     assert wants_pickles == ([False] if file.endswith("safetensors") else [False, True])
 
 
-def test_a_pickle_that_wants_to_run_something_is_refused(shared, tmp_path, model_folder):
+def test_a_pickle_with_code_is_refused(shared, tmp_path, model_folder):
     import pickle
 
     class Evil:

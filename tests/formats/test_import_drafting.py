@@ -8,9 +8,9 @@ import pytest
 import torch
 from folders import write_model
 from literal import assert_same
-from published import HIDDEN, Trial, random, write
+from published import HIDDEN, ImportTrial, random, write
 
-from headstart import formats as checkpoint
+from headstart import formats
 from headstart.engine.engine import Engine
 from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Best, Chain
@@ -23,7 +23,7 @@ SIZE = 12  # of an attention head
 
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory):
-    return Trial(write_model(tmp_path_factory.mktemp("target") / "talker", layers=eagle3.LAYERS), torch.float64)
+    return ImportTrial(write_model(tmp_path_factory.mktemp("target") / "talker", layers=eagle3.LAYERS), torch.float64)
 
 
 def own(kind, prefix):
@@ -43,7 +43,7 @@ def sized(kind):
 
 
 @pytest.mark.parametrize(("kind", "layers"), [*((kind, 1) for kind in KINDS), ("llama", 2), ("qwen3", 2)])
-def test_eagle3_heads_draft_what_the_formula_says_for_every_kind_of_layer(trial, tmp_path, kind, layers):
+def test_eagle3_heads_draft_with_the_formulas_logits_for_every_kind_of_layer(trial, tmp_path, kind, layers):
     tensors = eagle3.heads("layers.0.", size=SIZE, draft=eagle3.SOME, layers=layers)
     for place in range(layers):
         tensors |= own(kind, f"layers.{place}.")
@@ -53,20 +53,20 @@ def test_eagle3_heads_draft_what_the_formula_says_for_every_kind_of_layer(trial,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_heads_of_eagle3s_authors_draft_what_the_formula_says_for_every_kind_of_layer(trial, tmp_path, kind):
+def test_eagle3_heads_of_their_authors_draft_with_the_formulas_logits_for_every_kind_of_layer(trial, tmp_path, kind):
     tensors = eagle3.heads(size=SIZE, draft=eagle3.SOME) | own(kind, "midlayer.")
     write(tmp_path, "pytorch_model.bin", tensors, **eagle3.SIZES | sized(kind))
     assert_same(trial.drafted(tmp_path, eagle3.STEPS), list(eagle3.by_formula(trial, tensors, SIZE)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_eagle_heads_draft_what_the_formula_says_for_every_kind_of_layer(trial, tmp_path, kind):
+def test_eagle_heads_draft_with_the_formulas_logits_for_every_kind_of_layer(trial, tmp_path, kind):
     tensors = eagle.heads(bias=True, size=SIZE) | own(kind, "layers.0.")
     write(tmp_path, "pytorch_model.bin", tensors, **eagle.SIZES | sized(kind))
     assert_same(trial.drafted(tmp_path, eagle.STEPS), list(eagle.by_formula(trial, tensors, 2, SIZE)))
 
 
-def test_hydra_heads_draft_what_the_formula_says(trial, tmp_path):
+def test_hydra_heads_draft_with_the_formulas_logits(trial, tmp_path):
     tensors = hydra.heads_of(4, 4, 1) | hydra.prefix_of()
     write(tmp_path, "hydra_lm_head.pt", tensors, hydra_head_arch="prefix-mlp")
     tensors = {name: tensor.double() for name, tensor in tensors.items()}
@@ -75,7 +75,7 @@ def test_hydra_heads_draft_what_the_formula_says(trial, tmp_path):
         torch.testing.assert_close(found, wanted[:, : found.shape[1]], rtol=1e-5, atol=1e-5)
 
 
-def test_medusa_heads_draft_what_the_formula_says(trial, tmp_path):
+def test_medusa_heads_draft_with_the_formulas_logits(trial, tmp_path):
     made = [([(w.double(), b.double()) for w, b in blocks], last.double()) for blocks, last in medusa.parts(4, 2)]
     write(tmp_path, "medusa_lm_head.pt", medusa.numbered(medusa.parts(4, 2)))
     for found, wanted in zip(trial.drafted(tmp_path, 4), medusa.by_formula(trial, made), strict=True):
@@ -90,16 +90,16 @@ DYNAMIC = {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_theta": 1e4
 @pytest.mark.parametrize(
     "rope", [DYNAMIC, {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}], ids=["old", "new"]
 )
-def test_dynamic_positions_are_plain_ones_up_to_their_limit(trial, tmp_path, rope):
+def test_dynamic_positions_equal_plain_ones_up_to_their_limit(trial, tmp_path, rope):
     tensors = eagle3.heads(size=SIZE)
     write(tmp_path, "pytorch_model.bin", tensors, **eagle3.SIZES | {"head_dim": SIZE}, **rope, max_position_embeddings=8)
     assert_same(trial.drafted(tmp_path, eagle3.STEPS), list(eagle3.by_formula(trial, tensors, SIZE)))
-    (note,) = checkpoint.detect(tmp_path).notes
+    (note,) = formats.detect(tmp_path).notes
     assert "of the type 'dynamic', the same as plain ones in the first 8 tokens: beyond these nothing is drafted" in note
 
 
 @pytest.mark.parametrize("method", ["eagle", "eagle3"])
-def test_nothing_is_drafted_behind_the_limit_of_dynamic_positions(trial, tmp_path, method):
+def test_nothing_is_drafted_beyond_the_limit_of_dynamic_positions(trial, tmp_path, method):
     module = {"eagle": eagle, "eagle3": eagle3}[method]
     sizes = module.SIZES | {"head_dim": SIZE, "num_key_value_heads": 2}
     write(tmp_path, "model.safetensors", module.heads(size=SIZE), **sizes, **DYNAMIC, max_position_embeddings=14)
@@ -126,7 +126,7 @@ def test_nothing_is_drafted_behind_the_limit_of_dynamic_positions(trial, tmp_pat
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", ["eagle", "eagle3"])
-def test_the_engine_says_what_plain_decoding_says_whatever_layer_drafts(trial, tmp_path, method, kind, temperature):
+def test_the_engine_generates_the_text_of_plain_decoding_whatever_layer_drafts(trial, tmp_path, method, kind, temperature):
     if method == "eagle":
         tensors = eagle.heads(size=SIZE) | own(kind, "layers.0.")
         write(tmp_path, "model.safetensors", tensors, **eagle.SIZES | sized(kind))

@@ -6,15 +6,15 @@ import pytest
 import torch
 from folders import write_model
 from literal import assert_same
-from published import HIDDEN, VOCAB, Trial, random, write
+from published import HIDDEN, VOCAB, ImportTrial, random, write
 from published_eagle import SIZES, by_formula, heads, layer_of
 
-from headstart import formats as checkpoint
+from headstart import formats
 
 
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory):
-    return Trial(write_model(tmp_path_factory.mktemp("target") / "talker"), torch.float64)
+    return ImportTrial(write_model(tmp_path_factory.mktemp("target") / "talker"), torch.float64)
 
 
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])
@@ -28,22 +28,22 @@ def trial(tmp_path_factory):
     ],
     ids=["Vicuna's: a bias", "Llama 3's: shared keys, another base", "Qwen2's: biases of queries, keys and values", "wide heads"],
 )
-def test_heads_say_what_the_formula_says_at_every_unrolled_step(trial, tmp_path, shape, config, file):
+def test_logits_equal_the_formulas_at_every_unrolled_step(trial, tmp_path, shape, config, file):
     tensors = heads(**shape)
     write(tmp_path, file, tensors, **SIZES, **config)
     wanted = by_formula(trial, tensors, shape["kv"], shape.get("size", 8), config.get("rope_theta", 10000.0))
     assert_same(trial.logits(tmp_path), wanted)
 
 
-def test_an_embedding_that_is_the_targets_is_left_out(trial, tmp_path):
+def test_an_embedding_equal_to_the_targets_is_left_out(trial, tmp_path):
     table = trial.embed_head.embed_weight.half()
     write(tmp_path, "model.safetensors", heads() | {"embed_tokens.weight": table}, **SIZES, num_key_value_heads=2)
-    found = checkpoint.published_in(tmp_path).for_target(trial.target_info, lambda: trial.embed_head)
+    found = formats.published_in(tmp_path).for_target(trial.target_info, lambda: trial.embed_head)
     assert "their embedding is the target's, and left out" in found.notes
     assert found.read(trial.target_info, trial.model.config).config.embedding == "shared"
 
 
-def test_another_embedding_is_kept(trial, tmp_path):
+def test_an_embedding_that_differs_from_the_targets_is_kept(trial, tmp_path):
     tensors = heads() | {"embed_tokens.weight": random(VOCAB, HIDDEN)}
     write(tmp_path, "model.safetensors", tensors, **SIZES, num_key_value_heads=2)
     wanted = by_formula(trial, tensors, 2, 8, table=tensors["embed_tokens.weight"])
@@ -51,7 +51,7 @@ def test_another_embedding_is_kept(trial, tmp_path):
     assert trial.read(tmp_path).config.embedding == "own"
 
 
-def test_an_embedding_is_kept_where_no_target_is_at_hand(trial, tmp_path):
+def test_an_embedding_is_kept_where_the_targets_is_not_available(trial, tmp_path):
     write(
         tmp_path,
         "model.safetensors",
@@ -59,35 +59,35 @@ def test_an_embedding_is_kept_where_no_target_is_at_hand(trial, tmp_path):
         **SIZES,
         num_key_value_heads=2,
     )
-    assert checkpoint.published_in(tmp_path).read(trial.target_info, trial.model.config).config.embedding == "own"
+    assert formats.published_in(tmp_path).read(trial.target_info, trial.model.config).config.embedding == "own"
 
 
-def test_names_may_begin_with_model(trial, tmp_path):
+def test_tensor_names_may_begin_with_model(trial, tmp_path):
     tensors = heads()
     write(tmp_path, "model.safetensors", {f"model.{name}": x for name, x in tensors.items()}, **SIZES, num_key_value_heads=2)
     assert_same(trial.logits(tmp_path), by_formula(trial, tensors, 2, 8))
 
 
-def test_tables_of_angles_are_left_out(trial, tmp_path):
+def test_tables_of_rotary_frequencies_are_left_out(trial, tmp_path):
     tensors = heads() | {"layers.0.self_attn.rotary_emb.inv_freq": random(4)}
     write(tmp_path, "model.safetensors", tensors, **SIZES, num_key_value_heads=2)
     assert "rotary" not in " ".join(trial.read(tmp_path).state_dict())
 
 
-def test_what_is_brought_in_is_saved_and_loaded_bit_for_bit(trial, tmp_path):
+def test_imported_heads_are_saved_and_loaded_bit_for_bit(trial, tmp_path):
     tensors = heads(bias=True) | {"embed_tokens.weight": random(VOCAB, HIDDEN)}
     write(tmp_path / "theirs", "pytorch_model.bin", tensors, **SIZES, num_key_value_heads=2)
     brought = trial.read(tmp_path / "theirs")
-    checkpoint.save(tmp_path / "ours", brought, trial.target_info, {})
-    loaded = checkpoint.load(tmp_path / "ours", trial.target_info)
+    formats.save(tmp_path / "ours", brought, trial.target_info, {})
+    loaded = formats.load(tmp_path / "ours", trial.target_info)
     assert loaded.config == brought.config
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in brought.state_dict().items())
 
 
-def test_what_a_folder_holds_is_told_with_the_command(tmp_path):
+def test_detect_describes_the_heads_and_names_the_import_command(tmp_path):
     config = SIZES | {"num_key_value_heads": 2, "bias": True, "base_model_name_or_path": "org/talker"}
     write(tmp_path, "model.safetensors", heads() | {"embed_tokens.weight": random(VOCAB, HIDDEN)}, **config)
-    known = checkpoint.detect(tmp_path)
+    known = formats.detect(tmp_path)
     assert (known.kind, known.layout, known.hidden, known.vocab) == ("eagle", "EAGLE heads", HIDDEN, VOCAB)
     assert known.parameters == sum(tensor.numel() for tensor in heads().values()) + VOCAB * HIDDEN
     assert known.command == f"headstart import {tmp_path} --target org/talker --out FOLDER"
@@ -162,24 +162,24 @@ def test_a_tensor_that_does_not_fit_is_named(trial, tmp_path, change, words):
         ({"hidden_act": "nonsense"}, "nonsense"),
     ],
 )
-def test_a_layer_that_cannot_be_made_is_refused_with_the_reason(trial, tmp_path, config, words):
+def test_a_layer_that_cannot_be_built_is_refused_with_the_reason(trial, tmp_path, config, words):
     write(tmp_path, "model.safetensors", heads(), **SIZES | {"num_key_value_heads": 2} | config)
     assert words in trial.refusal(tmp_path)
-    assert any(words in problem for problem in checkpoint.detect(tmp_path).problems)
+    assert any(words in problem for problem in formats.detect(tmp_path).problems)
 
 
-def test_taps_are_not_for_heads_that_read_the_last_state(trial, tmp_path):
+def test_taps_are_refused_for_heads_that_read_the_last_hidden_state(trial, tmp_path):
     write(tmp_path, "model.safetensors", heads(), **SIZES, num_key_value_heads=2)
     assert "EAGLE heads read its last one; leave --taps out" in trial.refusal(tmp_path, taps=(1, 2, 3))
 
 
-def test_another_hidden_size_is_refused_with_both(trial, tmp_path):
+def test_another_hidden_size_is_refused_with_both_sizes(trial, tmp_path):
     tensors = {"fc.weight": random(16, 32), **layer_of("layers.0.", 2, 4, width=16, reads=16)}
     write(tmp_path, "model.safetensors", tensors, **SIZES | {"hidden_size": 16, "num_key_value_heads": 2})
     assert "a hidden size of 16, but the target talker has 32" in trial.refusal(tmp_path)
 
 
-def test_a_configuration_that_is_not_there_is_missed(trial, tmp_path):
+def test_a_missing_configuration_is_refused(trial, tmp_path):
     write(tmp_path, "model.safetensors", heads())
     assert json.loads((tmp_path / "config.json").read_text()) == {}
     assert "does not say num_attention_heads" in trial.refusal(tmp_path)

@@ -6,13 +6,13 @@ import pytest
 import torch
 from folders import write_model
 from literal import assert_same, frequencies, llama3
-from published import HIDDEN, VOCAB, Trial, random, write
+from published import HIDDEN, VOCAB, ImportTrial, random, write
 from published_eagle3 import LAYERS, SIZES, SOME, THREE, by_formula, heads, of_speculators
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from headstart import formats as checkpoint
+from headstart import formats
 from headstart.cli import app
 from headstart.engine.engine import Engine
 from headstart.speculation.params import SamplingParams
@@ -24,10 +24,10 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
 
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory):
-    return Trial(write_model(tmp_path_factory.mktemp("target") / "talker", layers=LAYERS), torch.float64)
+    return ImportTrial(write_model(tmp_path_factory.mktemp("target") / "talker", layers=LAYERS), torch.float64)
 
 
-def assert_says(trial, folder, wanted):
+def assert_logits(trial, folder, wanted):
     assert_same(trial.logits(folder), list(wanted))
 
 
@@ -35,10 +35,10 @@ def assert_says(trial, folder, wanted):
 
 
 @pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])
-def test_the_authors_heads_say_what_the_formula_says_at_every_unrolled_step(trial, tmp_path, file):
+def test_logits_of_the_authors_heads_equal_the_formulas_at_every_unrolled_step(trial, tmp_path, file):
     tensors = heads(draft=SOME)
     write(tmp_path, file, tensors, **SIZES, draft_vocab_size=len(SOME))
-    assert_says(trial, tmp_path, by_formula(trial, tensors))
+    assert_logits(trial, tmp_path, by_formula(trial, tensors))
     assert trial.read(tmp_path).ids.tolist() == SOME
 
 
@@ -53,14 +53,14 @@ def test_the_authors_heads_say_what_the_formula_says_at_every_unrolled_step(tria
     ],
     ids=["every token", "wide heads", "another base", "narrower than the target", "two layers"],
 )
-def test_specforge_heads_say_what_the_formula_says(trial, tmp_path, shape, config):
+def test_logits_of_specforge_heads_equal_the_formulas(trial, tmp_path, shape, config):
     tensors = heads(**shape)
     if "width" in shape:
         tensors["embed_tokens.weight"] = random(VOCAB, shape["width"])
     write(tmp_path, "model.safetensors", tensors, **SIZES | config)
     turns = frequencies(shape.get("size", 8), config.get("rope_theta", 10000.0))
     wanted = by_formula(trial, tensors, shape.get("size", 8), turns=turns, layers=shape.get("layers", 1))
-    assert_says(trial, tmp_path, wanted)
+    assert_logits(trial, tmp_path, wanted)
 
 
 @pytest.mark.parametrize(
@@ -71,105 +71,105 @@ def test_specforge_heads_say_what_the_formula_says(trial, tmp_path, shape, confi
     ],
     ids=["as it was written once", "as transformers 5 writes it"],
 )
-def test_stretched_positions_are_the_heads_own(trial, tmp_path, rope):
+def test_scaled_rotary_positions_are_the_heads_own(trial, tmp_path, rope):
     tensors = heads(size=12)
     write(tmp_path, "model.safetensors", tensors, **SIZES, head_dim=12, **rope)
     turns = [llama3(turn, *LLAMA3.values()) for turn in frequencies(12, 5e5)]
-    assert_says(trial, tmp_path, by_formula(trial, tensors, 12, turns=turns))
+    assert_logits(trial, tmp_path, by_formula(trial, tensors, 12, turns=turns))
 
 
 @pytest.mark.parametrize("is_before", [True, False])
-def test_heads_of_speculators_say_what_the_formula_says(trial, tmp_path, is_before):
+def test_logits_of_speculators_heads_equal_the_formulas(trial, tmp_path, is_before):
     tensors = heads("layers.0.", draft=SOME)
     left_out = {"verifier_lm_head.weight": random(VOCAB, HIDDEN), "verifier_norm.weight": random(HIDDEN)}
     write(tmp_path, "model.safetensors", tensors | left_out, **of_speculators(norm_before_residual=is_before))
-    assert_says(trial, tmp_path, by_formula(trial, tensors, prefix="layers.0.", norm_before_residual=is_before))
+    assert_logits(trial, tmp_path, by_formula(trial, tensors, prefix="layers.0.", norm_before_residual=is_before))
 
 
-def test_norms_of_queries_and_keys(trial, tmp_path):
+def test_queries_and_keys_may_have_norms(trial, tmp_path):
     tensors = heads("layers.0.", size=12) | {f"layers.0.self_attn.{name}_norm.weight": 1 + random(12) for name in "qk"}
     layer = {"model_type": "qwen3", "head_dim": 12}
     write(tmp_path, "model.safetensors", tensors, **of_speculators(layer=layer, norm_before_residual=False))
-    assert_says(trial, tmp_path, by_formula(trial, tensors, 12, prefix="layers.0."))
+    assert_logits(trial, tmp_path, by_formula(trial, tensors, 12, prefix="layers.0."))
 
 
-def test_one_norm_over_all_taps(trial, tmp_path):
+def test_one_norm_may_cover_all_taps(trial, tmp_path):
     tensors = heads("layers.0.", draft=SOME) | {"input_norm.weight": 1 + random(3 * HIDDEN)}
     write(tmp_path, "model.safetensors", tensors, **of_speculators(norm_before_fc=True))
-    assert_says(trial, tmp_path, by_formula(trial, tensors, prefix="layers.0."))
+    assert_logits(trial, tmp_path, by_formula(trial, tensors, prefix="layers.0."))
 
 
 @pytest.mark.parametrize("names", [("fc_norm.0", "fc_norm.1", "fc_norm.2"), ("aux_norm_low", "aux_norm_mid", "aux_norm_high")])
 @pytest.mark.parametrize("is_normed", [True, False])
-def test_a_norm_for_each_tap_and_states_handed_on_normed(trial, tmp_path, names, is_normed):
+def test_each_tap_may_have_a_norm_and_the_next_state_may_be_normed(trial, tmp_path, names, is_normed):
     """EAGLE-3.1, and its norms under their older names."""
     tensors, norms = heads(draft=SOME), [1 + random(HIDDEN) for _ in range(3)]
     stored = tensors | {f"{name}.weight": weight for name, weight in zip(names, norms, strict=True)}
     write(tmp_path, "model.safetensors", stored, **SIZES, fc_norm=True, norm_output=is_normed)
     known = tensors | {f"fc_norm.{place}.weight": weight for place, weight in enumerate(norms)}
-    assert_says(trial, tmp_path, by_formula(trial, known, norm_output=is_normed))
+    assert_logits(trial, tmp_path, by_formula(trial, known, norm_output=is_normed))
 
 
-def test_a_projection_with_a_bias(trial, tmp_path):
+def test_the_projection_may_have_a_bias(trial, tmp_path):
     tensors = heads() | {"fc.bias": random(HIDDEN)}
     write(tmp_path, "model.safetensors", tensors, **SIZES)
-    assert_says(trial, tmp_path, by_formula(trial, tensors))
+    assert_logits(trial, tmp_path, by_formula(trial, tensors))
 
 
-def test_an_embedding_of_their_own(trial, tmp_path):
+def test_heads_may_have_their_own_embedding(trial, tmp_path):
     tensors = heads(draft=SOME) | {"embed_tokens.weight": random(VOCAB, HIDDEN)}
     write(tmp_path, "model.safetensors", tensors, **SIZES)
-    assert_says(trial, tmp_path, by_formula(trial, tensors))
+    assert_logits(trial, tmp_path, by_formula(trial, tensors))
 
 
-def test_an_embedding_that_is_the_targets_is_left_out(trial, tmp_path):
+def test_an_embedding_equal_to_the_targets_is_left_out(trial, tmp_path):
     tensors = heads(draft=SOME)
     write(tmp_path, "model.safetensors", tensors | {"embed_tokens.weight": trial.embed_head.embed_weight.float()}, **SIZES)
-    assert_says(trial, tmp_path, by_formula(trial, tensors))
+    assert_logits(trial, tmp_path, by_formula(trial, tensors))
     assert trial.read(tmp_path).config.embedding == "shared"
 
 
-def test_names_may_begin_with_model(trial, tmp_path):
+def test_tensor_names_may_begin_with_model(trial, tmp_path):
     tensors = heads(draft=SOME)
     stored = {name if name == "lm_head.weight" else f"model.{name}": tensor for name, tensor in tensors.items()}
     write(tmp_path, "model.safetensors", stored, **SIZES)
-    assert_says(trial, tmp_path, by_formula(trial, tensors))
+    assert_logits(trial, tmp_path, by_formula(trial, tensors))
 
 
 # -- what they can say --
 
 
-def test_rows_in_another_order_are_sorted_with_their_tokens(trial, tmp_path):
+def test_rows_in_another_order_are_sorted_with_their_token_ids(trial, tmp_path):
     mixed = SOME[::-1]
     tensors = heads(draft=mixed)
     write(tmp_path, "model.safetensors", tensors, **SIZES)
     assert trial.read(tmp_path).ids.tolist() == SOME
-    assert_says(trial, tmp_path, by_formula(trial, tensors | {"lm_head.weight": tensors["lm_head.weight"].flip(0)}))
+    assert_logits(trial, tmp_path, by_formula(trial, tensors | {"lm_head.weight": tensors["lm_head.weight"].flip(0)}))
 
 
-def test_all_tokens_need_no_list_even_where_one_is_stored(trial, tmp_path):
+def test_a_full_draft_vocabulary_needs_no_ids_even_where_some_are_stored(trial, tmp_path):
     tensors = heads(draft=list(range(VOCAB)))
     write(tmp_path, "model.safetensors", tensors, **SIZES)
     assert trial.read(tmp_path).config.draft_vocab is None
-    assert_says(trial, tmp_path, by_formula(trial, tensors))
+    assert_logits(trial, tmp_path, by_formula(trial, tensors))
 
 
-def test_heads_without_a_head_speak_by_the_targets(trial, tmp_path):
+def test_heads_without_an_lm_head_use_the_targets(trial, tmp_path):
     tensors = heads()
     del tensors["lm_head.weight"]
     write(tmp_path, "model.safetensors", tensors, **SIZES, draft_vocab_size=None)
-    assert_says(trial, tmp_path, by_formula(trial, tensors | {"lm_head.weight": trial.embed_head.lm_head_weight}))
+    assert_logits(trial, tmp_path, by_formula(trial, tensors | {"lm_head.weight": trial.embed_head.lm_head_weight}))
 
 
-def test_a_list_that_nobody_reads_may_be_empty(trial, tmp_path):
+def test_unused_d2t_and_t2d_may_be_empty(trial, tmp_path):
     """As speculators stores heads that can say every token: two lists, both never filled in."""
     tensors = heads("layers.0.", draft=list(range(VOCAB)))
     tensors["t2d"].fill_(False)
     assert not tensors["d2t"].any()
     write(tmp_path, "model.safetensors", tensors, **of_speculators(norm_before_residual=False))
-    assert checkpoint.detect(tmp_path).problems == ()
+    assert formats.detect(tmp_path).problems == ()
     assert trial.read(tmp_path).config.draft_vocab is None
-    assert_says(trial, tmp_path, by_formula(trial, tensors, prefix="layers.0."))
+    assert_logits(trial, tmp_path, by_formula(trial, tensors, prefix="layers.0."))
 
 
 @pytest.mark.parametrize(
@@ -181,19 +181,19 @@ def test_a_list_that_nobody_reads_may_be_empty(trial, tmp_path):
         (lambda d2t: d2t.add_(torch.arange(60)), "it holds ids themselves, and should hold offsets"),
     ],
 )
-def test_a_list_of_tokens_that_cannot_be_right_is_refused(trial, tmp_path, change, words):
+def test_an_invalid_draft_vocabulary_is_refused(trial, tmp_path, change, words):
     tensors = heads(draft=SOME)
     change(tensors["d2t"])
     write(tmp_path, "model.safetensors", tensors, **SIZES)
     assert words in trial.refusal(tmp_path)
 
 
-def test_two_lists_of_tokens_must_agree(trial, tmp_path):
+def test_d2t_and_t2d_must_agree(trial, tmp_path):
     tensors = heads(draft=SOME)
     tensors["t2d"][SOME[7]] = False
     write(tmp_path, "model.safetensors", tensors, **SIZES)
     assert f"d2t and t2d do not agree on whether token {SOME[7]} can be drafted" in trial.refusal(tmp_path)
-    assert checkpoint.detect(tmp_path).command is None
+    assert formats.detect(tmp_path).command is None
 
 
 # -- layers of the target --
@@ -211,14 +211,14 @@ def test_two_lists_of_tokens_must_agree(trial, tmp_path):
     ],
     ids=["not said", "outputs", "inputs", "speculators", "speculators, others", "and one for training"],
 )
-def test_layers_are_counted_by_their_outputs(trial, tmp_path, config, taps):
+def test_layers_are_resolved_to_their_outputs(trial, tmp_path, config, taps):
     tensors = heads("layers.0.")
     write(tmp_path, "model.safetensors", tensors, **config)
     assert trial.read(tmp_path).taps == taps
-    assert_says(trial, tmp_path, by_formula(trial, tensors, prefix="layers.0.", taps=taps))
+    assert_logits(trial, tmp_path, by_formula(trial, tensors, prefix="layers.0.", taps=taps))
 
 
-def test_a_person_may_say_which_layers(trial, tmp_path):
+def test_a_person_may_name_the_layers(trial, tmp_path):
     write(tmp_path, "model.safetensors", heads(taps=2), **SIZES, eagle_aux_hidden_state_layer_ids=[3, 5, 6])
     assert trial.read(tmp_path, taps=(6, 0)).taps == (6, 0)
 
@@ -238,7 +238,7 @@ def test_a_person_may_say_which_layers(trial, tmp_path):
         ),
     ],
 )
-def test_layers_that_cannot_be_told_are_refused(trial, tmp_path, config, words):
+def test_ambiguous_layers_are_refused(trial, tmp_path, config, words):
     write(tmp_path, "model.safetensors", heads("layers.0."), **config)
     assert words in trial.refusal(tmp_path)
 
@@ -251,18 +251,18 @@ def test_layers_that_cannot_be_told_are_refused(trial, tmp_path, config, words):
         ((1, 2, 2), "names a layer twice: 1,2,2"),
     ],
 )
-def test_layers_that_a_person_says_are_checked(trial, tmp_path, taps, words):
+def test_layers_that_a_person_names_are_checked(trial, tmp_path, taps, words):
     write(tmp_path, "model.safetensors", heads(), **SIZES)
     assert words in trial.refusal(tmp_path, taps)
 
 
 def test_a_target_too_shallow_for_the_usual_layers_is_refused(tmp_path):
-    shallow = Trial(write_model(tmp_path / "talker", layers=6))
+    shallow = ImportTrial(write_model(tmp_path / "talker", layers=6))
     write(tmp_path / "theirs", "model.safetensors", heads(), **SIZES)
     assert "the usual layers in a target of 6, 1, 2 and 2, do not follow one another" in shallow.refusal(tmp_path / "theirs")
 
 
-def test_four_layers_must_be_said(trial, tmp_path):
+def test_four_layers_must_be_named(trial, tmp_path):
     write(tmp_path, "model.safetensors", heads(taps=4), **SIZES)
     assert "fc.weight reads 4 layers of the target, and their config.json does not say which" in trial.refusal(tmp_path)
 
@@ -270,9 +270,9 @@ def test_four_layers_must_be_said(trial, tmp_path):
 # -- inspected, saved, refused --
 
 
-def test_what_a_folder_holds_is_told_with_the_command(tmp_path):
+def test_detect_describes_the_heads_and_names_the_import_command(tmp_path):
     write(tmp_path, "model.safetensors", heads("layers.0.", draft=SOME), **of_speculators())
-    known = checkpoint.detect(tmp_path)
+    known = formats.detect(tmp_path)
     assert (known.kind, known.layout) == ("eagle3", "EAGLE-3 heads as speculators stores them")
     assert (known.hidden, known.vocab, known.draft_vocab) == (HIDDEN, VOCAB, 60)
     assert known.command == f"headstart import {tmp_path} --target org/talker --out FOLDER"
@@ -282,25 +282,25 @@ def test_what_a_folder_holds_is_told_with_the_command(tmp_path):
     )
 
 
-def test_what_the_configuration_miscounts_is_noted(tmp_path):
+def test_wrong_counts_in_the_configuration_are_noted(tmp_path):
     config = SIZES | {"draft_vocab_size": 64, "fc_norm": False, "rope_theta": 1e4}
     write(tmp_path, "model.safetensors", heads(draft=SOME) | {f"fc_norm.{i}.weight": random(HIDDEN) for i in range(3)}, **config)
-    assert checkpoint.detect(tmp_path).notes == (
+    assert formats.detect(tmp_path).notes == (
         "their config.json says fc_norm = false, but there is fc_norm.0.weight; the tensors count",
         "their config.json says draft_vocab_size = 64, their tensors 60; the tensors count",
     )
 
 
-def test_what_is_brought_in_is_saved_and_loaded_bit_for_bit(trial, tmp_path):
+def test_imported_heads_are_saved_and_loaded_bit_for_bit(trial, tmp_path):
     write(tmp_path / "theirs", "model.safetensors", heads(draft=SOME), **SIZES)
     brought = trial.read(tmp_path / "theirs")
-    checkpoint.save(tmp_path / "ours", brought, trial.target_info, {})
-    loaded = checkpoint.load(tmp_path / "ours", trial.target_info)
+    formats.save(tmp_path / "ours", brought, trial.target_info, {})
+    loaded = formats.load(tmp_path / "ours", trial.target_info)
     assert (loaded.config, loaded.taps) == (brought.config, THREE)
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in brought.state_dict().items())
 
 
-def test_the_command_brings_them_in(trial, tmp_path):
+def test_the_import_command_converts_them(trial, tmp_path):
     target, theirs = write_model(tmp_path / "talker", layers=LAYERS), tmp_path / "theirs"
     stored = heads(draft=SOME) | {"embed_tokens.weight": trial.embed_head.embed_weight.float()}
     write(theirs, "model.safetensors", stored, **SIZES, eagle_aux_hidden_state_layer_ids=[0, 2, 5])
@@ -310,10 +310,10 @@ def test_the_command_brings_them_in(trial, tmp_path):
     found = json.loads(CliRunner().invoke(app, [*asked, "--taps", "0,2,5", "--json"]).stdout)
     assert (found["method"], found["taps"], found["draft_vocab"]) == ("eagle3", [0, 2, 5], 60)
     assert "their embedding is the target's, and left out" in found["notes"]
-    assert checkpoint.load(tmp_path / "ours").taps == (0, 2, 5)
+    assert formats.load(tmp_path / "ours").taps == (0, 2, 5)
 
 
-def test_guesses_of_heads_that_were_brought_in_leave_the_text_as_it_is(trial, tmp_path):
+def test_imported_heads_leave_the_generated_text_unchanged(trial, tmp_path):
     """From the folder to the engine: features of three layers, trees of the 60 tokens that the heads can say."""
     write(tmp_path, "model.safetensors", heads(draft=SOME), **SIZES, norm_output=True)
     target = Target(load_model(trial.folder, torch.float64, "cpu"))
@@ -327,7 +327,7 @@ def test_guesses_of_heads_that_were_brought_in_leave_the_text_as_it_is(trial, tm
     assert list(request.output) == plain[0, trial.tokens.shape[1] :].tolist()
 
 
-def test_layers_are_numbers(tmp_path):
+def test_taps_must_be_numbers(tmp_path):
     result = CliRunner().invoke(app, ["import", str(tmp_path), "--out", "x", "--taps", "low,high"])
     assert (result.exit_code, "--taps is 'low,high'; write the numbers of layers" in result.stderr) == (2, True)
 
@@ -342,15 +342,15 @@ def test_layers_are_numbers(tmp_path):
         (torch.tensor([3.0, 5.0, 9.0]), "has ids of type torch.float32, but these heads need torch.int64"),
     ],
 )
-def test_saved_tokens_that_cannot_be_right_are_refused(trial, tmp_path, ids, words):
+def test_an_invalid_draft_vocabulary_in_native_heads_is_refused(trial, tmp_path, ids, words):
     write(tmp_path / "theirs", "model.safetensors", heads(draft=[3, 5, 9]), **SIZES)
-    checkpoint.save(tmp_path / "ours", trial.read(tmp_path / "theirs"), trial.target_info, {})
+    formats.save(tmp_path / "ours", trial.read(tmp_path / "theirs"), trial.target_info, {})
     file = tmp_path / "ours" / "model.safetensors"
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     save_file(load_file(file) | {"ids": ids}, file, metadata=metadata)
     with pytest.raises(ValueError, match=words):
-        checkpoint.load(tmp_path / "ours")
+        formats.load(tmp_path / "ours")
 
 
 def without(name):
@@ -414,7 +414,7 @@ def test_a_tensor_that_does_not_fit_is_named(trial, tmp_path, change, words):
         ({"target_hidden_size": 24, "hidden_size": 24}, "embed_tokens.weight is missing, and the target's own is 24 wide"),
     ],
 )
-def test_what_a_configuration_rules_out_is_said(trial, tmp_path, config, words):
+def test_a_configuration_that_is_not_supported_is_refused_with_the_reason(trial, tmp_path, config, words):
     tensors = heads(draft=SOME)
     if config.get("target_hidden_size") == 48:
         tensors |= {"embed_tokens.weight": random(VOCAB, HIDDEN)}
@@ -422,7 +422,7 @@ def test_what_a_configuration_rules_out_is_said(trial, tmp_path, config, words):
     assert words in trial.refusal(tmp_path)
 
 
-def test_the_targets_head_must_fit(trial, tmp_path):
+def test_the_targets_lm_head_must_fit(trial, tmp_path):
     tensors = heads()
     del tensors["lm_head.weight"]
     write(tmp_path, "model.safetensors", tensors, **SIZES, draft_vocab_size=100)

@@ -3,15 +3,15 @@
 import pytest
 import torch
 from folders import write_model
-from published import HIDDEN, VOCAB, Trial, random, write
+from published import HIDDEN, VOCAB, ImportTrial, random, write
 from published_hydra import WHERE, by_formula, heads_of, llama_layer, prefix_of
 
-from headstart import formats as checkpoint
+from headstart import formats
 
 
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory):
-    return Trial(write_model(tmp_path_factory.mktemp("target") / "talker"))
+    return ImportTrial(write_model(tmp_path_factory.mktemp("target") / "talker"))
 
 
 # -- the formulas, slowly --
@@ -27,7 +27,7 @@ def assert_same(found, wanted):
 
 
 @pytest.mark.parametrize(("heads", "layers", "offset"), [(4, 1, 0), (3, 4, 0), (2, 3, 1)])
-def test_mlp_heads_say_what_the_paper_says(trial, tmp_path, heads, layers, offset):
+def test_logits_of_mlp_heads_equal_the_papers_formula(trial, tmp_path, heads, layers, offset):
     tensors = heads_of(heads, layers, offset)
     config = {"hydra_head_arch": "mlp", "hydra_num_heads": heads, "hydra_num_layers": layers, "grounded_heads": True}
     write(tmp_path, "hydra_lm_head.pt", tensors | {"input_embed_fn.weight": random(VOCAB, HIDDEN)}, **config)
@@ -35,7 +35,7 @@ def test_mlp_heads_say_what_the_paper_says(trial, tmp_path, heads, layers, offse
 
 
 @pytest.mark.parametrize("prefix", [WHERE, "prefix_embedding_layer."])
-def test_prefix_mlp_heads_say_what_the_paper_says(trial, tmp_path, prefix):
+def test_logits_of_prefix_mlp_heads_equal_the_papers_formula(trial, tmp_path, prefix):
     """As published: four heads of four layers, dropout offsets, a misspelt name, copies of embeddings."""
     tensors = heads_of(4, 4, 1) | prefix_of(prefix) | {"input_embed_fn.weight": random(VOCAB, HIDDEN)}
     write(tmp_path, "hydra_lm_head.pt", tensors, hydra_head_arch="prefix-mlp", hidden_state_offset=0)
@@ -43,7 +43,7 @@ def test_prefix_mlp_heads_say_what_the_paper_says(trial, tmp_path, prefix):
     assert_same(trial.logits(tmp_path), by_formula(trial, tensors, 4, 4, 1, states))
 
 
-def test_heads_without_a_bias_in_their_projection(trial, tmp_path):
+def test_projections_may_have_no_bias(trial, tmp_path):
     tensors = heads_of(2, 2, 1, bias=False)
     write(tmp_path, "hydra_lm_head.pt", tensors)
     assert_same(trial.logits(tmp_path), by_formula(trial, tensors, 2, 2, 1, trial.states))
@@ -51,7 +51,7 @@ def test_heads_without_a_bias_in_their_projection(trial, tmp_path):
 
 def test_one_block_under_several_names_becomes_several_equal_blocks(trial, tmp_path):
     write(tmp_path, "hydra_lm_head.pt", heads_of(2, 4, 1))
-    heads = checkpoint.published_in(tmp_path).read(trial.target_info, trial.model.config)
+    heads = formats.published_in(tmp_path).read(trial.target_info, trial.model.config)
     blocks = [block.linear.weight for block in heads.heads[0].blocks]
     assert len({block.data_ptr() for block in blocks}) == 3
     assert all(torch.equal(block, blocks[0]) for block in blocks)
@@ -65,19 +65,19 @@ def test_distinct_blocks_stay_distinct(trial, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["mlp", "prefix-mlp"])
-def test_what_is_brought_in_is_saved_and_loaded_bit_for_bit(trial, tmp_path, kind):
+def test_imported_heads_are_saved_and_loaded_bit_for_bit(trial, tmp_path, kind):
     write(tmp_path / "theirs", "hydra_lm_head.pt", heads_of(2, 2, 1) | (prefix_of() if kind == "prefix-mlp" else {}))
-    heads = checkpoint.published_in(tmp_path / "theirs").read(trial.target_info, trial.model.config)
-    checkpoint.save(tmp_path / "ours", heads, trial.target_info, {})
-    loaded = checkpoint.load(tmp_path / "ours", trial.target_info)
+    heads = formats.published_in(tmp_path / "theirs").read(trial.target_info, trial.model.config)
+    formats.save(tmp_path / "ours", heads, trial.target_info, {})
+    loaded = formats.load(tmp_path / "ours", trial.target_info)
     assert loaded.config == heads.config
     assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in heads.state_dict().items())
 
 
-def test_the_tensors_count_not_the_configuration(tmp_path):
+def test_tensors_decide_over_the_configuration(tmp_path):
     config = {"hydra_head_arch": "prefix-mlp", "hydra_num_heads": 3, "base_model_name_or_path": "org/talker-7b"}
     write(tmp_path, "hydra_lm_head.pt", heads_of(2, 4, 1) | prefix_of(), **config)
-    known = checkpoint.detect(tmp_path)
+    known = formats.detect(tmp_path)
     assert (known.kind, known.layout) == ("hydra++", "Hydra++ heads (prefix-mlp)")
     assert (known.num_heads, known.num_layers, known.hidden, known.vocab) == (2, 4, HIDDEN, VOCAB)
     assert known.notes == ("their config.json says hydra_num_heads = 3, their tensors 2; the tensors count",)
@@ -125,10 +125,10 @@ def test_a_tensor_that_does_not_fit_is_named(trial, tmp_path, change, words):
         ({"hidden_state_offset": 1}, "they read the state 1 layers below the last"),
     ],
 )
-def test_kinds_that_cannot_be_brought_in_are_refused_by_name(trial, tmp_path, config, words):
+def test_architectures_that_cannot_be_imported_are_refused_by_name(trial, tmp_path, config, words):
     write(tmp_path, "hydra_lm_head.pt", heads_of(2, 1, 0), **config)
     assert words in trial.refusal(tmp_path)
-    assert any(words in problem for problem in checkpoint.detect(tmp_path).problems)
+    assert any(words in problem for problem in formats.detect(tmp_path).problems)
 
 
 def test_a_file_without_blocks_is_refused(trial, tmp_path):
@@ -136,14 +136,14 @@ def test_a_file_without_blocks_is_refused(trial, tmp_path):
     assert "no hydra_mlp.0.0.linear.weight" in trial.refusal(tmp_path)
 
 
-def test_a_layer_shaped_after_stretched_positions_is_refused(tmp_path):
-    stretched = Trial(write_model(tmp_path / "talker"))
+def test_a_prefix_layer_for_a_target_with_scaled_positions_is_refused(tmp_path):
+    stretched = ImportTrial(write_model(tmp_path / "talker"))
     stretched.model.config.rope_parameters = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
     write(tmp_path / "theirs", "hydra_lm_head.pt", heads_of(2, 1, 1) | prefix_of())
     assert "positions are of type 'linear'" in stretched.refusal(tmp_path / "theirs")
 
 
-def test_another_hidden_size_is_refused_with_both(tmp_path, trial):
+def test_another_hidden_size_is_refused_with_both_sizes(tmp_path, trial):
     tensors = {
         f"hydra_mlp.0.0.{name}.{part}": random(8, 16) for name in ("linear", "res_connection") for part in ("weight", "bias")
     }

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from tiny import ARCHITECTURES, random_model
 from torch import nn
 
-from headstart import formats as checkpoint
+from headstart import formats
 from headstart.drafters.registry import METHODS
 from headstart.formats import TargetInfo, describe_target, native
 from headstart.target.loading import digest, load_model
 from headstart.target.target import Target
 
-FACTS = TargetInfo(name="org/talker", architecture="LlamaForCausalLM", hidden=4, vocab=6, layers=2, digest="0123", tokenizer="abcd")
+INFO = TargetInfo(name="org/talker", architecture="LlamaForCausalLM", hidden=4, vocab=6, layers=2, digest="0123", tokenizer="abcd")
 
 
 class ToyConfig(BaseModel, extra="forbid"):
@@ -50,13 +50,13 @@ def toy_method(monkeypatch):
 @pytest.fixture
 def heads(tmp_path):
     folder = tmp_path / "heads"
-    checkpoint.save(folder, toy(1), FACTS, {"examples": 300})
+    formats.save(folder, toy(1), INFO, {"examples": 300})
     return folder
 
 
 def toy(seed, width=3):
     torch.manual_seed(seed)
-    return Toy(ToyConfig(width=width), FACTS.hidden, FACTS.vocab)
+    return Toy(ToyConfig(width=width), INFO.hidden, INFO.vocab)
 
 
 def is_same(one, other):
@@ -73,10 +73,10 @@ def edit(folder, **changes):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_saved_comes_back_bit_for_bit(tmp_path, dtype):
+def test_saved_heads_are_loaded_bit_for_bit(tmp_path, dtype):
     drafter = toy(2, width=5).to(dtype)
-    checkpoint.save(tmp_path, drafter, FACTS, {})
-    loaded = checkpoint.load(tmp_path, FACTS)
+    formats.save(tmp_path, drafter, INFO, {})
+    loaded = formats.load(tmp_path, INFO)
     assert is_same(loaded, drafter)
     assert loaded.config == ToyConfig(width=5)
     assert not loaded.training
@@ -84,27 +84,27 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path, dtype):
 
 def test_loading_draws_no_random_numbers(heads):
     before = torch.get_rng_state()
-    checkpoint.load(heads)
+    formats.load(heads)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_description_is_there_without_the_weights(heads):
-    described = checkpoint.describe(heads)
-    assert (described.method, described.settings, described.target) == ("toy", {"width": 3}, FACTS)
+def test_the_description_is_read_without_the_weights(heads):
+    described = formats.describe(heads)
+    assert (described.method, described.settings, described.target) == ("toy", {"width": 3}, INFO)
     assert described.training == {"examples": 300}
 
 
-def test_the_card_says_for_whom_and_how(heads):
+def test_the_card_names_the_target_and_the_command(heads):
     card = (heads / "README.md").read_text()
     assert card.startswith("---\nbase_model: org/talker\nlibrary_name: headstart\ntags:\n- speculative-decoding\n- toy\n---\n")
     assert "--model org/talker --drafter" in card
     assert "- examples: 300" in card
 
 
-def test_other_files_stay_and_the_plan_of_the_old_heads_goes(heads):
+def test_other_files_stay_and_the_plan_of_the_old_heads_is_removed(heads):
     (heads / "plan.json").write_text("{}")
     (heads / "log.jsonl").write_text("loss")
-    checkpoint.save(heads, toy(2), FACTS, {})
+    formats.save(heads, toy(2), INFO, {})
     assert sorted(path.name for path in heads.iterdir()) == ["README.md", "config.json", "log.jsonl", "model.safetensors"]
 
 
@@ -139,22 +139,22 @@ def kill_after(monkeypatch, module, name, calls):
         (os, "replace", 2, True),
     ],
 )
-def test_a_kill_at_any_moment_leaves_the_old_or_the_new_heads_whole(heads, monkeypatch, module, name, calls, is_new):
+def test_a_kill_at_any_moment_leaves_the_old_or_the_new_heads_complete(heads, monkeypatch, module, name, calls, is_new):
     """The new heads have another size, so a mixture of both could not be loaded."""
     with monkeypatch.context() as patch:
         kill_after(patch, module, name, calls)
         patch.setattr(native.tempfile.TemporaryDirectory, "cleanup", lambda directory: directory._finalizer.detach())
         with pytest.raises(Killed):
-            checkpoint.save(heads, toy(2, width=7), FACTS, {})
+            formats.save(heads, toy(2, width=7), INFO, {})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(?s).*saving was interrupted")
-        assert is_same(checkpoint.load(heads, FACTS), toy(2, width=7) if is_new else toy(1))
+        assert is_same(formats.load(heads, INFO), toy(2, width=7) if is_new else toy(1))
 
 
-def test_the_next_save_clears_what_a_killed_one_left(heads):
+def test_the_next_save_removes_the_leftovers_of_a_killed_one(heads):
     (heads / ".saving-abc").mkdir()
     (heads / ".saving-abc" / "model.safetensors").write_text("half")
-    checkpoint.save(heads, toy(1), FACTS, {})
+    formats.save(heads, toy(1), INFO, {})
     assert sorted(path.name for path in heads.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
@@ -174,32 +174,32 @@ def test_a_full_disk_is_one_sentence_and_the_old_heads_are_untouched(heads, monk
     with monkeypatch.context() as patch:
         patch.setattr(module, name, fails)
         with pytest.raises(ValueError, match=r"cannot be written to .*No space left.*heads that were there are untouched"):
-            checkpoint.save(heads, toy(2), FACTS, {})
-    assert is_same(checkpoint.load(heads), toy(1))
+            formats.save(heads, toy(2), INFO, {})
+    assert is_same(formats.load(heads), toy(1))
     assert sorted(path.name for path in heads.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
-def test_a_disk_that_fails_after_the_moment_has_whole_new_heads(heads, monkeypatch):
+def test_a_disk_that_fails_after_the_weights_are_replaced_has_complete_new_heads(heads, monkeypatch):
     real = os.replace
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda a, b: real(a, b) if Path(b).name == "model.safetensors" else no_space())
         with pytest.raises(ValueError, match="the new heads are complete"):
-            checkpoint.save(heads, toy(2, width=7), FACTS, {})
+            formats.save(heads, toy(2, width=7), INFO, {})
     with pytest.warns(UserWarning, match="saving was interrupted"):
-        assert is_same(checkpoint.load(heads), toy(2, width=7))
+        assert is_same(formats.load(heads), toy(2, width=7))
 
 
-def test_an_edited_configuration_does_not_count_and_is_not_passed_over(heads):
+def test_an_edited_configuration_is_not_used_and_causes_a_warning(heads):
     edit(heads, training={"examples": 10**9})
     with pytest.warns(UserWarning, match=r"config\.json is not what was saved with the weights.*or it was edited"):
-        assert checkpoint.describe(heads).training == {"examples": 300}
+        assert formats.describe(heads).training == {"examples": 300}
 
 
 def test_heads_never_replace_a_model(tmp_path):
     write_model(tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
     with pytest.raises(ValueError, match="holds something else than heads"):
-        checkpoint.save(tmp_path, toy(1), FACTS, {})
+        formats.save(tmp_path, toy(1), INFO, {})
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
@@ -211,16 +211,16 @@ def test_heads_never_replace_a_model(tmp_path):
     [
         ({"colour": "red"}, "unknown key colour"),
         ({"version": 2}, "format version 2, and this headstart reads version 1"),
-        ({"target": FACTS.model_dump() | {"shoe": 1}}, r"unknown key target\.shoe"),
-        ({"target": FACTS.model_dump() | {"hidden": "4"}}, r"target\.hidden is '4'"),
+        ({"target": INFO.model_dump() | {"shoe": 1}}, r"unknown key target\.shoe"),
+        ({"target": INFO.model_dump() | {"hidden": "4"}}, r"target\.hidden is '4'"),
         ({"target": {"name": "x"}}, r"lacks the key target\.architecture"),
         ({"format": "other"}, "holds no native heads"),
     ],
 )
-def test_a_configuration_that_is_not_ours_is_refused_by_its_key(heads, changes, words):
+def test_an_invalid_configuration_is_refused_by_its_key(heads, changes, words):
     edit(heads, **changes)
     with pytest.raises(ValueError, match=words):
-        checkpoint.load(heads)
+        formats.load(heads)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_settings_that_the_method_does_not_know_are_refused(heads, changes, word
     edit(heads, **changes)
     save_file(load_file(heads / "model.safetensors"), heads / "model.safetensors")  # weights without a copy of the configuration
     with pytest.raises(ValueError, match=words):
-        checkpoint.load(heads)
+        formats.load(heads)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_a_tensor_that_does_not_fit_is_named(heads, change, words):
     change(tensors)
     save_file(tensors, heads / "model.safetensors")
     with pytest.raises(ValueError, match=words):
-        checkpoint.load(heads)
+        formats.load(heads)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_a_tensor_that_does_not_fit_is_named(heads, change, words):
 def test_a_broken_folder_is_one_sentence(heads, breaks, words):
     breaks(heads)
     with pytest.raises(ValueError, match=words):
-        checkpoint.load(heads)
+        formats.load(heads)
 
 
 @pytest.mark.parametrize(
@@ -280,24 +280,24 @@ def test_a_broken_folder_is_one_sentence(heads, breaks, words):
 )
 def test_heads_of_another_target_are_refused_with_both_values(heads, other, words):
     with pytest.raises(ValueError, match=words):
-        checkpoint.load(heads, FACTS.model_copy(update={"name": "org/other"} | other))
+        formats.load(heads, INFO.model_copy(update={"name": "org/other"} | other))
 
 
-def test_heads_of_other_weights_warn_and_say_how_to_measure(heads):
+def test_heads_for_other_weights_warn_and_name_the_command_that_measures_them(heads):
     with pytest.warns(UserWarning, match=r"digest 0123.*digest 4567.*inspect .* --probe"):
-        checkpoint.load(heads, FACTS.model_copy(update={"digest": "4567"}))
+        formats.load(heads, INFO.model_copy(update={"digest": "4567"}))
 
 
-def test_what_nobody_knows_is_not_held_against_anyone(heads):
+def test_unknown_digests_and_tokenizers_are_not_compared(heads):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        checkpoint.load(heads, FACTS.model_copy(update={"digest": None, "tokenizer": None}))
+        formats.load(heads, INFO.model_copy(update={"digest": None, "tokenizer": None}))
 
 
 # -- target_info --
 
 
-def test_the_facts_are_the_targets_own(tmp_path):
+def test_target_info_describes_the_target(tmp_path):
     model = load_model(write_model(tmp_path / "talker"), device="cpu")
     target_info = describe_target(model, write_tokenizer(tmp_path / "talker"))
     assert (target_info.name, target_info.architecture, target_info.hidden, target_info.vocab, target_info.layers) == (
@@ -312,20 +312,20 @@ def test_the_facts_are_the_targets_own(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral"])
-def test_the_digest_does_not_see_the_kernels(name):
+def test_the_digest_does_not_depend_on_the_kernels(name):
     model = random_model(ARCHITECTURES[name](), torch.float32)
     before = digest(model)
     Target(model).choose_kernels()
     assert digest(model) == before
 
 
-def test_the_digest_does_not_see_the_dtype_of_loading(tmp_path):
+def test_the_digest_does_not_depend_on_the_dtype_of_loading(tmp_path):
     random_model(ARCHITECTURES["llama"](), torch.bfloat16).save_pretrained(tmp_path)
     assert len({digest(load_model(tmp_path, dtype, "cpu")) for dtype in ("auto", torch.float32, torch.float64)}) == 1
 
 
 @pytest.mark.parametrize("part", ["model.embed_tokens", "lm_head", "model.layers.1.mlp.up_proj", "model.layers.2.self_attn.q_proj"])
-def test_the_digest_sees_a_fine_tune(part):
+def test_the_digest_distinguishes_a_fine_tune(part):
     model = random_model(ARCHITECTURES["llama"]())
     before = digest(model)
     with torch.no_grad():

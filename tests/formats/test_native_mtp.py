@@ -14,7 +14,7 @@ from transformers.cache_utils import MtpCache
 from transformers.generation.candidate_generator import MTPCandidateGenerator
 
 import headstart
-from headstart import formats as checkpoint
+from headstart import formats
 from headstart.drafters.lookup import Lookup
 from headstart.drafters.mtp import Mtp
 from headstart.drafters.parts.decoder import block_of, decoder
@@ -52,7 +52,7 @@ def publish(tmp_path_factory):
 
 def drafter_of(model):
     """What is made of the modules in a model's folder."""
-    return checkpoint.inside(model.name_or_path).read(checkpoint.describe_target(model), model.config).bind(EmbedHead(model))
+    return formats.inside(model.name_or_path).read(formats.describe_target(model), model.config).bind(EmbedHead(model))
 
 
 # -- the same guesses --
@@ -75,14 +75,14 @@ def guesses(published, drafter_from):
 
 @needs_modules
 @pytest.mark.parametrize(("family", "modules"), KINDS)
-def test_modules_guess_what_those_of_transformers_guess(publish, family, modules):
+def test_logits_equal_those_of_transformers_modules(publish, family, modules):
     wanted, found, depth = guesses(publish(family, modules), drafter_of)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     assert depth == max(3, modules)  # behind the last module of its own weights, it is used again
 
 
 @needs_modules
-def test_norms_that_were_swapped_are_not_seen_but_heard(publish):
+def test_swapped_norms_are_not_refused_but_change_the_logits(publish):
     """Both are vectors of one width, so nothing is refused; the guesses tell."""
     published = publish("deepseek_v3")
 
@@ -98,7 +98,7 @@ def test_norms_that_were_swapped_are_not_seen_but_heard(publish):
 
 @needs_modules
 @pytest.mark.parametrize(("family", "modules"), [("deepseek_v3", 1), ("deepseek_v3", 2), ("glm4_moe", 2), ("mellum", 1)])
-def test_as_many_guesses_are_kept_as_by_transformers_in_every_round(publish, family, modules, monkeypatch):
+def test_as_many_drafts_are_accepted_in_every_round_as_by_transformers(publish, family, modules, monkeypatch):
     """`generate(use_mtp=True)` reads the same folder, keeps the same number of guesses per round, and says the same text."""
     model, kept = publish(family, modules).reloaded(), []
     original = MTPCandidateGenerator.get_candidates
@@ -129,7 +129,7 @@ def decoded(target, planner=None):
 
 
 @pytest.mark.parametrize(("family", "modules"), [("deepseek_v3", 2), ("qwen3", 1), ("mimo", 4)])
-def test_trees_of_guesses_leave_the_text_as_it_is(publish, family, modules):
+def test_trees_of_drafts_leave_the_text_unchanged(publish, family, modules):
     model = publish(family, modules).reloaded()
     plain = model.generate(torch.tensor([PROMPT]), max_new_tokens=24, do_sample=False)[0].tolist()
     text, rounds = decoded(Target(model))
@@ -140,7 +140,7 @@ def test_trees_of_guesses_leave_the_text_as_it_is(publish, family, modules):
 # -- layouts --
 
 
-def test_experts_in_one_tensor_are_read_like_experts_one_by_one(publish, tmp_path):
+def test_fused_experts_are_read_like_separate_ones(publish, tmp_path):
     published = publish("deepseek_v3")
     shutil.copytree(published.folder, tmp_path / "fused")
     state = published.oracle.layers[0].mtp_block.state_dict()
@@ -148,12 +148,12 @@ def test_experts_in_one_tensor_are_read_like_experts_one_by_one(publish, tmp_pat
     fused |= {f"model.layers.3.{name}": tensor for name, tensor in state.items() if ".experts." in name}
     rewritten(published, tmp_path / "fused", fused)
     model = published.reloaded()
-    found = checkpoint.inside(tmp_path / "fused").read(checkpoint.describe_target(model), model.config).state_dict()
+    found = formats.inside(tmp_path / "fused").read(formats.describe_target(model), model.config).state_dict()
     for name, tensor in drafter_of(model).state_dict().items():
         assert torch.equal(found[name], tensor), name
 
 
-def test_copies_of_the_embedding_and_the_head_are_compared_and_left_out(publish, tmp_path):
+def test_copies_of_the_embedding_and_the_lm_head_are_compared_and_left_out(publish, tmp_path):
     published = publish("deepseek_v3")
     weights = published.model.state_dict()
     copies = {
@@ -162,7 +162,7 @@ def test_copies_of_the_embedding_and_the_head_are_compared_and_left_out(publish,
     }
     folder = rewritten(published, tmp_path, published.tensors | copies)
     assert read(published, folder).config.num_modules == 1
-    assert checkpoint.detect(folder).parameters == checkpoint.detect(published.folder).parameters
+    assert formats.detect(folder).parameters == formats.detect(published.folder).parameters
 
 
 def rewritten(published, folder, tensors, **config):
@@ -175,7 +175,7 @@ def rewritten(published, folder, tensors, **config):
 
 
 def read(published, folder):
-    return checkpoint.inside(folder).read(checkpoint.describe_target(published.model), published.model.config)
+    return formats.inside(folder).read(formats.describe_target(published.model), published.model.config)
 
 
 # -- what is wrong is named --
@@ -236,14 +236,14 @@ def test_what_is_wrong_is_named(publish, tmp_path, what):
     assert words in str(error.value)
 
 
-def test_names_that_nobody_knows_are_refused(publish, tmp_path):
+def test_unknown_tensor_names_are_refused(publish, tmp_path):
     published = publish("qwen3")
     folder = rewritten(published, tmp_path, {"model.mtp_block.0.mlp.up_proj.weight": torch.zeros(96, 64)})
     with pytest.raises(ValueError, match=r"their names are not known here, such as model\.mtp_block\.0\.mlp\.up_proj\.weight"):
         read(published, folder)
 
 
-def test_layers_that_share_a_projection_are_refused(publish, tmp_path):
+def test_several_layers_after_one_projection_are_refused(publish, tmp_path):
     published = publish("qwen3")
     second = {
         name.replace("layers.0.", "layers.1."): tensor.clone() for name, tensor in published.tensors.items() if "layers.0." in name
@@ -255,38 +255,38 @@ def test_layers_that_share_a_projection_are_refused(publish, tmp_path):
 def test_modules_of_different_kinds_are_refused(publish):
     published = publish("mimo", 4)
     config = hf.Qwen2Config(**{**published.model.config.to_dict(), "mtp_layer_types": ["full_attention", "sliding_attention"]})
-    problems = [*checkpoint.inside(published.folder).problems(config)]
+    problems = [*formats.inside(published.folder).problems(config)]
     assert problems == [
         "they are of different kinds (full_attention, sliding_attention), but only modules of one kind are supported"
     ]
 
 
-def test_a_norm_that_all_modules_share_is_refused(publish):
+def test_a_norm_shared_by_all_modules_is_refused(publish):
     published = publish("mimo")
     config = hf.Qwen2Config(**{**published.model.config.to_dict(), "chain_hidden_post_norm": True})
-    problems = [*checkpoint.inside(published.folder).problems(config)]
+    problems = [*formats.inside(published.folder).problems(config)]
     assert problems == ["their model's configuration has chain_hidden_post_norm, which is not supported"]
 
 
-def test_a_miscounting_configuration_is_noted(publish, tmp_path):
+def test_a_wrong_count_in_the_configuration_is_noted(publish, tmp_path):
     published = publish("deepseek_v3", 2)
     folder = rewritten(published, tmp_path, published.tensors, num_nextn_predict_layers=1)
-    assert checkpoint.detect(folder).notes == (
+    assert formats.detect(folder).notes == (
         "their config.json says num_nextn_predict_layers = 1, their tensors 2; the tensors count",
     )
 
 
-def test_a_model_whose_modules_were_lost_says_where_to_get_them(publish, tmp_path):
+def test_a_model_without_its_declared_modules_names_where_to_get_them(publish, tmp_path):
     published = publish("deepseek_v3")
     published.reloaded().save_pretrained(tmp_path / "saved")
     model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     with pytest.raises(ValueError, match="transformers leaves them out when it saves a model") as error:
         make("mtp", Target(model))
     assert f"`headstart import ORIGINAL --target {tmp_path / 'saved'} --out FOLDER`" in str(error.value)
-    assert "says num_nextn_predict_layers = 1" in checkpoint.detect(tmp_path / "saved").notes[0]
+    assert "says num_nextn_predict_layers = 1" in formats.detect(tmp_path / "saved").notes[0]
 
 
-def test_a_model_that_never_had_modules_says_so():
+def test_a_model_without_declared_modules_is_refused_as_such():
     target = Target(random_model(hf.LlamaConfig(**_COMMON)))
     with pytest.raises(ValueError, match="comes with no mtp heads, and heads fit one model only") as error:
         make("mtp", target)
@@ -315,7 +315,7 @@ def test_auto_falls_back_to_lookup_where_modules_cannot_be_used(publish, tmp_pat
     assert isinstance(llm.engine.drafter, Lookup)
 
 
-def test_inspect_says_that_a_model_has_modules(publish):
+def test_inspect_reports_the_modules_of_a_model(publish):
     folder = publish("deepseek_v3", 2).folder
     found = answer("inspect", folder)
     assert found["heads"] == "MTP modules inside a whole model, named as DeepSeek-V3 and GLM name them"
@@ -335,7 +335,7 @@ def test_import_makes_heads_of_modules(publish, tmp_path):
     published = publish("mimo")
     found = answer("import", published.folder, "--out", tmp_path / "heads")
     assert (found["method"], found["modules"], found["target"]) == ("mtp", 1, str(published.folder))
-    heads = checkpoint.load(tmp_path / "heads")
+    heads = formats.load(tmp_path / "heads")
     assert torch.equal(heads.state_dict()["stages.0.eh_proj.weight"], published.tensors["model.mtp_layers.0.input_proj.weight"])
     inspected = answer("inspect", tmp_path / "heads")
     assert (inspected["method"], inspected["num_modules"]) == ("mtp", 1)
@@ -346,7 +346,7 @@ def test_import_makes_heads_of_modules(publish, tmp_path):
     assert said["token_ids"] == plain["token_ids"]
 
 
-def test_modules_are_brought_in_for_a_model_that_lost_them(publish, tmp_path):
+def test_modules_are_imported_for_a_model_that_lacks_them(publish, tmp_path):
     published = publish("deepseek_v3")
     shutil.copytree(published.folder, tmp_path / "saved")
     published.reloaded().save_pretrained(tmp_path / "saved")
@@ -358,7 +358,7 @@ def test_modules_are_brought_in_for_a_model_that_lost_them(publish, tmp_path):
 # -- families --
 
 
-def test_a_layer_is_of_the_kind_of_the_last_even_where_the_first_is_not(publish):
+def test_a_module_has_the_kind_of_the_models_last_layer_even_where_the_first_differs(publish):
     config = publish("deepseek_v3").model.config
     assert config.first_k_dense_replace == 1
     assert "layers.0.mlp.experts.gate_up_proj" in decoder(block_of(config), 64).state_dict()

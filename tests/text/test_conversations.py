@@ -65,7 +65,7 @@ def spans(tokenizer, tokens: list[int], mask: list[int]) -> list[str]:
 
 @pytest.mark.parametrize("template", [TEMPLATE, MARKED, WITH_LINES, LINES_MARKED], ids=["plain", "marked", "lines", "lines-marked"])
 @pytest.mark.parametrize("messages", CHATS.values(), ids=CHATS)
-def test_what_counts_is_every_reply_and_its_end(tokenizer, template, messages):
+def test_the_loss_mask_covers_every_reply_and_its_end(tokenizer, template, messages):
     tokenizer.chat_template = template
     tokens, mask = encode_conversation(tokenizer, messages)
     assert spans(tokenizer, tokens, mask) == [m["content"] + "<|end|>" for m in messages if m["role"] == "assistant"]
@@ -74,21 +74,21 @@ def test_what_counts_is_every_reply_and_its_end(tokenizer, template, messages):
 
 @pytest.mark.parametrize(("plain", "marked"), [(TEMPLATE, MARKED), (WITH_LINES, LINES_MARKED)])
 @pytest.mark.parametrize("messages", CHATS.values(), ids=CHATS)
-def test_with_and_without_markers_the_mask_is_the_same(tokenizer, plain, marked, messages):
+def test_the_mask_is_the_same_with_and_without_markers(tokenizer, plain, marked, messages):
     tokenizer.chat_template = plain
     by_differencing = encode_conversation(tokenizer, messages)
     tokenizer.chat_template = marked
     assert encode_conversation(tokenizer, messages) == by_differencing
 
 
-def test_a_reply_that_begins_with_a_blank_is_not_lost_where_tokens_claim_no_blanks(tmp_path):
+def test_a_reply_that_begins_with_a_blank_is_masked_where_tokens_exclude_blanks(tmp_path):
     tokenizer = write_tokenizer(tmp_path, template=MARKED)
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)  # Llama 3's, GPT-2's
     tokens, mask = encode_conversation(tokenizer, chat("the cat", " a fish", "so", " so"))
     assert spans(tokenizer, tokens, mask) == [" a fish<|end|>", " so<|end|>"]
 
 
-def test_a_template_that_rewrites_the_past_is_refused_by_name(tokenizer):
+def test_a_template_that_rewrites_earlier_messages_is_refused_by_name(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}<|user|>{{ m.content if loop.last else 'so' }}<|end|>{% endfor %}"
     with pytest.raises(ValueError, match=r"the chat template of the tokenizer .* in another way than the whole"):
         encode_conversation(tokenizer, chat("the cat", "a fish", "the sea", "so"))
@@ -101,7 +101,7 @@ def test_a_reply_without_a_prompt_is_refused(tokenizer):
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, MARKED, WITH_LINES, LINES_MARKED])
-def test_what_follows_a_reply_joins_it_to_the_next_prompt(tokenizer, template):
+def test_follow_up_joins_a_reply_to_the_next_prompt(tokenizer, template):
     tokenizer.chat_template = template
     told = chat("the cat", "a fish", "the sea", "so", "the cat")
     whole = tokenizer.apply_chat_template(told, add_generation_prompt=True, return_dict=False)
@@ -141,7 +141,7 @@ def test_a_distilled_line_is_used_as_it_is(tokenizer, lines):
     assert (report.num_read, report.num_foreign, report.num_cut) == (1, 0, 0)
 
 
-def test_another_targets_answers_must_be_allowed(tokenizer, lines):
+def test_another_targets_answers_are_refused_unless_allowed(tokenizer, lines):
     path = lines(DISTILLED)
     with pytest.raises(ValueError, match=r"line 1 of .*sea \(digest abc\).*own target's answers.*any_target=True"):
         read_examples([path], tokenizer, digest="def")
@@ -157,7 +157,7 @@ def test_an_answer_from_an_endpoint_is_of_an_unknown_target(tokenizer, lines):
 
 
 @pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl.gz", "data.jsonl.xz"])
-def test_chats_and_texts_are_read_packed_or_not(tokenizer, lines, name):
+def test_chats_and_texts_are_read_compressed_or_not(tokenizer, lines, name):
     tokenizer.chat_template = TEMPLATE
     path = lines({"messages": chat("the cat", "a fish")}, "", {"text": "the sea was blue"}, name=name)
     (first, second), report = read_examples([path], tokenizer)
@@ -167,7 +167,7 @@ def test_chats_and_texts_are_read_packed_or_not(tokenizer, lines, name):
     assert report.num_read == 2
 
 
-def test_a_text_file_is_one_text_in_pieces(tokenizer, tmp_path):
+def test_a_text_file_is_one_text_split_into_pieces(tokenizer, tmp_path):
     (tmp_path / "sea.txt").write_text("the sea was blue\n\nand the cat was grey\n" * 3)
     examples, report = read_examples([tmp_path / "sea.txt"], tokenizer, max_length=8)
     whole = [token for example in examples for token in example.tokens]
@@ -229,7 +229,7 @@ def test_messages_need_a_chat_template(tokenizer, lines):
         read_examples([lines({"messages": chat("the cat", "a fish")})], tokenizer)
 
 
-def test_a_file_that_is_not_there_or_no_text_is_named(tokenizer, tmp_path):
+def test_a_missing_file_and_a_binary_file_are_named(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="there is no file"):
         read_examples([tmp_path / "none.jsonl"], tokenizer)
     (tmp_path / "data.txt").write_bytes(b"\xff\xfe")

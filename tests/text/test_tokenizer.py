@@ -76,7 +76,7 @@ def pushes_of(tokenizer) -> st.SearchStrategy[list[list[int]]]:
 
 
 @pytest.mark.parametrize("name", [*TOKENIZERS, *REAL])
-def test_streamed_pieces_join_to_the_whole_decoded_at_once(name):
+def test_streamed_pieces_join_to_the_text_decoded_at_once(name):
     tokenizer = (TOKENIZERS | REAL)[name]
 
     @settings(max_examples=100, deadline=None)
@@ -88,7 +88,7 @@ def test_streamed_pieces_join_to_the_whole_decoded_at_once(name):
 
 
 @pytest.mark.parametrize("name", [*TOKENIZERS, *REAL])
-def test_real_text_survives_streaming_one_token_at_a_time(name):
+def test_real_text_is_streamed_one_token_at_a_time(name):
     """Long enough that the context is cut many times."""
     tokenizer = (TOKENIZERS | REAL)[name]
     token_ids = tokenizer.encode("A cab. Über €5 — 日本語 😀👍🏽, naïve  b\n\n" * 20, add_special_tokens=False)
@@ -98,7 +98,7 @@ def test_real_text_survives_streaming_one_token_at_a_time(name):
 @pytest.mark.parametrize("name", TOKENIZERS)
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
-def test_what_is_out_does_not_depend_on_how_tokens_were_grouped(name, data):
+def test_final_text_does_not_depend_on_how_tokens_were_grouped(name, data):
     pushes = data.draw(pushes_of(TOKENIZERS[name]))
     together, alone = Detokenizer(TOKENIZERS[name]), Detokenizer(TOKENIZERS[name])
     for push in pushes:
@@ -125,7 +125,7 @@ def test_a_special_token_inside_a_run_of_bytes_does_not_end_it():
     assert stream(tokenizer, [[first], [end], [second], [a]]) == ["", "", "", "üa", ""]
 
 
-def test_a_character_is_whole_even_where_special_tokens_fill_the_context_between_its_bytes():
+def test_a_character_is_complete_even_where_special_tokens_fill_the_context_between_its_bytes():
     tokenizer = TOKENIZERS["byte_level"]
     a, end = tokenizer.convert_tokens_to_ids(["a", "<|end|>"])
     first, *rest = tokenizer.encode("😀")
@@ -133,7 +133,7 @@ def test_a_character_is_whole_even_where_special_tokens_fill_the_context_between
     assert stream(tokenizer, pushes)[1:] == ["", "😀", ""]
 
 
-def test_a_byte_that_can_become_no_character_is_out_when_the_next_one_shows_it():
+def test_an_invalid_byte_is_released_when_the_next_one_shows_it():
     tokenizer = TOKENIZERS["byte_level"]
     lone = tokenizer.encode("€")[-1]
     assert stream(tokenizer, [[lone]] * 4) == ["", "\ufffd", "\ufffd", "\ufffd", "\ufffd"]
@@ -198,7 +198,7 @@ def test_a_single_stop_string_need_not_be_a_list():
     assert StopStrings("end").push("the end") == ("the ", "end")
 
 
-def test_a_stop_string_inside_a_push_tells_how_many_tokens_belong_to_the_answer():
+def test_a_stop_string_inside_a_push_counts_the_tokens_that_belong_to_the_answer():
     tokenizer = TOKENIZERS["byte_level"]
     answer = TextStream(tokenizer, ["b."])
     assert answer.push(tokenizer.encode("aab")).text == "aa"
@@ -248,7 +248,7 @@ def test_token_ids_pass_unchanged():
     assert encode_prompt(TOKENIZERS["byte_level"], [5, 0, 5]) == [5, 0, 5]
 
 
-def test_messages_go_through_the_chat_template_and_open_the_answer():
+def test_messages_are_rendered_by_the_chat_template_with_a_generation_prompt():
     tokenizer = byte_level()
     tokenizer.chat_template = TEMPLATE
     prompt = encode_prompt(tokenizer, [{"role": "user", "content": "hi"}])
