@@ -1,4 +1,4 @@
-"""The command line in this process."""
+"""Runs the command line in the process of the tests."""
 
 import json
 
@@ -8,10 +8,12 @@ from headstart.cli import app
 
 
 def run(*arguments):
+    """The result of `headstart` with these arguments."""
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def answer(*arguments):
+    """What a command prints with --json, which must succeed."""
     result = run(*arguments, "--json")
     assert result.exit_code == 0, result.stderr
     return json.loads(result.stdout)

@@ -1,4 +1,4 @@
-"""EAGLE-3 heads as published: made-up tensors, and their logits by the formula."""
+"""EAGLE-3 heads as published: random tensors, and their logits by the formula."""
 
 import torch
 from literal import Layer, frequencies, norm, unrolled
@@ -7,7 +7,7 @@ from published import HIDDEN, VOCAB, random
 LAYERS, EPS = 8, 1e-2
 
 
-THREE = (1, 3, 4)  # outputs that are read of eight layers where nothing is said
+THREE = (1, 3, 4)  # layers of eight that heads read where their configuration names none
 
 
 STEPS = 6
@@ -21,38 +21,38 @@ SIZES = {
 
 def linears(prefix, width, size, reads):
     rows = {"q": 4 * size, "k": 2 * size, "v": 2 * size}
-    found = {f"{prefix}self_attn.{name}_proj.weight": random(count, reads) for name, count in rows.items()}
-    found[f"{prefix}self_attn.o_proj.weight"] = random(width, 4 * size)
-    found |= {f"{prefix}mlp.{name}_proj.weight": random(48, width) for name in ("gate", "up")}
-    return found | {f"{prefix}mlp.down_proj.weight": random(width, 48)}
+    tensors = {f"{prefix}self_attn.{name}_proj.weight": random(count, reads) for name, count in rows.items()}
+    tensors[f"{prefix}self_attn.o_proj.weight"] = random(width, 4 * size)
+    tensors |= {f"{prefix}mlp.{name}_proj.weight": random(48, width) for name in ("gate", "up")}
+    return tensors | {f"{prefix}mlp.down_proj.weight": random(width, 48)}
 
 
 def heads(prefix="midlayer.", size=8, width=HIDDEN, draft=None, taps=3, layers=1):
-    """draft: target's tokens that can be said, in the order of the rows; None for all."""
+    """Tensors of heads in the authors' names. draft: ids of the draft vocabulary, in the order of the rows; None: all tokens."""
     torch.manual_seed(size + taps)
-    found = {"fc.weight": random(width, taps * HIDDEN), "norm.weight": 1 + random(width)}
-    found["lm_head.weight"] = random(VOCAB if draft is None else len(draft), width)
-    for place in range(layers):
-        name = f"layers.{place}." if place else prefix
-        found |= linears(name, width, size, width if place else 2 * width)
-        norms = ("input_layernorm", "post_attention_layernorm", *(() if place else ("hidden_norm",)))
-        found |= {f"{name}{norm}.weight": 1 + random(width) for norm in norms}
+    tensors = {"fc.weight": random(width, taps * HIDDEN), "norm.weight": 1 + random(width)}
+    tensors["lm_head.weight"] = random(VOCAB if draft is None else len(draft), width)
+    for index in range(layers):
+        name = f"layers.{index}." if index else prefix
+        tensors |= linears(name, width, size, width if index else 2 * width)
+        norms = ("input_layernorm", "post_attention_layernorm", *(() if index else ("hidden_norm",)))
+        tensors |= {f"{name}{norm}.weight": 1 + random(width) for norm in norms}
     if draft is not None:
-        found["d2t"] = torch.tensor(draft) - torch.arange(len(draft))
-        found["t2d"] = torch.zeros(VOCAB, dtype=torch.bool).index_fill(0, torch.tensor(draft), True)
-    return found
+        tensors["d2t"] = torch.tensor(draft) - torch.arange(len(draft))
+        tensors["t2d"] = torch.zeros(VOCAB, dtype=torch.bool).index_fill(0, torch.tensor(draft), True)
+    return tensors
 
 
 SOME = sorted(torch.randperm(VOCAB, generator=torch.Generator().manual_seed(1))[:60].tolist())
 
 
-def by_formula(trial, tensors, size=8, prefix="midlayer.", taps=THREE, turns=None, layers=1, **switches):
-    """g = fc [taps]; attention reads [norm(e), norm(g)]; g and its output are added up; what comes out is the next g, and is said
-    by norm and head."""
+def by_formula(trial, tensors, size=8, prefix="midlayer.", taps=THREE, rotary=None, layers=1, **switches):
+    """Logits in float64: g = fc [taps]; attention reads [norm(e), norm(g)], and its output is added to g; the layer's output is the
+    next g, and norm and LM head turn it into logits. (EAGLE-3, Li et al. 2025)"""
     tensors = {name: tensor.double() for name, tensor in tensors.items()}
-    turns = turns or frequencies(size, 10000.0)
-    places = [prefix, *(f"layers.{place}." for place in range(1, layers))]
-    first, *rest = (Layer(lambda name, place=place: tensors.get(place + name), 4, 2, size, turns, EPS) for place in places)
+    rotary = rotary or frequencies(size, 10000.0)
+    prefixes = [prefix, *(f"layers.{index}." for index in range(1, layers))]
+    first, *rest = (Layer(lambda name, at=at: tensors.get(at + name), 4, 2, size, rotary, EPS) for at in prefixes)
 
     def step(state, embedding, position, pasts):
         normed = first.normed("hidden_norm", state)
@@ -65,13 +65,13 @@ def by_formula(trial, tensors, size=8, prefix="midlayer.", taps=THREE, turns=Non
 
     table = tensors.get("embed_tokens.weight")
     for row, tokens in enumerate(trial.tokens):
-        fused = torch.stack([fuse(tensors, [trial.outputs[tap][row, place] for tap in taps]) for place in range(len(tokens))])
+        fused = torch.stack([fuse(tensors, [trial.outputs[tap][row, index] for tap in taps]) for index in range(len(tokens))])
         outs = unrolled(step, fused, trial.embedded[row] if table is None else table[tokens], STEPS)
-        yield [[say(tensors, out, switches.get("norm_output")) for out in places] for places in outs]
+        yield [[logits(tensors, out, switches.get("norm_output")) for out in steps] for steps in outs]
 
 
 def through(layers, h, position, pasts):
-    """Plain Llama layers behind the first."""
+    """The hidden state after the plain Llama layers that follow the first layer."""
     for layer, past in zip(layers, pasts[1:], strict=False):
         h = layer.finish(h, layer.normed("input_layernorm", h), position, past)
     return h
@@ -79,14 +79,14 @@ def through(layers, h, position, pasts):
 
 def fuse(tensors, states):
     if "fc_norm.0.weight" in tensors:
-        states = [norm(state, tensors[f"fc_norm.{place}.weight"], EPS) for place, state in enumerate(states)]
+        states = [norm(state, tensors[f"fc_norm.{index}.weight"], EPS) for index, state in enumerate(states)]
     together = torch.cat(states)
     if "input_norm.weight" in tensors:
         together = norm(together, tensors["input_norm.weight"], EPS)
     return tensors["fc.weight"] @ together + tensors.get("fc.bias", 0)
 
 
-def say(tensors, out, is_normed):
+def logits(tensors, out, is_normed):
     return tensors["lm_head.weight"] @ (out if is_normed else norm(out, tensors["norm.weight"], EPS))
 
 

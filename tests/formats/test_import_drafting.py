@@ -1,4 +1,4 @@
-"""Heads of others as they are used: from the file through drafting, for every kind of layer that can be imported."""
+"""Published heads in use: from the file through drafting, for every kind of layer that can be imported."""
 
 import published_eagle as eagle
 import published_eagle3 as eagle3
@@ -18,7 +18,7 @@ from headstart.target.loading import load_model
 from headstart.target.target import Target
 
 KINDS = ("llama", "llama with biases", "mistral", "qwen2", "qwen3", "qwen3 with biases")
-SIZE = 12  # of an attention head
+SIZE = 12  # width of an attention head
 
 
 @pytest.fixture(scope="module")
@@ -26,43 +26,43 @@ def trial(tmp_path_factory):
     return ImportTrial(write_model(tmp_path_factory.mktemp("target") / "talker", layers=eagle3.LAYERS), torch.float64)
 
 
-def own(kind, prefix):
-    """What a layer of this kind has and the plainest lacks: biases of queries, keys and values, Qwen2's without one of what they
-    make, and norms of queries and keys."""
+def extra_tensors(kind, prefix):
+    """Tensors of a layer of this kind besides those of a plain Llama layer: biases of queries, keys and values, one of the output
+    except for Qwen2, and norms of queries and keys."""
     counts = {"q": 4 * SIZE, "k": 2 * SIZE, "v": 2 * SIZE} | ({"o": HIDDEN} if "biases" in kind else {})
     has_biases, has_norms = kind == "qwen2" or "biases" in kind, kind.startswith("qwen3")
     biases = {f"{prefix}self_attn.{name}_proj.bias": random(count) for name, count in counts.items()} if has_biases else {}
     return biases | ({f"{prefix}self_attn.{name}_norm.weight": 1 + random(SIZE) for name in "qk"} if has_norms else {})
 
 
-def sized(kind):
+def sizes_of(kind):
     return {"model_type": kind.split()[0], "head_dim": SIZE, "num_key_value_heads": 2}
 
 
-# -- what they say while they draft --
+# -- logits while drafting --
 
 
 @pytest.mark.parametrize(("kind", "layers"), [*((kind, 1) for kind in KINDS), ("llama", 2), ("qwen3", 2)])
 def test_eagle3_heads_draft_with_the_formulas_logits_for_every_kind_of_layer(trial, tmp_path, kind, layers):
     tensors = eagle3.heads("layers.0.", size=SIZE, draft=eagle3.SOME, layers=layers)
-    for place in range(layers):
-        tensors |= own(kind, f"layers.{place}.")
-    write(tmp_path, "model.safetensors", tensors, **eagle3.of_speculators(layer=sized(kind), norm_before_residual=True))
-    wanted = eagle3.by_formula(trial, tensors, SIZE, prefix="layers.0.", layers=layers, norm_before_residual=True)
-    assert_same(trial.drafted(tmp_path, eagle3.STEPS), list(wanted))
+    for index in range(layers):
+        tensors |= extra_tensors(kind, f"layers.{index}.")
+    write(tmp_path, "model.safetensors", tensors, **eagle3.of_speculators(layer=sizes_of(kind), norm_before_residual=True))
+    expected = eagle3.by_formula(trial, tensors, SIZE, prefix="layers.0.", layers=layers, norm_before_residual=True)
+    assert_same(trial.drafted(tmp_path, eagle3.STEPS), list(expected))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_eagle3_heads_of_their_authors_draft_with_the_formulas_logits_for_every_kind_of_layer(trial, tmp_path, kind):
-    tensors = eagle3.heads(size=SIZE, draft=eagle3.SOME) | own(kind, "midlayer.")
-    write(tmp_path, "pytorch_model.bin", tensors, **eagle3.SIZES | sized(kind))
+    tensors = eagle3.heads(size=SIZE, draft=eagle3.SOME) | extra_tensors(kind, "midlayer.")
+    write(tmp_path, "pytorch_model.bin", tensors, **eagle3.SIZES | sizes_of(kind))
     assert_same(trial.drafted(tmp_path, eagle3.STEPS), list(eagle3.by_formula(trial, tensors, SIZE)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_eagle_heads_draft_with_the_formulas_logits_for_every_kind_of_layer(trial, tmp_path, kind):
-    tensors = eagle.heads(bias=True, size=SIZE) | own(kind, "layers.0.")
-    write(tmp_path, "pytorch_model.bin", tensors, **eagle.SIZES | sized(kind))
+    tensors = eagle.heads(bias=True, size=SIZE) | extra_tensors(kind, "layers.0.")
+    write(tmp_path, "pytorch_model.bin", tensors, **eagle.SIZES | sizes_of(kind))
     assert_same(trial.drafted(tmp_path, eagle.STEPS), list(eagle.by_formula(trial, tensors, 2, SIZE)))
 
 
@@ -71,15 +71,15 @@ def test_hydra_heads_draft_with_the_formulas_logits(trial, tmp_path):
     write(tmp_path, "hydra_lm_head.pt", tensors, hydra_head_arch="prefix-mlp")
     tensors = {name: tensor.double() for name, tensor in tensors.items()}
     states = torch.stack([hydra.llama_layer(h, lambda name: tensors[f"{hydra.WHERE}{name}.weight"]) for h in trial.states])
-    for found, wanted in zip(trial.drafted(tmp_path, 4), hydra.by_formula(trial, tensors, 4, 4, 1, states), strict=True):
-        torch.testing.assert_close(found, wanted[:, : found.shape[1]], rtol=1e-5, atol=1e-5)
+    for actual, expected in zip(trial.drafted(tmp_path, 4), hydra.by_formula(trial, tensors, 4, 4, 1, states), strict=True):
+        torch.testing.assert_close(actual, expected[:, : actual.shape[1]], rtol=1e-5, atol=1e-5)
 
 
 def test_medusa_heads_draft_with_the_formulas_logits(trial, tmp_path):
-    made = [([(w.double(), b.double()) for w, b in blocks], last.double()) for blocks, last in medusa.parts(4, 2)]
+    parts = [([(w.double(), b.double()) for w, b in blocks], last.double()) for blocks, last in medusa.parts(4, 2)]
     write(tmp_path, "medusa_lm_head.pt", medusa.numbered(medusa.parts(4, 2)))
-    for found, wanted in zip(trial.drafted(tmp_path, 4), medusa.by_formula(trial, made), strict=True):
-        torch.testing.assert_close(found, wanted[:, : found.shape[1]], rtol=1e-10, atol=1e-10)
+    for actual, expected in zip(trial.drafted(tmp_path, 4), medusa.by_formula(trial, parts), strict=True):
+        torch.testing.assert_close(actual, expected[:, : actual.shape[1]], rtol=1e-10, atol=1e-10)
 
 
 # -- positions that change with the length --
@@ -106,16 +106,16 @@ def test_nothing_is_drafted_beyond_the_limit_of_dynamic_positions(trial, tmp_pat
     heads = trial.read(tmp_path)
     read, deepest, original = [], [], heads.propose
 
-    def listen(rows):
+    def record(rows):
         drafts = original(rows)
         read.append(max(heads.memories[0].length(seat) for seat in rows.seats))
         deepest.append(drafts.max_depth)
         return drafts
 
-    heads.propose = listen
+    heads.propose = record
     target = Target(load_model(trial.folder, torch.float64, "cpu"))
-    plain, _ = answered(target, None, None, trial, 0.0)
-    assert answered(target, heads, Chain(3), trial, 0.0)[0] == plain
+    plain, _ = decoded(target, None, None, trial, 0.0)
+    assert decoded(target, heads, Chain(3), trial, 0.0)[0] == plain
     assert [min(3, max(0, 15 - length)) for length in read] == deepest
     assert {0, 3} <= {*deepest}
 
@@ -128,22 +128,22 @@ def test_nothing_is_drafted_beyond_the_limit_of_dynamic_positions(trial, tmp_pat
 @pytest.mark.parametrize("method", ["eagle", "eagle3"])
 def test_the_engine_generates_the_text_of_plain_decoding_whatever_layer_drafts(trial, tmp_path, method, kind, temperature):
     if method == "eagle":
-        tensors = eagle.heads(size=SIZE) | own(kind, "layers.0.")
-        write(tmp_path, "model.safetensors", tensors, **eagle.SIZES | sized(kind))
+        tensors = eagle.heads(size=SIZE) | extra_tensors(kind, "layers.0.")
+        write(tmp_path, "model.safetensors", tensors, **eagle.SIZES | sizes_of(kind))
     else:
-        tensors = eagle3.heads("layers.0.", size=SIZE) | own(kind, "layers.0.")
-        write(tmp_path, "model.safetensors", tensors, **eagle3.of_speculators(layer=sized(kind)))
+        tensors = eagle3.heads("layers.0.", size=SIZE) | extra_tensors(kind, "layers.0.")
+        write(tmp_path, "model.safetensors", tensors, **eagle3.of_speculators(layer=sizes_of(kind)))
     target = Target(load_model(trial.folder, torch.float64, "cpu"))
     heads = trial.read(tmp_path)
-    plain, _ = answered(target, None, None, trial, temperature)
+    plain, _ = decoded(target, None, None, trial, temperature)
     for planner in Chain(3), Best(nodes=9, depth=3, width=3, beam=3):
-        found, drafts = answered(target, heads, planner, trial, temperature)
-        assert found == plain
+        text, drafts = decoded(target, heads, planner, trial, temperature)
+        assert text == plain
         assert drafts > 0
 
 
-def answered(target, drafter, planner, trial, temperature):
-    """Two answers at once, and how many tokens were drafted for them."""
+def decoded(target, drafter, planner, trial, temperature):
+    """Two answers decoded together, and the number of tokens drafted for them."""
     engine = Engine(target, drafter, planner)
     params = SamplingParams(max_tokens=12, temperature=temperature, ignore_eos=True)
     requests = [engine.add(tokens, params, seed=seed) for seed, tokens in enumerate(trial.tokens.tolist())]

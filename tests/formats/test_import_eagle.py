@@ -1,4 +1,4 @@
-"""EAGLE heads of others: imported, they say what the formula says, however they are stored; what is wrong with them is named."""
+"""Published EAGLE heads: imported, their logits equal the formula's, however they are stored; errors in them are named."""
 
 import json
 
@@ -31,23 +31,23 @@ def trial(tmp_path_factory):
 def test_logits_equal_the_formulas_at_every_unrolled_step(trial, tmp_path, shape, config, file):
     tensors = heads(**shape)
     write(tmp_path, file, tensors, **SIZES, **config)
-    wanted = by_formula(trial, tensors, shape["kv"], shape.get("size", 8), config.get("rope_theta", 10000.0))
-    assert_same(trial.logits(tmp_path), wanted)
+    expected = by_formula(trial, tensors, shape["kv"], shape.get("size", 8), config.get("rope_theta", 10000.0))
+    assert_same(trial.logits(tmp_path), expected)
 
 
 def test_an_embedding_equal_to_the_targets_is_left_out(trial, tmp_path):
-    table = trial.embed_head.embed_weight.half()
-    write(tmp_path, "model.safetensors", heads() | {"embed_tokens.weight": table}, **SIZES, num_key_value_heads=2)
-    found = formats.published_in(tmp_path).for_target(trial.target_info, lambda: trial.embed_head)
-    assert "their embedding is the target's, and left out" in found.notes
-    assert found.read(trial.target_info, trial.model.config).config.embedding == "shared"
+    embedding = trial.embed_head.embed_weight.half()
+    write(tmp_path, "model.safetensors", heads() | {"embed_tokens.weight": embedding}, **SIZES, num_key_value_heads=2)
+    published = formats.published_in(tmp_path).for_target(trial.target_info, lambda: trial.embed_head)
+    assert "their embedding is the target's, and left out" in published.notes
+    assert published.read(trial.target_info, trial.model.config).config.embedding == "shared"
 
 
 def test_an_embedding_that_differs_from_the_targets_is_kept(trial, tmp_path):
     tensors = heads() | {"embed_tokens.weight": random(VOCAB, HIDDEN)}
     write(tmp_path, "model.safetensors", tensors, **SIZES, num_key_value_heads=2)
-    wanted = by_formula(trial, tensors, 2, 8, table=tensors["embed_tokens.weight"])
-    assert_same(trial.logits(tmp_path), wanted)
+    expected = by_formula(trial, tensors, 2, 8, own_embedding=tensors["embed_tokens.weight"])
+    assert_same(trial.logits(tmp_path), expected)
     assert trial.read(tmp_path).config.embedding == "own"
 
 
@@ -77,21 +77,21 @@ def test_tables_of_rotary_frequencies_are_left_out(trial, tmp_path):
 def test_imported_heads_are_saved_and_loaded_bit_for_bit(trial, tmp_path):
     tensors = heads(bias=True) | {"embed_tokens.weight": random(VOCAB, HIDDEN)}
     write(tmp_path / "theirs", "pytorch_model.bin", tensors, **SIZES, num_key_value_heads=2)
-    brought = trial.read(tmp_path / "theirs")
-    formats.save(tmp_path / "ours", brought, trial.target_info, {})
+    imported = trial.read(tmp_path / "theirs")
+    formats.save(tmp_path / "ours", imported, trial.target_info, {})
     loaded = formats.load(tmp_path / "ours", trial.target_info)
-    assert loaded.config == brought.config
-    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in brought.state_dict().items())
+    assert loaded.config == imported.config
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in imported.state_dict().items())
 
 
 def test_detect_describes_the_heads_and_names_the_import_command(tmp_path):
     config = SIZES | {"num_key_value_heads": 2, "bias": True, "base_model_name_or_path": "org/talker"}
     write(tmp_path, "model.safetensors", heads() | {"embed_tokens.weight": random(VOCAB, HIDDEN)}, **config)
-    known = formats.detect(tmp_path)
-    assert (known.kind, known.layout, known.hidden, known.vocab) == ("eagle", "EAGLE heads", HIDDEN, VOCAB)
-    assert known.parameters == sum(tensor.numel() for tensor in heads().values()) + VOCAB * HIDDEN
-    assert known.command == f"headstart import {tmp_path} --target org/talker --out FOLDER"
-    assert known.notes == (
+    detected = formats.detect(tmp_path)
+    assert (detected.kind, detected.layout, detected.hidden, detected.vocab) == ("eagle", "EAGLE heads", HIDDEN, VOCAB)
+    assert detected.parameters == sum(tensor.numel() for tensor in heads().values()) + VOCAB * HIDDEN
+    assert detected.command == f"headstart import {tmp_path} --target org/talker --out FOLDER"
+    assert detected.notes == (
         "their config.json says no rope_theta: 10000, whatever the target's is",
         "their config.json says bias = true, their tensors have none; the tensors count",
     )

@@ -1,4 +1,4 @@
-"""EAGLE-3 heads of others: imported, they say what the formula says, whoever stored them; what is wrong with them is named."""
+"""Published EAGLE-3 heads: imported, their logits equal the formula's, whoever stored them; errors in them are named."""
 
 import json
 
@@ -27,8 +27,8 @@ def trial(tmp_path_factory):
     return ImportTrial(write_model(tmp_path_factory.mktemp("target") / "talker", layers=LAYERS), torch.float64)
 
 
-def assert_logits(trial, folder, wanted):
-    assert_same(trial.logits(folder), list(wanted))
+def assert_logits(trial, folder, expected):
+    assert_same(trial.logits(folder), list(expected))
 
 
 # -- layouts --
@@ -58,9 +58,9 @@ def test_logits_of_specforge_heads_equal_the_formulas(trial, tmp_path, shape, co
     if "width" in shape:
         tensors["embed_tokens.weight"] = random(VOCAB, shape["width"])
     write(tmp_path, "model.safetensors", tensors, **SIZES | config)
-    turns = frequencies(shape.get("size", 8), config.get("rope_theta", 10000.0))
-    wanted = by_formula(trial, tensors, shape.get("size", 8), turns=turns, layers=shape.get("layers", 1))
-    assert_logits(trial, tmp_path, wanted)
+    rotary = frequencies(shape.get("size", 8), config.get("rope_theta", 10000.0))
+    expected = by_formula(trial, tensors, shape.get("size", 8), rotary=rotary, layers=shape.get("layers", 1))
+    assert_logits(trial, tmp_path, expected)
 
 
 @pytest.mark.parametrize(
@@ -69,13 +69,13 @@ def test_logits_of_specforge_heads_equal_the_formulas(trial, tmp_path, shape, co
         {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},
         {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}},
     ],
-    ids=["as it was written once", "as transformers 5 writes it"],
+    ids=["older files", "transformers 5"],
 )
 def test_scaled_rotary_positions_are_the_heads_own(trial, tmp_path, rope):
     tensors = heads(size=12)
     write(tmp_path, "model.safetensors", tensors, **SIZES, head_dim=12, **rope)
-    turns = [llama3(turn, *LLAMA3.values()) for turn in frequencies(12, 5e5)]
-    assert_logits(trial, tmp_path, by_formula(trial, tensors, 12, turns=turns))
+    rotary = [llama3(turn, *LLAMA3.values()) for turn in frequencies(12, 5e5)]
+    assert_logits(trial, tmp_path, by_formula(trial, tensors, 12, rotary=rotary))
 
 
 @pytest.mark.parametrize("is_before", [True, False])
@@ -106,7 +106,7 @@ def test_each_tap_may_have_a_norm_and_the_next_state_may_be_normed(trial, tmp_pa
     tensors, norms = heads(draft=SOME), [1 + random(HIDDEN) for _ in range(3)]
     stored = tensors | {f"{name}.weight": weight for name, weight in zip(names, norms, strict=True)}
     write(tmp_path, "model.safetensors", stored, **SIZES, fc_norm=True, norm_output=is_normed)
-    known = tensors | {f"fc_norm.{place}.weight": weight for place, weight in enumerate(norms)}
+    known = tensors | {f"fc_norm.{index}.weight": weight for index, weight in enumerate(norms)}
     assert_logits(trial, tmp_path, by_formula(trial, known, norm_output=is_normed))
 
 
@@ -136,7 +136,7 @@ def test_tensor_names_may_begin_with_model(trial, tmp_path):
     assert_logits(trial, tmp_path, by_formula(trial, tensors))
 
 
-# -- what they can say --
+# -- draft vocabulary --
 
 
 def test_rows_in_another_order_are_sorted_with_their_token_ids(trial, tmp_path):
@@ -162,7 +162,7 @@ def test_heads_without_an_lm_head_use_the_targets(trial, tmp_path):
 
 
 def test_unused_d2t_and_t2d_may_be_empty(trial, tmp_path):
-    """As speculators stores heads that can say every token: two lists, both never filled in."""
+    """speculators stores both for heads that draft every token, without filling them in."""
     tensors = heads("layers.0.", draft=list(range(VOCAB)))
     tensors["t2d"].fill_(False)
     assert not tensors["d2t"].any()
@@ -209,7 +209,7 @@ def test_d2t_and_t2d_must_agree(trial, tmp_path):
         (of_speculators(eagle_aux_hidden_state_layer_ids=[1, 3, 6]), (0, 2, 5)),
         (of_speculators(eagle_aux_hidden_state_layer_ids=[1, 3, 6, 8]), (0, 2, 5)),
     ],
-    ids=["not said", "outputs", "inputs", "speculators", "speculators, others", "and one for training"],
+    ids=["none named", "outputs", "inputs", "speculators", "speculators, others", "and one for training"],
 )
 def test_layers_are_resolved_to_their_outputs(trial, tmp_path, config, taps):
     tensors = heads("layers.0.")
@@ -293,28 +293,28 @@ def test_wrong_counts_in_the_configuration_are_noted(tmp_path):
 
 def test_imported_heads_are_saved_and_loaded_bit_for_bit(trial, tmp_path):
     write(tmp_path / "theirs", "model.safetensors", heads(draft=SOME), **SIZES)
-    brought = trial.read(tmp_path / "theirs")
-    formats.save(tmp_path / "ours", brought, trial.target_info, {})
+    imported = trial.read(tmp_path / "theirs")
+    formats.save(tmp_path / "ours", imported, trial.target_info, {})
     loaded = formats.load(tmp_path / "ours", trial.target_info)
-    assert (loaded.config, loaded.taps) == (brought.config, THREE)
-    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in brought.state_dict().items())
+    assert (loaded.config, loaded.taps) == (imported.config, THREE)
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in imported.state_dict().items())
 
 
 def test_the_import_command_converts_them(trial, tmp_path):
     target, theirs = write_model(tmp_path / "talker", layers=LAYERS), tmp_path / "theirs"
     stored = heads(draft=SOME) | {"embed_tokens.weight": trial.embed_head.embed_weight.float()}
     write(theirs, "model.safetensors", stored, **SIZES, eagle_aux_hidden_state_layer_ids=[0, 2, 5])
-    asked = ["import", str(theirs), "--target", str(target), "--out", str(tmp_path / "ours")]
-    refused = CliRunner().invoke(app, asked)
+    command = ["import", str(theirs), "--target", str(target), "--out", str(tmp_path / "ours")]
+    refused = CliRunner().invoke(app, command)
     assert (refused.exit_code, "--taps: 0,2,5 if they are outputs" in refused.stderr) == (2, True)
-    found = json.loads(CliRunner().invoke(app, [*asked, "--taps", "0,2,5", "--json"]).stdout)
+    found = json.loads(CliRunner().invoke(app, [*command, "--taps", "0,2,5", "--json"]).stdout)
     assert (found["method"], found["taps"], found["draft_vocab"]) == ("eagle3", [0, 2, 5], 60)
     assert "their embedding is the target's, and left out" in found["notes"]
     assert formats.load(tmp_path / "ours").taps == (0, 2, 5)
 
 
 def test_imported_heads_leave_the_generated_text_unchanged(trial, tmp_path):
-    """From the folder to the engine: features of three layers, trees of the 60 tokens that the heads can say."""
+    """From the folder to the engine: features of three layers, trees over a draft vocabulary of 60 tokens."""
     write(tmp_path, "model.safetensors", heads(draft=SOME), **SIZES, norm_output=True)
     target = Target(load_model(trial.folder, torch.float64, "cpu"))
     engine = Engine(target, trial.read(tmp_path))
@@ -365,7 +365,7 @@ def without(name):
         (without("midlayer.hidden_norm.weight"), "midlayer.hidden_norm.weight is missing"),
         (without("lm_head.weight"), "lm_head.weight is missing, and only their own can score the 60 tokens of d2t"),
         (without("d2t"), "lm_head.weight scores 60 tokens of a vocabulary of 320, but no d2t says which ones"),
-        (lambda tensors: tensors.update(more=random(1)), "no place in EAGLE-3 heads: more"),
+        (lambda tensors: tensors.update(more=random(1)), "no index in EAGLE-3 heads: more"),
         (lambda tensors: tensors.update(t2d=torch.tensor(1)), "t2d has the shape [] and should be a list"),
         (lambda tensors: tensors.update(d2t=tensors["d2t"][None]), "d2t has the shape [1, 60] and should be a list"),
         (lambda tensors: tensors.update({"t2d": torch.zeros(300)}), "a vocabulary of 300, but the target talker has 320"),

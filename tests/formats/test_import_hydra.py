@@ -17,9 +17,9 @@ def trial(tmp_path_factory):
 # -- the formulas, slowly --
 
 
-def assert_same(found, wanted):
+def assert_same(found, expected):
     """Where the text goes on for long enough; what is rolled in at its end means nothing."""
-    for depth, (one, other) in enumerate(zip(found, list(wanted), strict=True), 1):
+    for depth, (one, other) in enumerate(zip(found, list(expected), strict=True), 1):
         torch.testing.assert_close(one[:, :-depth], other[:, :-depth], rtol=1e-5, atol=2e-4)
 
 

@@ -17,10 +17,10 @@ def trial(tmp_path_factory):
     return ImportTrial(write_model(tmp_path_factory.mktemp("target") / "talker"))
 
 
-def assert_same(found, wanted):
-    wanted = list(wanted)
-    assert len(found) == len(wanted)
-    for one, other in zip(found, wanted, strict=True):
+def assert_same(found, expected):
+    expected = list(expected)
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
 
 

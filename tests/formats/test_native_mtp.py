@@ -65,19 +65,19 @@ def guesses(published, drafter_from):
     with torch.no_grad():
         states = model(tokens, output_hidden_states=True).hidden_states[-1]
         cache = MtpCache(config=published.model.config.get_mtp_config())
-        drafted, wanted, _ = published.oracle(tokens[:, 1:], states[:, :-1], None, torch.arange(1, length)[None], cache)
+        drafted, expected, _ = published.oracle(tokens[:, 1:], states[:, :-1], None, torch.arange(1, length)[None], cache)
         known = torch.cat([tokens, drafted], 1)
         features = torch.nn.functional.pad(states, (0, 0, 0, published.count))
         batch = Batch(known, torch.ones_like(known, dtype=torch.bool), features, features)
         found = [guess.output_head(guess.states[0, length - 2]) for guess in drafter_from(model).states(batch)]
-    return wanted[0], torch.stack(found[: published.count]), len(found)
+    return expected[0], torch.stack(found[: published.count]), len(found)
 
 
 @needs_modules
 @pytest.mark.parametrize(("family", "modules"), KINDS)
 def test_logits_equal_those_of_transformers_modules(publish, family, modules):
-    wanted, found, depth = guesses(publish(family, modules), drafter_of)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    expected, found, depth = guesses(publish(family, modules), drafter_of)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert depth == max(3, modules)  # behind the last module of its own weights, it is used again
 
 
@@ -92,8 +92,8 @@ def test_swapped_norms_are_not_refused_but_change_the_logits(publish):
         stage.enorm, stage.hnorm = stage.hnorm, stage.enorm
         return drafter
 
-    wanted, found, _ = guesses(published, swapped)
-    assert (wanted - found).abs().max() > 0.01
+    expected, found, _ = guesses(published, swapped)
+    assert (expected - found).abs().max() > 0.01
 
 
 @needs_modules
