@@ -1,4 +1,4 @@
-"""What a folder holds, by command: ours, of others, of methods that are known by name only, a model, or nothing."""
+"""`inspect` and `import` on native heads, published heads, formats that are only detected, a model, and other folders."""
 
 import re
 
@@ -24,20 +24,20 @@ def theirs(tmp_path):
 
 
 def heads(prefix=""):
-    found = {}
+    tensors = {}
     for i in range(3):
-        found |= {f"{prefix}{i}.0.linear.weight": random(HIDDEN, HIDDEN), f"{prefix}{i}.0.linear.bias": random(HIDDEN)}
-        found[f"{prefix}{i}.1.weight"] = random(VOCAB, HIDDEN)
-    return found
+        tensors |= {f"{prefix}{i}.0.linear.weight": random(HIDDEN, HIDDEN), f"{prefix}{i}.0.linear.bias": random(HIDDEN)}
+        tensors[f"{prefix}{i}.1.weight"] = random(VOCAB, HIDDEN)
+    return tensors
 
 
 # -- import --
 
 
 def test_import_converts_heads_and_reports_what_it_found(target, theirs, tmp_path):
-    found = answer("import", theirs, "--target", target, "--out", tmp_path / "ours")
-    assert (found["found"], found["method"], found["heads"], found["layers"]) == ("Medusa heads", "medusa", 3, 1)
-    assert found["notes"] == ["their config.json says medusa_num_heads = 5, their tensors 3; the tensors count"]
+    summary = answer("import", theirs, "--target", target, "--out", tmp_path / "ours")
+    assert (summary["found"], summary["method"], summary["heads"], summary["layers"]) == ("Medusa heads", "medusa", 3, 1)
+    assert summary["notes"] == ["their config.json says medusa_num_heads = 5, their tensors 3; the tensors count"]
     loaded = formats.load(tmp_path / "ours")
     assert torch.equal(loaded.state_dict()["heads.2.projection.weight"], heads_of(theirs)["2.1.weight"])
     assert "org/talker" in (tmp_path / "ours" / "README.md").read_text()
@@ -64,9 +64,9 @@ def test_heads_inside_a_model_need_no_target(tmp_path):
     folder = write_model(tmp_path / "whole")
     weights = load_file(folder / "model.safetensors")
     save_file(weights | heads("medusa_head."), folder / "model.safetensors", metadata={"format": "pt"})
-    found = answer("import", folder, "--out", tmp_path / "ours")
-    assert found["target"] == str(folder)
-    assert found["notes"] == [f"these heads were trained together with the model in {folder}, which is their target"]
+    summary = answer("import", folder, "--out", tmp_path / "ours")
+    assert summary["target"] == str(folder)
+    assert summary["notes"] == [f"these heads were trained together with the model in {folder}, which is their target"]
     inspected = answer("inspect", folder)
     assert (inspected["kind"], inspected["heads"], inspected["num_heads"]) == ("target", "Medusa heads inside a whole model", 3)
 
@@ -105,8 +105,8 @@ def test_import_refuses_a_source_without_published_heads(target, theirs, tmp_pat
     answer("import", theirs, "--target", target, "--out", tmp_path / "ours")
     write(tmp_path / "dflash", "model.safetensors", {"hidden_norm.weight": random(HIDDEN)}, architectures=["DFlashDraftModel"])
     (tmp_path / "empty").mkdir()
-    place = target if source == "target" else tmp_path / source
-    assert words in refusal("import", place, "--target", target, "--out", tmp_path / "new")
+    path = target if source == "target" else tmp_path / source
+    assert words in refusal("import", path, "--target", target, "--out", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -114,11 +114,11 @@ def test_import_refuses_a_source_without_published_heads(target, theirs, tmp_pat
 
 
 def test_inspect_describes_published_heads(theirs):
-    found = answer("inspect", theirs)
-    assert {name: found[name] for name in ("kind", "num_heads", "num_layers", "hidden", "vocab")} == {
+    summary = answer("inspect", theirs)
+    assert {name: summary[name] for name in ("kind", "num_heads", "num_layers", "hidden", "vocab")} == {
         "kind": "medusa", "num_heads": 3, "num_layers": 1, "hidden": HIDDEN, "vocab": VOCAB,
     }  # fmt: skip
-    assert found["parameters"] == 3 * (HIDDEN * HIDDEN + HIDDEN + VOCAB * HIDDEN)
+    assert summary["parameters"] == 3 * (HIDDEN * HIDDEN + HIDDEN + VOCAB * HIDDEN)
     printed = run("inspect", theirs).stdout
     assert "headstart import" in printed
     assert re.search(r"\nnote +their config\.json says", printed)
@@ -126,18 +126,18 @@ def test_inspect_describes_published_heads(theirs):
 
 def test_inspect_describes_native_heads(target, theirs, tmp_path):
     answer("import", theirs, "--target", target, "--out", tmp_path / "ours")
-    found = answer("inspect", tmp_path / "ours")
-    assert (found["kind"], found["method"], found["num_heads"], found["target"]) == ("native", "medusa", 3, "talker")
-    assert found["command"] == f"headstart generate --model talker --drafter {tmp_path / 'ours'}"
+    summary = answer("inspect", tmp_path / "ours")
+    assert (summary["kind"], summary["method"], summary["num_heads"], summary["target"]) == ("native", "medusa", 3, "talker")
+    assert summary["command"] == f"headstart generate --model talker --drafter {tmp_path / 'ours'}"
     assert "medusa heads of headstart" in run("inspect", tmp_path / "ours").stdout
 
 
 def test_inspect_names_what_prevents_an_import(tmp_path):
     tensors = heads()
     del tensors["1.0.linear.bias"]
-    found = answer("inspect", write(tmp_path, "medusa_lm_head.safetensors", tensors))
-    assert found["problems"] == ["1.0.linear.bias is missing"]
-    assert "command" not in found
+    summary = answer("inspect", write(tmp_path, "medusa_lm_head.safetensors", tensors))
+    assert summary["problems"] == ["1.0.linear.bias is missing"]
+    assert "command" not in summary
 
 
 @pytest.mark.parametrize(
@@ -151,9 +151,9 @@ def test_inspect_names_what_prevents_an_import(tmp_path):
 )
 def test_incomplete_heads_are_still_detected(tmp_path, kind, names, config):
     write(tmp_path, "model.safetensors", {name: torch.zeros(2, 4) for name in names}, **config)
-    known = formats.detect(tmp_path)
-    assert (known.kind, known.command) == (kind, None)
-    assert known.problems
+    detected = formats.detect(tmp_path)
+    assert (detected.kind, detected.command) == (kind, None)
+    assert detected.problems
 
 
 @pytest.mark.parametrize(
@@ -169,15 +169,15 @@ def test_incomplete_heads_are_still_detected(tmp_path, kind, names, config):
 )
 def test_formats_that_cannot_be_imported_are_detected(tmp_path, kind, names, config):
     write(tmp_path, "model.safetensors", {name: torch.zeros(2) for name in names}, **config)
-    known = formats.detect(tmp_path)
-    assert (known.kind, known.command) == (kind, None)
-    assert known.notes == ("they cannot be imported yet",)
-    assert known.is_target == (config.get("model_type") == "llama")
+    detected = formats.detect(tmp_path)
+    assert (detected.kind, detected.command) == (kind, None)
+    assert detected.notes == ("they cannot be imported yet",)
+    assert detected.is_target == (config.get("model_type") == "llama")
 
 
 def test_a_model_is_detected_as_a_target(target):
-    known = formats.detect(target)
-    assert (known.kind, known.is_target, known.hidden) == ("target", True, HIDDEN)
+    detected = formats.detect(target)
+    assert (detected.kind, detected.is_target, detected.hidden) == ("target", True, HIDDEN)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])

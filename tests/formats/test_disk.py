@@ -1,4 +1,4 @@
-"""What was written is put onto the disk in the way that each operating system has for it."""
+"""Files and folders are flushed to the disk in the way that each operating system provides."""
 
 import os
 
@@ -9,7 +9,7 @@ from headstart.formats import disk
 
 @pytest.fixture
 def synced(monkeypatch):
-    """(path, flags) of everything that was opened and flushed."""
+    """(path, flags) of every file and folder that was opened and flushed."""
     opened, flushed = {}, []
 
     def opening(path, flags):

@@ -1,4 +1,4 @@
-"""Heads by the name that they have on the hub: a download stands for the network, which no test may use."""
+"""Heads by their id on the hub; a local function replaces the download, since no test may use the network."""
 
 import shutil
 from fnmatch import fnmatch
@@ -25,7 +25,7 @@ from headstart.target.tokenizer_loading import load_tokenizer
 
 @pytest.fixture
 def shared(tmp_path, monkeypatch):
-    """Repositories of the hub, by their id, as folders; `asked` holds what was asked for."""
+    """Repositories of the hub, by their id, as folders; `asked` records the requests."""
 
     class Shared(dict):
         pass
@@ -74,8 +74,8 @@ def test_heads_are_loaded_by_their_hub_id(shared, model_folder, tmp_path):
 def test_the_command_line_accepts_a_hub_id(shared, model_folder, tmp_path):
     shared["owner/heads"] = heads_for(model_folder, tmp_path / "there")
     asked = ["generate", "the cat", "--model", str(model_folder), "--max-tokens", "8", "--raw"]
-    found, plain = (CliRunner().invoke(app, [*asked, "--drafter", name]) for name in ("owner/heads", "none"))
-    assert (found.exit_code, found.stdout) == (0, plain.stdout)
+    fetched, plain = (CliRunner().invoke(app, [*asked, "--drafter", name]) for name in ("owner/heads", "none"))
+    assert (fetched.exit_code, fetched.stdout) == (0, plain.stdout)
 
 
 def test_a_calibrated_plan_is_downloaded_with_the_heads(shared):

@@ -1,4 +1,4 @@
-"""Hydra heads of others: both published kinds say the same here as their authors' formulas, and whatever is wrong is named."""
+"""Published Hydra heads: for both kinds, their logits equal the authors' formulas; errors in them are named."""
 
 import pytest
 import torch
@@ -14,12 +14,12 @@ def trial(tmp_path_factory):
     return ImportTrial(write_model(tmp_path_factory.mktemp("target") / "talker"))
 
 
-# -- the formulas, slowly --
+# -- comparison with the formulas --
 
 
-def assert_same(found, expected):
-    """Where the text goes on for long enough; what is rolled in at its end means nothing."""
-    for depth, (one, other) in enumerate(zip(found, list(expected), strict=True), 1):
+def assert_same(actual, expected):
+    """Compare logits at positions that the text continues far enough; tokens rolled in at its end are left out."""
+    for depth, (one, other) in enumerate(zip(actual, list(expected), strict=True), 1):
         torch.testing.assert_close(one[:, :-depth], other[:, :-depth], rtol=1e-5, atol=2e-4)
 
 
@@ -77,11 +77,11 @@ def test_imported_heads_are_saved_and_loaded_bit_for_bit(trial, tmp_path, kind):
 def test_tensors_decide_over_the_configuration(tmp_path):
     config = {"hydra_head_arch": "prefix-mlp", "hydra_num_heads": 3, "base_model_name_or_path": "org/talker-7b"}
     write(tmp_path, "hydra_lm_head.pt", heads_of(2, 4, 1) | prefix_of(), **config)
-    known = formats.detect(tmp_path)
-    assert (known.kind, known.layout) == ("hydra++", "Hydra++ heads (prefix-mlp)")
-    assert (known.num_heads, known.num_layers, known.hidden, known.vocab) == (2, 4, HIDDEN, VOCAB)
-    assert known.notes == ("their config.json says hydra_num_heads = 3, their tensors 2; the tensors count",)
-    assert known.command == f"headstart import {tmp_path} --target org/talker-7b --out FOLDER"
+    detected = formats.detect(tmp_path)
+    assert (detected.kind, detected.layout) == ("hydra++", "Hydra++ heads (prefix-mlp)")
+    assert (detected.num_heads, detected.num_layers, detected.hidden, detected.vocab) == (2, 4, HIDDEN, VOCAB)
+    assert detected.notes == ("their config.json says hydra_num_heads = 3, their tensors 2; the tensors count",)
+    assert detected.command == f"headstart import {tmp_path} --target org/talker-7b --out FOLDER"
 
 
 # -- refused --

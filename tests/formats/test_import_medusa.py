@@ -1,4 +1,4 @@
-"""Medusa heads of others: every published layout says the same here as its authors' formula, and whatever is wrong is named."""
+"""Published Medusa heads: in every layout, their logits equal the authors' formula; errors in them are named."""
 
 import json
 
@@ -17,10 +17,10 @@ def trial(tmp_path_factory):
     return ImportTrial(write_model(tmp_path_factory.mktemp("target") / "talker"))
 
 
-def assert_same(found, expected):
+def assert_same(actual, expected):
     expected = list(expected)
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected, strict=True):
+    assert len(actual) == len(expected)
+    for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
 
 
@@ -30,53 +30,53 @@ def assert_same(found, expected):
 @pytest.mark.parametrize(("heads", "layers"), [(5, 1), (2, 3)])
 @pytest.mark.parametrize("file", ["medusa_lm_head.pt", "medusa_lm_head.safetensors"])
 def test_logits_of_the_authors_heads_equal_the_papers_formula(trial, tmp_path, heads, layers, file):
-    made = parts(heads, layers)
-    write(tmp_path, file, numbered(made), medusa_num_heads=heads, medusa_num_layers=layers)
-    assert_same(trial.logits(tmp_path), by_formula(trial, made))
+    drawn = parts(heads, layers)
+    write(tmp_path, file, numbered(drawn), medusa_num_heads=heads, medusa_num_layers=layers)
+    assert_same(trial.logits(tmp_path), by_formula(trial, drawn))
 
 
 def test_tgi_version_2_uses_the_targets_lm_head(trial, tmp_path):
-    made = parts(3, 1)
-    write(tmp_path, "medusa_lm_head.safetensors", numbered(made, project=False), version="2")
-    assert_same(trial.logits(tmp_path), by_formula(trial, made, project=False))
+    drawn = parts(3, 1)
+    write(tmp_path, "medusa_lm_head.safetensors", numbered(drawn, project=False), version="2")
+    assert_same(trial.logits(tmp_path), by_formula(trial, drawn, project=False))
 
 
 @pytest.mark.parametrize("prefix", ["", "medusa_heads."])
 @pytest.mark.parametrize("linear", ["", "linear."])
 def test_logits_of_vllm_heads_equal_the_papers_formula(trial, tmp_path, prefix, linear):
-    made = parts(3, 2)
-    write(tmp_path, "model.safetensors", vllm(made, prefix, linear), num_heads=3, num_hidden_layers=2, medusa_fc_bias=True)
-    assert_same(trial.logits(tmp_path), by_formula(trial, made))
+    drawn = parts(3, 2)
+    write(tmp_path, "model.safetensors", vllm(drawn, prefix, linear), num_heads=3, num_hidden_layers=2, medusa_fc_bias=True)
+    assert_same(trial.logits(tmp_path), by_formula(trial, drawn))
 
 
 def test_vllm_heads_may_have_no_biases(trial, tmp_path):
-    made = parts(2, 1)
-    write(tmp_path, "model.safetensors", vllm(made, bias=False), medusa_fc_bias=False)
-    assert_same(trial.logits(tmp_path), by_formula(trial, made, bias=False))
+    drawn = parts(2, 1)
+    write(tmp_path, "model.safetensors", vllm(drawn, bias=False), medusa_fc_bias=False)
+    assert_same(trial.logits(tmp_path), by_formula(trial, drawn, bias=False))
 
 
 def test_vllm_heads_may_share_one_projection(trial, tmp_path):
-    made = parts(2, 1)
-    made[1] = (made[1][0], made[0][1])
-    tensors = {name: tensor for name, tensor in vllm(made).items() if "lm_heads" not in name}
-    write(tmp_path, "model.safetensors", tensors | {"lm_head.weight": made[0][1]}, original_lm_head=True)
-    assert_same(trial.logits(tmp_path), by_formula(trial, made))
+    drawn = parts(2, 1)
+    drawn[1] = (drawn[1][0], drawn[0][1])
+    tensors = {name: tensor for name, tensor in vllm(drawn).items() if "lm_heads" not in name}
+    write(tmp_path, "model.safetensors", tensors | {"lm_head.weight": drawn[0][1]}, original_lm_head=True)
+    assert_same(trial.logits(tmp_path), by_formula(trial, drawn))
 
 
 @pytest.mark.parametrize("shards", ["safetensors", "bin", None])
 def test_heads_inside_a_complete_model_are_imported(trial, tmp_path, shards):
-    """The trunk stays where it is: that folder is the target."""
-    made = parts(2, 1)
+    """The model in the same folder is the target."""
+    drawn = parts(2, 1)
     folder = write_model(tmp_path / "whole")
-    heads, trunk = numbered(made, "medusa_head."), load_file(folder / "model.safetensors")
+    heads, trunk = numbered(drawn, "medusa_head."), load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     if shards is None:
         save_file(heads | trunk, folder / "model.safetensors", metadata={"format": "pt"})
     else:
         write_shards(folder, [heads, trunk], shards)
-    assert_same(trial.logits(folder), by_formula(trial, made))
-    known = formats.detect(folder)
-    assert (known.kind, known.is_target, known.target) == ("medusa", True, str(folder))
+    assert_same(trial.logits(folder), by_formula(trial, drawn))
+    detected = formats.detect(folder)
+    assert (detected.kind, detected.is_target, detected.target) == ("medusa", True, str(folder))
 
 
 def write_shards(folder, shards, kind):
@@ -90,39 +90,39 @@ def write_shards(folder, shards, kind):
 
 
 def test_one_block_under_several_names_becomes_several_blocks(trial, tmp_path):
-    """The authors' code repeats one module object; its file has equal duplicates, here even one memory."""
+    """The authors' code repeats one module object; its file has equal duplicates, which share their memory here."""
     [(blocks, projection)] = parts(1, 1)
-    made = [(blocks * 3, projection)]
-    write(tmp_path, "medusa_lm_head.pt", numbered(made))
+    drawn = [(blocks * 3, projection)]
+    write(tmp_path, "medusa_lm_head.pt", numbered(drawn))
     heads = formats.published_in(tmp_path).read(trial.target_info, trial.model.config)
     storages = {parameter.untyped_storage().data_ptr() for parameter in heads.parameters()}
     assert len(storages) == len(list(heads.parameters())) == 7
-    assert_same(trial.logits(tmp_path), by_formula(trial, made))
+    assert_same(trial.logits(tmp_path), by_formula(trial, drawn))
 
 
 def test_a_file_written_before_torch_1_6_is_read(trial, tmp_path):
-    made = parts(2, 1)
-    torch.save(numbered(made), tmp_path / "medusa_lm_head.pt", _use_new_zipfile_serialization=False)
-    assert_same(trial.logits(tmp_path / "medusa_lm_head.pt"), by_formula(trial, made))
+    drawn = parts(2, 1)
+    torch.save(numbered(drawn), tmp_path / "medusa_lm_head.pt", _use_new_zipfile_serialization=False)
+    assert_same(trial.logits(tmp_path / "medusa_lm_head.pt"), by_formula(trial, drawn))
 
 
 def test_tensors_decide_over_the_configuration(tmp_path):
     """As published: the 13B heads' configuration says 2, the file has 5."""
     write(tmp_path, "medusa_lm_head.pt", numbered(parts(5, 1)), medusa_num_heads=2, base_model_name_or_path="org/talker-13b")
-    known = formats.detect(tmp_path)
-    assert (known.num_heads, known.num_layers, known.hidden, known.vocab) == (5, 1, HIDDEN, VOCAB)
-    assert known.parameters == 5 * (HIDDEN * HIDDEN + HIDDEN + VOCAB * HIDDEN)
-    assert known.notes == ("their config.json says medusa_num_heads = 2, their tensors 5; the tensors count",)
-    assert known.command == f"headstart import {tmp_path} --target org/talker-13b --out FOLDER"
+    detected = formats.detect(tmp_path)
+    assert (detected.num_heads, detected.num_layers, detected.hidden, detected.vocab) == (5, 1, HIDDEN, VOCAB)
+    assert detected.parameters == 5 * (HIDDEN * HIDDEN + HIDDEN + VOCAB * HIDDEN)
+    assert detected.notes == ("their config.json says medusa_num_heads = 2, their tensors 5; the tensors count",)
+    assert detected.command == f"headstart import {tmp_path} --target org/talker-13b --out FOLDER"
 
 
 def test_imported_heads_are_saved_and_loaded_bit_for_bit(trial, tmp_path):
-    made = parts(2, 1)
-    write(tmp_path / "theirs", "medusa_lm_head.pt", {name: tensor.half() for name, tensor in numbered(made).items()})
+    drawn = parts(2, 1)
+    write(tmp_path / "theirs", "medusa_lm_head.pt", {name: tensor.half() for name, tensor in numbered(drawn).items()})
     heads = formats.published_in(tmp_path / "theirs").read(trial.target_info, trial.model.config)
     formats.save(tmp_path / "ours", heads, trial.target_info, {})
     loaded = formats.load(tmp_path / "ours", trial.target_info).state_dict()
-    assert torch.equal(loaded["heads.1.projection.weight"], made[1][1].half())
+    assert torch.equal(loaded["heads.1.projection.weight"], drawn[1][1].half())
     assert all(torch.equal(loaded[name], tensor) for name, tensor in heads.state_dict().items())
 
 

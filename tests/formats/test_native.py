@@ -1,4 +1,4 @@
-"""Heads on disk: what is saved comes back, what does not belong is refused by name, and a kill at any moment harms nothing."""
+"""The native format: saved heads are loaded unchanged, invalid folders are refused by name, and a kill leaves complete heads."""
 
 import errno
 import json
@@ -30,7 +30,7 @@ class ToyConfig(BaseModel, extra="forbid"):
 
 
 class Toy(nn.Module):
-    """As little as a trainable drafter can be on disk."""
+    """The smallest drafter that can be saved."""
 
     name = "toy"
     config_type = ToyConfig
@@ -69,7 +69,7 @@ def edit(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-# -- there and back --
+# -- saved and loaded --
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -112,18 +112,18 @@ def test_other_files_stay_and_the_plan_of_the_old_heads_is_removed(heads):
 
 
 class Killed(BaseException):
-    """Nobody catches it, as nobody catches SIGKILL."""
+    """Not caught by any handler, like SIGKILL."""
 
 
 def kill_after(monkeypatch, module, name, calls):
     real, count = getattr(module, name), iter(range(calls))
 
-    def dies(*args, **extra):
+    def killed(*args, **extra):
         if next(count, None) is None:
             raise Killed
         return real(*args, **extra)
 
-    monkeypatch.setattr(module, name, dies)
+    monkeypatch.setattr(module, name, killed)
 
 
 @pytest.mark.parametrize(

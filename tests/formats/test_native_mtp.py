@@ -1,4 +1,4 @@
-"""MTP modules that models come with: read under every published name, they guess what transformers' own MTP guesses."""
+"""MTP modules inside models: read under every published name, their logits equal those of transformers' own modules."""
 
 import json
 import shutil
@@ -38,52 +38,52 @@ needs_modules = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def publish(tmp_path_factory):
-    """Publications by family and number of modules, in two shards where there are several modules; no test may change one."""
-    made = {}
+    """Published models by family and number of modules, several modules in two shards. Tests must not change them."""
+    models = {}
 
     def one(family, modules=1):
         folder = tmp_path_factory.mktemp(family) / family
-        if (family, modules) not in made:
-            made[family, modules] = Publication(folder, family, modules, shards=modules > 1)
-        return made[family, modules]
+        if (family, modules) not in models:
+            models[family, modules] = Publication(folder, family, modules, shards=modules > 1)
+        return models[family, modules]
 
     return one
 
 
 def drafter_of(model):
-    """What is made of the modules in a model's folder."""
+    """The drafter of the modules in a model's folder."""
     return formats.inside(model.name_or_path).read(formats.describe_target(model), model.config).bind(EmbedHead(model))
 
 
-# -- the same guesses --
+# -- the same logits --
 
 
-def guesses(published, drafter_from):
-    """Logits behind the root by depth, [modules, vocab]: transformers' and ours, of the same text."""
+def logits_of(published, drafter_from):
+    """Logits by depth after the root of one text, [modules, vocab]: transformers', ours, and our draft depth."""
     model, length = published.reloaded(), len(PROMPT)
     tokens = torch.tensor([PROMPT])
     with torch.no_grad():
         states = model(tokens, output_hidden_states=True).hidden_states[-1]
         cache = MtpCache(config=published.model.config.get_mtp_config())
         drafted, expected, _ = published.oracle(tokens[:, 1:], states[:, :-1], None, torch.arange(1, length)[None], cache)
-        known = torch.cat([tokens, drafted], 1)
+        text_and_drafts = torch.cat([tokens, drafted], 1)
         features = torch.nn.functional.pad(states, (0, 0, 0, published.count))
-        batch = Batch(known, torch.ones_like(known, dtype=torch.bool), features, features)
-        found = [guess.output_head(guess.states[0, length - 2]) for guess in drafter_from(model).states(batch)]
-    return expected[0], torch.stack(found[: published.count]), len(found)
+        batch = Batch(text_and_drafts, torch.ones_like(text_and_drafts, dtype=torch.bool), features, features)
+        actual = [output.output_head(output.states[0, length - 2]) for output in drafter_from(model).states(batch)]
+    return expected[0], torch.stack(actual[: published.count]), len(actual)
 
 
 @needs_modules
 @pytest.mark.parametrize(("family", "modules"), KINDS)
 def test_logits_equal_those_of_transformers_modules(publish, family, modules):
-    expected, found, depth = guesses(publish(family, modules), drafter_of)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert depth == max(3, modules)  # behind the last module of its own weights, it is used again
+    expected, actual, depth = logits_of(publish(family, modules), drafter_of)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    assert depth == max(3, modules)  # beyond the last module, it is used again
 
 
 @needs_modules
 def test_swapped_norms_are_not_refused_but_change_the_logits(publish):
-    """Both are vectors of one width, so nothing is refused; the guesses tell."""
+    """Both norms are vectors of one width, so no check notices; the comparison of logits does."""
     published = publish("deepseek_v3")
 
     def swapped(model):
@@ -92,22 +92,22 @@ def test_swapped_norms_are_not_refused_but_change_the_logits(publish):
         stage.enorm, stage.hnorm = stage.hnorm, stage.enorm
         return drafter
 
-    expected, found, _ = guesses(published, swapped)
-    assert (expected - found).abs().max() > 0.01
+    expected, actual, _ = logits_of(published, swapped)
+    assert (expected - actual).abs().max() > 0.01
 
 
 @needs_modules
 @pytest.mark.parametrize(("family", "modules"), [("deepseek_v3", 1), ("deepseek_v3", 2), ("glm4_moe", 2), ("mellum", 1)])
 def test_as_many_drafts_are_accepted_in_every_round_as_by_transformers(publish, family, modules, monkeypatch):
-    """`generate(use_mtp=True)` reads the same folder, keeps the same number of guesses per round, and says the same text."""
+    """`generate(use_mtp=True)` reads the same folder, accepts the same number of drafts per round, and generates the same text."""
     model, kept = publish(family, modules).reloaded(), []
     original = MTPCandidateGenerator.get_candidates
 
-    def listen(self, *args, is_first_iteration, n_last_matches, **rest):
+    def record(self, *args, is_first_iteration, n_last_matches, **rest):
         kept.extend([] if is_first_iteration else [int(n_last_matches)])
         return original(self, *args, is_first_iteration=is_first_iteration, n_last_matches=n_last_matches, **rest)
 
-    monkeypatch.setattr(MTPCandidateGenerator, "get_candidates", listen)
+    monkeypatch.setattr(MTPCandidateGenerator, "get_candidates", record)
     plain, theirs = (
         model.generate(torch.tensor([PROMPT]), max_new_tokens=24, do_sample=False, use_mtp=use_mtp)[0].tolist()
         for use_mtp in (None, True)
@@ -119,7 +119,7 @@ def test_as_many_drafts_are_accepted_in_every_round_as_by_transformers(publish, 
 
 
 def decoded(target, planner=None):
-    """The text behind `PROMPT` with the modules that the target comes with, and the guesses kept in each round."""
+    """The tokens after `PROMPT`, drafted by the target's own modules, and the number of drafts accepted in each round."""
     engine = Engine(target, make("mtp", target), planner)
     request = engine.add(PROMPT, SamplingParams(max_tokens=24, ignore_eos=True))
     rounds = []
@@ -148,9 +148,9 @@ def test_fused_experts_are_read_like_separate_ones(publish, tmp_path):
     fused |= {f"model.layers.3.{name}": tensor for name, tensor in state.items() if ".experts." in name}
     rewritten(published, tmp_path / "fused", fused)
     model = published.reloaded()
-    found = formats.inside(tmp_path / "fused").read(formats.describe_target(model), model.config).state_dict()
+    actual = formats.inside(tmp_path / "fused").read(formats.describe_target(model), model.config).state_dict()
     for name, tensor in drafter_of(model).state_dict().items():
-        assert torch.equal(found[name], tensor), name
+        assert torch.equal(actual[name], tensor), name
 
 
 def test_copies_of_the_embedding_and_the_lm_head_are_compared_and_left_out(publish, tmp_path):
@@ -166,11 +166,11 @@ def test_copies_of_the_embedding_and_the_lm_head_are_compared_and_left_out(publi
 
 
 def rewritten(published, folder, tensors, **config):
-    """A copy of a publication with other tensors of modules, and other entries in its configuration."""
+    """A copy of a published model with other tensors of modules, and other entries in its configuration."""
     shutil.copytree(published.folder, folder, dirs_exist_ok=True)
     published.write(tensors, folder=folder)
-    said = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(said | config))
+    original = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(original | config))
     return folder
 
 
@@ -178,7 +178,7 @@ def read(published, folder):
     return formats.inside(folder).read(formats.describe_target(published.model), published.model.config)
 
 
-# -- what is wrong is named --
+# -- errors are named --
 
 BROKEN = {
     "a missing norm": (lambda t: t.pop("model.layers.3.hnorm.weight"), "model.layers.3.hnorm.weight is missing"),
@@ -227,7 +227,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_what_is_wrong_is_named(publish, tmp_path, what):
+def test_errors_are_named(publish, tmp_path, what):
     published, (change, words) = publish("deepseek_v3"), BROKEN[what]
     tensors = dict(published.tensors)
     change(tensors)
@@ -293,7 +293,7 @@ def test_a_model_without_declared_modules_is_refused_as_such():
     assert "config.json" not in str(error.value)
 
 
-# -- whole models --
+# -- modules in use --
 
 
 def test_load_finds_the_modules_of_a_model(publish):
@@ -302,8 +302,8 @@ def test_load_finds_the_modules_of_a_model(publish):
         llm = headstart.load(published.folder, drafter=drafter, exact=False)
         assert isinstance(llm.engine.drafter, Mtp)
     plain = headstart.load(published.folder, drafter=None, exact=False).generate([PROMPT], max_tokens=20, ignore_eos=True)
-    found = llm.generate([PROMPT], max_tokens=20, ignore_eos=True)
-    assert found[0].token_ids == plain[0].token_ids
+    drafted = llm.generate([PROMPT], max_tokens=20, ignore_eos=True)
+    assert drafted[0].token_ids == plain[0].token_ids
     assert llm.stats.drafts > 0
 
 
@@ -317,33 +317,33 @@ def test_auto_falls_back_to_lookup_where_modules_cannot_be_used(publish, tmp_pat
 
 def test_inspect_reports_the_modules_of_a_model(publish):
     folder = publish("deepseek_v3", 2).folder
-    found = answer("inspect", folder)
-    assert found["heads"] == "MTP modules inside a whole model, named as DeepSeek-V3 and GLM name them"
-    assert (found["kind"], found["num_modules"], found["problems"]) == ("target", 2, [])
-    assert found["draft"] == f"headstart generate --model {folder} --drafter mtp"
+    summary = answer("inspect", folder)
+    assert summary["heads"] == "MTP modules inside a whole model, named as DeepSeek-V3 and GLM name them"
+    assert (summary["kind"], summary["num_modules"], summary["problems"]) == ("target", 2, [])
+    assert summary["draft"] == f"headstart generate --model {folder} --drafter mtp"
 
 
 def test_inspect_names_what_is_wrong_with_modules(publish, tmp_path):
     published = publish("deepseek_v3")
     tensors = {name: tensor for name, tensor in published.tensors.items() if "hnorm" not in name}
-    found = answer("inspect", rewritten(published, tmp_path, tensors))
-    assert found["problems"] == ["model.layers.3.hnorm.weight is missing"]
-    assert "draft" not in found
+    summary = answer("inspect", rewritten(published, tmp_path, tensors))
+    assert summary["problems"] == ["model.layers.3.hnorm.weight is missing"]
+    assert "draft" not in summary
 
 
 def test_import_makes_heads_of_modules(publish, tmp_path):
     published = publish("mimo")
-    found = answer("import", published.folder, "--out", tmp_path / "heads")
-    assert (found["method"], found["modules"], found["target"]) == ("mtp", 1, str(published.folder))
+    summary = answer("import", published.folder, "--out", tmp_path / "heads")
+    assert (summary["method"], summary["modules"], summary["target"]) == ("mtp", 1, str(published.folder))
     heads = formats.load(tmp_path / "heads")
     assert torch.equal(heads.state_dict()["stages.0.eh_proj.weight"], published.tensors["model.mtp_layers.0.input_proj.weight"])
     inspected = answer("inspect", tmp_path / "heads")
     assert (inspected["method"], inspected["num_modules"]) == ("mtp", 1)
-    said = answer(
+    generated = answer(
         "generate", "the cat", "--model", published.folder, "--drafter", tmp_path / "heads", "--max-tokens", 8, "--ignore-eos"
     )
     plain = answer("generate", "the cat", "--model", published.folder, "--drafter", "none", "--max-tokens", 8, "--ignore-eos")
-    assert said["token_ids"] == plain["token_ids"]
+    assert generated["token_ids"] == plain["token_ids"]
 
 
 def test_modules_are_imported_for_a_model_that_lacks_them(publish, tmp_path):
@@ -351,8 +351,8 @@ def test_modules_are_imported_for_a_model_that_lacks_them(publish, tmp_path):
     shutil.copytree(published.folder, tmp_path / "saved")
     published.reloaded().save_pretrained(tmp_path / "saved")
     assert not any(name.startswith("model.layers.3.") for name in load_file(tmp_path / "saved" / "model.safetensors"))
-    found = answer("import", published.folder, "--target", tmp_path / "saved", "--out", tmp_path / "heads")
-    assert found["use"] == f"headstart generate --model {tmp_path / 'saved'} --drafter {tmp_path / 'heads'}"
+    summary = answer("import", published.folder, "--target", tmp_path / "saved", "--out", tmp_path / "heads")
+    assert summary["use"] == f"headstart generate --model {tmp_path / 'saved'} --drafter {tmp_path / 'heads'}"
 
 
 # -- families --

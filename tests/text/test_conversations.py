@@ -1,4 +1,4 @@
-"""From messages to tokens and loss mask, and what is read from files of training data."""
+"""Conversations as tokens with a loss mask, and training examples read from files."""
 
 import gzip
 import json
@@ -28,19 +28,19 @@ LINES_MARKED = WITH_LINES.replace(
 
 def chat(*contents: str, system: str | None = None) -> list[dict[str, str]]:
     roles = ["user", "assistant"] * len(contents)
-    told = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
-    return told if system is None else [{"role": "system", "content": system}, *told]
+    messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+    return messages if system is None else [{"role": "system", "content": system}, *messages]
 
 
 CHATS = {
     "one reply": chat("the cat", "a fish"),
     "several": chat("the cat", "a fish", "and the sea", "was blue and grey", "so", "so"),
     "repeated": chat("the cat", "the cat", "the cat", "the cat"),
-    "a reply that the user said before": chat("say a fish<|end|> a fish", "a fish", "a fish", "a fish"),
+    "a reply that the user wrote before": chat("say a fish<|end|> a fish", "a fish", "a fish", "a fish"),
     "with a system message": chat("the cat", "a fish", "a song", "take it", system="You are the sea."),
     "not yet answered": chat("the cat", "a fish", "and the sea"),
     "another script": chat("Was für ein Tag", "猫は魚が好きです。"),
-    "nothing said": chat("the cat", "", "the sea", "a fish"),
+    "an empty reply": chat("the cat", "", "the sea", "a fish"),
 }
 
 
@@ -50,7 +50,7 @@ def tokenizer(tmp_path_factory):
 
 
 def spans(tokenizer, tokens: list[int], mask: list[int]) -> list[str]:
-    """What is masked, one text for each run."""
+    """The masked text, one string for each run of the mask."""
     runs: list[list[int]] = []
     for token, now, before in zip(tokens, mask, [0, *mask], strict=False):
         if now and not before:
@@ -103,11 +103,11 @@ def test_a_reply_without_a_prompt_is_refused(tokenizer):
 @pytest.mark.parametrize("template", [TEMPLATE, MARKED, WITH_LINES, LINES_MARKED])
 def test_follow_up_joins_a_reply_to_the_next_prompt(tokenizer, template):
     tokenizer.chat_template = template
-    told = chat("the cat", "a fish", "the sea", "so", "the cat")
-    whole = tokenizer.apply_chat_template(told, add_generation_prompt=True, return_dict=False)
-    tokens, mask = encode_conversation(tokenizer, told[:4])
+    messages = chat("the cat", "a fish", "the sea", "so", "the cat")
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    tokens, mask = encode_conversation(tokenizer, messages[:4])
     end = len(mask) - mask[::-1].index(1)
-    assert tokens[:end] + follow_up(tokenizer, told) == whole
+    assert tokens[:end] + follow_up(tokenizer, messages) == prompt
 
 
 # -- files --
@@ -170,8 +170,8 @@ def test_chats_and_texts_are_read_compressed_or_not(tokenizer, lines, name):
 def test_a_text_file_is_one_text_split_into_pieces(tokenizer, tmp_path):
     (tmp_path / "sea.txt").write_text("the sea was blue\n\nand the cat was grey\n" * 3)
     examples, report = read_examples([tmp_path / "sea.txt"], tokenizer, max_length=8)
-    whole = [token for example in examples for token in example.tokens]
-    assert tokenizer.decode(whole) == (tmp_path / "sea.txt").read_text()
+    tokens = [token for example in examples for token in example.tokens]
+    assert tokenizer.decode(tokens) == (tmp_path / "sea.txt").read_text()
     assert {len(example) for example in examples[:-1]} == {8}
     assert report.num_pieces == len(examples)
 
@@ -193,8 +193,8 @@ def test_what_is_cut_and_dropped_is_counted(tokenizer, lines):
 
 def test_one_conversation_that_the_template_refuses_does_not_stop_the_others(tokenizer, lines):
     tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
-    told = chat("the cat", "a fish")
-    path = lines({"messages": told}, {"messages": chat("the cat", "a fish", system="so")})
+    messages = chat("the cat", "a fish")
+    path = lines({"messages": messages}, {"messages": chat("the cat", "a fish", system="so")})
     examples, report = read_examples([path], tokenizer)
     assert len(examples) == 1
     assert "no system" in next(iter(report.dropped))

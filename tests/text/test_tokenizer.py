@@ -29,11 +29,11 @@ def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def byte_level() -> PreTrainedTokenizerFast:
-    """Every byte, and a few merges: a space with a letter, half a character, a letter and a first byte."""
+    """A vocabulary of every byte and a few merges: a space with a letter, half a character, a letter and a first byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     euro = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str("€")[0][0]
     merges = [("Ġ", "a"), (euro[0], euro[1]), ("b", euro[0])]
-    vocab = {token: place for place, token in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
+    vocab = {token: index for index, token in enumerate([*alphabet, *("".join(pair) for pair in merges)])}
     tokenizer = Tokenizer(models.BPE(vocab, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -41,9 +41,9 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 
 def byte_fallback() -> PreTrainedTokenizerFast:
-    """As Llama 2: words carry their space in front, unknown characters become byte tokens."""
+    """Like Llama 2's: words include the space before them, unknown characters become byte tokens."""
     pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abc.\n€", "▁a", "ab"]
-    vocab = {piece: place for place, piece in enumerate(pieces)}
+    vocab = {piece: index for index, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.BPE(vocab, [("▁", "a"), ("a", "b")], unk_token="<unk>", byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
@@ -112,7 +112,7 @@ def test_a_character_waits_for_its_last_byte():
 
 
 def test_a_run_of_byte_tokens_waits_for_its_end_because_one_wrong_byte_spoils_it():
-    """Where engines go wrong: ü is complete after two byte tokens, and yet is not what stands there in the end."""
+    """A common error of engines: ü is complete after two byte tokens, and yet the final text does not contain it."""
     tokenizer = TOKENIZERS["byte_fallback"]
     first, second, wrong, a = tokenizer.convert_tokens_to_ids(["<0xC3>", "<0xBC>", "<0xFF>", "a"])
     assert stream(tokenizer, [[first], [second], [a]]) == ["", "", "üa", ""]
