@@ -92,7 +92,7 @@ def match_format(weights: Weights, config: Mapping[str, Any]) -> Published | Non
     They may still have problems that prevent importing them.
     config: content of the `config.json` beside the weights.
     """
-    return next((published for format in FORMATS if (published := format(weights, config))), None)
+    return next((published for match in FORMATS if (published := match(weights, config))), None)
 
 
 def inside(model: str | Path) -> Published | None:

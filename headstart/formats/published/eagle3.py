@@ -44,12 +44,12 @@ def match(weights: Weights, config: Mapping[str, Any]) -> Published | None:
     )
     try:
         _require_known(unprefixed, config)
-        return _Reader(unprefixed, config).fill(heads)
+        return _SettingsReader(unprefixed, config).fill(heads)
     except ValueError as error:
         return replace(heads, refused=str(error))
 
 
-class _Reader:
+class _SettingsReader:
     """Reads sizes and settings, from tensors first and then from the configuration.
 
     inner: the part of the configuration that describes the layers.

@@ -27,14 +27,14 @@ class Eagle3Head(EagleHead):
     count: number of the target's layers that they read.
     numbers: these layers as their configuration counts them; None: it gives none.
     are_inputs: whether a number is known to mean the input of its layer.
-    is_fitted: whether `settings` holds the layers as outputs counted from 0.
+    is_resolved: whether `settings` holds the layers as outputs counted from 0.
     head: the target's LM head [vocab, hidden], where they use it.
     """
 
     count: int = 0
     numbers: tuple[int, ...] | None = None
     are_inputs: bool = False
-    is_fitted: bool = False
+    is_resolved: bool = False
     head: Tensor | None = None
 
     def problems(self, target_config: Any = None) -> Iterator[str]:
@@ -51,14 +51,14 @@ class Eagle3Head(EagleHead):
 
         Raises ValueError where the layers that they read cannot be determined.
         """
-        if self.refused or (self.is_fitted and not taps):
+        if self.refused or (self.is_resolved and not taps):
             return self
         self.check_sizes(target_info)
         try:
             resolved = self._taps(target_info.layers, taps)
         except ValueError as error:
             raise self.error(str(error)) from None
-        heads = replace(self, settings={**self.settings, "taps": resolved}, vocab=self.vocab or target_info.vocab, is_fitted=True)
+        heads = replace(self, settings={**self.settings, "taps": resolved}, vocab=self.vocab or target_info.vocab, is_resolved=True)
         if self.names[HEAD] is None and embed_head is not None:
             of_target = embed_head()
             heads = replace(heads, head=of_target.lm_head_weight * of_target.scale)
@@ -96,8 +96,7 @@ class Eagle3Head(EagleHead):
             return None
         if error := offsets_error(self.offsets, self.weights[self.offsets], self.vocab):
             return error
-        mask = (
-            Unprefixed(self.weights).full.get(KEPT) if self.settings["draft_vocab"] is not None else None
-        )  # unused with all tokens
+        is_reduced = self.settings["draft_vocab"] is not None  # with all tokens, the mask is not used
+        mask = Unprefixed(self.weights).full.get(KEPT) if is_reduced else None
         token = None if mask is None else first_difference(self._ids(), self.weights[mask])
         return None if token is None else f"{self.offsets} and {mask} do not agree on whether token {token} can be drafted"
