@@ -93,7 +93,7 @@ class Marks:
     """
 
     def __init__(self, llm: "LLM") -> None:
-        from headstart.text.tokenizer import Detokenizer
+        from headstart.text.detokenizer import Detokenizer
 
         self._detokenizer = Detokenizer(llm.tokenizer)
         self._pending: list[tuple[str, bool]] = []  # characters that the stream holds back

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from headstart import formats
 from headstart.cli import app
 from headstart.engine.engine import Engine
-from headstart.speculation.sampling import SamplingParams
+from headstart.speculation.params import SamplingParams
 from headstart.target.loading import load_model
 from headstart.target.target import Target
 
