@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from headstart.target.hidden_states import forward_with_hidden_states
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -78,19 +80,17 @@ class EmbedHead:
     def _check(self, name: str) -> None:
         """Hear from the head itself that nothing else happens between the final states and the logits."""
         model, seen = self._model, []
+        last = int(model.config.get_text_config().num_hidden_layers) - 1
         hook = self.lm_head.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
         try:
             ids = torch.tensor([[0, 1]], device=model.device)
-            out = model(
-                input_ids=ids,
-                position_ids=torch.tensor([[0, 1]], device=model.device),
-                use_cache=False,
-                output_hidden_states=True,
+            out, states = forward_with_hidden_states(
+                model, [last], input_ids=ids, position_ids=torch.tensor([[0, 1]], device=model.device), use_cache=False
             )
         finally:
             hook.remove()
         self.vocab = int(out.logits.shape[-1])
-        final = out.hidden_states[-1]
+        final = states[last]
         same = len(seen) == 1 and seen[0][0].shape == final.shape and torch.equal(seen[0][0], final)
         if not same or not torch.allclose(self.scale_logits(seen[0][1]).float(), out.logits.float(), rtol=1e-3, atol=1e-3):
             raise ValueError(f"{name} ({type(model).__name__}) turns its states into logits in a way that heads cannot follow")

@@ -24,7 +24,7 @@ from headstart.target.attention import AttentionMetadata, Kernel, Probe, RowMask
 from headstart.target.cache import KVCache, LayerShape, Seating
 from headstart.target.embed_head import EmbedHead
 from headstart.target.held_model import HeldModel
-from headstart.target.hidden_states import asking_for
+from headstart.target.hidden_states import forward_with_hidden_states
 from headstart.target.kernels.attention import wide
 from headstart.target.kernels.choice import KernelChoice, choose_kernels, inexact, ungroup
 from headstart.target.kernels.fuse import fuse
@@ -195,17 +195,17 @@ class Target:
             raise ValueError(f"{self.name} was released and no longer attends as a target; make a new Target of it")
         metadata = AttentionMetadata(seen, cache, self.kernel, self.windows, self.pad_rows)
         layers = [tap % self.num_layers for tap in taps]
-        extra: dict[str, Any] = {"output_hidden_states": asking_for(layers)} if taps else {}
         with self._held.attending():
-            out = self.model(
+            out, states = forward_with_hidden_states(
+                self.model,
+                layers,
                 input_ids=tokens[None],
                 position_ids=positions[None],
                 use_cache=False,
                 logits_to_keep=asked,
                 headstart=metadata,
-                **extra,
             )
-        features = torch.cat([out.hidden_states[layer + 1][0] for layer in layers], -1) if taps else None
+        features = torch.cat([states[layer][0] for layer in layers], -1) if taps else None
         return Scored(out.logits[0], features)
 
     # -- how it is examined --

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from headstart.drafters.parts.losses import Batch
-from headstart.target.hidden_states import asking_for
+from headstart.target.hidden_states import hidden_states
 from headstart.text.jsonl import read_object
 from headstart.training.dataset import Dataset, TextBatch
 
@@ -51,10 +51,8 @@ class Online:
     @torch.no_grad()
     def states(self, tokens: Tensor) -> dict[int, Tensor]:
         """[rows, length] -> the output of each tapped layer and of the last, which is normed, each [rows, length, hidden]."""
-        wanted = asking_for(self.layers)
         with torch.autocast(tokens.device.type, enabled=False):
-            out = self.model(input_ids=tokens, use_cache=False, logits_to_keep=1, output_hidden_states=wanted)
-        return {layer: out.hidden_states[layer + 1] for layer in self.layers}
+            return hidden_states(self.model, tokens, self.layers)
 
 
 def layers(taps: Sequence[int], num_layers: int) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from headstart.drafters.parts.drafter_loss import chunked_loss
 from headstart.drafters.parts.losses import Batch, Metrics, Objective, OutputHead
 from headstart.target.embed_head import EmbedHead
-from headstart.target.hidden_states import asking_for
+from headstart.target.hidden_states import hidden_states
 from headstart.training.batching import evenly
 from headstart.training.dataset import Dataset, TextBatch
 from headstart.training.features import as_batch, layers
@@ -91,18 +91,18 @@ class Trunk(nn.Module):
 
     def states(self, tokens: Tensor, wanted: Sequence[int]) -> dict[int, Tensor]:
         """Tokens [rows, length] -> the output of each layer in `wanted`, [rows, length, hidden], with gradients."""
-        return _states(self.model, tokens, wanted)
+        return hidden_states(self.model, tokens, wanted)
 
     @torch.no_grad()
     def last_hidden_before(self, tokens: Tensor) -> Tensor:
         """Tokens [rows, length] -> last hidden states of the original model, [rows, length, hidden]."""
         last = self.num_layers - 1
         if self._original is not None:
-            return _states(self._original[0].to(tokens.device), tokens, [last])[last]
+            return hidden_states(self._original[0].to(tokens.device), tokens, [last])[last]
         is_training = self.model.training
         self.model.eval()
         with self.model.disable_adapter():
-            last_hidden = _states(self.model, tokens, [last])[last]
+            last_hidden = hidden_states(self.model, tokens, [last])[last]
         self.model.train(is_training)
         return last_hidden
 
@@ -169,11 +169,6 @@ class Medusa2(nn.Module):
         """Parameter groups for the optimizer: the trunk at `learning_rate`, the heads at `head_rate` times that."""
         heads = parameter_groups(self.drafter.parameters(), learning_rate * self.config.head_rate, weight_decay)
         return heads + parameter_groups(self.trunk.parameters(), learning_rate, weight_decay)
-
-
-def _states(model: Any, tokens: Tensor, wanted: Sequence[int]) -> dict[int, Tensor]:
-    out = model(input_ids=tokens, use_cache=False, logits_to_keep=1, output_hidden_states=asking_for(wanted))
-    return {layer: out.hidden_states[layer + 1] for layer in wanted}
 
 
 def _adapted(model: PreTrainedModel, config: Medusa2Config) -> Any:

@@ -19,7 +19,7 @@ from headstart.drafters.parts.drafter_loss import backward_by_part, chunked_loss
 from headstart.drafters.parts.heads import Heads
 from headstart.drafters.parts.losses import Metrics, Objective, OutputHead
 from headstart.target.embed_head import EmbedHead
-from headstart.target.hidden_states import asking_for
+from headstart.target.hidden_states import hidden_states
 from headstart.training.dataset import TextBatch
 from headstart.training.features import as_batch, layers
 from headstart.training.frozen_target import parameter_groups
@@ -57,7 +57,7 @@ class PretrainLoss(nn.Module):
     def forward(self, texts: TextBatch, progress: float = 0.0) -> tuple[Tensor, Metrics]:
         """The summed loss, a scalar, and metrics. progress: share of the run that is done, in [0, 1]."""
         texts = texts.to(next(self.parameters()).device)
-        states = self._states(texts.tokens)
+        states = hidden_states(self.trunk, texts.tokens, self._layers)
         total, column = self._trunk_loss(texts, states[self._num_layers - 1])
         weight, stacked = self.weight(progress), [column]
         for drafter in self.heads.values():
@@ -65,12 +65,6 @@ class PretrainLoss(nn.Module):
             total = total + weight * loss
             stacked.append(metrics.stacked())
         return total, Metrics.of(torch.cat(stacked, 1))
-
-    def _states(self, tokens: Tensor) -> dict[int, Tensor]:
-        """The output of each layer that is read, [rows, length, hidden]."""
-        wanted = asking_for(self._layers)
-        out = self.trunk(input_ids=tokens, use_cache=False, logits_to_keep=1, output_hidden_states=wanted)
-        return {layer: out.hidden_states[layer + 1] for layer in self._layers}
 
     def _trunk_loss(self, texts: TextBatch, last_hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of the next token, a scalar, and its column of the metrics, [4, 1]."""

@@ -37,7 +37,7 @@ def test_rows_may_attend_in_one_call_and_dead_nodes_fill_the_forest(target, monk
     """What a GPU and what exact kernels ask for: all rows in one padded call, and forests of a least size."""
     requests = asks(VOCAB, LENGTHS[1:4], [10, 16, 7], SAMPLED)
     plain, _ = decode(target, requests)
-    monkeypatch.setattr(target, "together", True)
+    monkeypatch.setattr(target, "pad_rows", True)
     monkeypatch.setattr(target, "min_nodes", 20)
     drafter = Scripted(random_trees(VOCAB, 12), texts(requests, plain))
     drafted, _ = decode(target, requests, drafter, AsDrafted(12, 6), max_rows=2, chunk=11)

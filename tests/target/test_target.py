@@ -1,6 +1,7 @@
 """The target scores a forest as it scores texts one after the other, and refuses a model with which it would not."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,20 +26,20 @@ def alone(target, text, layers=False):
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss", "llama4", "gpt2"])
-@pytest.mark.parametrize("together", [False, True], ids=["apart", "together"])
-def test_a_forest_of_two_rows_says_what_each_path_says_alone(name, together, monkeypatch):
+@pytest.mark.parametrize("pad_rows", [False, True], ids=["row by row", "padded"])
+def test_a_forest_of_two_rows_says_what_each_path_says_alone(name, pad_rows, monkeypatch):
     target = tiny(name)
-    monkeypatch.setattr(target, "together", together)
+    monkeypatch.setattr(target, "pad_rows", pad_rows)
     found = score(target, STEMS).logits.split(len(PATHS))
     for stem, logits in zip(STEMS, found, strict=True):
         for path, line in zip(PATHS, logits, strict=True):
             torch.testing.assert_close(line, alone(target, stem + path)[0][-1], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("together", [False, True], ids=["apart", "together"])
-def test_two_rows_of_different_length_in_one_forward_equal_each_alone(together, monkeypatch):
+@pytest.mark.parametrize("pad_rows", [False, True], ids=["row by row", "padded"])
+def test_two_rows_of_different_length_in_one_forward_equal_each_alone(pad_rows, monkeypatch):
     target = tiny()
-    monkeypatch.setattr(target, "together", together)
+    monkeypatch.setattr(target, "pad_rows", pad_rows)
     both = score(target, STEMS).logits.split(len(PATHS))
     for stem, logits in zip(STEMS, both, strict=True):
         torch.testing.assert_close(logits, score(target, [stem]).logits, atol=1e-12, rtol=0)
@@ -193,7 +194,7 @@ def test_the_self_check_notices_rows_that_read_each_others_slots(sound, monkeypa
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3", "gpt_oss", "cohere2", "llama4"])
 def test_the_self_check_notices_a_forgotten_window_or_chunk(name, monkeypatch):
     model = random_model(ARCHITECTURES[name]())
-    monkeypatch.setattr(target_module, "_reach", lambda config, layer, window: Window())
+    monkeypatch.setattr(target_module, "_window", lambda config, layer, window: Window())
     with refused():
         Target(model)
 
@@ -201,7 +202,7 @@ def test_the_self_check_notices_a_forgotten_window_or_chunk(name, monkeypatch):
 @pytest.mark.parametrize("wrong", [Window(sliding=WINDOW - 1), Window(sliding=WINDOW + 1)], ids=str)
 def test_the_self_check_notices_a_window_that_is_off_by_one(wrong, monkeypatch):
     model = random_model(ARCHITECTURES["mistral"]())
-    monkeypatch.setattr(target_module, "_reach", lambda config, layer, window: wrong)
+    monkeypatch.setattr(target_module, "_window", lambda config, layer, window: wrong)
     with refused():
         Target(model)
 
@@ -283,8 +284,18 @@ def test_a_list_of_states_is_asked_for_where_transformers_takes_one(release, tak
     assert hidden_states._takes_a_list(release) is takes
 
 
+@pytest.mark.parametrize(("takes_a_list", "expected"), [(True, [2, 3]), (False, True)])
+def test_older_transformers_are_asked_for_all_states(takes_a_list, expected, monkeypatch):
+    def model(output_hidden_states):
+        assert output_hidden_states == expected
+        return SimpleNamespace(hidden_states=["embedding", "layer 0", "layer 1", "layer 2"])
+
+    monkeypatch.setattr(hidden_states, "TAKES_A_LIST", takes_a_list)
+    _, states = hidden_states.forward_with_hidden_states(model, [1, 2])
+    assert states == {1: "layer 1", 2: "layer 2"}
+
+
 def test_features_are_the_same_where_transformers_returns_all_states(monkeypatch):
     expected = score(tiny(), STEMS, (1, -1)).features
     monkeypatch.setattr(hidden_states, "TAKES_A_LIST", False)
-    assert hidden_states.asking_for([1, 2]) is True
     assert torch.equal(score(tiny(), STEMS, (1, -1)).features, expected)
