@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from headstart.target import attention
-from headstart.target.attention import AttentionParams, Kernel, RowMask, Window
+from headstart.target.attention import AttentionParams, Kernel
 from headstart.target.cache import Seating
 from headstart.target.kernels.attention import ordered, wide
 from headstart.target.kernels.fuse import fuse
 from headstart.target.kernels.linear import packed_bytes, prepack
 from headstart.target.loading import load_model
+from headstart.target.row_mask import RowMask, Window
 from headstart.target.target import Target
 
 NODES = (1, 2, 8, 16)
@@ -75,7 +76,7 @@ def one_forward(target: Target, kernel: Kernel, nodes: int, context: int) -> Cal
     def run() -> Tensor:
         target.kernel = kernel
         row = masks[nodes]
-        fresh = RowMask(0, nodes, 0, context, row.seen, row.positions)  # masks are made anew in every forward
+        fresh = RowMask(0, nodes, 0, context, row.tree_mask, row.positions)  # masks are made anew in every forward
         return target.forward(tokens, row.positions, [fresh], cache, asked).logits
 
     masks = {nodes: row_mask(nodes, context)}
@@ -117,7 +118,7 @@ def main() -> None:
 
 def layers(dtype: torch.dtype, repeats: int) -> None:
     """Measure attention layers."""
-    kernels: dict[str, Kernel] = {"torch sdpa": attention.fused, "ordered": ordered, "fp64": wide}
+    kernels: dict[str, Kernel] = {"torch sdpa": attention.torch_attention, "ordered": ordered, "fp64": wide}
     for context in (64, 256, 1024):
         jobs = {f"{name} {nodes}": one_layer(kernel, dtype, nodes, context) for nodes in NODES for name, kernel in kernels.items()}
         times = measure(jobs, repeats)
@@ -133,9 +134,9 @@ def forwards(path: str, dtype: torch.dtype, context: int, repeats: int) -> None:
     print(f"\nlinears packed: {counts[0]}; modules fused: {fused}; packed weights {packed_bytes(models[2]) / 1e6:.0f} MB")
     targets = [Target(model, check=False) for model in models]
     variants = {
-        "plain": (targets[0], attention.fused),
-        "packed": (targets[1], attention.fused),
-        "packed, fused": (targets[2], attention.fused),
+        "plain": (targets[0], attention.torch_attention),
+        "packed": (targets[1], attention.torch_attention),
+        "packed, fused": (targets[2], attention.torch_attention),
         "packed, fused, exact": (targets[2], ordered),
         "packed, fused, exact by fp64": (targets[2], wide),
     }

@@ -17,8 +17,8 @@ from headstart.drafters.parts.grow import Level, grow
 from headstart.speculation.planner import Best, Planner
 from headstart.speculation.rows import Rows
 from headstart.speculation.tree import Drafts, Kept, merge
-from headstart.target.attention import RowMask
 from headstart.target.cache import KVCache, Seating
+from headstart.target.row_mask import RowMask
 from headstart.target.target import Target
 from headstart.target.tokenizer_loading import load_tokenizer
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from headstart.speculation.tree import Forest
 from headstart.target import attention
-from headstart.target.attention import AttentionMetadata, Kernel, Probe, RowMask, Window
+from headstart.target.attention import AttentionMetadata, Kernel, Probe
 from headstart.target.cache import KVCache, LayerShape, Seating
+from headstart.target.config import context_length, require_two_tokens, window_of_layer
 from headstart.target.embed_head import EmbedHead
 from headstart.target.held_model import HeldModel
 from headstart.target.hidden_states import forward_with_hidden_states
@@ -31,6 +32,7 @@ from headstart.target.kernels.fuse import fuse
 from headstart.target.kernels.linear import prepack
 from headstart.target.kernels.restore import restore
 from headstart.target.loading import load_model
+from headstart.target.row_mask import RowMask, row_masks
 from headstart.target.selfcheck import holds_to_the_bit, self_check
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ class Target:
     cannot be served exactly; then the model is as it was, too.
     """
 
-    def __init__(self, model: PreTrainedModel, *, kernel: Kernel = attention.fused, check: bool = True) -> None:
+    def __init__(self, model: PreTrainedModel, *, kernel: Kernel = attention.torch_attention, check: bool = True) -> None:
         self.model: PreTrainedModel = model
         self.kernel = kernel
         self.pad_rows = model.device.type != "cpu"  # one attention call for all rows, where a call costs more than padding
@@ -68,7 +70,7 @@ class Target:
         self.name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         self.num_layers = int(text.num_hidden_layers)
         self.hidden = int(text.hidden_size)
-        _require_two_tokens(getattr(text, "max_position_embeddings", None), self.name)
+        require_two_tokens(getattr(text, "max_position_embeddings", None), self.name)
         try:
             self._held = HeldModel.hold(model, self)
         except ValueError as error:
@@ -82,10 +84,10 @@ class Target:
     def _examine(self, check: bool) -> None:
         text = self.model.config.get_text_config()
         probe = self._probe()
-        self.context = _context(text, self.name)
+        self.context = context_length(text, self.name)
         self.shapes = tuple(LayerShape(*probe.shapes[layer]) for layer in range(self.num_layers))
         self.heads = max(probe.heads.values())
-        self.windows = tuple(_window(text, layer, probe.windows[layer]) for layer in range(self.num_layers))
+        self.windows = tuple(window_of_layer(text, layer, probe.windows[layer]) for layer in range(self.num_layers))
         if check:
             self.check()
 
@@ -272,66 +274,3 @@ class Target:
         """
         with torch.inference_mode():
             self_check(self)
-
-
-def row_masks(forest: Forest, cache: KVCache, seats: Sequence[int]) -> list[RowMask]:
-    """Every row's row_mask of a target forest."""
-    result: list[RowMask] = []
-    first = draft = 0
-    for seat, stem, count in zip(seats, forest.stems, forest.counts, strict=True):
-        last = first + stem + count
-        seen = _seen(forest.lineage[draft : draft + count, draft : draft + count], stem) if count else None
-        place = cache.seating[seat]
-        if cache.lengths[seat] + last - first > place.capacity:
-            raise AssertionError(f"row of {last - first} nodes behind {cache.lengths[seat]} exceeds its {place.capacity} slots")
-        result.append(RowMask(first, last, place.start, cache.lengths[seat], seen, forest.positions[first:last]))
-        first, draft = last, draft + count
-    return result
-
-
-def _seen(lineage: Tensor, stem: int) -> Tensor:
-    """[stem + drafts, stem + drafts] bool: stem nodes see the stem before them, drafts all of it and their ancestors."""
-    size = stem + lineage.shape[0]
-    seen = torch.ones(size, size, dtype=torch.bool, device=lineage.device).tril_()
-    seen[stem:, stem:] = lineage
-    return seen
-
-
-# -- reading a configuration ------------------------------------------------------------------------------------------------
-
-
-def _window(config: Any, layer: int, window: int | None) -> Window:
-    kinds = getattr(config, "layer_types", None)
-    kind = kinds[layer] if kinds else None
-    if kind == "chunked_attention":
-        return Window(chunk=int(config.attention_chunk_size))
-    if kind == "sliding_attention" and window is None:
-        window = int(config.sliding_window)
-    return Window(sliding=window)
-
-
-def _context(config: Any, name: str) -> int:
-    """The longest text the target handles exactly."""
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is None:
-        raise ValueError(f"{name} does not say how long a text it takes (max_position_embeddings is missing in its config)")
-    for rope in _ropes(getattr(config, "rope_parameters", None) or {}):
-        if rope.get("rope_type") in ("dynamic", "longrope"):
-            # Frequencies follow the longest position of the whole forward: beyond this, one row would change its neighbours.
-            original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-            longest = min(longest, original or longest)
-    if getattr(config, "attn_temperature_tuning", False) and hasattr(config, "floor_scale"):
-        longest = min(longest, int(config.floor_scale) - 1)  # from here on Llama 4 counts nodes, not positions
-    _require_two_tokens(longest, name)
-    return int(longest)
-
-
-def _require_two_tokens(longest: int | None, name: str) -> None:
-    """Raise ValueError where a text has no room for a prompt and an answer. longest: tokens, None where the model does not say."""
-    if longest is not None and longest < 2:
-        raise ValueError(f"{name} takes texts of {longest} tokens (max_position_embeddings in its config), and an answer needs 2")
-
-
-def _ropes(parameters: dict[str, Any]) -> list[dict[str, Any]]:
-    nested = [rope for rope in parameters.values() if isinstance(rope, dict)]
-    return nested or [parameters]

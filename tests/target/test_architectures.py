@@ -8,7 +8,7 @@ from tiny import ARCHITECTURES, REFUSED, VOCAB, WINDOW, random_model, tiny
 
 from headstart.speculation.params import SamplingParams
 from headstart.target import attention, selfcheck
-from headstart.target import target as target_module
+from headstart.target import row_mask as row_mask_module
 from headstart.target.target import Target
 
 LENGTHS = [1, 3, 14, 25, 9]  # the window is 8: some begin within it, some beyond
@@ -116,11 +116,11 @@ def test_llama4_is_limited_to_where_it_does_not_scale_queries_by_their_place_in_
     assert plain[0] == ids[0, 3:].tolist()
 
 
-def test_a_model_that_hands_its_attention_something_unknown_is_refused(monkeypatch):
+def test_a_model_that_passes_an_unsupported_keyword_to_its_attention_is_refused(monkeypatch):
     model = random_model(ARCHITECTURES["llama"]())
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda *args, **kwargs: forward(*args, **kwargs, alibi_slopes=torch.ones(4)))
-    with pytest.raises(ValueError, match="hands its attention alibi_slopes, which is not understood"):
+    with pytest.raises(ValueError, match="passes alibi_slopes to its attention, which is not supported"):
         Target(model)
 
 
@@ -141,7 +141,7 @@ def test_what_passes_beside_or_against_causal_attention_is_found_in_every_precis
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(scale if weight.dim() > 1 else 1)
-    monkeypatch.setattr(attention, "_looks_ahead", lambda module, given: False)
+    monkeypatch.setattr(attention, "_looks_ahead", lambda module, is_causal: False)
     monkeypatch.setattr(selfcheck, "_convolutions", lambda target: [])
     with pytest.raises(ValueError, match=reason):
         Target(model)
@@ -156,7 +156,7 @@ def test_an_honest_model_passes_in_half_precision(name):
 def test_a_tree_whose_siblings_see_each_other_is_found_in_half_precision(dtype, monkeypatch):
     model = random_model(ARCHITECTURES["llama"](), dtype)
     monkeypatch.setattr(
-        target_module, "_seen", lambda lineage, stem: torch.ones(stem + len(lineage), stem + len(lineage)).tril() > 0
+        row_mask_module, "tree_mask", lambda lineage, stem: torch.ones(stem + len(lineage), stem + len(lineage)).tril() > 0
     )
     with pytest.raises(ValueError, match="scored at once differs from the sequential text"):
         Target(model)

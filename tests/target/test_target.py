@@ -9,9 +9,11 @@ from small_trees import PATHS, STEMS, TREE, forest_of, fresh_cache, score
 from tiny import ARCHITECTURES, VOCAB, WINDOW, random_model, tiny
 
 from headstart.target import attention, hidden_states
+from headstart.target import row_mask as row_mask_module
 from headstart.target import target as target_module
-from headstart.target.attention import AttentionParams, RowMask, Window, fused, plain
+from headstart.target.attention import AttentionParams, reference_attention, torch_attention
 from headstart.target.cache import KVCache, Seating
+from headstart.target.row_mask import RowMask, Window
 from headstart.target.target import Target
 
 
@@ -59,7 +61,7 @@ def test_only_the_asked_nodes_get_logits():
     assert logits.shape == (2 * len(PATHS), VOCAB)
     everything = torch.arange(len(forest))
     in_full = target.forward(
-        forest.tokens, forest.positions, target_module.row_masks(forest, cache, seats), cache, everything
+        forest.tokens, forest.positions, row_mask_module.row_masks(forest, cache, seats), cache, everything
     ).logits
     torch.testing.assert_close(logits, in_full[forest.asked], atol=1e-12, rtol=0)
 
@@ -111,14 +113,14 @@ def test_kernels_attend_as_by_hand(kv_heads, window, extra):
     forest = forest_of([[1, 2]])
     nodes, committed = len(forest), 9
     positions = forest.positions + committed
-    seen = target_module._seen(forest.lineage, 2)
+    seen = row_mask_module.tree_mask(forest.lineage, 2)
     row_mask = RowMask(0, nodes, 0, committed, seen, positions)
     query = torch.randn(4, nodes, 5, generator=generator).double()
     keys, values = (torch.randn(kv_heads, row_mask.context, size, generator=generator).double() for size in (5, 3))
     sinks = torch.randn(4, generator=generator).double() if extra == "sinks" else None
     params = AttentionParams(0.7, window, 1.5 if extra == "softcap" else None, sinks)
     expected = by_hand(query, keys, values, row_mask, params)
-    for kernel in (plain, fused):
+    for kernel in (reference_attention, torch_attention):
         torch.testing.assert_close(kernel(query, keys, values, row_mask, params), expected, atol=1e-12, rtol=0)
 
 
@@ -156,7 +158,7 @@ def test_a_released_target_scores_no_more(sound):
 
 def test_the_self_check_notices_siblings_that_see_each_other(sound, monkeypatch):
     monkeypatch.setattr(
-        target_module, "_seen", lambda lineage, stem: torch.ones(stem + len(lineage), stem + len(lineage)).tril() > 0
+        row_mask_module, "tree_mask", lambda lineage, stem: torch.ones(stem + len(lineage), stem + len(lineage)).tril() > 0
     )
     with refused():
         sound.check()
@@ -194,7 +196,7 @@ def test_the_self_check_notices_rows_that_read_each_others_slots(sound, monkeypa
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3", "gpt_oss", "cohere2", "llama4"])
 def test_the_self_check_notices_a_forgotten_window_or_chunk(name, monkeypatch):
     model = random_model(ARCHITECTURES[name]())
-    monkeypatch.setattr(target_module, "_window", lambda config, layer, window: Window())
+    monkeypatch.setattr(target_module, "window_of_layer", lambda config, layer, window: Window())
     with refused():
         Target(model)
 
@@ -202,13 +204,13 @@ def test_the_self_check_notices_a_forgotten_window_or_chunk(name, monkeypatch):
 @pytest.mark.parametrize("wrong", [Window(sliding=WINDOW - 1), Window(sliding=WINDOW + 1)], ids=str)
 def test_the_self_check_notices_a_window_that_is_off_by_one(wrong, monkeypatch):
     model = random_model(ARCHITECTURES["mistral"]())
-    monkeypatch.setattr(target_module, "_window", lambda config, layer, window: wrong)
+    monkeypatch.setattr(target_module, "window_of_layer", lambda config, layer, window: wrong)
     with refused():
         Target(model)
 
 
 def test_the_self_check_notices_a_forgotten_soft_cap_or_sink(monkeypatch):
-    by_the_book = attention.plain
+    by_the_book = attention.reference_attention
 
     def forgetful(query, keys, values, row_mask, params):
         return by_the_book(query, keys, values, row_mask, AttentionParams(params.scaling, params.window))
@@ -225,7 +227,7 @@ def test_a_refused_model_is_handed_back_as_it_came(monkeypatch):
     with torch.inference_mode():
         before = model(text).logits
         monkeypatch.setattr(
-            target_module, "_seen", lambda lineage, stem: torch.ones(stem + len(lineage), stem + len(lineage)).tril() > 0
+            row_mask_module, "tree_mask", lambda lineage, stem: torch.ones(stem + len(lineage), stem + len(lineage)).tril() > 0
         )
         with refused():
             Target(model)
@@ -256,10 +258,10 @@ def test_a_target_says_what_it_holds():
     assert isinstance(cache, KVCache)
 
 
-def test_a_kernel_that_is_not_understood_is_named():
+def test_an_unsupported_keyword_of_the_attention_is_named():
     layer = tiny().model.model.layers[0].self_attn
     some = torch.zeros(1, 1, 1, 4)
-    with pytest.raises(ValueError, match="LlamaAttention hands its attention frobnicate, which is not understood here"):
+    with pytest.raises(ValueError, match="LlamaAttention passes frobnicate to its attention, which is not supported"):
         attention.attend(layer, some, some, some, None, frobnicate=1)
     with pytest.raises(ValueError, match="LlamaAttention does not pass keyword arguments on"):
         attention.attend(layer, some, some, some, None, frobnicate=None)

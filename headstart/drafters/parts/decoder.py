@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from headstart.drafters.parts.grow import Level
 from headstart.drafters.parts.llama_layer import input_width, is_llama_like, run_layers
 from headstart.target import attention
-from headstart.target.attention import AttentionMetadata, Probe, RowMask, Window
+from headstart.target.attention import AttentionMetadata, Probe
 from headstart.target.cache import KVCache, LayerShape, Seating
+from headstart.target.row_mask import RowMask, Window
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -211,7 +212,7 @@ class Memory:
         self._cache.lengths[:] = lengths
 
     def _run(self, inputs: Tensor, positions: Tensor, row_masks: Sequence[RowMask]) -> Tensor:
-        metadata = AttentionMetadata(row_masks, self._cache, attention.fused, self._windows, self._batched)
+        metadata = AttentionMetadata(row_masks, self._cache, attention.torch_attention, self._windows, self._batched)
         if is_llama_like(self._model):
             return run_layers(self._model, inputs[None], positions[None], metadata)[0]
         out = self._model(inputs_embeds=inputs[None], position_ids=positions[None], use_cache=False, headstart=metadata)

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from headstart.target.attention import AttentionParams, RowMask, Window, plain
+from headstart.target.attention import AttentionParams, reference_attention
+from headstart.target.row_mask import RowMask, Window
 
 BLOCK = 128  # positions added in one matrix product
 MAX_SLOTS = 192  # a longer sum is split by MKL; measured, as are the next two
@@ -56,7 +57,7 @@ def ordered(query: Tensor, keys: Tensor, values: Tensor, row_mask: RowMask, para
 
 def wide(query: Tensor, keys: Tensor, values: Tensor, row_mask: RowMask, params: AttentionParams) -> Tensor:
     """The same in fp64: any order of addition, equal after rounding but for a chance of about 1e-9 per value."""
-    return plain(query.double(), keys.double(), values.double(), row_mask, params).to(query.dtype)
+    return reference_attention(query.double(), keys.double(), values.double(), row_mask, params).to(query.dtype)
 
 
 def _lengthen(x: Tensor, least: int) -> Tensor:

@@ -13,7 +13,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
-from headstart.target.attention import Kernel, fused
+from headstart.target.attention import Kernel, torch_attention
 from headstart.target.cache import LayerShape
 from headstart.target.kernels.attention import is_order_proof, ordered, wide
 from headstart.target.kernels.fuse import fuse
@@ -50,7 +50,7 @@ def choose_kernels(
         fuse(model)
         prepack(model)
     if exact is False:
-        return KernelChoice(fused, 1, False, why_not="exact=False was asked for")
+        return KernelChoice(torch_attention, 1, False, why_not="exact=False was asked for")
     if parameter.device.type != "cpu" or parameter.dtype not in EXACT_DTYPES:
         dtype = str(parameter.dtype).removeprefix("torch.")
         return inexact(exact, f"it is for CPU in bfloat16 or float32, and the model is in {dtype} on {parameter.device.type}")
@@ -67,7 +67,7 @@ def inexact(exact: bool | str, why_not: str) -> KernelChoice:
     """Kernels without exactness, and the reason. Raises ValueError where exactness is demanded."""
     if exact is True:
         raise ValueError(f"exact=True is not to be had: {why_not}; leave exact at its default, or see docs/concepts.md")
-    return KernelChoice(fused, 1, False, why_not=why_not)
+    return KernelChoice(torch_attention, 1, False, why_not=why_not)
 
 
 def ungroup(kernel_choice: KernelChoice) -> None:

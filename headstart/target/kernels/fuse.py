@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from headstart.target.kernels.linear import TOLERANCE, Pack, PackedLinear, can_pack, is_plain, weight_and_bias
+from headstart.target.kernels.linear import TOLERANCE, Pack, PackedLinear, can_pack, is_packable, weight_and_bias
 from headstart.target.kernels.restore import StandIn
 
 ACTIVATIONS = (("swish", ""), ("gelu", "tanh"), ("gelu", "none"))  # as oneDNN names them: operation, variant
@@ -87,7 +87,7 @@ def fuse(model: nn.Module) -> int:
 def _fused_mlp(module: nn.Module) -> GatedMLP | None:
     names = {name for name, _ in module.named_children()}
     if names != {"gate_proj", "up_proj", "down_proj", "act_fn"} or not all(
-        is_plain(getattr(module, name)) for name in names - {"act_fn"}
+        is_packable(getattr(module, name)) for name in names - {"act_fn"}
     ):
         return None
     weight, _ = weight_and_bias(module.gate_proj)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from headstart.target.kernels.linear import Pack, PackedLinear, is_plain, weight_and_bias
+from headstart.target.kernels.linear import Pack, PackedLinear, is_packable, weight_and_bias
 
 USUAL = 16  # rows of the product that all others are held to: those of a usual tree
 SIZES = (*range(1, 34), 48, 64, 65, 96, 128, 256)
@@ -76,7 +76,7 @@ def row_range(varying: Sequence[int], sizes: Sequence[int] = SIZES) -> RowRange 
 
 def multiplies_by_itself(module: nn.Module) -> bool:
     """Whether a module owns a matrix, or a stack of them, and is neither an embedding nor a linear that can be tested."""
-    if isinstance(module, nn.Embedding | PackedLinear) or is_plain(module):
+    if isinstance(module, nn.Embedding | PackedLinear) or is_packable(module):
         return False
     return any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
 
@@ -90,7 +90,7 @@ def kind_of(module: nn.Module) -> Kind | None:
     """The kind of a linear; None for any other module."""
     if isinstance(module, PackedLinear):
         return Kind(sum(module.pack.sizes), module.in_features, module.pack.packed.dtype, True, module.pack.bias is not None)
-    if is_plain(module):
+    if is_packable(module):
         weight, bias = weight_and_bias(module)
         return Kind(weight.shape[0], weight.shape[1], weight.dtype, False, bias is not None, isinstance(module, Conv1D))
     return None

@@ -206,7 +206,7 @@ def weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def _families(parent: nn.Module) -> Iterator[tuple[str, ...]]:
-    plain = {name: child for name, child in parent.named_children() if is_plain(child)}
+    plain = {name: child for name, child in parent.named_children() if is_packable(child)}
     for family in FAMILIES:
         if all(name in plain for name in family) and all(_same_input(plain[a], plain[b]) for a, b in pairwise(family)):
             yield family
@@ -215,7 +215,7 @@ def _families(parent: nn.Module) -> Iterator[tuple[str, ...]]:
     yield from ((name,) for name in plain)
 
 
-def is_plain(module: nn.Module) -> bool:
+def is_packable(module: nn.Module) -> bool:
     """Whether this is an untouched linear of a kind that can be packed."""
     if type(module) not in (nn.Linear, Conv1D):  # a subclass (LoRA, quantized) computes something else
         return False

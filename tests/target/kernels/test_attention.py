@@ -5,9 +5,10 @@ import random
 import pytest
 import torch
 
-from headstart.target.attention import AttentionParams, RowMask, Window, plain
+from headstart.target.attention import AttentionParams, reference_attention
 from headstart.target.kernels import attention
 from headstart.target.kernels.attention import is_order_proof, ordered, wide
+from headstart.target.row_mask import RowMask, Window
 
 SHAPES = [(4, 4, 64), (8, 2, 32), (4, 2, 128), (4, 1, 64), (3, 1, 80)]  # heads, kv_heads, width; the last two share one key head
 
@@ -84,7 +85,7 @@ def test_it_is_the_attention_that_is_written_in_the_book(kernel, softcap, sinks,
     query, keys, values = torch.randn(6, 12, 32), torch.randn(2, 142, 32), torch.randn(2, 142, 48)
     row_mask = RowMask(0, 12, 0, 130, seen_by(parents), torch.tensor(depths) + 130)
     params = AttentionParams(0.2, window, softcap, torch.randn(6) if sinks else None)
-    wanted = plain(query, keys, values, row_mask, params)
+    wanted = reference_attention(query, keys, values, row_mask, params)
     torch.testing.assert_close(kernel(query, keys, values, row_mask, params), wanted, rtol=1e-5, atol=1e-5)
 
 
