@@ -1,9 +1,9 @@
-"""Does a model that is scored as a forest say what it says of its own accord? Asked once, when it is loaded.
+"""The self-check of a target when it is loaded: a scored forest gives the logits that the model itself gives to sequential texts.
 
-Nothing may pass from token to token but by its attention, and nothing backwards. Then a tree is compared with the sequential
-text, by the attention the model came with, and two rows together with each alone, one of them beyond a sliding window. In half
-precision the measure is the model's own noise: what becomes of its logits when every embedding is off by one rounding. This
-file knows the question. It refuses to know how a forest is scored.
+First, information may pass between tokens through causal attention only. Then the logits of a tree are compared with those of
+the sequential texts under the model's own attention, and those of two rows, one beyond a sliding window, with those of each
+alone. In half precision the tolerance is a multiple of the model's noise: how far its logits move when every embedding is off by
+one rounding step. This module must not import `Target`; it uses the methods of the one that it gets.
 """
 
 from __future__ import annotations
@@ -14,93 +14,93 @@ import torch
 from torch import Tensor, nn
 
 from headstart.speculation.tree import Drafts, merge
-from headstart.target.attention import Probe
 from headstart.target.cache import Seating
+from headstart.target.probing import convolutions, mixers, reversed_text, same_ends
 
 if TYPE_CHECKING:
     from headstart.target.target import Target
 
-MAX_CHECK = 600  # tokens; a longer window is not run into at load
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-3}  # of the largest difference, in standard deviations of the logits
-NOISES = 3.0  # in half precision: a tree differs by less than 2 times the noise, and mostly by more than 15 if something is wrong
-FEW_NOISES = 0.3  # where the same numbers are added in the same order, and only experts' batches differ
-MOST = 0.25  # standard deviations; no noise allows more
-ATTEMPTS = 3  # in half precision, where a near-tie of experts can turn into another answer by itself
-BEFORE = 8  # tokens before the branches that must not change with them
+MAX_CHECK = 600  # tokens; a longer window is not exceeded by the check
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-3}  # largest difference allowed, in standard deviations of the logits
+NOISES = 3.0  # in half precision, in units of the noise; a correct tree differs by less than 2, a wrong one mostly by more than 15
+FEW_NOISES = 0.3  # where the same numbers are added in the same order, and only the batches of experts differ
+MAX_TOLERANCE = 0.25  # standard deviations; the limit however large the noise is
+ATTEMPTS = 3  # in half precision, where a near tie between experts can change an answer by itself
+BEFORE = 8  # tokens before the branches whose logits must not change with them
 
 
 def self_check(target: Target) -> None:
-    """Raises ValueError, naming the model and the reason, where the model cannot be served exactly."""
+    """Check a target. Raises ValueError, naming the model and the reason, where it is not exact; then the target is released."""
     windows = [limit for window in target.windows for limit in (window.sliding, window.chunk) if limit is not None]
     beyond = min((limit + 5 for limit in windows), default=24)
     length = min(beyond if beyond <= MAX_CHECK else 24, target.context - 8)
     if length < 4:
         return
-    if mixers := _convolutions(target):
-        _refuse(target, _beside_attention(mixers))
+    if names := convolutions(target):
+        _refuse(target, _beside_attention(names))
     attempts = 1 if target.dtype in TOLERANCE else ATTEMPTS
-    complaints = (_complaint(target, length, seed) for seed in range(attempts))
-    if all(complaint is not None and (last := complaint) for complaint in complaints):
+    problems = (_problem(target, length, seed) for seed in range(attempts))
+    if all(problem is not None and (last := problem) for problem in problems):
         _refuse(target, last)
 
 
-def _refuse(target: Target, why: str) -> None:
+def _refuse(target: Target, reason: str) -> None:
     target.release()
-    raise ValueError(f"{target.name} ({type(target.model).__name__}) cannot be a target: {why}")
+    raise ValueError(f"{target.name} ({type(target.model).__name__}) cannot be a target: {reason}")
 
 
-def _complaint(target: Target, length: int, seed: int) -> str | None:
-    """What is wrong with a model, found by texts of up to `length` tokens that are drawn from a seed; None if nothing is."""
+def _problem(target: Target, length: int, seed: int) -> str | None:
+    """Why the model cannot be served exactly, by random texts of up to `length` tokens; None if nothing is wrong."""
     texts, branches = _draw(target, (length, max(3, length // 2)), seed)
     own = [_own_logits(target, text, branches) for text in texts]
     noise = None if target.dtype in TOLERANCE else _noise(target, texts[1], branches[0], own[1][0])
-    few = TOLERANCE[target.dtype] if noise is None else FEW_NOISES * noise
-    many = TOLERANCE[target.dtype] if noise is None else min(NOISES * noise, MOST)
-    if not _gap(*_neighbours_changed(target, seed)) <= few:
-        return _beside_attention(_mixers(target, seed))
-    if not _gap(*_turned(target, seed)) <= few:
-        return "it counts the places of tokens by itself and not by position_ids, and in a tree these differ"
+    same_order = TOLERANCE[target.dtype] if noise is None else FEW_NOISES * noise
+    any_order = TOLERANCE[target.dtype] if noise is None else min(NOISES * noise, MAX_TOLERANCE)
+    if not _gap(*same_ends(target, seed)) <= same_order:  # written so that nan fails
+        return _beside_attention(mixers(target, seed))
+    if not _gap(*reversed_text(target, seed)) <= same_order:
+        return "it counts the positions of tokens itself instead of reading position_ids, and in a tree these differ"
     before = [[logits[:-3] for logits in both] for both in own]
-    if not max(float(_gaps(*both).median()) for both in before) <= few:
-        return "its attention sees later tokens too: what it says of a text changes with the tokens that follow"
+    if not max(float(_gaps(*both).median()) for both in before) <= same_order:
+        return "its attention sees later tokens too: the logits of a text change with the tokens that follow"
     for rows in ([0, 1], [0], [1]):
-        found = _tree_logits(target, [texts[row] for row in rows], branches)
-        for row, logits in zip(rows, found, strict=True):
+        actual = _tree_logits(target, [texts[row] for row in rows], branches)
+        for row, logits in zip(rows, actual, strict=True):
             gap = _gap(torch.cat([own[row][0][-3:], own[row][1][-2:]]), logits)
-            if not gap <= many:
+            if not gap <= any_order:
                 what = "two rows together" if len(rows) > 1 else "a tree"
                 return (
                     f"{what} scored at once differs from the sequential text by {gap:.2g} standard deviations of its logits "
-                    f"(allowed: {many:.2g})"
+                    f"(allowed: {any_order:.2g})"
                 )
     return None
 
 
-def _beside_attention(mixers: list[str]) -> str:
-    who = ", ".join(mixers) or "some module"
-    return (
-        f"beside its attention, {who} carries a state from token to token (recurrent or convolutional), which a tree cannot share"
-    )
+def _beside_attention(names: list[str]) -> str:
+    module = ", ".join(names) or "some module"
+    state = "a state from token to token (recurrent or convolutional)"
+    return f"beside its attention, {module} carries {state}, which a tree cannot share"
 
 
 def holds_to_the_bit(target: Target) -> bool:
-    """Whether logits have the same bits in a crowd of trees and one token at a time: the whole model, with its kernels.
+    """Whether the logits of the whole model, with its kernels, have the same bits in a forest and one token at a time.
 
-    Two rows, their prompts read at once, with a tree behind each; then each row alone, its prompt cut elsewhere, one branch.
+    Compared are two rows, their prompts in one forward and a tree behind each, with each row alone, its prompt in two forwards and
+    one branch.
     """
     length = min(24, target.context - 8)
     if length < 4:
         return True
     texts, branches = _draw(target, (length, max(3, length // 2)), 0)
-    crowd = _tree_logits(target, texts, branches)
-    for text, branch, found, nodes in zip(texts, branches, crowd, ([0, 1, 2], [0, 3, 4]), strict=True):
-        if not torch.equal(found[nodes], _one_by_one(target, text, branch)):
+    forest_logits = _tree_logits(target, texts, branches)
+    for text, branch, logits, nodes in zip(texts, branches, forest_logits, ([0, 1, 2], [0, 3, 4]), strict=True):
+        if not torch.equal(logits[nodes], _one_by_one(target, text, branch)):
             return False
     return True
 
 
 def _draw(target: Target, sizes: tuple[int, ...], seed: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Random texts of these sizes, and two branches of two tokens to hang on each."""
+    """Random texts of these sizes, and two branches of two tokens that are drafted behind each."""
     generator = torch.Generator().manual_seed(seed)
     texts: list[list[int]] = [torch.randint(0, target.vocab, (size,), generator=generator).tolist() for size in sizes]
     branches: list[list[int]] = torch.randint(0, target.vocab, (2, 2), generator=generator).tolist()
@@ -109,22 +109,24 @@ def _draw(target: Target, sizes: tuple[int, ...], seed: int) -> tuple[list[list[
 
 
 def _one_by_one(target: Target, text: list[int], branch: list[int]) -> Tensor:
-    """[1 + branch, vocab]: the prompt in two parts, then root and branch, one node a forward."""
+    """[1 + branch, vocab] logits of root and branch, one node per forward, behind a prompt that is read in two forwards."""
     seating = Seating(1, len(text) + len(branch) + 1)
     cache, seats = target.new_cache(seating), [seating.take(seating.num_slots) or 0]
-    lines: list[Tensor] = []
+    logits: list[Tensor] = []
     cut = (len(text) - 1) // 3
     for stem in (text[:cut], text[cut:-1], text[-1:], *([token] for token in branch)):
         if stem:
             forest = merge([stem], [cache.lengths[seats[0]]], [True], Drafts.none(target.device), target.min_nodes)
-            lines.append(target.score(forest, cache, seats).logits[:1])
+            logits.append(target.score(forest, cache, seats).logits[:1])
             cache.commit(seats, forest.stems, [()])
-    return torch.cat(lines[-1 - len(branch) :])
+    return torch.cat(logits[-1 - len(branch) :])
 
 
 def _own_logits(target: Target, text: list[int], branches: list[list[int]]) -> list[Tensor]:
-    """Of each branch behind the text, [before + 1 + 2, vocab] by the model's own attention: up to `BEFORE` tokens before the root,
-    root, and the branch's two nodes."""
+    """For each branch behind the text, [before + 1 + 2, vocab] logits under the model's own attention.
+
+    The rows are up to `BEFORE` tokens before the root, the root, and the two nodes of the branch.
+    """
     first = max(0, len(text) - 1 - BEFORE)
     with target.original() as model:
         return [
@@ -134,7 +136,7 @@ def _own_logits(target: Target, text: list[int], branches: list[list[int]]) -> l
 
 
 def _noise(target: Target, text: list[int], branch: list[int], expected: Tensor) -> float:
-    """What a rounding of every embedding makes of the model's own logits, in standard deviations: the middle one of its nodes."""
+    """How far the model's own logits move when every embedding is off by one rounding step: the median of the nodes' `_gaps`."""
     generator = torch.Generator().manual_seed(0)
     step = torch.finfo(target.dtype).eps
 
@@ -144,105 +146,27 @@ def _noise(target: Target, text: list[int], branch: list[int], expected: Tensor)
 
     hook = target.model.get_input_embeddings().register_forward_hook(off_by_one)
     try:
-        (found,) = _own_logits(target, text, [branch])
+        (logits,) = _own_logits(target, text, [branch])
     finally:
         hook.remove()
-    return max(step, float(_gaps(expected, found).median()))
+    return max(step, float(_gaps(expected, logits).median()))
 
 
-def _gaps(expected: Tensor, found: Tensor) -> Tensor:
-    """[nodes]: the root of the mean square of each node's differences, in standard deviations of the expected logits."""
+def _gaps(expected: Tensor, actual: Tensor) -> Tensor:
+    """[nodes] root mean square of each node's differences, in standard deviations of the expected logits."""
     expected = expected.double()
-    return (expected - found.double()).square().mean(-1).sqrt() / expected.std()
+    return (expected - actual.double()).square().mean(-1).sqrt() / expected.std()
 
 
-def _gap(expected: Tensor, found: Tensor) -> float:
-    """The largest difference; in half precision, where single ones are chance, that of the worst node."""
+def _gap(expected: Tensor, actual: Tensor) -> float:
+    """The largest difference, in standard deviations; in half precision, where single differences are noise, the worst `_gaps`."""
     if expected.dtype in TOLERANCE:
-        return float((expected.double() - found.double()).abs().max() / expected.double().std())
-    return float(_gaps(expected, found).max())
-
-
-# -- what passes beside the attention ---------------------------------------------------------------------------------------
-
-
-def _convolutions(target: Target) -> list[str]:
-    """The kinds of modules that take part in a text and own a convolution along it, whatever its weights are."""
-    owners = [
-        module
-        for module in target.model.modules()
-        if any(isinstance(child, nn.Conv1d) and child.kernel_size[0] > 1 for child in module.children())
-    ]
-    ran: list[str] = []
-    hooks = [module.register_forward_hook(lambda module, _args, _out: ran.append(type(module).__name__)) for module in owners]
-    try:
-        target.examined([0, 1] * (BEFORE // 2), Probe())
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return sorted(set(ran))
-
-
-def _neighbours(target: Target, seed: int) -> tuple[list[int], list[int]]:
-    """Two texts with the same first and last token."""
-    generator = torch.Generator().manual_seed(seed)
-    one, other = torch.randint(0, target.vocab, (2, BEFORE), generator=generator).tolist()
-    return one, [one[0], *other[1:-1], one[-1]]
-
-
-def _neighbours_changed(target: Target, seed: int) -> tuple[Tensor, Tensor]:
-    """[2, vocab] each: first and last token of two such texts, of which every token attends to itself only."""
-    one, other = (target.examined(text, Probe(alone=True))[:: BEFORE - 1] for text in _neighbours(target, seed))
-    return one, other
-
-
-def _turned(target: Target, seed: int) -> tuple[Tensor, Tensor]:
-    """[tokens, vocab] each: a text whose tokens attend to themselves only, and the same with its last token and position first."""
-    text, _ = _neighbours(target, seed)
-    forwards = target.examined(text, Probe(alone=True))
-    backwards = target.examined(text[::-1], Probe(alone=True), list(range(len(text)))[::-1])
-    return forwards, backwards.flip(0)
-
-
-def _mixers(target: Target, seed: int) -> list[str]:
-    """The first module whose first or last token comes out changed where both came in the same; empty where none is that clear."""
-    records = [_records(target, text) for text in _neighbours(target, seed)]
-    for (name, given, made), (_, other_given, other_made) in zip(*records, strict=True):
-        if given and _alike(given, other_given) and not _alike(made, other_made):
-            return [name]
-    return []
-
-
-def _records(target: Target, text: list[int]) -> list[tuple[str, list[Tensor], list[Tensor]]]:
-    """Of every module, in the order in which they end: its kind, and the first and last token of what came in and out."""
-    records: list[tuple[str, list[Tensor], list[Tensor]]] = []
-
-    def ends(values: Any) -> list[Tensor]:
-        tensors = [value for value in values if isinstance(value, Tensor) and value.ndim > 2 and value.shape[1] == len(text)]
-        return [value[0, :: len(text) - 1] for value in tensors]
-
-    def record(module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
-        made = out if isinstance(out, tuple | list) else (out,)
-        records.append((type(module).__name__, ends([*args, *kwargs.values()]), ends(made)))
-
-    hooks = [module.register_forward_hook(record, with_kwargs=True) for module in target.model.modules()]
-    try:
-        target.examined(text, Probe(alone=True))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return records
-
-
-def _alike(one: list[Tensor], other: list[Tensor]) -> bool:
-    return all(map(torch.equal, one, other))
-
-
-# -- a forest ---------------------------------------------------------------------------------------------------------------
+        return float((expected.double() - actual.double()).abs().max() / expected.double().std())
+    return float(_gaps(expected, actual).max())
 
 
 def _tree_logits(target: Target, texts: list[list[int]], branches: list[list[int]]) -> list[Tensor]:
-    """The same nodes by two forwards of forests: the prompts without their roots, then roots and both branches at once."""
+    """For each text, [1 + 4, vocab] logits of its root and of both branches: one forward for the prompts, one for all trees."""
     capacity = max(map(len, texts)) + 8
     seating = Seating(len(texts), capacity * len(texts))
     cache = target.new_cache(seating)

@@ -1,8 +1,8 @@
-"""Any causal language model of transformers as a target: it scores a forest in one forward.
+"""The target: any causal LM of transformers, which scores a forest in one forward.
 
-Only public doors are used: the model's own forward, `position_ids`, `logits_to_keep`, `output_hidden_states`, a registered
-attention function and a keyword that windows it. A model that cannot be served exactly is refused by name when it is loaded.
-This file knows models. It refuses to know drafters, rules and requests.
+Only public interfaces of transformers are used: the model's own forward, `position_ids`, `logits_to_keep`,
+`output_hidden_states`, a registered attention function and a keyword that is passed on to it.
+This module must not import drafters or the engine.
 """
 
 from __future__ import annotations
@@ -32,39 +32,59 @@ from headstart.target.kernels.fuse import fuse
 from headstart.target.kernels.linear import prepack
 from headstart.target.kernels.restore import restore
 from headstart.target.loading import load_model
+from headstart.target.probing import probe_layers
 from headstart.target.row_mask import RowMask, row_masks
 from headstart.target.selfcheck import holds_to_the_bit, self_check
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
-_HELD: WeakKeyDictionary[nn.Module, dict[tuple[torch.dtype, Kernel, int], bool]] = WeakKeyDictionary()
+# model -> (dtype, kernel, threads) -> whether it is exact to the bit; only for models whose weights a target leaves as they are
+_KNOWN_EXACT: WeakKeyDictionary[nn.Module, dict[tuple[torch.dtype, Kernel, int], bool]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """logits: [asked, vocab]; features: [nodes, taps * hidden] of the tapped layers, or None without taps."""
+    """The result of scoring a forest.
+
+    logits: [asked, vocab] of the asked nodes.
+    features: [nodes, taps * hidden] hidden states of all nodes after the tapped layers, side by side; None without taps.
+    """
 
     logits: Tensor
     features: Tensor | None
 
 
 class Target:
-    """A causal LM that scores forests. Wrap a model you already hold, or `load` a folder or hub id.
+    """A causal LM that scores forests. Wrap a model that is in memory, or `load` one from a folder or the hub.
 
-    The model is put in evaluation mode, and attends with this package's function whenever this target runs it; its own
-    `generate` works all the while. `release` gives it back as it was. Raises ValueError, naming the model and the reason, if it
-    cannot be served exactly; then the model is as it was, too.
+    The model is put in evaluation mode, and runs with this package's attention function only while this target runs it: its own
+    `generate` works as before. `release` gives the model back as it was.
+
+    model: the model.
+    kernel: the attention kernel; `choose_kernels` replaces it.
+    check: whether to run `check` now.
+    Raises ValueError, naming the model and the reason, if it cannot be served exactly; then the model is left as it was.
+
+    Attributes:
+    name: where the model comes from, a path or hub id, or its class.
+    num_layers, hidden, vocab, heads: number of layers, width of hidden states, width of logits, number of query heads.
+    context: longest text that is scored exactly, in tokens.
+    shapes: what each layer stores per token in the KV cache.
+    windows: how far back each layer attends.
+    kernel, min_nodes, is_exact: as in `KernelChoice`; torch's attention, 1 and False before `choose_kernels`.
+    kernel_choice: what `choose_kernels` chose; None before.
+    pad_rows: whether all rows go into one padded attention call, for devices where a call costs more than the padding.
+    trust_remote_code: whether Python files beside the weights, or beside a draft model's, may run.
     """
 
     def __init__(self, model: PreTrainedModel, *, kernel: Kernel = attention.torch_attention, check: bool = True) -> None:
         self.model: PreTrainedModel = model
         self.kernel = kernel
-        self.pad_rows = model.device.type != "cpu"  # one attention call for all rows, where a call costs more than padding
-        self.min_nodes = 1  # the smallest forest whose rows do not depend on its size; dead nodes fill up to it
-        self.trust_remote_code = False  # whether Python files beside its weights, or a draft model's, may run
-        self.is_exact = False  # whether equality to the bit is promised
+        self.pad_rows = model.device.type != "cpu"
+        self.min_nodes = 1
+        self.trust_remote_code = False
+        self.is_exact = False
         self.kernel_choice: KernelChoice | None = None
         text = model.config.get_text_config()
         self.name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
@@ -74,7 +94,7 @@ class Target:
         try:
             self._held = HeldModel.hold(model, self)
         except ValueError as error:
-            raise ValueError(f"{self.name} ({type(model).__name__}) does not let its attention be chosen: {error}") from None
+            raise ValueError(f"{self.name} ({type(model).__name__}) does not allow another attention function: {error}") from None
         try:
             self._examine(check)
         except BaseException:
@@ -83,7 +103,7 @@ class Target:
 
     def _examine(self, check: bool) -> None:
         text = self.model.config.get_text_config()
-        probe = self._probe()
+        probe, self.vocab = probe_layers(self)
         self.context = context_length(text, self.name)
         self.shapes = tuple(LayerShape(*probe.shapes[layer]) for layer in range(self.num_layers))
         self.heads = max(probe.heads.values())
@@ -96,9 +116,14 @@ class Target:
         cls, path: str | Path, dtype: str | torch.dtype = "auto", device: str = "auto", exact: bool | str = "auto",
         trust_remote_code: bool = False,
     ) -> Target:  # fmt: skip
-        """From a folder or hub id, with this machine's kernels (`choose_kernels`). trust_remote_code: whether Python files in
-        that folder,
-        and in that of a model that drafts for it, may run."""
+        """A target from a folder or hub id, with kernels for this machine, checked.
+
+        dtype: of the weights; "auto": as stored.
+        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:NUMBER".
+        exact: as for `choose_kernels`.
+        trust_remote_code: whether Python files in that folder, and in that of a draft model for it, may run.
+        Raises ValueError, in one sentence, for a model that cannot be loaded or served exactly.
+        """
         target = cls(load_model(path, dtype, device, trust_remote_code), check=False)
         target.trust_remote_code = trust_remote_code
         target.choose_kernels(exact)
@@ -106,30 +131,30 @@ class Target:
         return target
 
     def choose_kernels(self, exact: bool | str = "auto", *, pack: bool = True) -> None:
-        """Choose this machine's kernels: the model's linears are packed in place until `release` puts them back, unless `pack` is
-        False.
+        """Choose kernels for this machine.
 
-        exact: True for equality to the bit (ValueError where it cannot be had), "auto" for wherever it can be had on a CPU, or
-        False. The choice depends on the model, the machine and the number of threads, never on time; `kernel_choice.why_not` says
-        what stands against exactness. Change torch's number of threads before, not afterwards.
+        The choice depends on the model, the machine and torch's number of threads, never on measured times; set the number of
+        threads before. `kernel_choice.why_not` says what prevents exactness.
+
+        exact: True: equality to the bit; "auto": equality to the bit where a CPU has it; False: the fastest kernels.
+        pack: whether the model's linears are packed in place, until `release` puts them back.
+        Raises ValueError where exact is True and equality to the bit is not available.
         """
         if exact not in (True, False, "auto"):
             raise ValueError(f"exact is {exact!r}; it must be True, False or 'auto'")
         self._ungroup()
-        found = choose_kernels(self.model, self.heads, self.shapes, exact, pack)
-        self._use(found)
-        if not found.is_exact or self._holds(is_cached=not pack):
+        choice = choose_kernels(self.model, self.heads, self.shapes, exact, pack)
+        self._use(choice)
+        if not choice.is_exact or self._holds_to_the_bit(is_cached=not pack):
             return
-        self._use(replace(found, kernel=wide))
-        if found.kernel is wide or not self._holds(is_cached=not pack):
+        self._use(replace(choice, kernel=wide))
+        if choice.kernel is wide or not self._holds_to_the_bit(is_cached=not pack):
             self._ungroup()
-            self._use(
-                inexact(exact, "a node of a tree comes out with other bits than the same node alone, somewhere in the layers")
-            )
+            self._use(inexact(exact, "in some layer, a node of a tree gets other bits than the same node alone"))
 
-    def _holds(self, is_cached: bool) -> bool:
-        """Whether the whole model holds to the bit. is_cached: asked once per model, for a caller who has it again and again."""
-        known = _HELD.setdefault(self.model, {}) if is_cached else {}
+    def _holds_to_the_bit(self, is_cached: bool) -> bool:
+        """Whether the whole model is exact to the bit. is_cached: computed once per model, for callers that wrap it repeatedly."""
+        known = _KNOWN_EXACT.setdefault(self.model, {}) if is_cached else {}
         key = (self.dtype, self.kernel, torch.get_num_threads())
         if key not in known:
             known[key] = holds_to_the_bit(self)
@@ -143,7 +168,7 @@ class Target:
         self.kernel_choice = kernel_choice
         self.kernel, self.min_nodes, self.is_exact = kernel_choice.kernel, kernel_choice.min_nodes, kernel_choice.is_exact
 
-    # -- what it is --
+    # -- description --
 
     def __repr__(self) -> str:
         why_not = self.kernel_choice.why_not if self.kernel_choice else "its kernels were not chosen, see `choose_kernels`"
@@ -152,50 +177,62 @@ class Target:
 
     @property
     def device(self) -> torch.device:
+        """The model's device."""
         device: torch.device = self.model.device
         return device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The model's dtype."""
         dtype: torch.dtype = self.model.dtype
         return dtype
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of one token's keys and values over all layers."""
+        """Bytes of one token in the KV cache: keys and values of all layers."""
         return sum(shape.slot_bytes(self.dtype) for shape in self.shapes)
 
     def new_cache(self, seating: Seating) -> KVCache:
+        """An empty KV cache for these seats. Raises ValueError where the device has no room for it."""
         return KVCache(self.shapes, seating, self.device, self.dtype)
 
     @cached_property
     def embed_head(self) -> EmbedHead:
-        """Embedding and head, for drafters that borrow them. Raises ValueError where the head does something unknown."""
+        """The model's embedding and LM head, for drafters that use them. Raises ValueError as `EmbedHead` does."""
         return EmbedHead(self.model)
 
     def pack_drafter(self, drafter: nn.Module) -> None:
-        """Give a drafter's modules this machine's kernels too, in place and for good."""
+        """Pack and fuse the modules of a drafter in place, for good, where the target runs with this machine's CPU kernels."""
         if self.kernel_choice is not None and self.device.type == "cpu":
             fuse(drafter)
             prepack(drafter)
 
-    # -- what it does --
+    # -- scoring --
 
     def score(self, forest: Forest, cache: KVCache, seats: Sequence[int], taps: Sequence[int] = ()) -> Scored:
-        """One forward over a forest: logits of the asked nodes, and features of all nodes at the tapped layers.
+        """One forward over a forest: logits of the asked nodes, and hidden states of all nodes after the tapped layers.
 
-        seats: the seat of each row. Tap `i` is the output of layer `i` (0 is the first layer's; -1 the last one's, normed).
+        The keys and values of the nodes are written behind what each seat holds; `KVCache.commit` keeps some of them.
+
+        seats: the seat of each row.
+        taps: layers whose output is wanted; 0 is the first, -1 the last, whose output has the final norm applied.
         """
         return self.forward(forest.tokens, forest.positions, row_masks(forest, cache, seats), cache, forest.asked, taps)
 
     @torch.inference_mode()
     def forward(
-        self, tokens: Tensor, positions: Tensor, seen: Sequence[RowMask], cache: KVCache, asked: Tensor, taps: Sequence[int] = ()
+        self, tokens: Tensor, positions: Tensor, masks: Sequence[RowMask], cache: KVCache, asked: Tensor, taps: Sequence[int] = ()
     ) -> Scored:
-        """The forward underneath `score`, for drafters that grow a tree level by level in their own cache."""
+        """The forward underneath `score`, also for drafters that grow a tree level by level in their own KV cache.
+
+        tokens, positions: [nodes] int64.
+        masks: one per row.
+        asked: [asked] int64, indices of the nodes whose logits are returned.
+        Raises ValueError after `release`.
+        """
         if self not in self._held:
             raise ValueError(f"{self.name} was released and no longer attends as a target; make a new Target of it")
-        metadata = AttentionMetadata(seen, cache, self.kernel, self.windows, self.pad_rows)
+        metadata = AttentionMetadata(masks, cache, self.kernel, self.windows, self.pad_rows)
         layers = [tap % self.num_layers for tap in taps]
         with self._held.attending():
             out, states = forward_with_hidden_states(
@@ -210,67 +247,42 @@ class Target:
         features = torch.cat([states[layer][0] for layer in layers], -1) if taps else None
         return Scored(out.logits[0], features)
 
-    # -- how it is examined --
+    # -- the model itself --
 
     @contextmanager
     def original(self) -> Iterator[PreTrainedModel]:
-        """The model with the attention it came with, as an oracle."""
+        """The model with its own attention, as the reference."""
         yield self.model
 
     def release(self) -> PreTrainedModel:
-        """Give the model back: this target scores no more. When no other target holds it either, linears, norms and MLPs that
-        `choose_kernels` replaced are put back with the same bits, and modules that were training train again. A second call does
-        nothing.
+        """Give the model back; this target can no longer score.
+
+        When no other target holds the model, the linears, norms and MLPs that `choose_kernels` replaced are put back with the
+        same bits, and modules that were in training mode return to it. A second call does nothing.
         """
         self._ungroup()
         self._held.release(self.model, self, restore)
         return self.model
 
     @torch.inference_mode()
-    def examined(self, tokens: Sequence[int], probe: Probe, positions: Sequence[int] | None = None) -> Tensor:
-        """[tokens, vocab] of a few tokens, without a cache, at these positions or 0, 1, 2, and so on.
+    def probe(self, tokens: Sequence[int], probe: Probe, positions: Sequence[int] | None = None) -> Tensor:
+        """[tokens, vocab] logits of a forward without a KV cache; the probe records what each layer passes to its attention.
 
-        The probe records what windows the attention function.
+        positions: of the tokens; None: 0, 1, 2, and so on.
         """
-        places = torch.arange(len(tokens), device=self.device)
+        indices = torch.arange(len(tokens), device=self.device)
         ids = torch.tensor([list(tokens)], device=self.device)
-        where = places if positions is None else torch.tensor(positions, device=self.device)
+        where = indices if positions is None else torch.tensor(positions, device=self.device)
         with self._held.attending():
-            out = self.model(input_ids=ids, position_ids=where[None], use_cache=False, logits_to_keep=places, headstart=probe)
+            out = self.model(input_ids=ids, position_ids=where[None], use_cache=False, logits_to_keep=indices, headstart=probe)
         logits: Tensor = out.logits[0]
         return logits
 
-    def _probe(self) -> Probe:
-        """Two tokens through the model: what windows the attention function, layer by layer."""
-        probe = Probe()
-        kind = type(self.model).__name__
-        try:
-            logits = self.examined([0, 1], probe)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{self.name} ({kind}) cannot be a target: {error}") from None
-        missing = self.num_layers - len(probe.shapes)
-        if missing:
-            what = "bypasses the attention interface of transformers (alibi, or modelling code older than it)"
-            if probe.shapes:
-                what = f"keeps a state of its own in {missing} of {self.num_layers} layers (recurrent or linear attention)"
-            raise ValueError(f"{self.name} ({kind}) cannot be a target: it {what}")
-        if bool(logits.isnan().any()):
-            raise ValueError(
-                f"{self.name} ({kind}) cannot be a target: it answers with nan, so its weights are damaged; copy them again"
-            )
-        if probe.masking:
-            layers = ", ".join(sorted(probe.masking))
-            raise ValueError(f"{self.name} ({kind}) cannot be a target: {layers} hands its attention a mask of its own making")
-        if probe.looking_ahead or not getattr(self.model.config.get_text_config(), "is_causal", True):
-            layers = ", ".join(sorted(probe.looking_ahead)) or "config.is_causal"
-            raise ValueError(f"{self.name} ({kind}) cannot be a target: its attention sees later tokens too ({layers})")
-        self.vocab = int(logits.shape[-1])
-        return probe
-
     def check(self) -> None:
-        """Compare a tree with the sequential text, by the model's own attention, and two rows with each alone.
+        """Compare a tree's logits with those of sequential texts under the model's own attention, and two rows with each alone.
 
-        Raises ValueError, naming the model, where they differ. A window longer than `MAX_CHECK` tokens is not exceeded here.
+        A sliding window longer than `selfcheck.MAX_CHECK` tokens is not exceeded here.
+        Raises ValueError, naming the model, where they differ; then the model is released.
         """
         with torch.inference_mode():
             self_check(self)

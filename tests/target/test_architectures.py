@@ -142,7 +142,7 @@ def test_what_passes_beside_or_against_causal_attention_is_found_in_every_precis
         for weight in model.parameters():
             weight.mul_(scale if weight.dim() > 1 else 1)
     monkeypatch.setattr(attention, "_looks_ahead", lambda module, is_causal: False)
-    monkeypatch.setattr(selfcheck, "_convolutions", lambda target: [])
+    monkeypatch.setattr(selfcheck, "convolutions", lambda target: [])
     with pytest.raises(ValueError, match=reason):
         Target(model)
 
