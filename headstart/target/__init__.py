@@ -1,1 +1,1 @@
-"""A Hugging Face causal language model that scores forests: its loading, its attention, its KV cache and its kernels."""
+"""A Hugging Face causal LM that scores forests of drafts: loading, attention, KV cache and kernels."""

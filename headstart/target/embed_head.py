@@ -1,7 +1,6 @@
-"""The two ends of a language model: tokens to embeddings, and final states to logits.
+"""The embedding and the LM head of a target, which drafters use: tokens to embeddings, last hidden states to logits.
 
-Drafters borrow them: Hydra and EAGLE embed with the target's table, heads without a projection of their own speak through its
-head. This file knows embeddings and heads. It refuses to know layers, drafters and training.
+This module must not import drafters or training.
 """
 
 from __future__ import annotations
@@ -18,10 +17,15 @@ if TYPE_CHECKING:
 
 
 class EmbedHead:
-    """Embedding and head of a causal LM, frozen. Raises ValueError, naming the model, where its head does something unknown.
+    """Embedding and LM head of a causal LM, used without being changed.
 
-    hidden: width of the final, normed states, which is also the width of an embedding. vocab: width of the logits. scale: by which
-    those of its head are multiplied.
+    Raises ValueError, naming the model, where it has no LM head, or where its logits are not a scale and a soft cap of what its LM
+    head makes of the last hidden states.
+
+    Attributes:
+    hidden: width of the last hidden states (after the final norm), and of an embedding.
+    vocab: width of the logits.
+    scale: factor of the LM head's output (Cohere, Granite); 1 for most models.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -38,50 +42,50 @@ class EmbedHead:
 
     @property
     def lm_head(self) -> nn.Module:
-        """The linear from [..., hidden] to [..., vocab]; looked up anew, for kernels may have replaced it."""
+        """The linear from [..., hidden] to [..., vocab]; read from the model each time, because kernels may have replaced it."""
         lm_head: nn.Module = self._model.get_output_embeddings()
         return lm_head
 
     @property
     def lm_head_weight(self) -> Tensor:
-        """[vocab, hidden] of the head, to start heads of one's own from; of a quantised one, what it multiplies by."""
+        """[vocab, hidden] weight of the LM head, from which other heads may start; dequantised where it is quantised."""
         weight: Tensor = self.lm_head.weight  # type: ignore[assignment]
         if type(weight.data) is Tensor and weight.is_floating_point():
             return weight.detach()
         units = torch.eye(self.hidden, device=self._model.device, dtype=self._model.dtype)
-        said: Tensor = self.lm_head(units) - self.lm_head(torch.zeros_like(units[:1]))  # without a bias
-        return said.detach().T
+        columns: Tensor = self.lm_head(units) - self.lm_head(torch.zeros_like(units[:1]))  # without the bias
+        return columns.detach().T
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
-        """Of the head, for who lets it learn; none where kernels have packed it."""
+        """The LM head's parameters, for callers that train it; none where kernels have packed it."""
         return tuple(self.lm_head.parameters())
 
     @property
     def embed_weight(self) -> Tensor:
-        """[vocab, hidden] the embedding of every token."""
+        """[vocab, hidden] embedding of every token."""
         return self.embed(torch.arange(self.vocab, device=self._model.device)).detach()
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """[...] int64 -> [..., hidden], as the table has them."""
+        """Tokens [...] int64 -> their embeddings [..., hidden]."""
         embedded: Tensor = self._model.get_input_embeddings()(tokens)
         return embedded
 
     def logits(self, states: Tensor) -> Tensor:
-        """Final, normed states [..., hidden] -> the target's logits [..., vocab]."""
+        """Last hidden states [..., hidden], after the final norm -> the target's logits [..., vocab]."""
         return self.scale_logits(self.lm_head(states.to(self._model.dtype)))
 
     def scale_logits(self, logits: Tensor) -> Tensor:
-        """What the model does to the logits of its head: a scale, a soft cap, mostly nothing. Same shape."""
+        """The LM head's output -> the model's logits: scaled and soft-capped where the model does so. Same shape."""
         logits = logits if self.scale == 1 else logits * self.scale
         return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
 
     @torch.no_grad()
     def _check(self, name: str) -> None:
-        """Hear from the head itself that nothing else happens between the final states and the logits."""
-        model, seen = self._model, []
+        """Raise ValueError where a forward does something else between the last hidden states and the logits; set `vocab`."""
+        model, calls = self._model, []
         last = int(model.config.get_text_config().num_hidden_layers) - 1
-        hook = self.lm_head.register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
+        hook = self.lm_head.register_forward_hook(lambda module, args, out: calls.append((args[0], out)))
         try:
             ids = torch.tensor([[0, 1]], device=model.device)
             out, states = forward_with_hidden_states(
@@ -90,7 +94,8 @@ class EmbedHead:
         finally:
             hook.remove()
         self.vocab = int(out.logits.shape[-1])
-        final = states[last]
-        same = len(seen) == 1 and seen[0][0].shape == final.shape and torch.equal(seen[0][0], final)
-        if not same or not torch.allclose(self.scale_logits(seen[0][1]).float(), out.logits.float(), rtol=1e-3, atol=1e-3):
-            raise ValueError(f"{name} ({type(model).__name__}) turns its states into logits in a way that heads cannot follow")
+        is_last_hidden = len(calls) == 1 and calls[0][0].shape == states[last].shape and torch.equal(calls[0][0], states[last])
+        if not is_last_hidden or not torch.allclose(
+            self.scale_logits(calls[0][1]).float(), out.logits.float(), rtol=1e-3, atol=1e-3
+        ):
+            raise ValueError(f"{name} ({type(model).__name__}) computes logits from hidden states in a way that is not supported")

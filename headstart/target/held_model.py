@@ -1,7 +1,6 @@
-"""What targets do to a model that they hold, and how it is undone.
+"""A model that targets hold: its attention is replaced only while a target runs it, and the last release undoes everything.
 
-A held model attends as it came, so that its own `generate` works, except while a target runs it. When the last target lets it
-go, the modules that were packed or fused for it are put back. This file knows models. It refuses to know forests and caches.
+This module must not import forests or KV caches.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from headstart.target import attention
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_HELD: WeakKeyDictionary[nn.Module, HeldModel] = WeakKeyDictionary()
+_HELD_MODELS: WeakKeyDictionary[nn.Module, HeldModel] = WeakKeyDictionary()
 
 
 class HeldModel:
-    """One model and its holders. Use `hold`."""
+    """The state that targets share of one model: who holds it, its own attention, and which modules were training. Use `hold`."""
 
     def __init__(self) -> None:
         self._holders: WeakSet[Any] = WeakSet()
@@ -33,11 +32,11 @@ class HeldModel:
 
     @classmethod
     def hold(cls, model: PreTrainedModel, holder: object) -> HeldModel:
-        """Put a model in evaluation mode for a holder. One `HeldModel` for all holders of a model.
+        """Put a model in evaluation mode for a holder, and return the `HeldModel` that all its holders share.
 
-        Raises ValueError where the model does not let its attention be chosen.
+        Raises ValueError where the model does not allow another attention function.
         """
-        held = _HELD.setdefault(model, cls())
+        held = _HELD_MODELS.setdefault(model, cls())
         with held._lock:
             held._switch_back()
             held._attentions = _attentions(model)
@@ -47,7 +46,10 @@ class HeldModel:
         return held
 
     def release(self, model: PreTrainedModel, holder: object, restore: Callable[[nn.Module], object]) -> None:
-        """Let go. For the last holder, `restore` puts back what was packed or fused, and modules that were training train again."""
+        """Remove a holder. For the last one, call `restore` on the model and put modules back in training mode that were in it.
+
+        restore: puts back the modules that were packed or fused.
+        """
         self._holders.discard(holder)
         if self._holders:
             return
@@ -57,16 +59,17 @@ class HeldModel:
         self._training = set()
 
     def __contains__(self, holder: object) -> bool:
+        """Whether this holder has not released the model."""
         return holder in self._holders
 
     @contextmanager
     def attending(self) -> Iterator[None]:
-        """The model attends with this package's function; nobody else's forward of a target gets in between.
+        """A context in which the model runs with this package's attention; one thread at a time.
 
-        The way back is written twice: an interruption may come at its first statement.
+        The attention is switched back in two nested `finally`, because an interruption may come at the first statement of one.
         """
         with self._lock:
-            self._attentions = [(config, _chosen(config, name)) for config, name in self._attentions]
+            self._attentions = [(config, _own_attention(config, name)) for config, name in self._attentions]
             try:
                 try:
                     for config, _ in self._attentions:
@@ -82,14 +85,14 @@ class HeldModel:
             config._attn_implementation_internal = name
 
 
-def _chosen(config: Any, before: str) -> str:
-    """The attention that the model's owner chose; `before` where an interruption left this package's."""
-    chosen: str = config._attn_implementation_internal
-    return before if chosen == attention.NAME else chosen
+def _own_attention(config: Any, before: str) -> str:
+    """The attention that the model's owner chose; `before` where an interruption left this package's in place."""
+    current: str = config._attn_implementation_internal
+    return before if current == attention.NAME else current
 
 
 def _attentions(model: PreTrainedModel) -> list[tuple[Any, str]]:
-    """The attention that each configuration names, the model's own and those of its parts, where it can be chosen."""
+    """(configuration, name of its attention) for the model and its parts, where the attention can be replaced."""
     attention.register()
     before = [(config, config._attn_implementation_internal) for config in _configs(model)]
     try:
@@ -104,11 +107,11 @@ def _attentions(model: PreTrainedModel) -> list[tuple[Any, str]]:
 
 def _configs(model: PreTrainedModel) -> list[Any]:
     """Every configuration in a model, once."""
-    found: dict[int, Any] = {}
-    waiting = [getattr(module, "config", None) for module in model.modules()]
-    while waiting:
-        config = waiting.pop()
-        if hasattr(config, "_attn_implementation_internal") and id(config) not in found:
-            found[id(config)] = config
-            waiting.extend(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))
-    return list(found.values())
+    configs: dict[int, Any] = {}
+    remaining = [getattr(module, "config", None) for module in model.modules()]
+    while remaining:
+        config = remaining.pop()
+        if hasattr(config, "_attn_implementation_internal") and id(config) not in configs:
+            configs[id(config)] = config
+            remaining.extend(getattr(config, name, None) for name in getattr(config, "sub_configs", {}))
+    return list(configs.values())

@@ -1,6 +1,6 @@
-"""A causal language model from a folder or the hub, or one sentence that says what is wrong with it.
+"""Loading a causal LM from a folder or the hub; every fault of a folder is a ValueError of one sentence.
 
-This file knows files and configurations. It refuses to know what is done with a model.
+This module must not import targets, caches or kernels.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ from headstart.text.jsonl import read_object, why
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SAMPLES = 4096  # of each weight
+SAMPLES = 4096  # numbers of each weight that go into a digest
 DEVICE = re.compile(r"cpu(:0)?|cuda(:\d{1,3})?")
-LAYER = re.compile(r"\.(\d+)\.")
-GENERATION = "generation_config.json"
-MOST_LAYERS = 100_000
-LONGEST = 1024  # letters of a path
+LAYER_NUMBER = re.compile(r"\.(\d+)\.")
+GENERATION_CONFIG = "generation_config.json"
+MAX_LAYERS = 100_000
+MAX_PATH = 1024  # characters
 
 
 def digest(model: PreTrainedModel) -> str:
-    """16 hex digits that tell a fine-tune: the weights of both ends and of the first, the middle and the last layer, sampled.
+    """Hash of 16 hex digits that distinguishes a fine-tune from its base model.
 
-    Samples are rounded to bfloat16, and a packed linear shows its plain weight. So weights have one digest, whether loaded as
-    stored or in a wider dtype, and whichever kernels a target has put in their place.
+    Covers samples of the weights outside the layers and of the first, the middle and the last layer. Samples are rounded to
+    bfloat16, and a packed linear gives its plain weight: the digest depends neither on the dtype in which a model was loaded nor on
+    the kernels that a target has chosen.
     """
     sha = hashlib.sha256()
-    for name, module in _telling(model):
+    for name, module in _sampled_modules(model):
         weight: Any = module.weight.T if type(module).__name__ == "Conv1D" else module.weight  # GPT-2's is transposed
         weight = weight if type(weight.data) is torch.Tensor else weight.dequantize()  # torchao's, which cannot be sliced
         flat = weight.detach().reshape(-1)
@@ -45,21 +46,24 @@ def digest(model: PreTrainedModel) -> str:
     return sha.hexdigest()[:16]
 
 
-def _telling(model: PreTrainedModel) -> list[tuple[str, Any]]:
-    """The modules with a matrix, by name, outside the layers and in three of them. A packed one has its matrix as a property."""
+def _sampled_modules(model: PreTrainedModel) -> list[tuple[str, Any]]:
+    """(name, module) of the modules with a matrix, outside the layers and in three of them.
+
+    A packed linear has its matrix as a property.
+    """
     matrices = [
         (name, module)
         for name, module in model.named_modules()
         if hasattr(type(module), "weight") or getattr(module._parameters.get("weight"), "ndim", 0) == 2
     ]
-    layers = sorted({int(number[1]) for name, _ in matrices if (number := LAYER.search(name))})
+    layers = sorted({int(number[1]) for name, _ in matrices if (number := LAYER_NUMBER.search(name))})
     chosen = {layers[0], layers[len(layers) // 2], layers[-1]} if layers else set()
-    return [(name, module) for name, module in matrices if not (number := LAYER.search(name)) or int(number[1]) in chosen]
+    return [(name, module) for name, module in matrices if not (number := LAYER_NUMBER.search(name)) or int(number[1]) in chosen]
 
 
 @contextmanager
 def no_weight_bars() -> Iterator[None]:
-    """No "Loading weights" bars of transformers inside; the bars of downloads stay, and so do the user's own settings."""
+    """A context without the "Loading weights" progress bars of transformers; other bars and the user's settings stay."""
     from transformers.utils import logging
 
     def without_weights(factory: Any, args: Any, options: dict[str, Any]) -> Any:
@@ -78,14 +82,17 @@ def no_weight_bars() -> Iterator[None]:
 def load_model(
     path: str | Path, dtype: str | torch.dtype = "auto", device: str = "auto", trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """A causal LM from a folder or the hub, or a folder with an adapter, together with the model that it adapts.
+    """A causal LM from a folder or the hub; for a folder with an adapter, its base model with the adapter applied.
 
-    trust_remote_code: whether Python files in that folder may run; nothing is ever asked. Raises ValueError in one sentence for
-    everything that can be wrong with it.
+    path: a folder or a hub id.
+    dtype: of the weights; "auto": as stored.
+    device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:NUMBER".
+    trust_remote_code: whether Python files in that folder may run; the user is never asked.
+    Raises ValueError, in one sentence, for a folder, weights or a device that cannot be used.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    place = _device(device)
+    torch_device = _device(device)
     check_folder(path)
     if (base := adapters.adapted_by(path)) is not None:
         return _adapted(path, base, dtype, device, trust_remote_code)
@@ -97,34 +104,41 @@ def load_model(
             config=config,
             dtype=dtype,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are told below, by name
+            ignore_mismatched_sizes=True,  # they are named below
             trust_remote_code=trust_remote_code,
         )
         model, info = loaded
     except Exception as error:  # safetensors, json and hub errors share no base class
         what = "its weights are damaged or cut short: " if "Safetensor" in type(error).__name__ else ""
         raise ValueError(f"model {path} cannot be loaded: {what}{why(error)}") from error
-    if misshaped := sorted(info.get("mismatched_keys", ()), key=str):
-        name, found, wanted = misshaped[0]
-        said = (
-            f"{len(misshaped)} tensors of other shapes than its config.json says, first {name}: {list(found)}, not {list(wanted)}"
-        )
-        raise ValueError(f"model {path} is not whole: {said}")
-    if missing := sorted(info.get("missing_keys", ())):
-        raise ValueError(f"model {path} is not whole: {len(missing)} missing keys, first {missing[0]}")
-    if (number := _layer_left_out(model, info.get("unexpected_keys", ()))) is not None:
+    _check_weights(path, model, info)
+    on_device: PreTrainedModel = model.to(torch_device)
+    return on_device
+
+
+def _check_weights(path: str | Path, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
+    """Raise ValueError where weights and configuration do not fit each other. info: what transformers says of the loading."""
+    if mismatched := sorted(info.get("mismatched_keys", ()), key=str):
+        name, actual, expected = mismatched[0]
+        shapes = f"first {name}: {list(actual)}, not {list(expected)}"
         raise ValueError(
-            f"model {path} is not whole: its weights have a layer {number}, counted from 0, and its config.json says that it has "
-            f"{model.config.get_text_config().num_hidden_layers} layers; set num_hidden_layers right"
+            f"model {path} is incomplete: {len(mismatched)} tensors have other shapes than in its config.json, {shapes}"
         )
-    placed: PreTrainedModel = model.to(place)
-    return placed
+    if missing := sorted(info.get("missing_keys", ())):
+        raise ValueError(f"model {path} is incomplete: {len(missing)} missing keys, first {missing[0]}")
+    if (number := _unused_layer(model, info.get("unexpected_keys", ()))) is not None:
+        raise ValueError(
+            f"model {path} is inconsistent: its weights have a layer {number}, counted from 0, and its config.json says that it "
+            f"has {model.config.get_text_config().num_hidden_layers} layers; correct num_hidden_layers"
+        )
 
 
 def random_model(path: Path, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A causal LM in float32 as a config.json, or a folder with one, describes it; its weights are drawn from torch's generator.
+    """A causal LM in float32 with random weights, drawn from torch's generator.
 
-    Raises ValueError in one sentence for what is no such configuration.
+    path: its config.json, or a folder with one.
+    trust_remote_code: whether Python files in that folder may run.
+    Raises ValueError, in one sentence, for what is no configuration of a causal LM.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -135,14 +149,14 @@ def random_model(path: Path, trust_remote_code: bool = False) -> PreTrainedModel
         _check_numbers(file, read_object(file))
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         _check_config(config)
-        made: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a wrong number does in there
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a wrong number may raise anything in transformers
         raise ValueError(f"model {path} is no configuration of a causal language model: {why(error)}") from error
-    return made
+    return model
 
 
 def _check_config(config: Any) -> None:
-    """Raise ValueError for a configuration of something else, and for what would be taken from elsewhere without a word."""
+    """Raise ValueError for a configuration that is not of a causal LM, or that would make transformers download a kernel."""
     from transformers import AutoModelForCausalLM
 
     is_known = type(config) in AutoModelForCausalLM._model_mapping
@@ -154,22 +168,24 @@ def _check_config(config: Any) -> None:
         raise ValueError(f"its config.json asks for attention by {config._attn_implementation}; remove attn_implementation")
 
 
-def _layer_left_out(model: PreTrainedModel, unexpected: Iterable[str]) -> int | None:
-    """The first layer that the weights have like any other and the model has not. Modules behind the last layer, which draft,
-    have tensors that no layer has."""
+def _unused_layer(model: PreTrainedModel, unexpected: Iterable[str]) -> int | None:
+    """Number of the first layer in the weights that the model does not have; None where there is none.
+
+    unexpected: names of weights that were not used. Modules behind the last layer, for drafting, have tensors that no layer has.
+    """
     count = int(model.config.get_text_config().num_hidden_layers)
-    parts = {_of_layer(name)[1] for name, _ in model.named_parameters() if LAYER.search(name)}
-    found: dict[int, set[str]] = {}
+    parts = {_layer_and_part(name)[1] for name, _ in model.named_parameters() if LAYER_NUMBER.search(name)}
+    unused: dict[int, set[str]] = {}
     for name in unexpected:
-        if LAYER.search(name):
-            number, part = _of_layer(name)
-            found.setdefault(number, set()).add(part)
-    return next((number for number in sorted(found) if number >= count and found[number] <= parts), None)
+        if LAYER_NUMBER.search(name):
+            number, part = _layer_and_part(name)
+            unused.setdefault(number, set()).add(part)
+    return next((number for number in sorted(unused) if number >= count and unused[number] <= parts), None)
 
 
-def _of_layer(name: str) -> tuple[int, str]:
+def _layer_and_part(name: str) -> tuple[int, str]:
     """The number of the layer that a tensor is in, and its name without that number."""
-    number = LAYER.search(name)
+    number = LAYER_NUMBER.search(name)
     assert number is not None, f"{name} is in no layer"
     return int(number[1]), f"{name[: number.start()]}.{name[number.end() :]}"
 
@@ -179,14 +195,14 @@ def _adapted(path: str | Path, base: str, dtype: str | torch.dtype, device: str,
         model = load_model(base, dtype, device, trust_remote_code)
     except ValueError as error:
         raise ValueError(
-            f"{path} is an adapter of {base}, and {error}; if that model is elsewhere, say where in {adapters.CONFIG} "
-            "(base_model_name_or_path)"
+            f"{path} is an adapter of {base}, and {error}; if that model is elsewhere, correct base_model_name_or_path in "
+            f"{adapters.CONFIG}"
         ) from error
     return adapters.adapt(model, path)
 
 
 def stored_dtype(path: str | Path, trust_remote_code: bool = False) -> torch.dtype:
-    """The precision in which a model, or the one that an adapter is of, is stored; float32 where its configuration does not say."""
+    """The dtype in which a model, or the base model of an adapter, is stored; float32 where its configuration does not say."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(adapters.adapted_by(path) or path, trust_remote_code=trust_remote_code)
@@ -195,7 +211,10 @@ def stored_dtype(path: str | Path, trust_remote_code: bool = False) -> torch.dty
 
 
 def embedded(part: str) -> Path:
-    """The folder of the embedded model ("target"), of its draft sibling ("draft"), or of its heads of some method."""
+    """The folder of a part of the embedded model. Raises ValueError where this installation lacks it.
+
+    part: "target", "draft" for its draft model, or a method's name for its heads.
+    """
     folder = Path(str(files("headstart") / "embedded" / part))
     if not (folder / "config.json").is_file():
         raise ValueError(f"this installation lacks its embedded model ({folder}); name a model, or install the package again")
@@ -203,39 +222,39 @@ def embedded(part: str) -> Path:
 
 
 def check_folder(path: str | Path) -> None:
-    """Raise ValueError if `path` looks like a folder and holds no model; a hub id passes."""
+    """Raise ValueError if `path` looks like a folder and has no model in it; a hub id passes."""
     folder = Path(path)
-    if len(str(path)) > LONGEST:
-        raise ValueError(f"model {str(path)[:40]!r}... is a name of {len(str(path))} letters, which no folder and no hub id has")
+    if len(str(path)) > MAX_PATH:
+        raise ValueError(f"model {str(path)[:40]!r}... is a name of {len(str(path))} characters; it must be at most {MAX_PATH}")
     looks_local = folder.exists() or str(path).startswith((".", "/", "~")) or str(path).count("/") > 1
     if looks_local and not any((folder / name).is_file() for name in ("config.json", adapters.CONFIG)):
         what = "has no config.json" if folder.is_dir() else "does not exist" if not folder.exists() else "is not a folder"
         raise ValueError(f"model folder {path} {what}; a model is a folder with config.json, weights and tokenizer, or a hub id")
-    for name in ("config.json", GENERATION):  # transformers leaves the second out without a word where it is damaged
+    for name in ("config.json", GENERATION_CONFIG):  # transformers ignores the second one where it is damaged
         if (folder / name).is_file():
             _check_numbers(folder / name, read_object(folder / name))
-    if (folder / GENERATION).is_file():
-        _check_generation(folder / GENERATION)
+    if (folder / GENERATION_CONFIG).is_file():
+        _check_generation_config(folder / GENERATION_CONFIG)
 
 
-def _check_numbers(file: Path, said: Mapping[str, Any]) -> None:
-    """Raise ValueError for a number of layers that no model has: transformers would make them one by one, without an end."""
-    for name, value in [*said.items(), *dict(said.get("text_config") or {}).items()]:
-        if "layer" in name and isinstance(value, int | float) and abs(value) > MOST_LAYERS:
-            raise ValueError(f"{file} says {name}: {value:g}; it must be at most {MOST_LAYERS}")
+def _check_numbers(file: Path, config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a number of layers that no model has: transformers would allocate them one by one without end."""
+    for name, value in [*config.items(), *dict(config.get("text_config") or {}).items()]:
+        if "layer" in name and isinstance(value, int | float) and abs(value) > MAX_LAYERS:
+            raise ValueError(f"{file} says {name}: {value:g}; it must be at most {MAX_LAYERS}")
 
 
-def _check_generation(file: Path) -> None:
+def _check_generation_config(file: Path) -> None:
     from transformers import GenerationConfig
 
     try:
         GenerationConfig.from_pretrained(file.parent)
-    except Exception as error:  # whatever a wrong value does in there
+    except Exception as error:  # a wrong value may raise anything in transformers
         raise ValueError(f"{file} is damaged: {why(error)}; correct it, or delete it") from error
 
 
 def _is_causal(architectures: Sequence[str] | None) -> bool:
-    """By name: the same weights may be stored for another task, as a masked language model or a classifier."""
+    """Whether these class names are of causal LMs: the same weights may be stored as a masked LM or a classifier."""
     return not architectures or any(re.search("CausalLM|LMHead|ConditionalGeneration", name) for name in architectures)
 
 
@@ -244,8 +263,8 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if has_cuda else "cpu")
     if not DEVICE.fullmatch(name):
-        raise ValueError(f"device {name!r} is unknown here; write auto, cpu, cuda or cuda:NUMBER")
+        raise ValueError(f"device {name!r} is not supported; write auto, cpu, cuda or cuda:NUMBER")
     device = torch.device(name)
     if device.type == "cuda" and (not has_cuda or (device.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f"device {name!r} is not there; torch sees {torch.cuda.device_count()} CUDA devices")
+        raise ValueError(f"device {name!r} does not exist; torch sees {torch.cuda.device_count()} CUDA devices")
     return device

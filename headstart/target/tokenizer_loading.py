@@ -1,4 +1,4 @@
-"""The tokenizer in a folder or on the hub, or one sentence that says what is wrong with it."""
+"""Loading a tokenizer from a folder or the hub; every fault is a ValueError of one sentence. This module must not load models."""
 
 from __future__ import annotations
 
@@ -12,19 +12,17 @@ from headstart.text.jsonl import read_object, why
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TOKENIZER_FACTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
-
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-
-
+JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")  # one is enough
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder, or of a model id on the hub. An adapter without one has that of its model.
+    """The tokenizer in a folder or on the hub; for an adapter without one, that of its base model.
 
-    trust_remote_code: whether Python files in that folder may run. Raises ValueError, in one sentence, for what cannot be loaded.
+    path: a folder or a hub id.
+    trust_remote_code: whether Python files in that folder may run.
+    Raises ValueError, in one sentence, for a tokenizer that is missing or damaged.
     """
     folder = Path(path)
     if not folder.exists() and not HUB_ID.fullmatch(str(path)):
@@ -44,9 +42,9 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
 
 
 def _check_files(folder: Path) -> None:
-    """Raise ValueError, naming the file, for one that is damaged; transformers would fail on it in ways that name none."""
-    for name in TOKENIZER_FACTS:
+    """Raise ValueError, naming the file, for a damaged JSON file; the errors of transformers name no file."""
+    for name in JSON_FILES:
         if (folder / name).is_file():
-            said = read_object(folder / name)
-            if not isinstance(said.get("model_max_length"), int | float | None):
-                raise ValueError(f"{folder / name}: model_max_length is {said['model_max_length']!r}; it must be a number")
+            content = read_object(folder / name)
+            if not isinstance(content.get("model_max_length"), int | float | None):
+                raise ValueError(f"{folder / name}: model_max_length is {content['model_max_length']!r}; it must be a number")

@@ -162,7 +162,7 @@ def test_what_stands_against_it_is_named_at_load(name, dtype, why):
     assert not target.is_exact
     assert why in target.kernel_choice.why_not
     assert why in repr(target)
-    with pytest.raises(ValueError, match=rf"exact=True is not to be had: .*{why}"):
+    with pytest.raises(ValueError, match=rf"exact=True is not available: .*{why}"):
         target.choose_kernels(True)
     target.choose_kernels(False)
     assert "exact=False was asked for" in repr(target)
@@ -197,7 +197,7 @@ def test_inside_generate_exactness_that_cannot_be_had_is_an_error_only_where_it_
     for exact in ("auto", False):
         ours = model.generate(PROMPT, max_new_tokens=8, custom_generate=headstart.custom_generate, exact=exact)
         assert torch.equal(ours, expected)
-    with pytest.raises(ValueError, match=r"exact=True is not to be had: .*experts"):
+    with pytest.raises(ValueError, match=r"exact=True is not available: .*experts"):
         model.generate(PROMPT, max_new_tokens=8, custom_generate=headstart.custom_generate, exact=True)
     with pytest.raises(ValueError, match="exact is 'always'"):
         model.generate(PROMPT, max_new_tokens=8, custom_generate=headstart.custom_generate, exact="always")

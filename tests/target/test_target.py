@@ -274,7 +274,7 @@ def test_a_layer_that_mixes_its_rows_ends_the_promise_of_equal_bits():
         model.model.layers[1].register_forward_hook(lambda _module, _inputs, out: out + 1e-7 * out.abs().amax(1, keepdim=True))
         return Target(model, check=False)
 
-    with pytest.raises(ValueError, match=r"exact=True is not to be had: .* other bits"):
+    with pytest.raises(ValueError, match=r"exact=True is not available: .* other bits"):
         mixing().choose_kernels(True)
     target = mixing()
     target.choose_kernels("auto")

@@ -1,5 +1,5 @@
-"""What makes a target fast and repeatable on this machine; chosen behind `Target`, known to nobody else.
+"""Kernels that make a target fast and exact to the bit on this machine. Only `headstart.target` may import them.
 
-Every kernel here has a plain reference (the model's own module, `scaled_dot_product_attention`), is compared with it
-when a model is loaded, and is left out where it disagrees or where the torch operation it needs does not exist.
+Every kernel has a plain reference (the model's own module, `reference_attention`). Packed and fused modules are compared with it
+when a model is loaded, and are not used where they disagree or where torch lacks the operation that they need.
 """

@@ -1,7 +1,7 @@
-"""Which kernels a target runs with on this machine, decided once when it is loaded, by what is true of them and never by time.
+"""The choice of a target's kernels on this machine, made once when it is loaded; never by measured times.
 
-Packing and fusing change speed only. Exactness to the bit also needs linears that treat each row alike whatever the others are,
-in products of some numbers of rows, and attention with one order of addition: both are measured here.
+Packing and fusing change speed only. Exactness to the bit also needs linears whose bits for a row do not depend on the other
+rows, which holds for products of some numbers of rows, and attention with one order of addition: both are tested here.
 """
 
 from __future__ import annotations
@@ -25,9 +25,13 @@ EXACT_DTYPES = (torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """What a target runs with. min_nodes: dead nodes fill a forest up to it. is_exact: whether equality to the bit is promised.
+    """The kernels of a target.
 
-    why_not: what stands against exactness, or None. grouped: plain linears that were told to multiply their rows in groups.
+    kernel: attention of one row.
+    min_nodes: smallest number of nodes in a forward; padding nodes fill a forest up to it.
+    is_exact: whether logits are guaranteed to have the same bits in a forest and one token at a time.
+    why_not: what prevents exactness; None where it is exact.
+    grouped: plain linears whose `forward` multiplies rows in groups, until `ungroup`.
     """
 
     kernel: Kernel
@@ -40,10 +44,13 @@ class KernelChoice:
 def choose_kernels(
     model: nn.Module, heads: int, shapes: Sequence[LayerShape], exact: bool | str, pack: bool = True
 ) -> KernelChoice:
-    """Choose kernels. pack: pack the model's linears in place first.
+    """Choose the kernels of a model.
 
-    heads: query heads. exact: True, False, or "auto" for wherever it can be had. Raises ValueError where exactness is demanded
-    and cannot be had.
+    model: a causal LM. Where `pack` is True and it is on the CPU, its modules are fused and packed in place first.
+    heads: number of query heads.
+    shapes: what each layer stores per token.
+    exact: True: equality to the bit; "auto": equality to the bit where it is available; False: the fastest kernels.
+    Raises ValueError where exact is True and equality to the bit is not available.
     """
     parameter = next(model.parameters())
     if pack and parameter.device.type == "cpu":
@@ -56,52 +63,56 @@ def choose_kernels(
         return inexact(exact, f"it is for CPU in bfloat16 or float32, and the model is in {dtype} on {parameter.device.type}")
     ranges = row_ranges(model.modules())
     if ranges is None:
-        return inexact(exact, "linears or experts of this model give a row other bits when other rows are beside it")
+        return inexact(exact, "in linears or experts of this model, the bits of a row depend on the other rows")
     threads = torch.get_num_threads()
     is_proof = all(_is_order_proof(heads, shape, parameter.dtype, threads) for shape in dict.fromkeys(shapes))
-    min_nodes = max((own.least for own in ranges.values()), default=1)
+    min_nodes = max((row_range.least for row_range in ranges.values()), default=1)
     return KernelChoice(ordered if is_proof else wide, min_nodes, True, grouped=_group(model, ranges))
 
 
 def inexact(exact: bool | str, why_not: str) -> KernelChoice:
-    """Kernels without exactness, and the reason. Raises ValueError where exactness is demanded."""
+    """The choice of kernels without exactness.
+
+    exact: as for `choose_kernels`. why_not: what prevents exactness.
+    Raises ValueError where exact is True.
+    """
     if exact is True:
-        raise ValueError(f"exact=True is not to be had: {why_not}; leave exact at its default, or see docs/concepts.md")
+        raise ValueError(f"exact=True is not available: {why_not}; leave exact at its default, or see docs/concepts.md")
     return KernelChoice(torch_attention, 1, False, why_not=why_not)
 
 
 def ungroup(kernel_choice: KernelChoice) -> None:
-    """Let the plain linears multiply all their rows at once again."""
+    """Undo the grouping of plain linears: they multiply all their rows at once again."""
     for linear in kernel_choice.grouped:
         vars(linear).pop("forward", None)
 
 
 @cache
 def _is_order_proof(heads: int, shape: LayerShape, dtype: torch.dtype, threads: int) -> bool:
-    """Measured once per process; threads: what it depends on besides the machine."""
+    """`is_order_proof`, measured once per process and number of threads."""
     return is_order_proof(heads, shape.kv_heads, shape.key_dim, shape.value_dim, dtype)
 
 
 def _group(model: nn.Module, ranges: dict[Kind, RowRange]) -> tuple[nn.Module, ...]:
-    """Keep each linear's products within its range; returns the plain ones, whose `forward` is covered until `ungroup`."""
+    """Keep each linear's products within its range of rows; returns the plain ones, whose `forward` is replaced until `ungroup`."""
     plain: list[nn.Module] = []
     for module in model.modules():
         kind = kind_of(module)
         if kind is None:
             continue
-        own = ranges[kind]
+        row_range = ranges[kind]
         if isinstance(module, PackedLinear):
-            module.pack.least_rows, module.pack.most_rows = own.least, own.most
+            module.pack.least_rows, module.pack.most_rows = row_range.least, row_range.most
         else:
-            module.forward = partial(_in_groups, module, own)
+            module.forward = partial(_in_groups, module, row_range)
             plain.append(module)
     return tuple(plain)
 
 
-def _in_groups(linear: nn.Module, own: RowRange, x: Tensor) -> Tensor:
-    """A plain linear, [..., in] -> [..., out], in products of no more and no fewer rows than its range."""
+def _in_groups(linear: nn.Module, row_range: RowRange, x: Tensor) -> Tensor:
+    """The output of a plain linear, [..., in] -> [..., out], in products whose number of rows is in the range."""
     forward = type(linear).forward
-    if own.least <= x.numel() // x.shape[-1] <= own.most:
+    if row_range.least <= x.numel() // x.shape[-1] <= row_range.most:
         y: Tensor = forward(linear, x)
         return y
-    return joined([forward(linear, rows) for rows in row_groups(x, own.least, own.most)], x)
+    return joined([forward(linear, rows) for rows in row_groups(x, row_range.least, row_range.most)], x)

@@ -1,8 +1,8 @@
-"""Small modules of a Hugging Face model, replaced by fewer operations that give the same numbers.
+"""Fused replacements for small modules of a transformers model: gated MLPs and RMS norms, on the CPU.
 
-A gated MLP becomes three packed products, activation and gate inside them: also safer, for torch's own fp32 activations round
-otherwise at the odd end of a tensor than inside it, so that a row depends on its neighbours. An RMSNorm becomes one operation.
-What a module computes is found by trying, never by its name; one that agrees with no candidate stays as it is.
+A gated MLP becomes three packed products that include activation and gate. This also removes a dependence between rows: torch's
+fp32 activations round differently at the end of a tensor than inside it. An RMSNorm becomes one operation. Outputs are compared
+before a module is replaced, whatever its class; a module that agrees with no candidate stays as it is.
 """
 
 from collections.abc import Callable
@@ -18,20 +18,23 @@ RMS_NORM_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2}  # of a value
 
 
 class GatedMLP(StandIn):
-    """down(activation(gate(x)) * up(x)) in three calls."""
+    """A gated MLP in three operations: down(activation(gate(x)) * up(x))."""
 
     def __init__(self, mlp: nn.Module, activation: tuple[str, str]) -> None:
-        """mlp: has plain linears gate_proj, up_proj and down_proj."""
+        """mlp: the module to replace, with packable linears gate_proj, up_proj and down_proj.
+
+        activation: one of `ACTIVATIONS`.
+        """
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = (
             PackedLinear(Pack([weight], [bias]))
             for weight, bias in (weight_and_bias(getattr(mlp, name)) for name in ("gate_proj", "up_proj", "down_proj"))
         )
         self.activation = activation
-        self._replaced = [mlp]  # a list, for a module that is an attribute would be a child
+        self._replaced = [mlp]  # in a list, because a module that is an attribute becomes a child
 
     def take_its_linears(self) -> None:
-        """Pack the linears of the MLP that this one replaces, so that their plain weights can be freed."""
+        """Replace the linears of the replaced MLP by the packed ones, so that their plain weights can be freed."""
         (mlp,) = self._replaced
         for name, packed in self.named_children():
             assert isinstance(packed, PackedLinear)
@@ -49,15 +52,15 @@ class GatedMLP(StandIn):
 
 
 class RMSNorm(StandIn):
-    """x / rms(x) * weight in one operation."""
+    """An RMS norm in one operation: x / rms(x) * weight."""
 
     def __init__(self, weight: Tensor, eps: float, norm: nn.Module) -> None:
-        """weight: [hidden], the factor itself. norm: what is replaced."""
+        """weight: [hidden] the factor itself; Gemma stores it less one. eps: as in the norm. norm: the module to replace."""
         super().__init__()
         self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
         self.shape = list(weight.shape)
         self.eps = eps
-        self._replaced = [norm]  # a list, for a module that is an attribute would be a child
+        self._replaced = [norm]  # in a list, because a module that is an attribute becomes a child
 
     def original(self) -> nn.Module:
         """The norm that was replaced."""
@@ -70,7 +73,7 @@ class RMSNorm(StandIn):
 
 
 def fuse(model: nn.Module) -> int:
-    """Replace gated MLPs and RMS norms where a fused module agrees, in place; returns how many were replaced.
+    """Replace gated MLPs and RMS norms by fused modules with the same output, in place; returns how many were replaced.
 
     `restore` puts them back.
     """
@@ -125,18 +128,21 @@ def _agree(
     tolerance: float,
     absolute: bool = False,
 ) -> bool:
-    """Whether both give the same within `tolerance`, of the largest value or absolutely, on small, middling and large inputs."""
+    """Whether both give the same output for small, medium and large random inputs.
+
+    tolerance: largest difference allowed, relative to the largest value, or 4 times as much absolutely if `absolute`.
+    """
     generator = torch.Generator().manual_seed(width)
     for scale in (1e-2, 1.0, 30.0):
         x = (scale * torch.randn(1, 3, width, generator=generator)).to(dtype)
         try:
             with torch.inference_mode():
-                wanted, found = plain(x).float(), fused(x).float()
+                expected, actual = plain(x).float(), fused(x).float()
         except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
             return False
-        if wanted.shape != found.shape:
+        if expected.shape != actual.shape:
             return False
-        limit = tolerance * (4.0 if absolute else float(wanted.abs().max()))
-        if not float((wanted - found).abs().max()) <= limit:
+        limit = tolerance * (4.0 if absolute else float(expected.abs().max()))
+        if not float((expected - actual).abs().max()) <= limit:  # written so that nan fails
             return False
     return True

@@ -1,7 +1,7 @@
-"""Does a row of a linear come out with the same bits whatever the other rows are? CalibratedTree, for linears of given shapes.
+"""Tests of whether a linear gives a row the same bits whatever the other rows are, and for which numbers of rows.
 
-Random numbers hide the difference: two orders of addition differ in the eighth digit, and bf16 shows three. The sums tested
-here cancel to nothing but their rounding errors, so that any change of order shows in almost every value.
+Random inputs would hide a difference: two orders of addition differ in the eighth digit, and bf16 has three. The sums tested here
+cancel to their rounding errors, so that any change of the order shows in almost every value.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,14 +15,21 @@ from transformers.pytorch_utils import Conv1D
 
 from headstart.target.kernels.linear import Pack, PackedLinear, is_packable, weight_and_bias
 
-USUAL = 16  # rows of the product that all others are held to: those of a usual tree
-SIZES = (*range(1, 34), 48, 64, 65, 96, 128, 256)
-MAX_WEIGHTS = 2**23  # of a tested matrix; a wider vocabulary repeats the same blocks
+USUAL = 16  # rows of the product that all others are compared with, as in a typical tree
+SIZES = (*range(1, 34), 48, 64, 65, 96, 128, 256)  # tested numbers of rows
+MAX_WEIGHTS = 2**23  # of a tested matrix; a larger vocabulary repeats the same blocks
 
 
 @dataclass(frozen=True)
 class Kind:
-    """All that a linear's choice of kernel can depend on. is_transposed: whether it is GPT-2's, whose weight is [in, out]."""
+    """Everything that a linear's choice of kernel can depend on.
+
+    num_out, num_in: width of output and input.
+    dtype: of the weight.
+    is_packed: whether it is a `PackedLinear`.
+    has_bias: whether a bias is added.
+    is_transposed: whether the weight is stored as [in, out], as in GPT-2's `Conv1D`.
+    """
 
     num_out: int
     num_in: int
@@ -34,38 +41,41 @@ class Kind:
 
 @dataclass(frozen=True)
 class RowRange:
-    """Numbers of rows, from `least` to `most`, among which a product gives each row the same bits."""
+    """Numbers of rows for which a product gives each row the same bits: from `least` to `most`, both included."""
 
     least: int
     most: int
 
 
 def row_ranges(modules: Iterable[nn.Module]) -> dict[Kind, RowRange] | None:
-    """The range of each kind of linear among the modules, with weights of the test's own making; measured once per process.
+    """The range of rows of each kind of linear among the modules, tested with generated weights, once per process.
 
-    None where a linear has no range, and where a module multiplies by a matrix that is no plain linear's, as experts and routers
-    do: how many rows meet there is not the forest's to say.
+    None where a linear has no range, and where a module multiplies by a matrix outside a linear, as experts and routers do: the
+    forest does not determine how many rows meet there.
     """
     modules = list(modules)
     if any(map(multiplies_by_itself, modules)):
         return None
-    found: dict[Kind, RowRange] = {}
+    ranges: dict[Kind, RowRange] = {}
     for kind in distinct(modules):
-        own = _measured(kind, torch.get_num_threads())
-        if own is None:
+        rows = _measured(kind, torch.get_num_threads())
+        if rows is None:
             return None
-        found[kind] = own
-    return found
+        ranges[kind] = rows
+    return ranges
 
 
 @cache
 def _measured(kind: Kind, threads: int) -> RowRange | None:
-    """threads: what a range depends on besides the machine."""
+    """The range of rows of a kind of linear, measured once per process and number of threads."""
     return row_range(varying_sizes(kind))
 
 
 def row_range(varying: Sequence[int], sizes: Sequence[int] = SIZES) -> RowRange | None:
-    """The run of tested numbers of rows around `USUAL` in which none varies; None where `USUAL` itself does."""
+    """The range of tested numbers of rows around `USUAL` without a varying one; None where `USUAL` itself varies.
+
+    varying: numbers of rows at which bits differ. sizes: the tested numbers of rows.
+    """
     if USUAL in varying:
         return None
     below = [size for size in varying if size < USUAL]
@@ -75,7 +85,7 @@ def row_range(varying: Sequence[int], sizes: Sequence[int] = SIZES) -> RowRange 
 
 
 def multiplies_by_itself(module: nn.Module) -> bool:
-    """Whether a module owns a matrix, or a stack of them, and is neither an embedding nor a linear that can be tested."""
+    """Whether a module owns a matrix, or several in one parameter, and is neither an embedding nor a linear that can be tested."""
     if isinstance(module, nn.Embedding | PackedLinear) or is_packable(module):
         return False
     return any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
@@ -97,9 +107,9 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 
 def varying_sizes(kind: Kind, sizes: Sequence[int] = SIZES) -> list[int]:
-    """The numbers of rows at which a linear of this kind gives some row other bits than among `USUAL` rows.
+    """The numbers of rows at which a linear of this kind gives some row other bits than in a product of `USUAL` rows.
 
-    `USUAL` itself is among them where a row's bits depend on its place.
+    `USUAL` is among them where a row's bits depend on its index.
     """
     num_out, num_in = min(kind.num_out, MAX_WEIGHTS // kind.num_in), kind.num_in
     generator = torch.Generator().manual_seed(num_in)
@@ -111,17 +121,17 @@ def varying_sizes(kind: Kind, sizes: Sequence[int] = SIZES) -> list[int]:
     weight, rows = draw(num_out, -1), draw(max(sizes), 1)
     multiply = _product_of(kind, weight, weight.new_zeros(num_out) if kind.has_bias else None)
     with torch.inference_mode():
-        wanted = torch.cat([multiply(rows[None, first : first + USUAL])[0] for first in range(0, max(sizes) - USUAL + 1, USUAL)])
-        varying = [size for size in sizes if not torch.equal(multiply(rows[None, :size])[0], wanted[:size])]
+        expected = torch.cat([multiply(rows[None, first : first + USUAL])[0] for first in range(0, max(sizes) - USUAL + 1, USUAL)])
+        varying = [size for size in sizes if not torch.equal(multiply(rows[None, :size])[0], expected[:size])]
         backwards = multiply(rows[None, :USUAL].flip(1))[0].flip(0)
-    return varying if torch.equal(backwards, wanted[:USUAL]) else sorted({*varying, USUAL})
+    return varying if torch.equal(backwards, expected[:USUAL]) else sorted({*varying, USUAL})
 
 
 def _product_of(kind: Kind, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """[1, rows, in] -> [1, rows, out], as a linear of this kind multiplies."""
+    """The function [1, rows, in] -> [1, rows, out] of a linear of this kind."""
     if kind.is_packed:
         return Pack([weight], [bias])
     if not kind.is_transposed:
         return lambda x: F.linear(x, weight, bias)
     stored, added = weight.T.contiguous(), weight.new_zeros(len(weight))
-    return lambda x: torch.addmm(added, x[0], stored)[None]  # not by a new module: making one would draw from the user's noise
+    return lambda x: torch.addmm(added, x[0], stored)[None]  # no new module: that would draw from torch's generator

@@ -1,7 +1,7 @@
-"""Linears of an unmodified Hugging Face model, packed once into the layout oneDNN multiplies fastest.
+"""Linears of a transformers model, packed once into the layout that oneDNN multiplies fastest.
 
-Knows `nn.Linear`, GPT-2's `Conv1D` and which siblings read the same input; knows nothing of attention or caches.
-For inference: an input that wants gradients takes the plain path, slowly and correctly.
+Handles `nn.Linear`, GPT-2's `Conv1D`, and siblings that read the same input. For inference: an input that requires gradients is
+multiplied by the unpacked weight, slowly and correctly. This module must not import attention or KV caches.
 """
 
 import sys
@@ -15,21 +15,25 @@ from transformers.pytorch_utils import Conv1D
 
 from headstart.target.kernels.restore import ReplacedLinear, StandIn, remember
 
-# Siblings under one parent that models feed the same tensor. One call multiplies them all: oneDNN spends 15 to 20
-# microseconds on every call, whatever its size. A family that is in fact fed different tensors stays correct.
+# Names of siblings that models usually call with the same tensor. One call multiplies all of them: oneDNN needs 15 to 20
+# microseconds for every call, whatever its size. A family that gets different tensors is slower and stays correct.
 FAMILIES = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}  # of the largest output; a wrong kernel is off by its whole size
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}  # of the largest output; a wrong kernel differs by as much as that
 
 
 class Pack:
     """Linears that read the same input, stacked and packed as one. The layout is opaque; `dense` unpacks it.
 
-    least_rows, most_rows: one product multiplies so many rows; fewer are filled up, more are multiplied in several products.
+    Attributes:
+    sizes: output width of each member.
+    bias: [sum of sizes], zeros for members without one; None where no member has one.
+    packed: the weight in oneDNN's layout, with the shape [sum of sizes, in].
+    least_rows, most_rows: limits on the rows of one product; fewer are padded, more are multiplied in several products.
     """
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
-        """weights: each [out, in], one dtype; biases: each [out] or None."""
+        """weights: each [out, in], of one dtype and on the CPU. biases: each [out] or None."""
         self.sizes = [weight.shape[0] for weight in weights]
         self.bias: Tensor | None = None
         if any(bias is not None for bias in biases):
@@ -43,7 +47,10 @@ class Pack:
         self._multiply_by = torch.ops.mkldnn._linear_pointwise.binary
 
     def __call__(self, x: Tensor, activation: str = "none", variant: str = "") -> Tensor:
-        """[..., in] -> [..., sum of out], all members side by side; the activation is applied before rounding."""
+        """[..., in] -> [..., sum of sizes], all members side by side; the activation is applied before rounding.
+
+        activation, variant: as oneDNN names them. Raises ValueError where gradients are required.
+        """
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError("packed linears have no gradients; load the target without kernels to train through it")
         if not self.least_rows <= x.numel() // x.shape[-1] <= self.most_rows:
@@ -53,7 +60,7 @@ class Pack:
         return y
 
     def times(self, x: Tensor, other: Tensor) -> Tensor:
-        """[..., in], [..., out] -> [..., out]: the product of the linear's output and `other`, rounded once."""
+        """[..., in] -> [..., sum of sizes]: the linear's output times `other`, of that shape, rounded once."""
         if not self.least_rows <= x.numel() // x.shape[-1] <= self.most_rows:
             parts = zip(*(row_groups(each, self.least_rows, self.most_rows) for each in (x, other)), strict=True)
             return joined([self._multiply_by(*both, self.packed, self.bias, "mul") for both in parts], x)
@@ -61,18 +68,18 @@ class Pack:
         return y
 
     def dense(self, member: int) -> Tensor:
-        """The plain weight of one member, [out, in], unpacked anew at every call."""
+        """The plain weight of one member, [out, in], unpacked at every call."""
         parts: tuple[Tensor, ...] = self.packed.to_dense().split(self.sizes)
         return parts[member]
 
     @property
     def nbytes(self) -> int:
-        """Memory of the packed weight and bias; the layout pads odd sizes."""
+        """Bytes of the packed weight, which is padded, and of the bias."""
         return int(torch.ops.mkldnn._nbytes(self.packed)) + (0 if self.bias is None else self.bias.nbytes)
 
 
 def row_groups(x: Tensor, least: int, most: int) -> list[Tensor]:
-    """[..., width] -> the rows in groups of almost equal size, each [least to most, width]; zeros fill up what is too few."""
+    """[..., width] -> the rows in groups of almost equal size, each [least to most, width]; padded with zeros where too few."""
     rows = x.reshape(-1, x.shape[-1])
     count = -(-rows.shape[0] // most)
     missing = count * least - rows.shape[0]
@@ -80,15 +87,18 @@ def row_groups(x: Tensor, least: int, most: int) -> list[Tensor]:
 
 
 def joined(products: Sequence[Tensor], x: Tensor) -> Tensor:
-    """What was made of the groups of `x`, as [..., out]."""
+    """The products of the `row_groups` of `x`, as one [..., out] without the padding."""
     y = torch.cat(list(products)) if len(products) > 1 else products[0]
     return y[: x.numel() // x.shape[-1]].reshape(*x.shape[:-1], -1)
 
 
 class PackedLinear(StandIn):
-    """Stands in for one `nn.Linear`; its plain weight is gone and is unpacked when someone asks for `weight`.
+    """The replacement of one linear, multiplied by a pack. It keeps no plain weight; `weight` unpacks it.
 
-    replaced: the linear, as `remember` has it; None where there is nothing to put back.
+    Attributes:
+    pack, member: the pack, and which of its members this is.
+    replaced: what is needed to put the linear back, from `remember`; None where nothing was replaced.
+    is_transposed: whether the replaced linear stores its weight as [in, out], as GPT-2's does.
     """
 
     def __init__(self, pack: Pack, member: int = 0) -> None:
@@ -96,13 +106,13 @@ class PackedLinear(StandIn):
         self.pack = pack
         self.member = member
         self.replaced: ReplacedLinear | None = None
-        self.is_transposed = False  # whether the replaced linear keeps its weight as [in, out], as GPT-2's does
+        self.is_transposed = False
         self.out_features = pack.sizes[member]
         self.in_features = int(pack.packed.shape[1])
 
     @property
     def weight(self) -> Tensor:
-        """[out, in], a fresh copy."""
+        """[out, in], unpacked into a new tensor."""
         return self.pack.dense(self.member)
 
     @property
@@ -111,11 +121,11 @@ class PackedLinear(StandIn):
         return None if self.pack.bias is None else self.pack.bias.split(self.pack.sizes)[self.member]
 
     def stands_for(self, linear: nn.Module) -> None:
-        """Remember the linear that this one replaces."""
+        """Remember the linear that this one replaces, for `original`."""
         self.replaced, self.is_transposed = remember(linear), isinstance(linear, Conv1D)
 
     def original(self) -> nn.Module:
-        """The linear that was replaced, with the same bits; itself where nothing is remembered."""
+        """The replaced linear, with the same bits; this module itself where nothing is remembered."""
         if self.replaced is None:
             return self
         return self.replaced.original(lambda: self.weight.T if self.is_transposed else self.weight)
@@ -128,10 +138,10 @@ class PackedLinear(StandIn):
 
 
 class Shared:
-    """One multiplication for several linears that are called, one after the other, with the very same tensor.
+    """One multiplication for several linears that are called, one after the other, with the same tensor object.
 
-    The first member to be called multiplies for all; each other member then takes its part, once. A call with
-    another tensor, or a second call of the same member, multiplies again: sharing saves time and cannot change results.
+    The first member that is called multiplies for all; each other member then takes its part, once. A call with another tensor, or
+    a second call of the same member, multiplies again: sharing saves time and cannot change results.
     """
 
     def __init__(self, pack: Pack) -> None:
@@ -140,18 +150,18 @@ class Shared:
         self._parts: list[Tensor | None] = []
 
     def part(self, x: Tensor, member: int) -> Tensor:
-        """[..., in] -> [..., out of that member]"""
+        """The output of one member: [..., in] -> [..., out]."""
         if x is not self._input or self._parts[member] is None:
             self._input, self._parts = x, list(self.pack(x).split(self.pack.sizes, dim=-1))
         part, self._parts[member] = self._parts[member], None
-        if not any(waiting is not None for waiting in self._parts):
-            self._input = None  # all taken: keep nothing alive
-        assert part is not None, "a part that was taken is computed again"
+        if all(other is None for other in self._parts):
+            self._input = None  # all parts are taken: keep no tensor alive
+        assert part is not None, "a part that was taken must be computed again"
         return part
 
 
 class SharedLinear(PackedLinear):
-    """One member of a family that reads the same input."""
+    """A packed linear whose product is shared with the siblings that read the same input."""
 
     def __init__(self, shared: Shared, member: int) -> None:
         super().__init__(shared.pack, member)
@@ -165,7 +175,7 @@ class SharedLinear(PackedLinear):
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether this torch and this processor have the private operations, and whether they multiply correctly."""
+    """Whether this torch and this processor have oneDNN's packed linears for the dtype, and whether they are correct."""
     if dtype not in TOLERANCE:
         return False
     try:
@@ -177,10 +187,10 @@ def can_pack(dtype: torch.dtype) -> bool:
 
 
 def prepack(model: nn.Module) -> int:
-    """Replace every plain linear of the model, in place, and return how many were replaced; `restore` puts them back.
+    """Replace every packable linear of the model, in place; returns how many were replaced. `restore` puts them back.
 
-    The plain weight is freed unless something else holds it, as an embedding holds a tied head: lookup needs it plain.
-    A linear that is subclassed, hooked, not on the CPU, or whose packed clone disagrees with it stays as it is.
+    The plain weight is freed unless something else holds it, as the embedding holds that of a tied LM head. A linear that is
+    subclassed, hooked or not on the CPU, or whose packed replacement gives another output, stays as it is.
     """
     count = 0
     for parent in list(model.modules()):
@@ -194,34 +204,35 @@ def prepack(model: nn.Module) -> int:
 
 
 def packed_bytes(model: nn.Module) -> int:
-    """Memory of all packed weights, each counted once."""
+    """Bytes of all packed weights of a model, each pack counted once."""
     packs = {id(module.pack): module.pack for module in model.modules() if isinstance(module, PackedLinear)}
     return sum(pack.nbytes for pack in packs.values())
 
 
 def weight_and_bias(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """[out, in] and [out] or None, of a plain linear or of GPT-2's transposed one."""
-    assert isinstance(linear, nn.Linear | Conv1D), f"{type(linear).__name__} is no linear"
+    """Weight [out, in] and bias [out] or None of an `nn.Linear` or of GPT-2's transposed `Conv1D`."""
+    assert isinstance(linear, nn.Linear | Conv1D), f"{type(linear).__name__} is not a linear"
     return (linear.weight.T if isinstance(linear, Conv1D) else linear.weight), linear.bias
 
 
 def _families(parent: nn.Module) -> Iterator[tuple[str, ...]]:
-    plain = {name: child for name, child in parent.named_children() if is_packable(child)}
+    """The names of a module's packable linears, in families that may share an input; the others one by one."""
+    linears = {name: child for name, child in parent.named_children() if is_packable(child)}
     for family in FAMILIES:
-        if all(name in plain for name in family) and all(_same_input(plain[a], plain[b]) for a, b in pairwise(family)):
+        if all(name in linears for name in family) and all(_same_input(linears[a], linears[b]) for a, b in pairwise(family)):
             yield family
             for name in family:
-                del plain[name]
-    yield from ((name,) for name in plain)
+                del linears[name]
+    yield from ((name,) for name in linears)
 
 
 def is_packable(module: nn.Module) -> bool:
-    """Whether this is an untouched linear of a kind that can be packed."""
-    if type(module) not in (nn.Linear, Conv1D):  # a subclass (LoRA, quantized) computes something else
+    """Whether this is a linear that can be packed: not subclassed, not hooked, not quantised, on the CPU."""
+    if type(module) not in (nn.Linear, Conv1D):  # a subclass (LoRA, quantised) computes something else
         return False
     weight = weight_and_bias(module)[0]
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    if type(weight.data) is not Tensor:  # quantized, by a tensor of a type of its own
+    if type(weight.data) is not Tensor:  # quantised: a tensor subclass
         return False
     return weight.device.type == "cpu" and weight.dtype in TOLERANCE and not hooked
 
@@ -232,7 +243,7 @@ def _same_input(one: nn.Module, other: nn.Module) -> bool:
 
 
 def _pack_alike(linears: Sequence[nn.Module]) -> list[PackedLinear]:
-    """The replacements of linears that read the same input, or an empty list where they disagree."""
+    """The replacements of linears that read the same input; an empty list where they cannot be packed or give another output."""
     weights, biases = zip(*map(weight_and_bias, linears), strict=True)
     if not can_pack(weights[0].dtype):
         return []
@@ -252,5 +263,5 @@ def _agree(plain: nn.Module, packed: PackedLinear) -> bool:
     generator = torch.Generator().manual_seed(packed.in_features)
     with torch.inference_mode():
         x = torch.randn(3, packed.in_features, generator=generator).to(packed.pack.packed.dtype)
-        wanted, found = plain(x).float(), packed(x).float()
-    return bool((wanted - found).abs().max() <= TOLERANCE[x.dtype] * wanted.abs().max())
+        expected, actual = plain(x).float(), packed(x).float()
+    return bool((expected - actual).abs().max() <= TOLERANCE[x.dtype] * expected.abs().max())

@@ -1,7 +1,7 @@
-"""How a module that was packed or fused is put back as it was, bit for bit.
+"""Putting packed and fused modules back as they were, with the same bits.
 
-A stand-in remembers what it replaced without holding its weight: while something else holds the linear or its weight (an
-embedding that is tied to it, an optimizer), that very object comes back; otherwise an equal one is made of the packed weight.
+A `StandIn` remembers the module that it replaced without holding the weight of a linear. While something else holds that linear or
+its weight (a tied embedding, an optimiser), the same object is put back; otherwise an equal one is made from the packed weight.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _WEIGHTS: Any = WeakIdKeyDictionary()  # Parameter -> _ReplacedWeight; linears t
 
 
 class StandIn(nn.Module):
-    """A module that took the place of another."""
+    """A module that took the place of another in a model."""
 
     def original(self) -> nn.Module:
-        """What it replaced, as it was; itself where nothing is remembered."""
+        """The module that it replaced, as it was; itself where nothing is remembered."""
         return self
 
 
 class ReplacedLinear:
-    """A linear whose weight may be freed: all that is needed to make it again, except for the weight."""
+    """Everything of a linear but its weight, which may be freed: enough to make it again from the packed weight."""
 
     def __init__(self, linear: nn.Module) -> None:
         self._linear = weakref.ref(linear)
@@ -35,11 +35,11 @@ class ReplacedLinear:
         self._attributes = {name: value for name, value in vars(linear).items() if name != "_parameters"}
         self._parameters: dict[str, nn.Parameter | None] = {**linear._parameters, "weight": None}
         weight = linear.weight
-        assert isinstance(weight, nn.Parameter), "only plain linears are replaced"
+        assert isinstance(weight, nn.Parameter), "only linears with a plain weight are replaced"
         self._weight = _WEIGHTS.setdefault(weight, _ReplacedWeight(weight))
 
     def original(self, unpack: Callable[[], Tensor]) -> nn.Module:
-        """The linear itself where it still exists, otherwise an equal one. unpack: makes the weight, of the stored shape."""
+        """The linear itself where it still exists, otherwise an equal one. unpack: returns the weight in the stored shape."""
         linear = self._linear()
         if linear is not None:
             _LINEARS.pop(linear, None)
@@ -52,7 +52,7 @@ class ReplacedLinear:
 
 
 class _ReplacedWeight:
-    """A weight that may be freed."""
+    """Everything of a weight but its numbers, which may be freed."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         self._weight = TensorWeakRef(weight)
@@ -60,11 +60,12 @@ class _ReplacedWeight:
         self._attributes = dict(vars(weight))
 
     def original(self, unpack: Callable[[], Tensor]) -> Tensor:
+        """The weight itself where it still exists, otherwise an equal one."""
         weight: Tensor | None = self._weight()
         if weight is not None:
             _WEIGHTS.pop(weight, None)
         else:
-            with torch.inference_mode(False):  # a weight that is made here must be able to learn
+            with torch.inference_mode(False):  # the new weight must be trainable
                 weight = nn.Parameter(unpack().clone(memory_format=torch.contiguous_format), self._requires_grad)
             weight.grad = self._grad
             vars(weight).update(self._attributes)
@@ -73,14 +74,14 @@ class _ReplacedWeight:
 
 
 def remember(linear: nn.Module) -> ReplacedLinear:
-    """What is needed to make a linear again; one record for each linear, however many places it has in a model."""
+    """The record from which a linear can be put back; the same one for a linear that is in several places of a model."""
     return _LINEARS.setdefault(linear, ReplacedLinear(linear))
 
 
 def restore(model: nn.Module) -> int:
-    """Put every module back that was packed or fused, in place; returns how many.
+    """Put back every module that was packed or fused, in place; returns how many.
 
-    Weights, names, their order and what is tied are as before; memory is what it was before, too.
+    Weights, names, their order, tied weights and memory are as before.
     """
     count = 0
     for name, child in list(model._modules.items()):

@@ -92,12 +92,12 @@ def test_it_is_the_attention_that_is_written_in_the_book(kernel, softcap, sinks,
 @torch.inference_mode()
 def test_the_measurement_is_not_blinded_by_the_rounding_of_bf16(monkeypatch):
     """What differs in fp32 alone differs in the model somewhere; a result in bf16 hides most of it."""
-    by_the_book = attention._add_up
+    weighted_sum = attention._weighted_sum
 
     def noisy(weights, values, row_mask):
-        return by_the_book(weights, values, row_mask) * (1 + 2**-20 * (row_mask.nodes > 1))
+        return weighted_sum(weights, values, row_mask) * (1 + 2**-20 * (row_mask.nodes > 1))
 
-    monkeypatch.setattr(attention, "_add_up", noisy)
+    monkeypatch.setattr(attention, "_weighted_sum", noisy)
     assert not is_order_proof(4, 4, 64, 64, torch.bfloat16)
 
 
