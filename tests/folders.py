@@ -1,4 +1,4 @@
-"""Model folders as users have them: a tiny random Llama with a byte-pair tokenizer trained on a few lines, made on the spot."""
+"""Model folders as users have them: a tiny random Llama with a byte-pair tokenizer trained on a few lines."""
 
 from pathlib import Path
 
@@ -19,6 +19,7 @@ TEMPLATE = (
 
 
 def write_tokenizer(folder: Path, vocab: int = 320, template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    """Write the tokenizer's files to a folder, and return it. template: of chats; None: no chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -33,7 +34,7 @@ def write_tokenizer(folder: Path, vocab: int = 320, template: str | None = TEMPL
 
 
 def write_model(folder: Path, vocab: int = 320, layers: int = 2, context: int = 256, template: str | None = TEMPLATE) -> Path:
-    """A folder with config, weights and tokenizer; the same bytes every time."""
+    """Write a folder with config, weights and tokenizer, the same bytes every time. context: longest text, in tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(folder, vocab, template)
     config = LlamaConfig(

@@ -1,18 +1,15 @@
-"""One small tree behind each of two texts, and what a target makes of it."""
+"""One small tree behind each of two texts, and a target's scores of it."""
 
 from headstart.speculation.tree import ROOT, Drafts, merge
 from headstart.target.cache import Seating
 
 STEMS = [[5, 17, 3, 44, 90, 12, 8, 61, 7, 30, 2], [11, 4, 4, 70]]
-
-
 TREE = [(13, ROOT), (14, ROOT), (15, 0), (16, 0), (17, 1), (18, 2)]  # token, parent; the same behind each stem
-
-
-PATHS = [[], [13], [14], [13, 15], [13, 16], [14, 17], [13, 15, 18]]  # what the root and each node have behind the stem
+PATHS = [[], [13], [14], [13, 15], [13, 16], [14, 17], [13, 15, 18]]  # tokens behind the stem, of the root and of each node
 
 
 def forest_of(stems, num_nodes=0):
+    """The tree behind each stem; padding nodes fill the forest up to `num_nodes`."""
     size = len(TREE)
     parents = [parent if parent == ROOT else parent + row * size for row in range(len(stems)) for _, parent in TREE]
     rows = [row for row in range(len(stems)) for _ in TREE]
@@ -22,10 +19,12 @@ def forest_of(stems, num_nodes=0):
 
 
 def fresh_cache(target, stems):
+    """An empty KV cache with a seat for each stem, and the seats."""
     seating = Seating(len(stems), 40 * len(stems))
     return target.new_cache(seating), [seating.take(40) for _ in stems]
 
 
 def score(target, stems, taps=(), num_nodes=0):
+    """The target's scores of `forest_of(stems)`, stems included in the one forward."""
     cache, seats = fresh_cache(target, stems)
     return target.score(forest_of(stems, num_nodes), cache, seats, taps)

@@ -66,7 +66,7 @@ ARCHITECTURES: dict[str, Config] = {
     ),
 }  # fmt: skip
 
-# Models that cannot be scored exactly in one forward, and a word of the sentence that says why.
+# Models that cannot be scored exactly in one forward, and a part of the message that says why.
 REFUSED: dict[str, tuple[Config, str]] = {
     "Qwen3NextForCausalLM": (
         lambda: hf.Qwen3NextConfig(
@@ -117,9 +117,9 @@ REFUSED: dict[str, tuple[Config, str]] = {
 
 
 def random_model(config: Any, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
-    """A model with weights large enough that attention and position decide what it says, and no stop token."""
+    """A model of this configuration with weights so large that attention and positions decide its output, and no stop token."""
     model = hf.AutoModelForCausalLM.from_config(config, experts_implementation="eager").to(dtype)  # no grouped fp64 product
-    if getattr(config, "attn_logit_softcapping", None):  # which torch's own attention leaves out, unsaid, before transformers 5.23
+    if getattr(config, "attn_logit_softcapping", None):  # torch's attention ignores it before transformers 5.23
         model.set_attn_implementation("eager")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -133,7 +133,7 @@ def random_model(config: Any, dtype: torch.dtype = torch.float64, seed: int = 0)
 
 
 def tiny(name: str = "llama", dtype: torch.dtype = torch.float64) -> Target:
-    """A target of that architecture; every test may use it, none may change it."""
+    """A target of that architecture, shared by all tests: none may change it."""
     return _tiny(name, dtype)
 
 
@@ -143,10 +143,10 @@ def _tiny(name: str, dtype: torch.dtype) -> Target:
 
 
 def cut(model: Any, layers: int) -> Target:
-    """The same Llama with its first layers only: a drafter that is often right."""
+    """A target of the first layers of a Llama: a draft model that is often right."""
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = layers
     shorter = hf.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=model.dtype)
-    found = shorter.load_state_dict(model.state_dict(), strict=False)
-    assert not found.missing_keys
+    keys = shorter.load_state_dict(model.state_dict(), strict=False)
+    assert not keys.missing_keys
     return Target(shorter)

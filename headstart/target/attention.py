@@ -1,6 +1,7 @@
 """Tree attention of a flat forest over a KV cache: the function that transformers calls in every layer, and two kernels for it.
 
-A node attends to its row's committed slots and to its own ancestors (`RowMask`). This module must not import models or tokens.
+A node attends to its row's committed slots and to its own ancestors (`RowMask`; tree attention of SpecInfer, Miao et al. 2023).
+This module must not import models or tokens.
 """
 
 from __future__ import annotations
@@ -193,9 +194,9 @@ def _row(
 ) -> Tensor:
     """Write one row's keys and values behind those that its seat holds, then attend to all of them."""
     nodes, end = slice(row_mask.first, row_mask.last), row_mask.start + row_mask.context
-    own, seat = slice(end - row_mask.nodes, end), slice(row_mask.start, end)
-    keys[:, own] = key[:, nodes]
-    values[:, own] = value[:, nodes]
+    node_slots, seat = slice(end - row_mask.nodes, end), slice(row_mask.start, end)
+    keys[:, node_slots] = key[:, nodes]
+    values[:, node_slots] = value[:, nodes]
     return kernel(query[:, nodes], keys[:, seat], values[:, seat], row_mask, params)
 
 

@@ -106,9 +106,9 @@ class Seating:
     def check(self) -> None:
         """Assert that every slot belongs to exactly one free run or seat."""
         runs = sorted([*self._free, *self._seats.values()], key=lambda run: run.start)
-        ends = [0, *(run.start + run.capacity for run in runs)]
-        assert [run.start for run in runs] == ends[:-1], "slots overlap or are lost"
-        assert ends[-1] == self.num_slots, "slots are lost at the end"
+        starts = [0, *(run.start + run.capacity for run in runs)]
+        assert [run.start for run in runs] == starts[:-1], "slots overlap or are lost"
+        assert starts[-1] == self.num_slots, "slots are lost at the end"
 
 
 @dataclass(frozen=True)

@@ -69,12 +69,12 @@ def convolutions(target: Target) -> list[str]:
     return sorted(set(ran))
 
 
-def same_ends(target: Target, seed: int) -> tuple[Tensor, Tensor]:
+def changed_middle(target: Target, seed: int) -> tuple[Tensor, Tensor]:
     """[2, vocab] each: logits of the first and last token of two texts that differ in between; every token attends to itself only.
 
     They differ where something other than attention carries state from token to token.
     """
-    one, other = (target.probe(text, Probe(alone=True))[:: NUM_TOKENS - 1] for text in _texts_with_same_ends(target, seed))
+    one, other = (target.probe(text, Probe(alone=True))[:: NUM_TOKENS - 1] for text in _texts_with_changed_middle(target, seed))
     return one, other
 
 
@@ -83,7 +83,7 @@ def reversed_text(target: Target, seed: int) -> tuple[Tensor, Tensor]:
 
     Both in the order of the text. They differ where the model does not take positions from `position_ids`.
     """
-    text, _ = _texts_with_same_ends(target, seed)
+    text, _ = _texts_with_changed_middle(target, seed)
     forwards = target.probe(text, Probe(alone=True))
     backwards = target.probe(text[::-1], Probe(alone=True), list(range(len(text)))[::-1])
     return forwards, backwards.flip(0)
@@ -92,16 +92,16 @@ def reversed_text(target: Target, seed: int) -> tuple[Tensor, Tensor]:
 def mixers(target: Target, seed: int) -> list[str]:
     """Class name of the first module whose output differs at the first or last token though its input there is the same.
 
-    Found on the two texts of `same_ends`; empty where no module is that clear.
+    Found on the two texts of `changed_middle`; empty where no module is that clear.
     """
-    records = [_records(target, text) for text in _texts_with_same_ends(target, seed)]
+    records = [_records(target, text) for text in _texts_with_changed_middle(target, seed)]
     for (name, inputs, outputs), (_, other_inputs, other_outputs) in zip(*records, strict=True):
         if inputs and _equal(inputs, other_inputs) and not _equal(outputs, other_outputs):
             return [name]
     return []
 
 
-def _texts_with_same_ends(target: Target, seed: int) -> tuple[list[int], list[int]]:
+def _texts_with_changed_middle(target: Target, seed: int) -> tuple[list[int], list[int]]:
     """Two texts with the same first and last token."""
     generator = torch.Generator().manual_seed(seed)
     one, other = torch.randint(0, target.vocab, (2, NUM_TOKENS), generator=generator).tolist()

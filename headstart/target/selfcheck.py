@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from headstart.speculation.tree import Drafts, merge
 from headstart.target.cache import Seating
-from headstart.target.probing import convolutions, mixers, reversed_text, same_ends
+from headstart.target.probing import changed_middle, convolutions, mixers, reversed_text
 
 if TYPE_CHECKING:
     from headstart.target.target import Target
@@ -52,21 +52,21 @@ def _refuse(target: Target, reason: str) -> None:
 def _problem(target: Target, length: int, seed: int) -> str | None:
     """Why the model cannot be served exactly, by random texts of up to `length` tokens; None if nothing is wrong."""
     texts, branches = _draw(target, (length, max(3, length // 2)), seed)
-    own = [_own_logits(target, text, branches) for text in texts]
-    noise = None if target.dtype in TOLERANCE else _noise(target, texts[1], branches[0], own[1][0])
+    expected = [_own_logits(target, text, branches) for text in texts]
+    noise = None if target.dtype in TOLERANCE else _noise(target, texts[1], branches[0], expected[1][0])
     same_order = TOLERANCE[target.dtype] if noise is None else FEW_NOISES * noise
     any_order = TOLERANCE[target.dtype] if noise is None else min(NOISES * noise, MAX_TOLERANCE)
-    if not _gap(*same_ends(target, seed)) <= same_order:  # written so that nan fails
+    if not _gap(*changed_middle(target, seed)) <= same_order:  # written so that nan fails
         return _beside_attention(mixers(target, seed))
     if not _gap(*reversed_text(target, seed)) <= same_order:
         return "it counts the positions of tokens itself instead of reading position_ids, and in a tree these differ"
-    before = [[logits[:-3] for logits in both] for both in own]
+    before = [[logits[:-3] for logits in both] for both in expected]
     if not max(float(_gaps(*both).median()) for both in before) <= same_order:
         return "its attention sees later tokens too: the logits of a text change with the tokens that follow"
     for rows in ([0, 1], [0], [1]):
         actual = _tree_logits(target, [texts[row] for row in rows], branches)
         for row, logits in zip(rows, actual, strict=True):
-            gap = _gap(torch.cat([own[row][0][-3:], own[row][1][-2:]]), logits)
+            gap = _gap(torch.cat([expected[row][0][-3:], expected[row][1][-2:]]), logits)
             if not gap <= any_order:
                 what = "two rows together" if len(rows) > 1 else "a tree"
                 return (

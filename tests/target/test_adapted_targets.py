@@ -1,4 +1,4 @@
-"""Targets that are not plain weights: a folder with an adapter of peft, and linears that are quantised."""
+"""Targets with an adapter of peft, and targets with quantised linears."""
 
 import json
 import sys
@@ -33,7 +33,7 @@ TEXTS = TextBatch(torch.tensor([[5, 9, 3, 77, 12, 40, 8, 21, 33, 60]]), torch.te
 
 
 def write_adapter(base: Path, folder: Path, targets: list[str] = LAYERS) -> Path:
-    """A LoRA with weights that matter, as peft writes it: without a tokenizer, and without a model's configuration."""
+    """A LoRA that changes the output, as peft writes it: without a tokenizer, and without the configuration of a model."""
     torch.manual_seed(3)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
     with warnings.catch_warnings():
@@ -47,33 +47,33 @@ def adapter(model_folder, tmp_path_factory) -> Path:
     return write_adapter(model_folder, tmp_path_factory.mktemp("adapters") / "lora")
 
 
-def said_by(model, tokens: int = 20) -> list[int]:
-    """Greedy, by transformers alone."""
+def greedy_tokens(model, tokens: int = 20) -> list[int]:
+    """Greedy tokens by transformers alone."""
     out = model.generate(torch.tensor([PROMPT]), max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
     return out[0, len(PROMPT) :].tolist()
 
 
-def as_peft_has_it(base: Path, adapter: Path):
-    """The oracle: nothing is merged."""
+def unmerged(base: Path, adapter: Path):
+    """The reference: peft's model, with nothing merged."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
 
 
-def said_by_itself(llm) -> list[int]:
+def tokens_of_its_model(llm) -> list[int]:
     with llm.engine.target.original() as model:
-        return said_by(model)
+        return greedy_tokens(model)
 
 
 # -- adapters --
 
 
 @pytest.mark.parametrize("drafter", [None, "lookup"])
-def test_an_adapter_says_what_peft_says(adapter, model_folder, drafter):
+def test_an_adapter_generates_what_peft_generates(adapter, model_folder, drafter):
     llm = headstart.load(adapter, drafter=drafter, device="cpu")
-    found = llm.generate(PROMPT, max_tokens=20, ignore_eos=True)[0]
-    assert list(found.token_ids) == said_by(as_peft_has_it(model_folder, adapter))
-    assert list(found.token_ids) != said_by(load_model(model_folder))
+    answer = llm.generate(PROMPT, max_tokens=20, ignore_eos=True)[0]
+    assert list(answer.token_ids) == greedy_tokens(unmerged(model_folder, adapter))
+    assert list(answer.token_ids) != greedy_tokens(load_model(model_folder))
 
 
 def test_an_adapter_becomes_part_of_ordinary_weights(adapter, model_folder):
@@ -82,19 +82,19 @@ def test_an_adapter_becomes_part_of_ordinary_weights(adapter, model_folder):
     assert type(model.model.layers[0].self_attn.q_proj) is torch.nn.Linear
 
 
-def test_an_adapter_is_another_model_than_its_own(adapter, model_folder):
+def test_an_adapter_has_another_digest_and_name_than_its_base_model(adapter, model_folder):
     assert digest(load_model(adapter)) != digest(load_model(model_folder))
     assert describe_target(load_model(adapter)).name == "lora"
 
 
-def test_an_adapter_without_a_tokenizer_has_that_of_its_model(adapter, model_folder, tmp_path):
+def test_an_adapter_without_a_tokenizer_has_that_of_its_base_model(adapter, model_folder, tmp_path):
     assert load_tokenizer(adapter).get_vocab() == load_tokenizer(model_folder).get_vocab()
     own = write_adapter(model_folder, tmp_path / "own")
     write_tokenizer(own, vocab=300)
     assert len(load_tokenizer(own)) == 300
 
 
-def test_heads_learn_for_an_adapter_and_belong_to_it(asked, tmp_path, adapter, model_folder):
+def test_heads_are_trained_for_an_adapter_and_belong_to_it(asked, tmp_path, adapter, model_folder):
     train(resolve(None, asked(method="eagle3", settings={"depth": 3}, target=str(adapter), steps=3)))
     assert describe(tmp_path / "heads").target.name == "lora"
     answers = [
@@ -106,26 +106,26 @@ def test_heads_learn_for_an_adapter_and_belong_to_it(asked, tmp_path, adapter, m
         headstart.load(model_folder, drafter=str(tmp_path / "heads"), device="cpu")
 
 
-def test_an_adapter_may_go_on_learning_with_heads(asked, tmp_path, adapter):
+def test_an_adapted_model_can_be_trained_with_heads(asked, tmp_path, adapter):
     train(resolve(None, asked(target=str(adapter), joint={"mode": "lora", "base": "ce"}, steps=2)))
     assert not (tmp_path / "heads" / "model" / "adapter_config.json").exists()
     headstart.load(tmp_path / "heads" / "model", drafter=str(tmp_path / "heads"), device="cpu")
 
 
-def test_an_adapted_head_that_is_also_the_embedding_leaves_the_embedding_alone(model_folder, tmp_path):
-    """Merging would change the table as well."""
+def test_an_adapter_of_a_tied_lm_head_leaves_the_embedding_as_it_is(model_folder, tmp_path):
+    """Merging would change the embedding too."""
     folder = write_adapter(model_folder, tmp_path / "head", [*LAYERS, "lm_head"])
-    found = headstart.load(folder, drafter=None, device="cpu").generate(PROMPT, max_tokens=20, ignore_eos=True)[0]
-    assert list(found.token_ids) == said_by(as_peft_has_it(model_folder, folder))
+    answer = headstart.load(folder, drafter=None, device="cpu").generate(PROMPT, max_tokens=20, ignore_eos=True)[0]
+    assert list(answer.token_ids) == greedy_tokens(unmerged(model_folder, folder))
     ids = torch.arange(9)
     assert torch.equal(load_model(folder).get_input_embeddings()(ids), load_model(model_folder).get_input_embeddings()(ids))
 
 
-# -- what is wrong with an adapter --
+# -- faults of an adapter --
 
 
 def changed(adapter: Path, folder: Path, **keys: object) -> Path:
-    """The adapter with another configuration."""
+    """A copy of the adapter with other configuration keys."""
     folder.mkdir()
     config = json.loads((adapter / "adapter_config.json").read_text()) | keys
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -133,7 +133,7 @@ def changed(adapter: Path, folder: Path, **keys: object) -> Path:
     return folder
 
 
-def test_an_adapter_of_a_model_that_is_not_there_says_where_to_name_it(adapter, tmp_path):
+def test_an_adapter_whose_base_model_is_missing_is_refused_with_the_key_to_correct(adapter, tmp_path):
     folder = changed(adapter, tmp_path / "lost", base_model_name_or_path=str(tmp_path / "gone"))
     with pytest.raises(ValueError, match=r"is an adapter of .*gone, and model folder .* does not exist; .*base_model_name_or_path"):
         load_model(folder)
@@ -141,15 +141,15 @@ def test_an_adapter_of_a_model_that_is_not_there_says_where_to_name_it(adapter, 
         load_model(changed(adapter, tmp_path / "silent", base_model_name_or_path=None))
 
 
-def test_an_adapter_of_another_shape_is_one_sentence(adapter, tmp_path):
+def test_an_adapter_of_another_shape_is_refused_in_one_sentence(adapter, tmp_path):
     wide = changed(adapter, tmp_path / "wide", r=8)
     with pytest.raises(ValueError, match=r"the adapter in .*wide cannot be used with its model: .*size mismatch") as caught:
         load_model(wide)
     assert "\n" not in str(caught.value)
 
 
-def test_an_adapter_that_is_not_whole_is_refused(adapter, tmp_path):
-    """It names one more linear than it has weights for."""
+def test_an_incomplete_adapter_is_refused(adapter, tmp_path):
+    """Its configuration names one more linear than it has weights for."""
     with pytest.raises(ValueError, match="cannot be used with its model: Found missing adapter keys"):
         load_model(changed(adapter, tmp_path / "half", target_modules=[*LAYERS, "k_proj"]))
     damaged = changed(adapter, tmp_path / "damaged")
@@ -162,14 +162,14 @@ def test_an_adapter_that_is_not_whole_is_refused(adapter, tmp_path):
 
 
 def test_a_folder_with_a_model_and_an_adapter_is_refused(model_folder, adapter, tmp_path):
-    """transformers would apply an adapter once more to a model into which it was merged."""
+    """transformers would apply an adapter a second time to a model into which it was merged."""
     both = write_model(tmp_path / "both")
     (both / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
     with pytest.raises(ValueError, match=r"holds a whole model \(model.safetensors\) and an adapter .*; move one of them away"):
         load_model(both)
 
 
-def test_tokens_before_a_text_are_no_adapter(model_folder, tmp_path):
+def test_prefix_tuning_is_refused(model_folder, tmp_path):
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -178,7 +178,7 @@ def test_tokens_before_a_text_are_no_adapter(model_folder, tmp_path):
         load_model(tmp_path / "prefix")
 
 
-def test_an_adapter_without_peft_is_one_sentence(adapter, monkeypatch):
+def test_an_adapter_without_peft_is_refused_in_one_sentence(adapter, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"holds an adapter, which needs peft; pip install 'headstart\[train\]'"):
         load_model(adapter)
@@ -192,7 +192,7 @@ needs_torchao = pytest.mark.skipif(
 
 
 def quantised(folder: Path, bits: int = 8):
-    """The model in `folder` with linears of so many bits, and its head in eight."""
+    """The model in `folder` with linears of this many bits, and an LM head of 8 bits."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchao's own, when it is imported
         from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
@@ -210,9 +210,9 @@ def few_bits(request, model_folder):
 
 
 @needs_torchao
-def test_a_quantised_target_says_what_it_says_alone(few_bits, model_folder):
-    alone = said_by(few_bits)
-    assert alone != said_by(load_model(model_folder))
+def test_a_quantised_target_generates_what_the_model_generates_alone(few_bits, model_folder):
+    alone = greedy_tokens(few_bits)
+    assert alone != greedy_tokens(load_model(model_folder))
     for drafter in (None, "lookup"):
         llm = headstart.load(few_bits, tokenizer=load_tokenizer(model_folder), drafter=drafter)
         assert list(llm.generate(PROMPT, max_tokens=20, ignore_eos=True)[0].token_ids) == alone
@@ -233,7 +233,7 @@ def test_a_quantised_model_has_a_digest_of_its_own(few_bits, model_folder):
 
 @needs_torchao
 @pytest.mark.parametrize("kind", ["medusa", "hydra", "eagle", "eagle3.1, 40 tokens"])
-def test_heads_learn_from_a_quantised_target_and_draft_its_text(few_bits, model_folder, kind):
+def test_heads_are_trained_on_a_quantised_target_and_its_output_stays(few_bits, model_folder, kind):
     target = Target(few_bits)
     heads = heads_for(target, kind)
     target.release()
@@ -241,11 +241,11 @@ def test_heads_learn_from_a_quantised_target_and_draft_its_text(few_bits, model_
     loss.backward()
     assert all(weight.grad.abs().sum() > 0 for weight in heads.parameters())
     llm = headstart.load(few_bits, tokenizer=load_tokenizer(model_folder), drafter=heads)
-    assert list(llm.generate(PROMPT, max_tokens=20, ignore_eos=True)[0].token_ids) == said_by_itself(llm)
+    assert list(llm.generate(PROMPT, max_tokens=20, ignore_eos=True)[0].token_ids) == tokens_of_its_model(llm)
 
 
 @needs_torchao
-def test_heads_of_ones_own_begin_as_the_quantised_head(few_bits):
+def test_the_weight_of_a_quantised_lm_head_gives_its_logits(few_bits):
     embed_head = EmbedHead(few_bits)
     states = torch.randn(3, embed_head.hidden)
     torch.testing.assert_close(
@@ -254,27 +254,27 @@ def test_heads_of_ones_own_begin_as_the_quantised_head(few_bits):
 
 
 @needs_torchao
-def test_a_quantised_folder_is_a_target_like_any_other(asked, tmp_path, model_folder):
+def test_a_folder_with_a_quantised_model_is_a_target_like_any_other(asked, tmp_path, model_folder):
     folder = write_quantised(model_folder, tmp_path / "int8")
     train(resolve(None, asked(method="eagle3", settings={"depth": 3}, target=str(folder), steps=3)))
     llm = headstart.load(folder, drafter=str(tmp_path / "heads"), device="cpu")
     assert type(llm.engine.target.model.model.layers[0].mlp.up_proj.weight).__name__ == "Int8Tensor"
-    assert list(llm.generate(PROMPT, max_tokens=20, ignore_eos=True)[0].token_ids) == said_by_itself(llm)
+    assert list(llm.generate(PROMPT, max_tokens=20, ignore_eos=True)[0].token_ids) == tokens_of_its_model(llm)
     with pytest.raises(ValueError, match="a quantised target cannot learn with its heads; leave joint out"):
         train(resolve(None, asked(target=str(folder), out=tmp_path / "joint", joint={})))
 
 
 @needs_torchao
 def test_an_adapter_of_a_quantised_model_stays_beside_its_weights(tmp_path, model_folder):
-    """Merged, the sum would be rounded to eight bits."""
+    """Merged, the sum would be rounded to 8 bits."""
     base = write_quantised(model_folder, tmp_path / "int8")
     adapter = changed(write_adapter(model_folder, tmp_path / "plain"), tmp_path / "lora", base_model_name_or_path=str(base))
-    found = headstart.load(adapter, drafter="lookup", device="cpu").generate(PROMPT, max_tokens=20, ignore_eos=True)[0]
-    assert list(found.token_ids) == said_by(as_peft_has_it(base, adapter))
+    answer = headstart.load(adapter, drafter="lookup", device="cpu").generate(PROMPT, max_tokens=20, ignore_eos=True)[0]
+    assert list(answer.token_ids) == greedy_tokens(unmerged(base, adapter))
 
 
 def write_quantised(folder: Path, to: Path) -> Path:
-    """As transformers writes it; its head stays as it is."""
+    """A quantised model as transformers writes it; the LM head is not quantised."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torchao.quantization import Int8WeightOnlyConfig

@@ -1,4 +1,4 @@
-"""Every architecture: trees and ragged rows in one forward say what the model says alone, token for token, in fp64."""
+"""Every architecture: trees and rows of different lengths in one forward give the model's own tokens, in fp64."""
 
 import pytest
 import torch
@@ -24,17 +24,17 @@ def target(request):
 
 
 @pytest.mark.parametrize("distribution", [GREEDY, SAMPLED], ids=["greedy", "T=1"])
-def test_random_trees_over_ragged_rows_say_what_plain_decoding_says(target, distribution):
+def test_random_trees_over_ragged_rows_give_the_tokens_of_plain_decoding(target, distribution):
     requests = asks(VOCAB, LENGTHS, TOKENS, distribution)
     plain, _ = decode(target, requests)
     drafter = Scripted(random_trees(VOCAB, 12), texts(requests, plain))
     drafted, engine = decode(target, requests, drafter, AsDrafted(12, 6), max_rows=3, chunk=11)
     assert drafted == plain
-    assert engine.stats.tau > 1.3  # branches were kept, so slots have moved
+    assert engine.stats.tau > 1.3  # branches were kept, so slots were moved
 
 
-def test_rows_may_attend_in_one_call_and_dead_nodes_fill_the_forest(target, monkeypatch):
-    """What a GPU and what exact kernels ask for: all rows in one padded call, and forests of a least size."""
+def test_padded_rows_and_padding_nodes_change_no_token(target, monkeypatch):
+    """What a GPU and what exact kernels need: all rows in one padded call, and forests of a minimum size."""
     requests = asks(VOCAB, LENGTHS[1:4], [10, 16, 7], SAMPLED)
     plain, _ = decode(target, requests)
     monkeypatch.setattr(target, "pad_rows", True)
@@ -44,7 +44,7 @@ def test_rows_may_attend_in_one_call_and_dead_nodes_fill_the_forest(target, monk
     assert drafted == plain
 
 
-def test_plain_decoding_says_what_generate_says(target):
+def test_plain_decoding_gives_the_tokens_of_generate(target):
     requests = asks(VOCAB, LENGTHS, TOKENS, GREEDY)
     plain, _ = decode(target, requests, max_rows=3)
     with target.original() as model:
@@ -53,8 +53,8 @@ def test_plain_decoding_says_what_generate_says(target):
             assert output == ids[0, len(ask.prompt) :].tolist()
 
 
-def test_answers_depend_on_what_lies_far_back_unless_a_window_hides_it(target):
-    """A guard of the tests above: with weights too small, every text would end alike, whatever the masks."""
+def test_answers_depend_on_early_tokens_unless_a_window_hides_them(target):
+    """Guards the tests above: with small weights, every text would end alike, whatever the masks."""
     requests = asks(VOCAB, [20, 20], [12, 12], GREEDY)
     outputs, _ = decode(target, requests)
     assert outputs[0] != outputs[1]
@@ -71,20 +71,20 @@ def test_a_model_that_cannot_be_served_exactly_is_refused_by_name(name):
     sentence = str(refusal.value)
     assert reason in sentence
     assert "\n" not in sentence
-    assert model.config._attn_implementation == before  # handed back as it came
+    assert model.config._attn_implementation == before  # given back unchanged
 
 
 ROPES = {
     "dynamic": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 48},
     "longrope": {
         "rope_type": "longrope", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 48,
-        "short_factor": [1.0 + place / 9 for place in range(8)], "long_factor": [2.0 + place for place in range(8)],
+        "short_factor": [1.0 + index / 9 for index in range(8)], "long_factor": [2.0 + index for index in range(8)],
     },
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ROPES)
-def test_a_rope_that_follows_the_longest_row_limits_the_context(kind):
+def test_a_rope_that_depends_on_the_longest_row_limits_the_context(kind):
     config = ARCHITECTURES["phi3" if kind == "longrope" else "llama"]()
     config.rope_parameters = ROPES[kind]
     config.original_max_position_embeddings = 48
@@ -101,7 +101,7 @@ def test_a_rope_that_follows_the_longest_row_limits_the_context(kind):
         engine.add([1] * 30, SamplingParams(max_tokens=19))
 
 
-def test_llama4_is_limited_to_where_it_does_not_scale_queries_by_their_place_in_the_forward():
+def test_the_context_of_llama4_ends_where_it_scales_queries_by_their_index_in_the_forward():
     config = ARCHITECTURES["llama4"]()
     config.attn_temperature_tuning, config.floor_scale = True, 64
     target = Target(random_model(config))
@@ -124,7 +124,7 @@ def test_a_model_that_passes_an_unsupported_keyword_to_its_attention_is_refused(
         Target(model)
 
 
-def test_windows_are_really_in_play():
+def test_the_tested_models_have_windows_and_chunks():
     windows = {name: {(window.sliding, window.chunk) for window in tiny(name).windows} for name in ARCHITECTURES}
     windowed = {name for name, kinds in windows.items() if (WINDOW, None) in kinds}
     assert windowed == {"mistral", "gemma2", "gemma3", "gpt_oss", "cohere2", "afmoe"}
@@ -134,8 +134,8 @@ def test_windows_are_really_in_play():
 
 @pytest.mark.parametrize(("dtype", "scale"), [(torch.bfloat16, 0.1), (torch.float16, 1.0)], ids=["quiet bf16", "loud fp16"])
 @pytest.mark.parametrize("name", ["FalconH1ForCausalLM", "BertLMHeadModel", "ElectraForCausalLM"])
-def test_what_passes_beside_or_against_causal_attention_is_found_in_every_precision(name, dtype, scale, monkeypatch):
-    """Not by what modules say of themselves, nor by their kind, which an unknown model may not tell."""
+def test_state_beside_attention_and_attention_to_later_tokens_are_found_in_every_precision(name, dtype, scale, monkeypatch):
+    """By their effect: the attributes and classes of modules, which an unknown model may lack, are not used here."""
     config, reason = REFUSED[name]
     model = random_model(config(), dtype)
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_what_passes_beside_or_against_causal_attention_is_found_in_every_precis
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_an_honest_model_passes_in_half_precision(name):
+def test_a_correct_model_passes_in_half_precision(name):
     Target(random_model(ARCHITECTURES[name](), torch.bfloat16))
 
 

@@ -1,4 +1,4 @@
-"""Seats and slots, held against lists."""
+"""Seats and slots of the KV cache, compared with plain lists."""
 
 import pytest
 import torch
@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 
 from headstart.target.cache import KVCache, LayerShape, Seating
 
-SHAPES = [LayerShape(2, 4, 3), LayerShape(1, 4, 4)]  # keys and values of unlike width; one layer shares a store
+SHAPES = [LayerShape(2, 4, 3), LayerShape(1, 4, 4)]  # keys and values of different widths; the second layer shares a store
 
 
 @given(
     st.lists(st.one_of(st.tuples(st.just("take"), st.integers(1, 30)), st.tuples(st.just("back"), st.integers(0, 5))), max_size=40)
 )
-def test_every_slot_is_free_or_used_once_whatever_comes_and_goes(steps):
+def test_every_slot_is_free_or_used_once_after_any_takes_and_returns(steps):
     seating = Seating(4, 64)
     used: dict[int, int] = {}
     for what, number in steps:
@@ -32,10 +32,10 @@ def test_every_slot_is_free_or_used_once_whatever_comes_and_goes(steps):
         assert (seating.num_used, seating.num_free) == (sum(used.values()), 64 - sum(used.values()))
     for seat in used:
         seating.give_back(seat)
-    assert seating.take(64) == 0  # all runs have grown together again
+    assert seating.take(64) == 0  # all runs are merged again
 
 
-def test_a_newcomer_takes_the_smallest_run_that_fits():
+def test_a_new_seat_takes_the_smallest_run_that_fits():
     seating = Seating(4, 30)
     seats = [seating.take(size) for size in (4, 10, 2, 6)]
     seating.give_back(seats[1])
@@ -51,7 +51,7 @@ def test_no_seat_is_found_when_all_are_taken():
     assert seating.take(2) is None
 
 
-def test_a_cache_of_nothing_is_refused():
+def test_a_cache_without_slots_is_refused():
     with pytest.raises(ValueError, match="a cache of 0 slots for 2 rows holds nothing"):
         Seating(2, 0)
 
@@ -72,7 +72,7 @@ def fresh(num_seats: int = 3, capacity: int = 20) -> KVCache:
 
 
 def write(cache: KVCache, seat: int, values: list[int]) -> None:
-    """What a forward does: every node's keys and values, behind what is committed."""
+    """Write as a forward does: every node's keys and values, behind the committed slots."""
     first = cache.seating[seat].start + cache.lengths[seat]
     for layer in range(len(SHAPES)):
         for part, store in enumerate(cache.layer(layer)):
@@ -80,32 +80,32 @@ def write(cache: KVCache, seat: int, values: list[int]) -> None:
 
 
 def read(cache: KVCache, seat: int) -> list[int]:
-    """What is committed, asserting that all layers agree."""
+    """The committed values, asserting that all layers agree."""
     first = cache.seating[seat].start
-    found = set()
+    contents = set()
     for layer in range(len(SHAPES)):
         for part, store in enumerate(cache.layer(layer)):
             held = store[:, first : first + cache.lengths[seat]] - 1000.0 * (2 * layer + part)
             assert bool((held == held[:1, :, :1]).all())
-            found.add(tuple(held[0, :, 0].int().tolist()))
-    assert len(found) == 1
-    return [*found.pop()]
+            contents.add(tuple(held[0, :, 0].int().tolist()))
+    assert len(contents) == 1
+    return [*contents.pop()]
 
 
 ROUND = st.tuples(st.integers(1, 2), st.lists(st.booleans(), max_size=5))  # stem, and which drafts are kept
 
 
 @given(st.lists(st.lists(ROUND, min_size=3, max_size=3), max_size=4), st.integers(0, 3), st.integers(0, 20))
-def test_a_cache_holds_what_was_kept_and_nothing_else(turns, fork_after, fork_length):
+def test_a_cache_holds_the_kept_nodes_and_nothing_else(turns, fork_after, fork_length):
     cache = fresh(capacity=40)
     model: list[list[int]] = [[], [], []]
     count = 0
     for turn, rounds in enumerate(turns):
-        kept = [[place for place, is_kept in enumerate(drafts) if is_kept] for _, drafts in rounds]
+        kept = [[index for index, is_kept in enumerate(drafts) if is_kept] for _, drafts in rounds]
         for seat, (stem, drafts) in enumerate(rounds):
             values = [*range(count, count := count + stem + len(drafts))]
             write(cache, seat, values)
-            model[seat] += [*values[:stem], *(values[stem + place] for place in kept[seat])]
+            model[seat] += [*values[:stem], *(values[stem + index] for index in kept[seat])]
         cache.commit([0, 1, 2], [stem for stem, _ in rounds], kept)
         if turn == fork_after:
             length = min(fork_length, len(model[0]))

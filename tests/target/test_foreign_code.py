@@ -1,4 +1,4 @@
-"""Python files in folders of others: they run for nobody who does not allow it, and nothing is ever asked."""
+"""Python files in model folders: they run only with `trust_remote_code`, and the user is never asked."""
 
 import json
 import shutil
@@ -37,24 +37,25 @@ def with_code(model: Path, folder: Path, *, model_too: bool = True, tokenizer_to
     name = folder.name.replace("-", "_")
     (folder / f"code_{name}.py").write_text(PROGRAM.format(mark=str(mark_of(folder)), name=name))
     if model_too:
-        known = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text())
         own = {"AutoConfig": f"code_{name}.OwnConfig", "AutoModelForCausalLM": f"code_{name}.OwnForCausalLM"}
-        known |= {"model_type": f"own-{name}", "architectures": ["OwnForCausalLM"], "auto_map": own}
-        (folder / "config.json").write_text(json.dumps(known))
+        config |= {"model_type": f"own-{name}", "architectures": ["OwnForCausalLM"], "auto_map": own}
+        (folder / "config.json").write_text(json.dumps(config))
     if tokenizer_too:
-        known = json.loads((folder / "tokenizer_config.json").read_text())
+        config = json.loads((folder / "tokenizer_config.json").read_text())
         own = {"AutoTokenizer": [None, f"code_{name}.OwnTokenizer"]}
-        (folder / "tokenizer_config.json").write_text(json.dumps(known | {"tokenizer_class": "OwnTokenizer", "auto_map": own}))
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "OwnTokenizer", "auto_map": own}))
     return folder
 
 
 def mark_of(folder: Path) -> Path:
+    """The file that the code in a folder leaves when it runs."""
     return folder.parent / f"{folder.name}.ran"
 
 
 @pytest.fixture(autouse=True)
 def own_modules(tmp_path, monkeypatch):
-    """Where transformers copies the files that may run."""
+    """A folder of this test for the files that transformers copies before running them."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", list(sys.path))
 
@@ -65,10 +66,10 @@ def run(*arguments: object) -> tuple[int, str, str]:
 
 
 def refused(folder: Path, *arguments: object) -> None:
-    code, _, said = run(*arguments)
-    assert code == 2, said
-    assert "--trust-remote-code" in said.splitlines()[-1]
-    assert "Traceback" not in said
+    code, _, stderr = run(*arguments)
+    assert code == 2, stderr
+    assert "--trust-remote-code" in stderr.splitlines()[-1]
+    assert "Traceback" not in stderr
     assert not mark_of(folder).exists()
 
 
@@ -76,13 +77,13 @@ ANSWER = ("--max-tokens", 4, "--drafter", "none", "--json")
 
 
 @pytest.mark.parametrize("part", ["model", "tokenizer"])
-def test_code_of_a_folder_runs_only_where_it_is_allowed(model_folder, tmp_path, part):
+def test_code_of_a_folder_runs_only_when_allowed(model_folder, tmp_path, part):
     folder = with_code(model_folder, tmp_path / f"own-{part}", model_too=part == "model", tokenizer_too=part == "tokenizer")
     refused(folder, "generate", "the cat", "--model", folder, *ANSWER)
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         headstart.load(folder)
-    code, stdout, said = run("generate", "the cat", "--model", folder, *ANSWER, "--trust-remote-code")
-    assert code == 0, said
+    code, stdout, stderr = run("generate", "the cat", "--model", folder, *ANSWER, "--trust-remote-code")
+    assert code == 0, stderr
     assert mark_of(folder).exists()
     plain = json.loads(run("generate", "the cat", "--model", model_folder, *ANSWER)[1])
     assert json.loads(stdout)["token_ids"] == plain["token_ids"]
@@ -90,8 +91,8 @@ def test_code_of_a_folder_runs_only_where_it_is_allowed(model_folder, tmp_path, 
 
 
 @pytest.mark.slow
-def test_nothing_is_asked_on_a_terminal(model_folder, tmp_path):
-    """A process of its own whose standard input says yes to everything."""
+def test_the_user_is_not_asked_on_a_terminal(model_folder, tmp_path):
+    """In a process whose standard input answers yes to every question."""
     folder = with_code(model_folder, tmp_path / "asking", tokenizer_too=True)
     command = [sys.executable, "-m", "headstart", "generate", "the cat", "--model", str(folder), "--max-tokens", "2"]
     done = subprocess.run(command, input="y\ny\ny\n", capture_output=True, text=True, timeout=120)
@@ -102,7 +103,7 @@ def test_nothing_is_asked_on_a_terminal(model_folder, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["inspect", "train", "pretrain", "distill", "bench", "calibrate", "import"])
-def test_no_command_runs_code_of_a_folder(model_folder, tmp_path, command):
+def test_no_command_runs_code_of_a_folder_by_default(model_folder, tmp_path, command):
     folder = with_code(model_folder, tmp_path / "own", tokenizer_too=True)
     data, out = tmp_path / "data.jsonl", tmp_path / "out"
     data.write_text('{"text": "the cat and the sea"}\n')
@@ -113,13 +114,13 @@ def test_no_command_runs_code_of_a_folder(model_folder, tmp_path, command):
         "distill": (data, "--model", folder, "--out", out),
         "bench": ("--model", folder),
         "calibrate": (model_folder, "--model", folder),
-        "import": (heads_of_others(tmp_path), "--target", folder, "--out", out),
+        "import": (published_heads(tmp_path), "--target", folder, "--out", out),
     }
     refused(folder, command, *arguments[command])
 
 
-def heads_of_others(tmp_path: Path) -> Path:
-    """Medusa heads as their authors publish them."""
+def published_heads(tmp_path: Path) -> Path:
+    """Medusa heads in the published format."""
     from safetensors.torch import save_file
 
     folder = tmp_path / "theirs"
@@ -134,7 +135,7 @@ def heads_of_others(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("command", ["inspect", "train", "pretrain"])
-def test_every_command_that_loads_a_model_takes_the_permission(model_folder, tmp_path, command):
+def test_every_command_that_loads_a_model_takes_trust_remote_code(model_folder, tmp_path, command):
     folder = with_code(model_folder, tmp_path / f"allowed-{command}")
     data, out = tmp_path / "data.jsonl", tmp_path / "out"
     data.write_text('{"text": "the cat and the sea and the cat"}\n' * 3)
@@ -144,43 +145,48 @@ def test_every_command_that_loads_a_model_takes_the_permission(model_folder, tmp
         "train": ("medusa", "--target", folder, "--set", "num_heads=1", *short),
         "pretrain": ("--model", folder, "--tokenizer", model_folder, *short),
     }
-    code, _, said = run(command, *arguments[command], "--trust-remote-code")
-    assert code == 0, said
+    code, _, stderr = run(command, *arguments[command], "--trust-remote-code")
+    assert code == 0, stderr
     assert mark_of(folder).exists()
 
 
-def test_code_of_a_draft_model_runs_only_where_it_is_allowed(model_folder, draft_folder, tmp_path):
+def test_code_of_a_draft_model_runs_only_when_allowed(model_folder, draft_folder, tmp_path):
     folder = with_code(draft_folder, tmp_path / "own-draft")
     base = ("generate", "the cat", "--model", model_folder, "--max-tokens", 4, "--drafter", f"model:{folder}")
     refused(folder, *base)
-    code, _, said = run(*base, "--trust-remote-code")
-    assert code == 0, said
+    code, _, stderr = run(*base, "--trust-remote-code")
+    assert code == 0, stderr
     assert mark_of(folder).exists()
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # peft asks for an attribute by an old name
-def test_code_of_the_model_below_an_adapter_runs_only_where_it_is_allowed(model_folder, tmp_path):
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # peft reads an attribute by an old name
+def test_code_of_the_base_model_of_an_adapter_runs_only_when_allowed(model_folder, tmp_path):
     folder = with_code(model_folder, tmp_path / "own-base")
     lora = get_peft_model(load_model(model_folder), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     lora.save_pretrained(tmp_path / "lora")
     config = tmp_path / "lora" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(folder)}))
     refused(folder, "generate", "the cat", "--model", tmp_path / "lora", *ANSWER)
-    code, _, said = run("generate", "the cat", "--model", tmp_path / "lora", *ANSWER, "--trust-remote-code")
-    assert code == 0, said
+    code, _, stderr = run("generate", "the cat", "--model", tmp_path / "lora", *ANSWER, "--trust-remote-code")
+    assert code == 0, stderr
     assert mark_of(folder).exists()
 
 
 def test_a_kernel_that_a_configuration_names_is_not_fetched(tmp_path):
     folder = write_model(tmp_path / "model")
-    known = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(known | {"attn_implementation": "somebody/kernel"}))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attn_implementation": "somebody/kernel"}))
     with pytest.raises(ValueError, match="asks for attention by somebody/kernel; remove attn_implementation"):
         load_model(folder)
 
 
 def test_an_adapter_cannot_name_a_module_to_import(model_folder, tmp_path):
-    said = {"peft_type": "LORA", "base_model_name_or_path": str(model_folder), "megatron_config": {"a": 1}, "megatron_core": "own"}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(said))
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": str(model_folder),
+        "megatron_config": {"a": 1},
+        "megatron_core": "own",
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="megatron_config"):
         load_model(tmp_path)

@@ -1,4 +1,4 @@
-"""A model that targets hold works as its owner's all the while, and comes back with every bit as it was."""
+"""A model that targets hold generates as before for its owner, and is given back with every bit as it was."""
 
 import gc
 import weakref
@@ -16,7 +16,13 @@ from headstart.target.target import Target
 
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if can_pack(dtype)]
 needs_packing = pytest.mark.skipif(not DTYPES, reason="this torch or processor cannot pack linears")
-KINDS = ["llama", "qwen2", "gpt2", "gemma2", "opt"]  # biases, transposed and tied weights, norms that add one
+KINDS = [
+    "llama",
+    "qwen2",
+    "gpt2",
+    "gemma2",
+    "opt",
+]  # together: biases, transposed and tied weights, norms that add one to the weight
 
 PROMPTS = torch.tensor([[0, 0, 5, 17, 3], [44, 90, 12, 8, 61]])
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
@@ -37,11 +43,11 @@ def bits(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def assert_same_bits(found, expected):
-    assert list(found) == list(expected)
+def assert_same_bits(actual, expected):
+    assert list(actual) == list(expected)
     for name, value in expected.items():
-        assert found[name].dtype == value.dtype
-        assert torch.equal(found[name].view(torch.uint8), value.view(torch.uint8)), name
+        assert actual[name].dtype == value.dtype
+        assert torch.equal(actual[name].view(torch.uint8), value.view(torch.uint8)), name
 
 
 @needs_packing
@@ -57,14 +63,14 @@ def test_a_released_model_has_every_weight_as_before(name, dtype):
     assert target.release() is model
     assert_same_bits(model.state_dict(), before)
     assert [type(module) for module in model.modules()] == kinds
-    found = [(name, weight.shape, weight.stride(), weight.requires_grad) for name, weight in model.named_parameters()]
-    assert found == parameters
+    restored = [(name, weight.shape, weight.stride(), weight.requires_grad) for name, weight in model.named_parameters()]
+    assert restored == parameters
     target.release()
     assert_same_bits(model.state_dict(), before)
 
 
 @pytest.mark.parametrize(("name", "implementation"), [("llama", "eager"), ("mistral", "sdpa"), ("gpt2", "sdpa")])
-def test_a_models_own_generate_says_the_same_before_while_and_after_it_is_held(name, implementation):
+def test_a_models_own_generate_gives_the_same_before_while_and_after_it_is_held(name, implementation):
     model = model_of(name, torch.float64)
     if implementation == "eager":
         model.set_attn_implementation("eager")
@@ -117,7 +123,7 @@ def test_weights_are_freed_while_packed_and_tied_again_afterwards(tied):
 
 
 @needs_packing
-def test_linears_that_are_tied_to_each_other_are_tied_again():
+def test_tied_linears_are_tied_again_after_release():
     model = model_of()
     first, second = (layer.self_attn.o_proj for layer in model.model.layers[:2])
     second.weight = first.weight
@@ -132,7 +138,7 @@ def test_linears_that_are_tied_to_each_other_are_tied_again():
 
 
 @needs_packing
-def test_an_optimizer_that_was_made_before_goes_on_with_the_very_same_weights():
+def test_an_optimizer_made_before_keeps_the_same_weights():
     model = model_of().train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     weights = list(model.parameters())
@@ -151,7 +157,7 @@ def test_an_optimizer_that_was_made_before_goes_on_with_the_very_same_weights():
 
 
 @needs_packing
-def test_a_model_whose_weights_were_freed_learns_after_its_release():
+def test_a_model_whose_weights_were_freed_is_trainable_after_release():
     model = model_of()
     model.model.embed_tokens.weight.requires_grad_(False)
     target = Target(model)
@@ -164,7 +170,7 @@ def test_a_model_whose_weights_were_freed_learns_after_its_release():
 
 
 @needs_packing
-def test_a_released_model_is_saved_and_loaded_as_ever(tmp_path):
+def test_a_released_model_can_be_saved_and_loaded(tmp_path):
     model = model_of("qwen2", torch.bfloat16 if torch.bfloat16 in DTYPES else torch.float32)
     before = bits(model)
     target = Target(model)
@@ -175,7 +181,7 @@ def test_a_released_model_is_saved_and_loaded_as_ever(tmp_path):
 
 
 @needs_packing
-def test_the_last_of_several_targets_puts_the_weights_back():
+def test_the_last_of_several_targets_restores_the_weights():
     model = model_of()
     before = bits(model)
     first = Target(model)
@@ -191,7 +197,7 @@ def test_the_last_of_several_targets_puts_the_weights_back():
     assert_same_bits(model.state_dict(), before)
 
 
-def test_a_target_that_was_dropped_holds_nothing_any_more():
+def test_a_garbage_collected_target_no_longer_holds_its_model():
     model = model_of()
     Target(model).choose_kernels(False)
     gc.collect()
@@ -200,7 +206,7 @@ def test_a_target_that_was_dropped_holds_nothing_any_more():
 
 
 @needs_packing
-def test_a_model_can_be_packed_again_after_it_learned_something_else():
+def test_a_model_can_be_packed_again_after_its_weights_changed():
     model = model_of()
     target = Target(model)
     target.choose_kernels(False)

@@ -1,4 +1,4 @@
-"""The target scores a forest as it scores texts one after the other, and refuses a model with which it would not."""
+"""A target gives a forest the logits of the sequential texts, and refuses a model for which that does not hold."""
 
 import math
 from types import SimpleNamespace
@@ -18,24 +18,24 @@ from headstart.target.target import Target
 
 
 def alone(target, text, layers=False):
-    """The model's own word on a text, by its own attention: logits [text, vocab] and, if asked, what every layer puts out."""
+    """The reference: the model with its own attention. Logits [text, vocab] and, if asked, the output of every layer."""
     with torch.inference_mode(), target.original() as model:
         out = model(torch.tensor([text]), use_cache=False, output_hidden_states=layers)
     return out.logits[0], [state[0] for state in out.hidden_states[1:]] if layers else None
 
 
-# -- what it is held to -----------------------------------------------------------------------------------------------------
+# -- equal to the sequential text -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss", "llama4", "gpt2"])
 @pytest.mark.parametrize("pad_rows", [False, True], ids=["row by row", "padded"])
-def test_a_forest_of_two_rows_says_what_each_path_says_alone(name, pad_rows, monkeypatch):
+def test_a_forest_of_two_rows_gives_the_logits_of_each_path_alone(name, pad_rows, monkeypatch):
     target = tiny(name)
     monkeypatch.setattr(target, "pad_rows", pad_rows)
-    found = score(target, STEMS).logits.split(len(PATHS))
-    for stem, logits in zip(STEMS, found, strict=True):
-        for path, line in zip(PATHS, logits, strict=True):
-            torch.testing.assert_close(line, alone(target, stem + path)[0][-1], atol=1e-5, rtol=1e-5)
+    rows = score(target, STEMS).logits.split(len(PATHS))
+    for stem, row in zip(STEMS, rows, strict=True):
+        for path, logits in zip(PATHS, row, strict=True):
+            torch.testing.assert_close(logits, alone(target, stem + path)[0][-1], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("pad_rows", [False, True], ids=["row by row", "padded"])
@@ -47,7 +47,7 @@ def test_two_rows_of_different_length_in_one_forward_equal_each_alone(pad_rows, 
         torch.testing.assert_close(logits, score(target, [stem]).logits, atol=1e-12, rtol=0)
 
 
-def test_dead_nodes_change_nothing():
+def test_padding_nodes_change_no_logits():
     target = tiny()
     size = len(forest_of(STEMS))
     scored, filled = score(target, STEMS), score(target, STEMS, num_nodes=size + 5)
@@ -70,8 +70,8 @@ TAPPED = [("llama", taps) for taps in [(0,), (1, 0), (2,), (0, 1, 2)]] + [(name,
 
 
 @pytest.mark.parametrize(("name", "taps"), TAPPED, ids=str)
-def test_features_are_what_the_tapped_layers_put_out(name, taps):
-    """The features of all nodes, inner stem nodes too; layers in the order asked for; the last one's with the final norm."""
+def test_features_are_the_hidden_states_after_the_tapped_layers(name, taps):
+    """Of all nodes, inner stem nodes too; layers in the order of the taps; the last layer's with the final norm."""
     target = tiny(name)
     features = score(target, STEMS[:1], taps).features
     (stem,) = STEMS[:1]
@@ -90,7 +90,7 @@ def test_without_taps_there_are_no_features():
 
 
 def by_hand(query, keys, values, row_mask, params):
-    """One head and one node at a time."""
+    """The reference: attention for one head and one node at a time."""
     out = query.new_zeros(query.shape[0], query.shape[1], values.shape[-1])
     visible, group = row_mask.visible(params.window), query.shape[0] // keys.shape[0]
     for head in range(query.shape[0]):
@@ -108,13 +108,13 @@ def by_hand(query, keys, values, row_mask, params):
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("window", [Window(), Window(sliding=6), Window(chunk=6)], ids=str)
 @pytest.mark.parametrize("extra", ["", "softcap", "sinks"])
-def test_kernels_attend_as_by_hand(kv_heads, window, extra):
+def test_kernels_equal_attention_computed_by_hand(kv_heads, window, extra):
     generator = torch.Generator().manual_seed(0)
     forest = forest_of([[1, 2]])
     nodes, committed = len(forest), 9
     positions = forest.positions + committed
-    seen = row_mask_module.tree_mask(forest.lineage, 2)
-    row_mask = RowMask(0, nodes, 0, committed, seen, positions)
+    tree_mask = row_mask_module.tree_mask(forest.lineage, 2)
+    row_mask = RowMask(0, nodes, 0, committed, tree_mask, positions)
     query = torch.randn(4, nodes, 5, generator=generator).double()
     keys, values = (torch.randn(kv_heads, row_mask.context, size, generator=generator).double() for size in (5, 3))
     sinks = torch.randn(4, generator=generator).double() if extra == "sinks" else None
@@ -126,14 +126,14 @@ def test_kernels_attend_as_by_hand(kv_heads, window, extra):
 
 def test_a_window_is_measured_in_positions_not_in_slots():
     """Two siblings at position 3 behind three committed slots: with a window of 3 both see slots 1 and 2, and themselves."""
-    seen = torch.eye(2, dtype=torch.bool)
-    row_mask = RowMask(0, 2, 0, 3, seen, torch.tensor([3, 3]))
+    siblings = torch.eye(2, dtype=torch.bool)
+    row_mask = RowMask(0, 2, 0, 3, siblings, torch.tensor([3, 3]))
     assert row_mask.visible(Window(sliding=3)).int().tolist() == [[0, 1, 1, 1, 0], [0, 1, 1, 0, 1]]
     assert row_mask.visible(Window(chunk=2)).int().tolist() == [[0, 0, 1, 1, 0], [0, 0, 1, 0, 1]]
     assert row_mask.visible(Window(chunk=3)).int().tolist() == [[0, 0, 0, 1, 0], [0, 0, 0, 0, 1]]
 
 
-# -- the self-check notices -------------------------------------------------------------------------------------------------
+# -- the self-check ---------------------------------------------------------------------------------------------------------
 
 
 def refused():
@@ -141,42 +141,42 @@ def refused():
 
 
 @pytest.fixture
-def sound():
-    """A target of its own: one that fails is released."""
+def target():
+    """A target for one test, because the self-check releases a target that fails."""
     return Target(random_model(ARCHITECTURES["llama"]()))
 
 
-def test_a_sound_model_passes_the_self_check(sound):
-    sound.check()
+def test_a_correct_model_passes_the_self_check(target):
+    target.check()
 
 
-def test_a_released_target_scores_no_more(sound):
-    sound.release()
+def test_a_released_target_cannot_score(target):
+    target.release()
     with pytest.raises(ValueError, match="was released"):
-        score(sound, STEMS)
+        score(target, STEMS)
 
 
-def test_the_self_check_notices_siblings_that_see_each_other(sound, monkeypatch):
+def test_the_self_check_notices_siblings_that_see_each_other(target, monkeypatch):
     monkeypatch.setattr(
         row_mask_module, "tree_mask", lambda lineage, stem: torch.ones(stem + len(lineage), stem + len(lineage)).tril() > 0
     )
     with refused():
-        sound.check()
+        target.check()
 
 
-def test_the_self_check_notices_nodes_that_see_too_little(sound, monkeypatch):
-    by_the_book = RowMask.visible
+def test_the_self_check_notices_nodes_that_miss_a_slot(target, monkeypatch):
+    original = RowMask.visible
 
-    def forgetful(row_mask, window):
-        visible = by_the_book(row_mask, window)
+    def incomplete(row_mask, window):
+        visible = original(row_mask, window)
         return visible.index_fill(1, torch.tensor([2]), False) if row_mask.committed else visible
 
-    monkeypatch.setattr(RowMask, "visible", forgetful)
+    monkeypatch.setattr(RowMask, "visible", incomplete)
     with refused():
-        sound.check()
+        target.check()
 
 
-def test_the_self_check_notices_positions_counted_in_nodes(sound, monkeypatch):
+def test_the_self_check_notices_positions_counted_in_nodes(target, monkeypatch):
     forward = Target.forward
 
     def in_order(self, tokens, positions, *rest):
@@ -184,17 +184,17 @@ def test_the_self_check_notices_positions_counted_in_nodes(sound, monkeypatch):
 
     monkeypatch.setattr(Target, "forward", in_order)
     with refused():
-        sound.check()
+        target.check()
 
 
-def test_the_self_check_notices_rows_that_read_each_others_slots(sound, monkeypatch):
+def test_the_self_check_notices_rows_that_read_each_others_slots(target, monkeypatch):
     monkeypatch.setattr(RowMask, "start", property(lambda row_mask: 0, lambda row_mask, value: None), raising=False)
     with refused():
-        sound.check()
+        target.check()
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3", "gpt_oss", "cohere2", "llama4"])
-def test_the_self_check_notices_a_forgotten_window_or_chunk(name, monkeypatch):
+def test_the_self_check_notices_a_missing_window_or_chunk(name, monkeypatch):
     model = random_model(ARCHITECTURES[name]())
     monkeypatch.setattr(target_module, "window_of_layer", lambda config, layer, window: Window())
     with refused():
@@ -209,19 +209,19 @@ def test_the_self_check_notices_a_window_that_is_off_by_one(wrong, monkeypatch):
         Target(model)
 
 
-def test_the_self_check_notices_a_forgotten_soft_cap_or_sink(monkeypatch):
-    by_the_book = attention.reference_attention
+def test_the_self_check_notices_a_missing_soft_cap_or_sink(monkeypatch):
+    original = attention.reference_attention
 
-    def forgetful(query, keys, values, row_mask, params):
-        return by_the_book(query, keys, values, row_mask, AttentionParams(params.scaling, params.window))
+    def incomplete(query, keys, values, row_mask, params):
+        return original(query, keys, values, row_mask, AttentionParams(params.scaling, params.window))
 
     for name in ("gemma2", "gpt_oss"):
         model = random_model(ARCHITECTURES[name]())
         with refused():
-            Target(model, kernel=forgetful)
+            Target(model, kernel=incomplete)
 
 
-def test_a_refused_model_is_handed_back_as_it_came(monkeypatch):
+def test_a_refused_model_is_given_back_unchanged(monkeypatch):
     model = random_model(ARCHITECTURES["llama"]())
     text = torch.tensor([STEMS[0]])
     with torch.inference_mode():
@@ -237,7 +237,7 @@ def test_a_refused_model_is_handed_back_as_it_came(monkeypatch):
 # -- one model, two holders -------------------------------------------------------------------------------------------------
 
 
-def test_releasing_a_model_that_another_target_holds_leaves_that_one_sound():
+def test_releasing_one_of_two_targets_leaves_the_other_working():
     first = Target(random_model(ARCHITECTURES["llama"]()))
     expected = score(first, STEMS).logits
     second = Target(first.model)
@@ -247,7 +247,7 @@ def test_releasing_a_model_that_another_target_holds_leaves_that_one_sound():
     assert first.model.config._attn_implementation == "sdpa"
 
 
-def test_a_target_says_what_it_holds():
+def test_a_target_knows_its_vocab_and_the_bytes_of_its_cache():
     target = tiny("deepseek_v3")
     shape = target.shapes[0]
     assert (shape.kv_heads, shape.key_dim, shape.value_dim) == (4, 24, 12)
@@ -268,7 +268,7 @@ def test_an_unsupported_keyword_of_the_attention_is_named():
     assert math.isfinite(layer.scaling)
 
 
-def test_a_layer_that_mixes_its_rows_ends_the_promise_of_equal_bits():
+def test_a_layer_that_mixes_its_rows_prevents_exactness():
     def mixing() -> Target:
         model = random_model(ARCHITECTURES["llama"](), torch.float32)
         model.model.layers[1].register_forward_hook(lambda _module, _inputs, out: out + 1e-7 * out.abs().amax(1, keepdim=True))
@@ -282,7 +282,7 @@ def test_a_layer_that_mixes_its_rows_ends_the_promise_of_equal_bits():
 
 
 @pytest.mark.parametrize(("release", "takes"), [("5.17.0", False), ("5.22.1", False), ("5.23.0.dev0", True), ("6.0rc1", True)])
-def test_a_list_of_states_is_asked_for_where_transformers_takes_one(release, takes):
+def test_transformers_takes_a_list_of_states_since_5_23(release, takes):
     assert hidden_states._takes_a_list(release) is takes
 
 

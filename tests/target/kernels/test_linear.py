@@ -1,4 +1,4 @@
-"""Packed linears and fused modules give what the plain ones give, and step aside where they cannot."""
+"""Packed linears and fused modules give the output of the plain ones, and are not used where they cannot."""
 
 import pytest
 import torch
@@ -33,30 +33,30 @@ def tiny_llama(dtype: torch.dtype, **changes: object) -> LlamaForCausalLM:
 def test_a_packed_model_gives_the_same_logits(dtype):
     model, ids = tiny_llama(dtype), torch.arange(20)[None]
     with torch.inference_mode():
-        wanted = model(ids, use_cache=False).logits
+        expected = model(ids, use_cache=False).logits
         assert fuse(model) == 2 + 5  # MLPs and norms
-        assert prepack(model) == 2 * 4 + 1  # attention and head; the MLPs packed their own
-        found = model(ids, use_cache=False).logits
-    assert (wanted - found).abs().max() <= (1e-5 if dtype == torch.float32 else 0.03) * wanted.abs().max()
+        assert prepack(model) == 2 * 4 + 1  # attention and LM head; the MLPs pack their own linears
+        actual = model(ids, use_cache=False).logits
+    assert (expected - actual).abs().max() <= (1e-5 if dtype == torch.float32 else 0.03) * expected.abs().max()
 
 
 def test_siblings_that_read_one_tensor_share_one_product():
     module, x = Attention().eval(), torch.randn(1, 5, 32)
-    wanted = module(x)
+    expected = module(x)
     assert prepack(module) == 3
     assert isinstance(module.k_proj, SharedLinear)
     with torch.inference_mode():
-        torch.testing.assert_close(module(x), wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.inference_mode()
-def test_siblings_called_with_other_tensors_or_twice_stay_correct():
+def test_siblings_called_with_different_tensors_or_twice_stay_correct():
     module, x, y = Attention().eval(), torch.randn(4, 32), torch.randn(4, 32)
     weights = [(part.weight.clone(), None if part.bias is None else part.bias.clone()) for part in module.children()]
     prepack(module)
     calls = [(0, x), (1, y), (2, x), (2, x), (0, y), (0, y), (1, x), (2, y)]
-    for member, given in calls:
-        torch.testing.assert_close(list(module.children())[member](given), F.linear(given, *weights[member]))
+    for member, inputs in calls:
+        torch.testing.assert_close(list(module.children())[member](inputs), F.linear(inputs, *weights[member]))
 
 
 def test_a_packed_linear_gives_its_weight_back():
@@ -79,13 +79,13 @@ def test_gradients_flow_through_a_packed_linear():
 
 def test_the_transposed_linear_of_gpt2_is_packed():
     parent, x = nn.Sequential(Conv1D(24, 16)).eval(), torch.randn(2, 3, 16)
-    wanted = parent(x)
+    expected = parent(x)
     assert prepack(parent) == 1
     with torch.inference_mode():
-        torch.testing.assert_close(parent(x), wanted)
+        torch.testing.assert_close(parent(x), expected)
 
 
-def test_a_subclassed_or_hooked_linear_is_left_alone():
+def test_a_subclassed_or_hooked_linear_is_not_packed():
     class Adapted(nn.Linear):
         pass
 
@@ -94,7 +94,7 @@ def test_a_subclassed_or_hooked_linear_is_left_alone():
     assert prepack(nn.Sequential(Adapted(8, 8), hooked, nn.Linear(8, 8, dtype=torch.float64))) == 0
 
 
-def test_a_tied_embedding_stays_plain():
+def test_a_tied_embedding_is_not_packed():
     model = tiny_llama(torch.float32, tie_word_embeddings=True)
     prepack(model)
     assert isinstance(model.lm_head, PackedLinear)
@@ -102,17 +102,17 @@ def test_a_tied_embedding_stays_plain():
 
 
 @pytest.mark.parametrize("activation", [nn.SiLU(), nn.GELU(), nn.GELU(approximate="tanh")])
-def test_a_gated_mlp_is_fused_whatever_its_activation(activation):
+def test_a_gated_mlp_is_fused_for_each_known_activation(activation):
     model, x = tiny_llama(torch.float32), torch.randn(1, 3, 64)
     model.model.layers[0].mlp.act_fn = activation
-    wanted = model.model.layers[0].mlp(x)
+    expected = model.model.layers[0].mlp(x)
     fuse(model)
     assert isinstance(model.model.layers[0].mlp, GatedMLP)
     with torch.inference_mode():
-        torch.testing.assert_close(model.model.layers[0].mlp(x), wanted, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(model.model.layers[0].mlp(x), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_a_gated_mlp_with_an_unknown_activation_stays():
+def test_a_gated_mlp_with_an_unknown_activation_is_not_fused():
     model = tiny_llama(torch.float32)
     model.model.layers[0].mlp.act_fn = nn.Tanh()
     fuse(model)
@@ -120,16 +120,16 @@ def test_a_gated_mlp_with_an_unknown_activation_stays():
     assert isinstance(model.model.layers[1].mlp, GatedMLP)
 
 
-def test_a_norm_that_counts_its_weight_from_one_is_fused():
+def test_a_norm_that_adds_one_to_its_weight_is_fused():
     from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
     parent, x = nn.Sequential(GemmaRMSNorm(32)), torch.randn(1, 4, 32)
     nn.init.normal_(parent[0].weight)
-    wanted = parent(x)
+    expected = parent(x)
     assert fuse(parent) == 1
     assert isinstance(parent[0], RMSNorm)
-    torch.testing.assert_close(parent(x), wanted)
+    torch.testing.assert_close(parent(x), expected)
 
 
-def test_a_norm_of_another_kind_stays():
+def test_a_norm_of_another_kind_is_not_fused():
     assert fuse(nn.Sequential(nn.LayerNorm(16), nn.Identity())) == 0
