@@ -9,7 +9,7 @@ PATHS = [[], [13], [14], [13, 15], [13, 16], [14, 17], [13, 15, 18]]  # tokens b
 
 
 def forest_of(stems, num_nodes=0):
-    """The tree behind each stem; padding nodes fill the forest up to `num_nodes`."""
+    """The tree behind each stem; dead nodes fill the forest up to `num_nodes`."""
     size = len(TREE)
     parents = [parent if parent == ROOT else parent + row * size for row in range(len(stems)) for _, parent in TREE]
     rows = [row for row in range(len(stems)) for _ in TREE]

@@ -177,7 +177,7 @@ def attend(
         _row(row_mask, query[0], key[0], value[0], keys, values, headstart.kernel, params) for row_mask in headstart.row_masks
     ]
     num_dead = query.shape[2] - sum(row_mask.nodes for row_mask in headstart.row_masks)
-    if num_dead:  # padding nodes attend to nothing, and their output is not read
+    if num_dead:  # dead nodes, which only fill the forward, attend to nothing, and their output is not read
         outputs.append(query.new_zeros(query.shape[1], num_dead, value.shape[-1]))
     return _as_transformers(outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)), None
 

@@ -53,7 +53,7 @@ class PaddedRows:
     def mask(self, window: Window, dtype: torch.dtype) -> Tensor:
         """Additive attention mask [rows, 1, most_nodes, context], made once per forward.
 
-        Padding nodes attend to their row's whole context: their output is not read, and a softmax over nothing would be nan.
+        Padding attends to its row's whole context: its output is not read, and a softmax over nothing would be nan.
         """
         if (window, dtype) not in self._masks:
             visible = self.slots.new_zeros(*self.nodes.shape, self.slots.shape[1], dtype=torch.bool)
@@ -77,10 +77,10 @@ def attend_padded(
 ) -> Tensor:
     """Write the keys and values of all rows into the KV cache, and attend with one call. Without soft caps and sinks.
 
-    query: [heads, nodes, dim]; key: [kv_heads, nodes, dim]; value: [kv_heads, nodes, value_dim]. Padding nodes of the forest are
-        the last ones.
+    query: [heads, nodes, dim]; key: [kv_heads, nodes, dim]; value: [kv_heads, nodes, value_dim]. Dead
+        nodes are the last ones.
     keys, values: [kv_heads, slots, dim] the layer's part of the KV cache.
-    Returns [heads, nodes, value_dim], zeros for padding nodes.
+    Returns [heads, nodes, value_dim], zeros for dead nodes.
     """
     num_nodes = len(padded.node_slots)
     keys.index_copy_(1, padded.node_slots, key[:, :num_nodes])

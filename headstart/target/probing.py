@@ -2,7 +2,7 @@
 
 With a probe that lets each token attend to itself only, the output of a token can depend on another token only through something
 other than attention: a recurrence, a convolution, positions that the model counts itself. A tree cannot share such state.
-This module must not import how a forest is scored.
+This module must not import forests or KV caches.
 """
 
 from __future__ import annotations
@@ -30,25 +30,26 @@ def probe_layers(target: Target) -> tuple[Probe, int]:
     try:
         logits = target.probe([0, 1], probe)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise _refusal(target, str(error)) from None
+        raise refusal(target, str(error)) from None
     missing = target.num_layers - len(probe.shapes)
     if missing == target.num_layers:
-        raise _refusal(target, "it bypasses the attention interface of transformers (alibi, or modelling code older than it)")
+        raise refusal(target, "it bypasses the attention interface of transformers (alibi, or modelling code older than it)")
     if missing:
-        raise _refusal(
+        raise refusal(
             target, f"it keeps a state of its own in {missing} of {target.num_layers} layers (recurrent or linear attention)"
         )
     if bool(logits.isnan().any()):
-        raise _refusal(target, "it answers with nan, so its weights are damaged; copy them again")
+        raise refusal(target, "it answers with nan, so its weights are damaged; copy them again")
     if probe.masking:
-        raise _refusal(target, f"{', '.join(sorted(probe.masking))} makes an attention mask of its own")
+        raise refusal(target, f"{', '.join(sorted(probe.masking))} makes an attention mask of its own")
     if probe.looking_ahead or not getattr(model.config.get_text_config(), "is_causal", True):
         layers = ", ".join(sorted(probe.looking_ahead)) or "config.is_causal"
-        raise _refusal(target, f"its attention sees later tokens too ({layers})")
+        raise refusal(target, f"its attention sees later tokens too ({layers})")
     return probe, int(logits.shape[-1])
 
 
-def _refusal(target: Target, reason: str) -> ValueError:
+def refusal(target: Target, reason: str) -> ValueError:
+    """The error for a model that cannot be served exactly."""
     return ValueError(f"{target.name} ({type(target.model).__name__}) cannot be a target: {reason}")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from headstart.speculation.tree import Drafts, merge
 from headstart.target.cache import Seating
-from headstart.target.probing import changed_middle, convolutions, mixers, reversed_text
+from headstart.target.probing import changed_middle, convolutions, mixers, refusal, reversed_text
 
 if TYPE_CHECKING:
     from headstart.target.target import Target
@@ -46,7 +46,7 @@ def self_check(target: Target) -> None:
 
 def _refuse(target: Target, reason: str) -> None:
     target.release()
-    raise ValueError(f"{target.name} ({type(target.model).__name__}) cannot be a target: {reason}")
+    raise refusal(target, reason)
 
 
 def _problem(target: Target, length: int, seed: int) -> str | None:

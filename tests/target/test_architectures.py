@@ -33,7 +33,7 @@ def test_random_trees_over_ragged_rows_give_the_tokens_of_plain_decoding(target,
     assert engine.stats.tau > 1.3  # branches were kept, so slots were moved
 
 
-def test_padded_rows_and_padding_nodes_change_no_token(target, monkeypatch):
+def test_padded_rows_and_dead_nodes_change_no_token(target, monkeypatch):
     """What a GPU and what exact kernels need: all rows in one padded call, and forests of a minimum size."""
     requests = asks(VOCAB, LENGTHS[1:4], [10, 16, 7], SAMPLED)
     plain, _ = decode(target, requests)

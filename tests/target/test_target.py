@@ -47,7 +47,7 @@ def test_two_rows_of_different_length_in_one_forward_equal_each_alone(pad_rows, 
         torch.testing.assert_close(logits, score(target, [stem]).logits, atol=1e-12, rtol=0)
 
 
-def test_padding_nodes_change_no_logits():
+def test_dead_nodes_change_no_logits():
     target = tiny()
     size = len(forest_of(STEMS))
     scored, filled = score(target, STEMS), score(target, STEMS, num_nodes=size + 5)

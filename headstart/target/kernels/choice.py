@@ -28,7 +28,7 @@ class KernelChoice:
     """The kernels of a target.
 
     kernel: attention of one row.
-    min_nodes: smallest number of nodes in a forward; padding nodes fill a forest up to it.
+    min_nodes: smallest number of nodes in a forward; dead nodes fill a forest up to it.
     is_exact: whether logits are guaranteed to have the same bits in a forest and one token at a time.
     why_not: what prevents exactness; None where it is exact.
     grouped: plain linears whose `forward` multiplies rows in groups, until `ungroup`.
