@@ -11,7 +11,7 @@ from headstart.formats.detect import Detected, detect
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from headstart.target.attention import Window
+    from headstart.target.row_mask import Window
     from headstart.target.target import Target
 
 
