@@ -1,0 +1,31 @@
+"""Which requests a target can run at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from headstart.speculation.sampling import SamplingParams
+from headstart.target.target import Target
+
+
+def check_prompt(target: Target, prompt: Sequence[int], params: SamplingParams) -> None:
+    """Raise ValueError for an empty prompt, one that is too long with its answer, and tokens that are not in the vocabulary."""
+    limit = target.context
+    if not prompt:
+        raise ValueError("the prompt is empty; give at least one token")
+    if len(prompt) + params.max_tokens > limit:
+        raise ValueError(
+            f"prompt of {len(prompt)} tokens plus max_tokens={params.max_tokens} exceeds the context of {limit} tokens of "
+            f"{target.name}; {_way_out(len(prompt), limit)}"
+        )
+    unknown = [token for token in (*prompt, *params.logit_bias, *params.stop_token_ids) if not 0 <= token < target.vocab]
+    if unknown:
+        raise ValueError(f"token {unknown[0]} is not in the vocabulary of {target.vocab} of {target.name}")
+    if (params.logprobs or 0) > target.vocab:
+        raise ValueError(f"logprobs is {params.logprobs}; the vocabulary has {target.vocab} tokens to choose from")
+
+
+def _way_out(num_prompt: int, limit: int) -> str:
+    if num_prompt < limit:
+        return f"lower max_tokens to {limit - num_prompt}"
+    return f"shorten the prompt to less than {limit} tokens"

@@ -1,0 +1,143 @@
+"""The drafter of an engine: what it is told of each seat, and how it recovers after a round that failed.
+
+Must not import the module of any one drafter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from headstart.drafters import Drafter, Restorable
+from headstart.engine.scheduler import Request, Turn
+from headstart.speculation.tree import Forest, Kept
+from headstart.speculation.verify import Verdict
+from headstart.target.target import Scored
+
+
+class DrafterState:
+    """Tells a drafter what becomes certain in each seat, and returns it to the state before a round that failed.
+
+    Without a drafter (None) no method does anything.
+    device: of the target.
+    chunk: tokens told at once where a text is told again.
+    """
+
+    def __init__(self, drafter: Drafter | None, device: torch.device, chunk: int) -> None:
+        self._drafter = drafter
+        self._restorable: Restorable | None = drafter if isinstance(drafter, Restorable) else None
+        self._device = device
+        self._chunk = chunk
+        self._snapshot: object = None  # of a restorable drafter, before the round
+        self._num_failed = 0  # rounds that failed since the last one that counted
+        self._stale_seats: set[int] = set()  # the drafter may hold a text there that is not the next occupant's
+
+    # -- before and after a round --
+
+    def begin(self) -> None:
+        """Remember what the drafter knows, before a round."""
+        if self._restorable is not None:
+            self._snapshot = self._restorable.snapshot()
+
+    def count(self) -> None:
+        """Note that a round counted."""
+        self._num_failed = 0
+
+    def mark_stale(self, requests: Iterable[Request]) -> None:
+        """Note the seats of these requests as stale, before a failed round is undone."""
+        self._stale_seats.update(request.seat for request in requests if request.seat is not None)
+
+    def recover(self, requests: Iterable[Request]) -> None:
+        """Bring the drafter back after a failed round, in which these requests had seats.
+
+        A restorable drafter is restored. One without taps is told the texts again before it drafts next. Any other stops drafting
+        for these requests, as does one that fails twice in a row.
+        """
+        if self._drafter is not None:
+            if self._restorable is not None:
+                self._restorable.restore(self._snapshot)
+            for request in requests:
+                request.is_lost = self._restorable is None
+                request.drafts &= self._num_failed == 0 and (self._restorable is not None or not self._drafter.taps)
+        self._num_failed += 1
+
+    # -- seats --
+
+    def seat(self, request: Request) -> None:
+        """Start a request that has just got its seat."""
+        request.is_lost = False
+        if self._drafter is not None and request.drafts and request.seat is not None and request.seat in self._stale_seats:
+            self._drafter.free(request.seat)
+            self._stale_seats.discard(request.seat)
+
+    def can_fork(self, leader: Request) -> bool:
+        """Whether the drafter holds all of a request's text, so that it can be copied to another seat."""
+        return self._drafter is None or (leader.drafts and not leader.is_lost)
+
+    def fork(self, leader: Request, request: Request, length: int) -> None:
+        """Copy what is known of the first `length` tokens of a leader to its follower's seat."""
+        if self._drafter is not None and request.drafts:
+            assert leader.seat is not None, "the leader has no seat"
+            assert request.seat is not None, "the follower has no seat"
+            self._drafter.fork(leader.seat, request.seat, length)
+
+    def free(self, request: Request) -> None:
+        """Forget the text of a request that leaves its seat."""
+        if self._drafter is None or request.seat is None:
+            return
+        if request.drafts:
+            self._drafter.free(request.seat)
+            self._stale_seats.discard(request.seat)
+        else:
+            self._stale_seats.add(request.seat)
+
+    # -- during a round --
+
+    def remind(self, turns: Sequence[Turn]) -> None:
+        """Tell the drafter again the texts that it lost in a round that failed."""
+        for request in (turn.request for turn in turns if turn.request.is_lost and turn.request.drafts):
+            if self._drafter is None or request.seat is None:
+                continue
+            self._drafter.free(request.seat)
+            for start in range(0, request.scored, self._chunk):
+                stop = min(start + self._chunk, request.scored)
+                text = request.known(start, stop + 1)
+                self._drafter.extend(Kept((request.seat,), (text,), (start,), (0,), (0,), None, self._device))
+            request.is_lost = False
+
+    def follow(self, turns: Sequence[Turn], forest: Forest, scored: Scored, verdict: Verdict) -> None:
+        """Tell the drafter what became certain in a round, for the rows that it drafts for."""
+        if self._drafter is None:
+            return
+        kept = kept_of(turns, forest, scored, verdict)
+        if kept.seats:
+            self._drafter.extend(kept)
+
+
+def kept_of(turns: Sequence[Turn], forest: Forest, scored: Scored, verdict: Verdict) -> Kept:
+    """What became certain in a round: of each row that drafts its stem, its kept drafts, and the token after them."""
+    drafting = [row for row, turn in enumerate(turns) if turn.request.drafts]
+    texts: list[tuple[int, ...]] = []
+    nodes: list[int] = []  # in the forest, of the tokens of `texts`
+    first = 0
+    for row, turn in enumerate(turns):
+        size, kept = len(turn.stem), verdict.kept[row]
+        after = turn.request.scored + size
+        if turn.request.drafts:
+            texts.append((*turn.stem, *(verdict.emitted[row] or turn.request.known(after, after + 1))))
+            nodes += [*range(first, first + size), *(first + size + draft for draft in kept)]
+        first += size + forest.counts[row]
+    features = scored.features
+    if features is not None:
+        features = features[torch.tensor(nodes, dtype=torch.int64).to(features.device, non_blocking=True)]
+    requests = [turns[row].request for row in drafting]
+    return Kept(
+        seats=tuple(request.seat for request in requests if request.seat is not None),
+        texts=tuple(texts),
+        starts=tuple(request.scored for request in requests),
+        tried=tuple(verdict.tried[row] for row in drafting),
+        held=tuple(len(verdict.kept[row]) for row in drafting),
+        features=features,
+        device=forest.tokens.device,
+    )
