@@ -17,6 +17,7 @@ from headstart.bench.observation import WIDTH, Observation, Recorder, TrainedDra
 from headstart.drafters import Drafter
 from headstart.drafters.parts.losses import NONE
 from headstart.engine.engine import Engine
+from headstart.engine.memory import request_bytes
 from headstart.engine.scheduler import Request
 from headstart.engine.stats import Stats
 from headstart.speculation.calibration import (
@@ -62,8 +63,7 @@ class DecodeTrial:
         on_answer: Callable[[int, Request], None] = lambda index, request: None,
     ) -> Stats:
         """Answer every prompt, and return the statistics. on_answer: gets the index of each prompt and its finished request."""
-        longest = max(map(len, self.prompts)) + self.max_tokens + max(planner.headroom(1), self.target.min_nodes)
-        memory = longest * (self.target.slot_bytes + drafter.slot_bytes)
+        memory = request_bytes(self.target, drafter, planner, max(map(len, self.prompts)) + self.max_tokens)
         engine = Engine(self.target, drafter, planner, max_rows=1, memory=memory)
         for index, prompt in enumerate(self.prompts):
             params = SamplingParams(max_tokens=self.max_tokens, temperature=temperature, seed=mix(self.seed, index))

@@ -14,6 +14,7 @@ from pathlib import Path
 from headstart.bench.replay import Replay
 from headstart.engine.drafter_loading import make, resolve_planner
 from headstart.engine.engine import Engine
+from headstart.engine.memory import request_bytes
 from headstart.engine.scheduler import Request
 from headstart.engine.stats import Stats
 from headstart.speculation.noise import mix
@@ -134,13 +135,11 @@ def read_spec(spec: str, temperature: float) -> tuple[str, Planner | None]:
 def _run(setup: Setup, spec: str) -> Run:
     name, planner = read_spec(spec, setup.params.temperature)
     drafter = None if spec == PLAIN else make(name, setup.target)
-    planner = planner or (drafter.planner if drafter else None)
-    headroom = max(planner.headroom(1) if planner else 0, setup.target.min_nodes)
     longest = max(len(task.prompt) + setup.params_of(index).max_tokens for index, task in enumerate(setup.tasks))
-    slot_bytes = setup.target.slot_bytes + (drafter.slot_bytes if drafter else 0)
+    memory = request_bytes(setup.target, drafter, planner, longest)
     replay = Replay(parse_rule(setup.accept)) if setup.is_replay else None
     rule = replay.rule if replay else setup.accept
-    engine = Engine(setup.target, drafter, planner, max_rows=1, memory=(longest + headroom) * slot_bytes, accept=rule)
+    engine = Engine(setup.target, drafter, planner, max_rows=1, memory=memory, accept=rule)
     return Run(spec, engine, replay)
 
 

@@ -21,6 +21,7 @@ from headstart.engine.drafter_state import DrafterState
 from headstart.engine.emission import emission_of, token_logprobs
 from headstart.engine.events import Event, EventQueue
 from headstart.engine.exclusive import Exclusive
+from headstart.engine.memory import headroom_slots, num_slots, slot_bytes
 from headstart.engine.scheduler import Request, Scheduler, Stream, Turn
 from headstart.engine.state import EngineState
 from headstart.engine.stats import Part, Stats
@@ -64,9 +65,9 @@ class Engine:
         self.drafter = drafter
         self.planner = planner or (drafter.planner if drafter else None)
         self.rule = accept if isinstance(accept, Rule) else parse_rule(accept)
-        headroom = max(self.planner.headroom(max_rows) if self.planner and drafter else 0, target.min_nodes)
-        self.slot_bytes = target.slot_bytes + (drafter.slot_bytes if drafter else 0)
-        self.seating = Seating(max_rows, _slots(target.context + headroom, max_rows, memory, self.slot_bytes))
+        headroom = headroom_slots(target, drafter, planner, max_rows)
+        self.slot_bytes = slot_bytes(target, drafter)
+        self.seating = Seating(max_rows, num_slots(target.context + headroom, max_rows, memory, self.slot_bytes))
         self.scheduler = Scheduler(self.seating, headroom, chunk)
         self.cache = target.new_cache(self.seating)
         if drafter:
@@ -324,11 +325,3 @@ def _clock(seconds: dict[str, float], share: str) -> Iterator[None]:
     began = time.perf_counter()
     yield
     seconds[share] += time.perf_counter() - began
-
-
-def _slots(longest: int, max_rows: int, memory: int | None, slot_bytes: int) -> int:
-    if memory is None:
-        return max(1, min(longest * max_rows, max(2**30 // slot_bytes, min(longest, 4096))))
-    if memory < slot_bytes:
-        raise ValueError(f"memory of {memory} bytes holds no token; one takes {slot_bytes} bytes")
-    return memory // slot_bytes
