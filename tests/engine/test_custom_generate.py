@@ -15,7 +15,7 @@ from tiny import ARCHITECTURES, VOCAB, random_model
 
 import headstart
 from headstart.drafters.lookup import Lookup
-from headstart.engine import generate_hook
+from headstart.engine import generate_hook, generate_settings
 from headstart.speculation.planner import Chain
 from headstart.target.loading import embedded
 from headstart.target.target import Target
@@ -143,24 +143,24 @@ def test_what_would_change_the_text_is_refused_not_ignored(model, settings, word
 
 def test_every_field_of_a_generation_config_is_honoured_or_changes_nothing_or_is_refused():
     """A new version of transformers with a new field fails here: decide, and add it to one of the lists."""
-    lists = [generate_hook.HONOURED, set(generate_hook.UNCHANGING), set(generate_hook.REFUSED)]
+    lists = [generate_settings.HONOURED, set(generate_settings.UNCHANGING), set(generate_settings.REFUSED)]
     known = set.union(*map(set, lists))
     assert {name for name in vars(hf.GenerationConfig()) if not name.startswith("_")} <= known
     assert sum(map(len, lists)) == len(known)
 
 
 def test_a_blank_config_and_one_with_the_defaults_of_generate_pass():
-    generate_hook.check_settings(hf.GenerationConfig())
-    generate_hook.check_settings(hf.GenerationConfig(**hf.GenerationConfig._get_default_generation_params()))
-    generate_hook.check_settings(hf.GenerationConfig(chat_format="chatml"))  # no field: `generate` does not look at it either
+    generate_settings.check_settings(hf.GenerationConfig())
+    generate_settings.check_settings(hf.GenerationConfig(**hf.GenerationConfig._get_default_generation_params()))
+    generate_settings.check_settings(hf.GenerationConfig(chat_format="chatml"))  # no field: `generate` does not look at it either
 
 
-@pytest.mark.parametrize("name", sorted(generate_hook.REFUSED))
+@pytest.mark.parametrize("name", sorted(generate_settings.REFUSED))
 def test_every_setting_on_the_list_of_refusals_is_refused_by_name(name):
     config = hf.GenerationConfig()
     setattr(config, name, 7)
     with pytest.raises(ValueError, match=f"^generation setting {name}=7 is not supported by headstart.custom_generate; "):
-        generate_hook.check_settings(config)
+        generate_settings.check_settings(config)
 
 
 def test_a_field_of_a_version_to_come_is_refused_unless_it_has_its_default(model):
@@ -169,9 +169,9 @@ def test_a_field_of_a_version_to_come_is_refused_unless_it_has_its_default(model
             self.foresight = settings.pop("foresight", None)
             super().__init__(**settings)
 
-    generate_hook.check_settings(Later())
+    generate_settings.check_settings(Later())
     with pytest.raises(ValueError, match="generation setting foresight=3 is not supported"):
-        generate_hook.check_settings(Later(foresight=3))
+        generate_settings.check_settings(Later(foresight=3))
 
 
 CHANGING_NOTHING = [
