@@ -1,7 +1,7 @@
-"""Headstart: the same text from a language model, sooner.
+"""Headstart: exact self-speculative decoding for causal language models.
 
-The public names, and nothing else: a name is imported from its room when it is first asked for, so that
-`import headstart` is instant and pulls in neither torch nor transformers.
+Holds the public names. Each is imported from its module at first use, so that `import headstart` imports neither torch nor
+transformers.
 """
 
 from importlib import import_module
@@ -28,7 +28,7 @@ __all__ = [
     "load",
 ]
 
-_ROOMS = {
+_MODULES = {
     "LLM": "headstart.engine.llm",
     "Drafter": "headstart.drafters",
     "Engine": "headstart.engine.engine",
@@ -40,9 +40,9 @@ _ROOMS = {
 
 
 def __getattr__(name: str) -> object:
-    if name not in _ROOMS:
+    if name not in _MODULES:
         raise AttributeError(f"module 'headstart' has no attribute {name!r}; its public names are {', '.join(__all__)}")
-    return getattr(import_module(_ROOMS[name]), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

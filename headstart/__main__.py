@@ -1,4 +1,4 @@
-"""`python -m headstart`, which is also what `accelerate launch -m headstart train ...` runs on every process."""
+"""Runs the command line: `python -m headstart`, and in every process of `accelerate launch -m headstart train ...`."""
 
 from headstart.cli import main
 

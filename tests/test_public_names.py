@@ -1,4 +1,4 @@
-"""The public surface is a decision: a new name, or a lost one, edits this file."""
+"""The public names of the package: adding or removing one requires a change of this file."""
 
 import subprocess
 import sys
@@ -10,13 +10,13 @@ import headstart
 PUBLIC = {"LLM", "Drafter", "Engine", "Request", "SamplingParams", "__version__", "custom_generate", "load"}
 
 
-def test_all_is_the_public_surface():
+def test_all_lists_the_public_names():
     assert set(headstart.__all__) == PUBLIC
     assert set(dir(headstart)) == PUBLIC
 
 
 def test_every_lazy_name_is_public():
-    assert set(headstart._ROOMS) | {"__version__"} == PUBLIC
+    assert set(headstart._MODULES) | {"__version__"} == PUBLIC
 
 
 def test_an_unknown_name_is_refused_with_the_names_that_exist():
@@ -25,13 +25,13 @@ def test_an_unknown_name_is_refused_with_the_names_that_exist():
 
 
 def test_importing_headstart_imports_nothing_heavy():
-    """A shell completion or a `--help` must not wait for torch."""
+    """Shell completion and `--help` must not wait for torch."""
     program = "import sys, headstart; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert {"torch", "torch.distributed", "transformers"} & set(loaded.stdout.split()) == set()
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC))
-def test_every_public_name_exists_in_the_room_it_is_taken_from(name):
+def test_every_public_name_exists_in_the_module_it_is_imported_from(name):
     value = getattr(headstart, name)
-    assert getattr(value, "__module__", headstart._ROOMS.get(name)) == headstart._ROOMS.get(name)
+    assert getattr(value, "__module__", headstart._MODULES.get(name)) == headstart._MODULES.get(name)

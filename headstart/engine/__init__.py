@@ -1,1 +1,1 @@
-"""The round over and over: requests, the scheduler, the engine, and the front door `LLM`."""
+"""The engine: requests, the scheduler, rounds, and `LLM`, which puts a model, a drafter and an engine together."""

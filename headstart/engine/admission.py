@@ -1,4 +1,4 @@
-"""Which requests a target can run at all."""
+"""Checks whether a target can run a request at all."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Answers on their way to whoever asked: fragments while they come, answers when they are there.
-
-Knows engines and requests. Refuses to know models, tokenizers and prompts.
-"""
+"""Answers of an engine for its callers: fragments while requests run, and whole answers."""
 
 from __future__ import annotations
 
@@ -22,12 +19,14 @@ from headstart.speculation.params import SamplingParams
 class Answer:
     """One completion.
 
-    guessed: which tokens a drafter had proposed.
-    finish_reason: "stop", "length", "abort", or "error" where its text could not be made.
+    text: the output without the prompt.
+    token_ids: of the output.
+    guessed: per token, whether a drafter had proposed it.
+    finish_reason: "stop", "length", "abort", or "error" where the text could not be made.
     seed: repeats the answer.
-    logprobs: per token its own raw log-probability and those of the alternatives asked for, or None.
-    stats: of this answer alone, see `Stats`; `LLM.stats` are the engine's.
-    is_lossy: whether the rule changed the law, so that this is not what plain decoding would have said.
+    logprobs: per token its raw log-probability and those of the best alternatives, by token id; None if not asked for.
+    stats: of this answer alone; `LLM.stats` are the engine's.
+    is_lossy: whether the acceptance rule changes the distribution, so that plain decoding would answer differently.
     """
 
     text: str
@@ -40,7 +39,7 @@ class Answer:
     is_lossy: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: stats with tau and acceptance by depth."""
+        """The fields as a dictionary for JSON; `stats` with tau (acceptance length) and acceptance rate by depth."""
         return asdict(self) | {"stats": self.stats.as_dict()}
 
     def __str__(self) -> str:
@@ -54,8 +53,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Fragment:
-    """A piece of a streamed answer: final text, and the tokens it came with. `str(fragment)` is the text.
+    """A piece of a streamed answer. `str(fragment)` is its text.
 
+    text: text that became final.
+    token_ids: the tokens that it came with.
+    guessed: per token, whether a drafter had proposed it.
     index: which answer it belongs to, where several run at once.
     """
 
@@ -69,11 +71,11 @@ class Fragment:
 
 
 class Answering:
-    """Answers on their way: iterate for their fragments; `answers` is what they have come to, at the end or when left early.
+    """Answers that are being made: iterate over it for their fragments; `answers` has the answers so far at any time.
 
-    Several may be read by turns and in several threads, one reader each: a round that one reader runs serves all. What a round
-    gives to requests that nobody reads at the moment waits for its reader. Leaving the loop ends the requests and frees their
-    memory; so do `close`, the end of a `with` block, and dropping the object.
+    Several of these objects may be read by turns and in several threads, one reader each: a round that one reader runs serves all
+    requests, and events of requests that are not being read wait for their reader. Leaving the loop ends the requests and frees
+    their memory; so do `close`, the end of a `with` block, and dropping the object.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -81,7 +83,7 @@ class Answering:
         self._requests: list[Request] = []
         self._queue = EventQueue()
         self._num_read = 0
-        self._num_ended = 0  # of the requests, as far as was read
+        self._num_ended = 0  # requests whose last event was read
         self._finalizer = finalize(self, engine.leave, self._requests)
         self._finalizer.atexit = False
 
@@ -95,7 +97,7 @@ class Answering:
         stream: Stream | None = None,
         leader: Request | None = None,
     ) -> Request:
-        """Queue one more request. Raises ValueError if it can never run."""
+        """Queue one more request; the parameters are those of `Engine.add`. Raises ValueError if it can never run."""
         request = self._engine.add(prompt, params, seed=seed, stop_ids=stop_ids, stream=stream, leader=leader, queue=self._queue)
         self._requests.append(request)
         return request
@@ -103,41 +105,41 @@ class Answering:
     # -- reading --
 
     def __iter__(self) -> Iterator[Fragment]:
-        """Fragments as they come; a second iteration goes on where the first was left. Raises what a text stream raised."""
-        places = {request.id: place for place, request in enumerate(self._requests)}
+        """Yield fragments as they come; a second iteration goes on where the first stopped. Raises what a text stream raised."""
+        indices = {request.id: index for index, request in enumerate(self._requests)}
         try:
             while self._num_ended < len(self._requests):
                 event = self._next()
                 if event.error is not None:
                     raise event.error
                 if event.tokens:
-                    yield Fragment(event.text, event.tokens, event.guessed, places[event.request.id])
+                    yield Fragment(event.text, event.tokens, event.guessed, indices[event.request.id])
         finally:
             if self._num_ended < len(self._requests):
                 self._engine.leave(self._requests)
 
     def _next(self) -> Event:
-        while not self._has_news():
-            self._engine.advance(self._has_news)
+        while not self._has_unread():
+            self._engine.advance(self._has_unread)
         event = self._queue.events[self._num_read]
         self._num_read += 1
         self._num_ended += event.finish_reason is not None
         return event
 
-    def _has_news(self) -> bool:
+    def _has_unread(self) -> bool:
         return self._num_read < self._queue.num_published
 
     @property
     def answers(self) -> list[Answer]:
-        """What there is of each, read or not."""
+        """The answers so far, read or not, in the order of the requests. One that still runs has finish_reason "abort"."""
         texts, tokens = [""] * len(self._requests), [0] * len(self._requests)
         reasons = ["abort"] * len(self._requests)
-        places = {request.id: place for place, request in enumerate(self._requests)}
+        indices = {request.id: index for index, request in enumerate(self._requests)}
         for event in self._queue.published:
-            place = places[event.request.id]
-            texts[place] += event.text
-            tokens[place] += len(event.tokens)
-            reasons[place] = event.finish_reason or reasons[place]
+            index = indices[event.request.id]
+            texts[index] += event.text
+            tokens[index] += len(event.tokens)
+            reasons[index] = event.finish_reason or reasons[index]
         is_lossy = self._engine.rule.is_lossy
         parts = zip(self._requests, texts, tokens, reasons, strict=True)
         return [_answer(request, text, count, reason, is_lossy) for request, text, count, reason in parts]
@@ -145,7 +147,7 @@ class Answering:
     # -- ending --
 
     def close(self) -> None:
-        """End what is not yet finished; its text so far stays. Waits for a round that another thread runs."""
+        """End the requests that still run; their text so far stays. Waits for a round that another thread runs."""
         for request in self._requests:
             self._engine.abort(request)
 
@@ -168,7 +170,7 @@ class Answering:
 
 
 def _answer(request: Request, text: str, num_tokens: int, reason: str, is_lossy: bool) -> Answer:
-    """The first `num_tokens` tokens: later ones are of a round that does not count yet."""
+    """The answer of the first `num_tokens` tokens of a request: later ones are of a round that does not count yet."""
     output, guessed = tuple(request.output[:num_tokens]), tuple(request.guessed[:num_tokens])
     logprobs = None if request.params.logprobs is None else tuple(request.logprobs[:num_tokens])
     return Answer(text, output, guessed, reason, request.seed, logprobs, request.stats, is_lossy)

@@ -1,4 +1,4 @@
-"""Drafters and planners from what a user writes: a name, a folder of heads, a hub id.
+"""Makes drafters and planners from what a user writes: a name, a folder of heads, a hub id.
 
 Third parties register drafters under the entry-point group `headstart.drafters`: a callable that takes the text after the colon of
 `--drafter NAME:ARGUMENT` (or an empty string) and the target, and returns a `Drafter`.
@@ -11,6 +11,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from headstart.drafters import Drafter
+from headstart.drafters.registry import METHODS
 from headstart.formats import hub
 from headstart.speculation.planner import CalibratedTree, Planner, parse
 from headstart.target.loading import embedded
@@ -20,8 +22,6 @@ if TYPE_CHECKING:
 
     from headstart.drafters.parts.heads import Heads
     from headstart.target.target import Target
-from headstart.drafters import Drafter
-from headstart.drafters.registry import METHODS
 
 Maker = Callable[[str, "Target"], Drafter]
 
@@ -46,7 +46,10 @@ _MAKERS: dict[str, Maker] = {"lookup": _lookup, "model": _model}
 
 
 def heads_in(folder: str | Path, target: Target) -> Heads:
-    """The heads in a folder, with what was measured of them. Raises ValueError where they are damaged or another target's."""
+    """The heads in a folder, with their calibration if there is one, on the target's device and in its dtype.
+
+    Raises ValueError where they are damaged or made for another target.
+    """
     from headstart.formats import describe_target, load
     from headstart.speculation.calibration import load_plan
 
@@ -58,7 +61,7 @@ def heads_in(folder: str | Path, target: Target) -> Heads:
 
 
 def _tokenizer_of(target: Target) -> PreTrainedTokenizerBase | None:
-    """The one beside the target's weights; None for a model that came as an object, or without one."""
+    """The tokenizer in the target's folder; None for a model that was given as an object or has no tokenizer."""
     from headstart.target.tokenizer_loading import load_tokenizer
 
     if not Path(target.name).is_dir():
@@ -70,8 +73,10 @@ def _tokenizer_of(target: Target) -> PreTrainedTokenizerBase | None:
 
 
 def folder_of(spec: str) -> Path | None:
-    """Where the heads lie that `spec` names: a folder, a method whose heads come with the embedded model, or an id on the hub,
-    from where they are fetched. None for others."""
+    """The folder of the heads that `spec` names; None for a drafter without heads in a folder.
+
+    spec: a folder, a method whose heads come with the embedded model, or an id on the hub, from where they are fetched.
+    """
     if Path(spec).is_dir():
         return Path(spec)
     if spec in METHODS:
@@ -80,26 +85,28 @@ def folder_of(spec: str) -> Path | None:
 
 
 def _shipped(name: str) -> Path | None:
-    """The embedded model's heads of a method; not all methods have some."""
+    """The folder of the embedded model's heads of a method; None for a method without such heads."""
     folder = embedded("target").with_name(name)
     return folder if folder.is_dir() else None
 
 
 def built_in_heads(target: Target, name: str | None = None) -> Heads | None:
-    """The heads in the same files as a target's weights, of a method if one is named; None where there are none.
+    """The heads in the same files as a target's weights; None where there are none.
 
-    Raises ValueError where they are not whole, quantized, or of a kind that is not known here.
+    name: a method, to get only heads of this method; None: of any.
+
+    Raises ValueError where the heads are incomplete, quantized, or of an unknown kind.
     """
     from headstart.formats import describe_target, inside
 
-    found = inside(target.name)
-    if found is None or name not in (None, found.method):
+    checkpoint = inside(target.name)
+    if checkpoint is None or name not in (None, checkpoint.method):
         return None
-    return found.read(describe_target(target.model), target.model.config).to(target.device, target.dtype)
+    return checkpoint.read(describe_target(target.model), target.model.config).to(target.device, target.dtype)
 
 
-def _own_heads(name: str, target: Target) -> Heads:
-    """The heads of a method that a target comes with. Raises ValueError where it comes with none."""
+def _heads_of_target(name: str, target: Target) -> Heads:
+    """The heads of a method that come with a target. Raises ValueError where there are none."""
     from headstart.formats import modules_lost
 
     is_embedded = Path(target.name) == embedded("target")
@@ -116,16 +123,18 @@ def _own_heads(name: str, target: Target) -> Heads:
 
 
 def resolve_planner(planner: Planner | CalibratedTree | None, drafter: str | None, temperature: float) -> Planner | None:
-    """The planner to draft by: a measured tree becomes the shape that was measured nearest to `temperature`, any other stays.
+    """The planner with a calibrated tree replaced by the tree measured at the temperature nearest to `temperature`.
 
-    drafter: as `make` reads it. Raises ValueError for a drafter of which no trees were measured.
+    drafter: the `spec` of `make`.
+
+    Raises ValueError for a drafter without measured trees.
     """
     from headstart.speculation.calibration import load_plan
 
     if not isinstance(planner, CalibratedTree):
         return planner
-    place = folder_of(drafter) if drafter else None
-    plan = load_plan(place) if place else None
+    folder = folder_of(drafter) if drafter else None
+    plan = load_plan(folder) if folder else None
     if plan is None:
         raise ValueError(
             f"planner tree:{planner.nodes} needs trees that were measured, and drafter {drafter or 'none'!r} has none; measure a "
@@ -135,10 +144,14 @@ def resolve_planner(planner: Planner | CalibratedTree | None, drafter: str | Non
 
 
 def read_planner(planner: object, drafter: str | Drafter | None, temperature: float = 0.0) -> Planner | None:
-    """The planner to draft by: one that was given, one that a string names (as `parse` reads it), or None for the drafter's own.
+    """The planner that an argument means; None: the drafter's own.
 
-    drafter: as the caller named it, or the object. temperature: which measured trees go by. Raises ValueError for anything that is
-    no planner, and for a planner without a drafter.
+    planner: a planner object, a string as `parse` reads it, or None.
+    drafter: the `spec` of `make`, or a drafter object.
+    temperature: chooses among the trees measured for a `CalibratedTree`.
+
+    Raises ValueError for anything else, for a planner without a drafter, and for a calibrated tree of a drafter without measured
+    trees.
     """
     if planner is None:
         return None
@@ -157,18 +170,23 @@ def read_planner(planner: object, drafter: str | Drafter | None, temperature: fl
 
 
 def names() -> Sequence[str]:
-    """Every drafter that can be named, third parties' included."""
+    """The names of all drafters, third parties' included, sorted."""
     return sorted({*_MAKERS, *METHODS, *(entry.name for entry in entry_points(group="headstart.drafters"))})
 
 
 def make(spec: str, target: Target) -> Drafter:
-    """The drafter named by `spec`: a folder of heads, a method, `NAME` or `NAME:ARGUMENT` of a drafter that is installed, or the
-    `owner/name` of heads on the hub. The first of these that there is counts: a folder that exists hides everything else, and a
-    name without a slash is never looked for on the hub. Raises ValueError for what nobody knows."""
+    """The drafter that `spec` names.
+
+    spec: a folder of heads, a method (its heads that come with the target), `NAME` or `NAME:ARGUMENT` of an installed drafter, or
+        the `owner/name` of heads on the hub. The first of these that exists counts: a folder hides everything else, and a name
+        without a slash is never looked up on the hub.
+
+    Raises ValueError for a drafter that is unknown or cannot be loaded.
+    """
     if Path(spec).is_dir():
         return heads_in(spec, target)
     if spec in METHODS:
-        return _own_heads(spec, target)
+        return _heads_of_target(spec, target)
     name, _, argument = spec.partition(":")
     if name in _MAKERS:
         return _MAKERS[name](argument, target)

@@ -1,7 +1,4 @@
-"""The drafter of an engine: what it is told of each seat, and how it recovers after a round that failed.
-
-Must not import the module of any one drafter.
-"""
+"""The drafter of an engine: what it is told of each seat, and how it recovers after a round that failed."""
 
 from __future__ import annotations
 

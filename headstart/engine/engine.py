@@ -1,7 +1,7 @@
-"""The round, over and over: draft a forest, score it in one target forward, keep a path per row, commit.
+"""The engine: requests, and the round: draft a forest, score it in one target forward, keep a path per row, commit.
 
-Plain decoding is the round without drafts, a prompt is a longer stem, several requests are several rows. There is no other loop.
-This file knows the order of things. It refuses to know any method, any model and any character.
+Plain decoding is a round without drafts, prefill has longer stems, several requests are several rows. Must not import the module
+of any one drafter, or training.
 """
 
 from __future__ import annotations
@@ -38,14 +38,21 @@ from headstart.target.target import Scored, Target
 
 
 class Engine:
-    """Runs requests through rounds on one target, with one drafter (or none) and one planner (None: the drafter's own).
-
-    max_rows: requests that run at once. memory: bytes for keys and values, the drafter's included; None: enough for `max_rows`
-    requests of the target's full context, but at most 1 GiB. accept: the rule, as `parse_rule` reads it, or one of your own.
-    chunk: prompt tokens per round. Raises ValueError for settings that cannot be honoured.
+    """Runs requests in rounds on one target.
 
     Threads may share an engine: rounds run one at a time. A round counts as a whole or not at all: whatever interrupts it (a
-    signal, an error of a drafter, no memory), the next one begins where it began.
+    signal, an error in a drafter, a lack of memory), the next round starts from the state before it.
+
+    target: the model that decides every token.
+    drafter: proposes tokens; None: plain decoding.
+    planner: how much to draft; None: the drafter's own planner.
+    max_rows: requests that run at once.
+    memory: bytes for keys and values, the drafter's included; None: enough for `max_rows` requests of the target's full context,
+        but at most 1 GiB.
+    accept: the acceptance rule, by name as `parse_rule` reads it, or a `Rule`.
+    chunk: prompt tokens per round (chunked prefill).
+
+    Raises ValueError for settings that cannot be honoured.
     """
 
     def __init__(
@@ -73,11 +80,11 @@ class Engine:
         if drafter:
             drafter.attach(target, self.seating)
         self.state = EngineState(target, self.scheduler, self.cache, DrafterState(drafter, target.device, chunk))
-        self.stats = Stats()  # of the rounds that counted; replaced after each, never changed
+        self.stats = Stats()  # of the rounds that counted; replaced after each round, never changed in place
         self._sampling: tuple[tuple[int, ...], SamplingTensors] | None = None
         self._ids = count()
         self._exclusive = Exclusive()
-        self._joining: deque[Request] = deque()  # added, and not yet with the scheduler
+        self._joining: deque[Request] = deque()  # added, but not yet in the scheduler
         self._leaving: deque[Request] = deque()  # to be ended before the next round
 
     @property
@@ -87,7 +94,7 @@ class Engine:
 
     @property
     def memory(self) -> int:
-        """Bytes of the cache, the drafter's share included: allocated at birth, never more."""
+        """Bytes of the KV cache, the drafter's included. All of it is allocated when the engine is made."""
         return self.slot_bytes * self.seating.num_slots
 
     # -- requests --
@@ -103,19 +110,24 @@ class Engine:
         leader: Request | None = None,
         queue: EventQueue | None = None,
     ) -> Request:
-        """Queue a prompt of token ids. Raises ValueError if it can never run. Does not wait for a round of another thread.
+        """Queue a prompt. Does not wait for a round of another thread.
 
-        stop_ids: the model's own stop tokens (dropped with `ignore_eos`). stream: turns tokens into text and looks for stop
-        strings, which cut a kept path before anything of it is emitted. leader: a request with the same prompt to fork from.
+        prompt: token ids.
+        params: how to sample and where to stop.
+        seed: of the noise; None: `params.seed`, or a random one if that is None too.
+        stop_ids: the model's own stop tokens, without effect with `ignore_eos`.
+        stream: turns tokens into text and finds stop strings, which cut a kept path before any of it is emitted; None: no text.
+        leader: a request with the same prompt, from which keys and values are copied.
         queue: where its events go; None: `step` returns them.
+
+        Raises ValueError if the request can never run.
         """
         check_prompt(self.target, prompt, params)
         if params.stop and stream is None:
             raise ValueError("stop strings need a tokenizer; use headstart.load, or hand the engine a TextStream")
-        own = () if params.ignore_eos else stop_ids
         if seed is None:
             seed = draw_seed() if params.seed is None else params.seed
-        stops = frozenset([*own, *params.stop_token_ids])
+        stops = frozenset([*(() if params.ignore_eos else stop_ids), *params.stop_token_ids])
         request = Request(next(self._ids), tuple(prompt), params, seed, stops, stream, leader, queue)
         self.scheduler.check(request)
         self._joining.append(request)
@@ -123,33 +135,33 @@ class Engine:
         return request
 
     def abort(self, request: Request) -> None:
-        """End a request now, or after the round that another thread is in; its tokens so far stay."""
+        """End a request now, or after the round that another thread runs. Tokens that it has emitted stay."""
         self._leaving.append(request)
         if not self._exclusive.is_mine:
             self._exclusive.run(self._settle, lambda: request not in self._leaving)
 
     def leave(self, requests: Iterable[Request]) -> None:
-        """End requests without waiting: now, or after the round that is running. For finalizers, which may run anywhere."""
+        """End requests without waiting: now, or after the round that runs. For finalizers, which may be called at any statement."""
         self._leaving.extend(requests)
         self._exclusive.run_now(self._settle)
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether no request runs or waits."""
         return self.scheduler.is_idle and not self._joining
 
     def run(self) -> Iterator[Event]:
-        """Rounds until nothing is left to do. Yields what `step` returns."""
+        """Run rounds until no request is left. Yields the events that `step` returns."""
         while not self.is_idle or self.state.unread.num_published:
             yield from self.step()
 
-    # -- what counts and what does not --
+    # -- rounds, one thread at a time --
 
     def step(self) -> list[Event]:
-        """One round over all running requests. Returns the events of those that have no queue of their own.
+        """Run one round over all running requests. Returns the events of the requests without a queue of their own.
 
-        Raises whatever the round raised, after which everything is as it was before the round. Where the text stream of a request
-        raised, the request has ended and the others went on; the error is raised here if the request has no queue.
+        Raises what the round raised; the state is then the one before the round. Where the text stream of a request raised, that
+        request has ended and the others went on; its error is raised here if the request has no queue.
         """
         events: list[Event] = []
 
@@ -161,11 +173,11 @@ class Engine:
         return events
 
     def advance(self, is_done: Callable[[], bool]) -> None:
-        """One round, unless another thread's rounds make `is_done` true first."""
+        """Run one round, unless `is_done` becomes true before, by a round of another thread."""
 
         def work() -> None:
             self._transact()
-            assert is_done() or not self.is_idle, "what is waited for never comes: nothing is left to do"
+            assert is_done() or not self.is_idle, "no request is left, but what the caller waits for has not come"
 
         self._alone(work, is_done)
 
@@ -173,12 +185,12 @@ class Engine:
         try:
             self._exclusive.run(work, unless)
         finally:
-            if self._leaving:  # of a finalizer that ran meanwhile
+            if self._leaving:  # a finalizer ran meanwhile
                 self._exclusive.run_now(self._settle)
 
     @torch.inference_mode()
     def _transact(self) -> None:
-        """A round, or nothing at all."""
+        """Run a round that counts as a whole or not at all."""
         self._settle()
         self.state.transact(self._round)
 
@@ -191,7 +203,7 @@ class Engine:
             self._joining.popleft()
 
     def _settle(self) -> None:
-        """Do the same, and end the requests that leave."""
+        """As `_join`, and end the requests that leave."""
         self._join()
         while self._leaving:
             if self._leaving[0].finish_reason is None:
@@ -206,7 +218,7 @@ class Engine:
             self.state.put(Event(request, finish_reason="abort"))
 
     def _round(self) -> None:
-        """One round over all running requests. Whatever it changes is in the savepoint or is garbage without it."""
+        """One round over all running requests. All that it changes is covered by the savepoint of the transaction."""
         began = time.perf_counter()
         seconds = dict.fromkeys(("draft", "score", "verify", "commit", "host"), 0.0)
         for request in self.scheduler.admit():
@@ -223,7 +235,7 @@ class Engine:
             forest = merge(
                 [turn.stem for turn in turns],
                 [turn.request.scored for turn in turns],
-                [turn.is_whole for turn in turns],
+                [turn.ends_at_root for turn in turns],
                 drafts,
                 self.target.min_nodes,
                 self.target.device,
@@ -257,8 +269,10 @@ class Engine:
         )
 
     def _depth_limit(self, turn: Turn) -> int:
-        """A round emits one token more than the deepest kept draft. Rows still in their prompt, be it of one token or forked
-        but for the last, do not draft: the drafter has not heard of their root."""
+        """How deep a row may draft. A round emits one token more than the depth of its deepest kept draft.
+
+        Rows without output do not draft: the drafter has no state for their root.
+        """
         return turn.request.left - 1 if turn.request.output and turn.request.drafts else 0
 
     def _sampling_of(self, requests: Sequence[Request]) -> SamplingTensors:
@@ -275,10 +289,10 @@ class Engine:
         drafts = self.drafter.propose(rows)
         return self.planner.prune(drafts, rows.plan, len(rows))
 
-    # -- what comes out --
+    # -- results of a round --
 
     def _emit(self, turns: Sequence[Turn], scored: Scored, verdict: Verdict) -> list[int]:
-        """Hand every row its tokens. Returns how many each was given."""
+        """Give every request its new tokens. Returns how many each got."""
         emitted: list[int] = []
         for row, turn in enumerate(turns):
             turn.request.scored += len(turn.stem) + len(verdict.kept[row])
@@ -287,7 +301,7 @@ class Engine:
         return emitted
 
     def _emit_to(self, request: Request, decided: tuple[int, ...], logits: Tensor, asked: tuple[int, ...]) -> int:
-        """Hand a request what it emits of the decided tokens. Returns how many."""
+        """Give a request what it emits of the decided tokens. Returns how many these are."""
         try:
             emission = emission_of(request, decided)
         except Exception as error:  # of its own text stream: the other rows go on
@@ -309,19 +323,20 @@ class Engine:
     def _note(
         self, turns: Sequence[Turn], forest: Forest, verdict: Verdict, emitted: Sequence[int], seconds: dict[str, float]
     ) -> None:
-        """Statistics of a round: the engine's, and each request's own."""
-        whole = Stats(rounds=1, nodes=len(forest), drafts=sum(forest.counts), seconds=seconds)
+        """Add a round to the statistics of the engine and of each request."""
+        total = Stats(rounds=1, nodes=len(forest), drafts=sum(forest.counts), seconds=seconds)
         share = seconds if len(turns) == 1 else {name: spent / len(turns) for name, spent in seconds.items()}
         for row, turn in enumerate(turns):
             tried, held, drafts = verdict.tried[row], len(verdict.kept[row]), forest.counts[row]
             if emitted[row]:
-                whole.count(tried, held, emitted[row])
+                total.count(tried, held, emitted[row])
             turn.request.rounds.append(Part(forest.stems[row] + drafts, drafts, tried, held, emitted[row], share))
-        self.stats += whole
+        self.stats += total
 
 
 @contextmanager
 def _clock(seconds: dict[str, float], share: str) -> Iterator[None]:
+    """Add the time that the block takes to a share of `seconds`."""
     began = time.perf_counter()
     yield
     seconds[share] += time.perf_counter() - began

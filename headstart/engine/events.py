@@ -1,7 +1,4 @@
-"""What rounds give to requests, and the queues in which readers find it.
-
-Knows requests by reference only. Refuses to know engines, threads and text.
-"""
+"""Events: what a round gives to a request, and the queues that readers take them from."""
 
 from __future__ import annotations
 
@@ -14,10 +11,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Event:
-    """What a round gave a request: new tokens, which of them had been guessed, and the text that became final with them.
+    """What a round gave to a request.
 
-    finish_reason: set in a request's last event, and only there.
-    error: what its text stream raised; it ended the request.
+    tokens: new token ids.
+    guessed: per token, whether a drafter had proposed it.
+    text: what became final with the tokens; empty without a text stream.
+    finish_reason: set in the last event of a request only.
+    error: raised by the request's text stream, which ended the request; else None.
     """
 
     request: Request
@@ -30,10 +30,10 @@ class Event:
 
 @dataclass(eq=False)
 class EventQueue:
-    """Events of some requests, in order. A round adds to it; a reader, in any thread, sees what was published.
+    """Events of some requests, in order. A round adds events; a reader, in any thread, sees those that are published.
 
-    events: all of them, kept so that an answer's text can be read at any time.
-    num_published: how many of them a reader may see; only rounds that count publish.
+    events: all events. They are kept, so that the text of an answer can be read at any time.
+    num_published: how many of them a reader may see. Only rounds that count publish.
     """
 
     events: list[Event] = field(default_factory=list)
@@ -41,16 +41,21 @@ class EventQueue:
 
     @property
     def published(self) -> list[Event]:
+        """The events that a reader may see."""
         return self.events[: self.num_published]
 
     def publish(self) -> None:
+        """Let readers see all events so far."""
         self.num_published = len(self.events)
 
     def take(self) -> list[Event]:
-        """Remove what was published and return it. Raises the error of an event that has one, and leaves the others."""
-        for place, event in enumerate(self.published):
+        """Remove the published events and return them.
+
+        Where one has an error, only that one is removed, and its error is raised.
+        """
+        for index, event in enumerate(self.published):
             if event.error is not None:
-                del self.events[place]
+                del self.events[index]
                 self.num_published -= 1
                 raise event.error
         taken = self.published
@@ -59,5 +64,5 @@ class EventQueue:
         return taken
 
     def withdraw(self) -> None:
-        """Forget what was not published."""
+        """Remove the events that are not published."""
         del self.events[self.num_published :]

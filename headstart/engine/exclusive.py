@@ -1,7 +1,4 @@
-"""One thread at a time: whoever works on an engine's state does it alone, and the others wait without polling.
-
-Knows threads and signals. Refuses to know what the work is.
-"""
+"""Mutual exclusion for an engine: one thread works on its state, the others wait without polling."""
 
 from __future__ import annotations
 
@@ -16,24 +13,25 @@ T = TypeVar("T")
 class Exclusive:
     """Runs pieces of work one at a time. Not reentrant.
 
-    A signal may interrupt a piece of work anywhere (Ctrl-C), and a finalizer may call `run_now` anywhere: there is no lock that
-    either could leave held. Who works is an entry of a dictionary, which is set and deleted by single operations.
+    A signal (Ctrl-C) may interrupt a piece of work at any statement, and a finalizer may call `run_now` at any statement. So there
+    is no lock, which either could leave held: the working thread is an entry of a dictionary, set and deleted by single operations.
     """
 
     def __init__(self) -> None:
-        self._working: dict[str, int] = {}  # "thread": the one that works
-        self._bells: list[SimpleQueue[None]] = []  # one per waiting thread, rung after each piece of work
+        self._working: dict[str, int] = {}  # "thread": id of the thread that works
+        self._bells: list[SimpleQueue[None]] = []  # one per waiting thread; each gets an item after each piece of work
 
     @property
     def is_mine(self) -> bool:
-        """Whether this thread is in the middle of its work."""
+        """Whether the calling thread is the one that works."""
         return self._working.get("thread") == get_ident()
 
     def run(self, work: Callable[[], T], unless: Callable[[], bool] | None = None) -> T | None:
         """Do the work once no other thread works. Returns its result, or None without working where `unless` became true first.
 
-        unless: asked before the work, and again after each piece of work of others. Raises RuntimeError in the middle of work of
-        the same thread.
+        unless: called before the work, and after each piece of work of other threads; None: never true.
+
+        Raises RuntimeError where the calling thread works already.
         """
         me = get_ident()
         if self.is_mine:
@@ -50,7 +48,7 @@ class Exclusive:
                 pass
 
     def run_now(self, work: Callable[[], object]) -> bool:
-        """Do the work if that is possible without waiting. Returns whether it was done."""
+        """Do the work if no thread works. Returns whether it was done."""
         me = get_ident()
         if self.is_mine:
             return False
@@ -76,7 +74,7 @@ class Exclusive:
                     return False
                 if self._working.setdefault("thread", me) == me:
                     return True
-                if bell is None:  # there before the next look, so that no ring is missed
+                if bell is None:  # added before the next attempt, so that no item is missed
                     bell = SimpleQueue()
                     self._bells.append(bell)
                 else:
@@ -86,11 +84,11 @@ class Exclusive:
                 self._bells.remove(bell)
 
     def _ring(self) -> None:
-        """Let all who wait look again."""
+        """Let all waiting threads try again."""
         try:
             for bell in tuple(self._bells):
                 bell.put(None)
-        except BaseException:  # a signal: they must look all the same
+        except BaseException:  # a signal handler raised: the threads must try again all the same
             for bell in tuple(self._bells):
                 bell.put(None)
             raise

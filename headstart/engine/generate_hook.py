@@ -39,8 +39,13 @@ if TYPE_CHECKING:
 class Streamer(Protocol):
     """A streamer of transformers."""
 
-    def put(self, value: Tensor) -> None: ...
-    def end(self) -> None: ...
+    def put(self, value: Tensor) -> None:
+        """Take the prompt [1, length], or one new token [1]."""
+        ...
+
+    def end(self) -> None:
+        """Note that no more tokens come."""
+        ...
 
 
 # -- the hook ---------------------------------------------------------------------------------------------------------------
@@ -58,15 +63,21 @@ def custom_generate(
     exact: bool | str = "auto",
     **rest: Any,
 ) -> Tensor:
-    """`model.generate(ids, custom_generate=headstart.custom_generate, drafter=...)`: the same tokens in fewer passes.
+    """The tokens of `model.generate`, from fewer forwards of the model.
 
-    input_ids: [batch, length], padded on the left where `attention_mask` is 0.
-    drafter, planner: as `headstart.load` takes them. Heads and draft models are loaded once per model and path.
-    streamer: given to `generate`; it takes a batch of one.
-    exact: as in `load`, but the model's linears are not packed. Any drafter then gives the same tokens, also sampled ones. Beside
-        `model.generate` itself, whose kernels are others, a greedy near tie may fall otherwise.
-    With `do_sample` the seed is drawn from torch's default generator, so `torch.manual_seed` repeats an answer.
-    Returns [batch, length + new], padded on the right. Raises ValueError for every argument and setting that is not honoured.
+    Used as `model.generate(ids, custom_generate=headstart.custom_generate, drafter=...)`. With `do_sample` the seed is drawn from
+    torch's default generator, so `torch.manual_seed` repeats an answer.
+
+    input_ids: [batch, length] int64, padded on the left where `attention_mask` is 0.
+    logits_processor, stopping_criteria, generation_config: as `generate` hands them over.
+    streamer: the one given to `generate`; it takes a batch of one.
+    drafter: as `headstart.load` takes it, but "lookup" by default. Heads and draft models are loaded once per model and path.
+    planner: as `headstart.load` takes it.
+    exact: as in `load`, but the model's linear layers are not packed. Every drafter then gives the same tokens, sampled ones too.
+        Compared with `model.generate`, whose kernels differ, a greedy near tie may be decided differently.
+
+    Returns [batch, length + new] int64, padded on the right.
+    Raises ValueError for every argument and setting that is not honoured.
     """
     call = _calling_generate(model)
     streamer = streamer or call.get("streamer")
@@ -75,7 +86,7 @@ def custom_generate(
             model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, drafter, planner, exact, rest, call
         )
     finally:
-        if streamer is not None:  # also after an error: nobody waits for ever for the end of a stream
+        if streamer is not None:  # after an error too: a reader in another thread waits for the end
             streamer.end()
 
 
@@ -106,7 +117,7 @@ def _generate(
         if len(prompts) > 1:
             raise ValueError(f"a streamer takes a batch of one, but there are {len(prompts)} rows; leave it out")
         if not call:
-            streamer.put(input_ids.cpu())  # `generate` itself has done so
+            streamer.put(input_ids.cpu())  # `generate` has done so where it is the caller
     with _LoadedDrafters.of(model).lend(model, drafter, exact) as (target, lent):
         engine = Engine(target, lent, planner, max_rows=min(8, len(prompts)))
         seeds = torch.randint(0, 2**62, (len(prompts),)).tolist() if params.temperature else [0] * len(prompts)
@@ -121,8 +132,8 @@ def _generate(
 def _calling_generate(model: PreTrainedModel) -> Mapping[str, Any]:
     """The arguments of the `model.generate` that runs now; empty if the hook was called directly.
 
-    transformers hands a callable neither the streamer nor the assistant that `generate` was given, so they are read from its
-    frame: otherwise they would be ignored without a word.
+    transformers does not hand the streamer and the assistant to the callable, so they are read from the frame of `generate`:
+    otherwise they would be ignored without an error.
     """
     from transformers import GenerationMixin
 
@@ -140,15 +151,19 @@ def _calling_generate(model: PreTrainedModel) -> Mapping[str, Any]:
 
 
 def _sampling_params(config: Any, length: int, limit: int | None) -> SamplingParams:
-    """length: of the prompts with their padding. limit: of the rows, prompt included."""
+    """The sampling parameters of a GenerationConfig.
+
+    length: of the prompts with their padding.
+    limit: largest length of a row, prompt included; None: as the config says.
+    """
     if limit is None:
-        left = getattr(config, "max_new_tokens", None) or (config.max_length or 20) - length
+        max_tokens = getattr(config, "max_new_tokens", None) or (config.max_length or 20) - length
     else:
-        left = limit - length
+        max_tokens = limit - length
     sampled = bool(config.do_sample)
     temperature = 1.0 if config.temperature is None else float(config.temperature)
     return SamplingParams(
-        max_tokens=left,
+        max_tokens=max_tokens,
         temperature=temperature if sampled else 0.0,
         top_k=(config.top_k or None) if sampled else None,
         top_p=config.top_p if sampled else None,
@@ -159,20 +174,27 @@ def _sampling_params(config: Any, length: int, limit: int | None) -> SamplingPar
 
 
 def _unpadded(input_ids: Tensor, mask: Tensor | None, positions: Tensor | None) -> list[list[int]]:
-    """The prompts without padding. Raises ValueError for a mask or positions that say more than where padding is."""
+    """The prompts without padding.
+
+    mask: attention mask [batch, length], or None: no padding.
+    positions: position ids [batch, length], or None.
+
+    Raises ValueError for a mask or positions that are not those of prompts padded on the left.
+    """
     keep = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.to(input_ids.device).bool()
     if keep.shape != input_ids.shape:
         raise not_supported(f"attention_mask of shape {list(keep.shape)}", f"give one of shape {list(input_ids.shape)}")
     if not keep[:, -1].all():
         raise not_supported("padding on the right", "set padding_side='left' of the tokenizer")
     if positions is not None:
-        usual = keep.long().cumsum(-1) - 1
-        if ((positions.to(input_ids.device) != usual) & keep).any():
+        expected = keep.long().cumsum(-1) - 1
+        if ((positions.to(input_ids.device) != expected) & keep).any():
             raise not_supported("position_ids other than those of the text", "leave them out")
     return [ids[row].tolist() for ids, row in zip(input_ids, keep, strict=True)]
 
 
 def _padded(input_ids: Tensor, requests: Sequence[Request], pad: int) -> Tensor:
+    """The prompts as given, and behind them the outputs, padded on the right: [batch, length + new]."""
     longest = max(len(request.output) for request in requests)
     new = torch.full((len(requests), longest), pad, dtype=input_ids.dtype)
     for row, request in enumerate(requests):
@@ -180,18 +202,18 @@ def _padded(input_ids: Tensor, requests: Sequence[Request], pad: int) -> Tensor:
     return torch.cat([input_ids, new.to(input_ids.device)], 1)
 
 
-# -- what a model keeps from call to call -----------------------------------------------------------------------------------
+# -- drafters that are kept between calls -----------------------------------------------------------------------------------
 
 
 class _LoadedDrafters:
-    """The drafters that were loaded for a model, and whether it has been checked; copies and pickles of a model start anew.
+    """The drafters that were loaded for a model, and whether the model has been checked. Copies and pickles of a model have none.
 
-    It lives in the model's own dictionary: drafters refer to their model, so that a table outside would keep both for ever.
+    It is an attribute of the model: drafters refer to their model, so a table elsewhere would keep both for ever.
     """
 
     def __init__(self) -> None:
         self.lock = RLock()  # one call at a time: a model has one attention function
-        self.idle: dict[tuple[object, ...], Drafter] = {}
+        self.idle: dict[tuple[object, ...], Drafter] = {}  # by name, versions of its files, device and dtype
         self.is_checked = False
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -199,8 +221,9 @@ class _LoadedDrafters:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> _LoadedDrafters:
-        found: _LoadedDrafters = model.__dict__.setdefault("_headstart", cls())
-        return found
+        """The entry of a model, made at its first call."""
+        loaded: _LoadedDrafters = model.__dict__.setdefault("_headstart", cls())
+        return loaded
 
     @contextmanager
     def lend(
@@ -212,22 +235,22 @@ class _LoadedDrafters:
             self.is_checked = True
             try:
                 target.choose_kernels(exact, pack=False)
-                if not isinstance(spec, str) or spec == "lookup":  # lookup learns from one call only
+                if not isinstance(spec, str) or spec == "lookup":  # lookup must not learn from another call
                     yield target, make(spec, target) if isinstance(spec, str) else spec
                     return
                 key = (spec, *_versions(spec), target.device, target.dtype)
                 drafter = self.idle.pop(key, None) or make(spec, target)
                 yield target, drafter
-                drafter.attach(target, Seating(1, 1))  # so that it keeps no memory of this call's size
-                self.idle[key] = drafter  # not after an error: it may be in any state
+                drafter.attach(target, Seating(1, 1))  # frees its KV cache of this call's size
+                self.idle[key] = drafter  # not after an error: its state is then unknown
             finally:
                 target.release()
 
 
 def _versions(spec: str) -> list[tuple[str, int, int]]:
-    """Name, time and size of the files of the folder that a drafter is loaded from: weights that changed are loaded again."""
+    """Name, time and size of each file in the folder that a drafter is loaded from, so that changed weights are loaded again."""
     folder = Path(spec if Path(spec).is_dir() else spec.partition(":")[2] or "/nowhere")
     if not folder.is_dir():
         return []
-    facts = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
-    return [(name, fact.st_mtime_ns, fact.st_size) for name, fact in facts]
+    files = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
+    return [(name, stat.st_mtime_ns, stat.st_size) for name, stat in files]

@@ -1,7 +1,4 @@
-"""Which arguments and settings of transformers' `generate` are honoured, cannot change the text, or are refused.
-
-Must not import the engine.
-"""
+"""Which arguments and settings of transformers' `generate` are honoured, cannot change the text, or are refused."""
 
 from __future__ import annotations
 
@@ -15,8 +12,9 @@ from headstart.text.tokenizer import stop_token_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# -- the settings of a GenerationConfig -------------------------------------------------------------------------------------
+# -- the lists --------------------------------------------------------------------------------------------------------------
 
+# Settings of a GenerationConfig that have the effect that they have in `generate`.
 HONOURED = frozenset(
     (
         "do_sample",
@@ -34,7 +32,7 @@ HONOURED = frozenset(
     )
 )
 
-# Settings that cannot change the text here, and why.
+# Settings that cannot change the text here, each with the reason.
 UNCHANGING = {
     # beam search is refused
     "early_stopping": "of beam search",
@@ -46,11 +44,11 @@ UNCHANGING = {
     "num_assistant_tokens": "of assistants",
     "num_assistant_tokens_schedule": "of assistants",
     "target_lookbehind": "of assistants",
-    # the engine has a cache and kernels of its own
-    "cache_config": "of quantized caches, which are refused",
+    # the engine has its own KV cache and kernels
+    "cache_config": "of quantized KV caches, which are refused",
     "compile_config": "how a forward runs",
     "disable_compile": "how a forward runs",
-    "max_cache_len": "size of a cache",
+    "max_cache_len": "size of a KV cache",
     "prefill_chunk_size": "how a prompt is read",
     "use_cache": "how a forward runs",
     # others
@@ -62,7 +60,7 @@ UNCHANGING = {
     "transformers_version": "a note",
 }
 
-# Settings that change the text or what is returned and are not honoured, with the values that switch each off.
+# Settings that change the text or the return value and are not honoured, each with the values that switch it off.
 REFUSED: dict[str, tuple[object, ...]] = {
     "assistant_early_exit": (None,),
     "assistant_ensemble_weight": (None,),
@@ -106,56 +104,61 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "watermarking_config": (None,),
 }
 
-# What to do instead, where it is more than leaving a setting out.
+# What to do instead of using a setting, where leaving it out is not enough.
 _INSTEAD = {
     "prompt_lookup_num_tokens": "drafter='lookup' does the same, and is the default",
     "use_mtp": "pass drafter='mtp'",
     "assistant_model": "pass drafter='model:PATH'",
 }
 
-# Keyword arguments that every call of `generate` hands over. Their values are looked at where they could change the text.
+# Keyword arguments that `generate` hands to the callable in every call. Values that could change the text are checked apart.
 _ALWAYS_HANDED_OVER = frozenset(
     ("attention_mask", "cache_position", "logits_to_keep", "past_key_values", "position_ids", "use_cache")
 )
 
-# Arguments of `generate` itself, which it does not hand to a callable.
+# Arguments of `generate` that it does not hand to the callable.
 NOT_HANDED_OVER = ("assistant_model", "negative_prompt_ids", "negative_prompt_attention_mask", "synced_gpus")
 
 
-# -- what is refused --------------------------------------------------------------------------------------------------------
+# -- the checks -------------------------------------------------------------------------------------------------------------
 
 
 def check_arguments(rest: Mapping[str, Any], call: Mapping[str, Any]) -> None:
+    """Raise ValueError for an argument that would be ignored.
+
+    rest: keyword arguments that the callable got and does not name.
+    call: arguments of the running `model.generate`; empty in a direct call.
+    """
     for name in NOT_HANDED_OVER:
         if call.get(name) is not None and call[name] is not False:
             raise not_supported(f"argument {name}", _INSTEAD.get(name, "leave it out"))
     if (call and call["kwargs"].get("past_key_values") is not None) or _is_used(rest.get("past_key_values")):
-        raise not_supported("argument past_key_values", "leave it out; the engine has a cache of its own")
+        raise not_supported("argument past_key_values", "leave it out; the engine has its own KV cache")
     for name, value in rest.items():
         if name not in _ALWAYS_HANDED_OVER and value is not None and value is not False:
             raise not_supported(f"argument {name}", _INSTEAD.get(name, "leave it out"))
 
 
 def _is_used(cache: Any) -> bool:
-    """Whether a cache holds something, or is its caller's; `generate` makes an empty one for every call."""
+    """Whether a KV cache holds tokens or was made by the caller. `generate` makes an empty one for every call."""
     if cache is None:
         return False
     return not hasattr(cache, "get_seq_length") or cache.get_seq_length() > 0 or getattr(cache, "_is_user_defined", False)
 
 
 def check_settings(config: Any) -> None:
-    """Raise ValueError if a GenerationConfig says something that would be ignored.
+    """Raise ValueError for a GenerationConfig with a setting that would be ignored.
 
-    A field that this version of headstart does not know is refused unless it has its default value. Entries that are no fields of
-    GenerationConfig mean nothing to `generate` either.
+    A field that is in none of the lists is refused unless it has its default value. Entries that are not fields of
+    GenerationConfig have no effect in `generate` either and pass.
     """
     defaults = config._get_default_generation_params()
     unknown = {name: default for name, default in vars(type(config)()).items() if not _is_known(name)}
     off = REFUSED | {name: (default, defaults.get(name)) for name, default in unknown.items()}
     for name, values in off.items():
-        given = getattr(config, name, values[0])
-        if not any(given is value or given == value for value in values):
-            raise not_supported(f"generation setting {name}={given}", _INSTEAD.get(name, f"set it to {values[0]}"))
+        setting = getattr(config, name, values[0])
+        if not any(setting is value or setting == value for value in values):
+            raise not_supported(f"generation setting {name}={setting}", _INSTEAD.get(name, f"set it to {values[0]}"))
 
 
 def _is_known(name: str) -> bool:
@@ -163,21 +166,22 @@ def _is_known(name: str) -> bool:
 
 
 def check_processors(processors: Any, config: Any) -> None:
-    """Raise ValueError for a logits processor that does other than what the settings say."""
-    seen: set[type] = set()
+    """Raise ValueError for a logits processor that is not the one that `generate` makes for a setting of `config`."""
+    checked: set[type] = set()
     for step in processors or ():
         kind = type(step)
         attribute, setting = _PROCESSORS.get(kind.__name__, ("", ""))
-        is_own = kind.__module__.startswith("transformers.") and kind not in seen
-        if not setting or not is_own or not _same(getattr(step, attribute), getattr(config, setting)):
+        is_from_setting = kind.__module__.startswith("transformers.") and kind not in checked
+        if not setting or not is_from_setting or not _is_same(getattr(step, attribute), getattr(config, setting)):
             instead = f"give {setting} to generate instead" if setting else "leave it out"
             raise not_supported(f"logits processor {kind.__name__}", instead)
         if isinstance(getattr(step, "prompt_ignore_length", None), int):
             raise not_supported("prompt_ignore_length of RepetitionPenaltyLogitsProcessor", "leave it out")
-        seen.add(kind)
+        checked.add(kind)
 
 
-# The processors that `generate` makes of settings that are honoured or change nothing: what each keeps, and of which setting.
+# Logits processors that `generate` makes for settings that are honoured or change nothing: the attribute that holds the value,
+# and the setting that it comes from.
 _PROCESSORS = {
     "TemperatureLogitsWarper": ("temperature", "temperature"),
     "TopKLogitsWarper": ("top_k", "top_k"),
@@ -189,8 +193,8 @@ _PROCESSORS = {
 }
 
 
-def _same(kept: Any, setting: Any) -> bool:
-    if isinstance(kept, type):  # LogitNormalization keeps nothing
+def _is_same(kept: Any, setting: Any) -> bool:
+    if isinstance(kept, type):  # LogitNormalization holds no value
         return setting is True
     if isinstance(kept, Tensor):
         return setting is not None and kept.tolist() == list(setting)
@@ -198,9 +202,11 @@ def _same(kept: Any, setting: Any) -> bool:
 
 
 def stops_and_limit(model: PreTrainedModel, config: Any, criteria: Any) -> tuple[tuple[int, ...], int | None]:
-    """The stop tokens, and how long a row becomes at most with its prompt (None: as the config says).
+    """The stop tokens, and the largest length of a row, prompt included (None: the length that the config has).
 
-    `generate` always hands over criteria, which say both; they may be the caller's own. Raises ValueError for any other.
+    criteria: None in a direct call; `generate` always makes criteria for both.
+
+    Raises ValueError for a criterion of another kind.
     """
     if criteria is None:
         return stop_token_ids(None, config, model.config), None
@@ -218,4 +224,5 @@ def stops_and_limit(model: PreTrainedModel, config: Any, criteria: Any) -> tuple
 
 
 def not_supported(what: str, instead: str) -> ValueError:
+    """The error for an argument or a setting that is refused, with what to do instead."""
     return ValueError(f"{what} is not supported by headstart.custom_generate; {instead}")

@@ -1,7 +1,4 @@
-"""The front door: a model, its tokenizer, a drafter and an engine as one object.
-
-This file knows how the rooms fit together. It refuses to do anything that one of them can do.
-"""
+"""`LLM` and `load`: a model, its tokenizer, a drafter and an engine as one object."""
 
 from __future__ import annotations
 
@@ -36,6 +33,9 @@ class LLM:
     """A loaded model that answers prompts. Made by `headstart.load`.
 
     As a context manager it releases the model at the end.
+
+    engine: runs the requests.
+    tokenizer: the model's.
     """
 
     def __init__(self, engine: Engine, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -48,12 +48,12 @@ class LLM:
     def __repr__(self) -> str:
         target, drafter = self.engine.target, self.engine.drafter
         exact = "exact" if target.is_exact else "not exact"
-        facts = [Path(target.name).name, f"drafter {drafter.name if drafter else None}"]
+        parts = [Path(target.name).name, f"drafter {drafter.name if drafter else None}"]
         if drafter:
             planner = str(self.engine.planner)
-            facts.append(f"planner {planner if len(planner) < 80 else type(self.engine.planner).__name__}")
-        facts += [exact, str(target.dtype).removeprefix("torch."), str(target.device)]
-        return f"<LLM {', '.join(facts)}{', released' if self.is_released else ''}>"
+            parts.append(f"planner {planner if len(planner) < 80 else type(self.engine.planner).__name__}")
+        parts += [exact, str(target.dtype).removeprefix("torch."), str(target.device)]
+        return f"<LLM {', '.join(parts)}{', released' if self.is_released else ''}>"
 
     def __enter__(self) -> Self:
         return self
@@ -62,23 +62,26 @@ class LLM:
         self.release()
 
     def release(self) -> PreTrainedModel:
-        """Give the model back as it was before `load`, and return it. This object answers nothing afterwards."""
+        """Return the model as it was before `load`. This object can no longer answer prompts."""
         self.is_released = True
         return self.engine.target.release()
 
     @property
     def stats(self) -> Stats:
-        """Of all rounds so far."""
+        """Statistics of all rounds so far."""
         return self.engine.stats
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, **settings: Unpack[SamplingSettings]
     ) -> list[Answer]:
-        """Complete one prompt or several at once; `n` answers each, in order.
+        """Complete one prompt or several at once. Returns `n` answers to each prompt, in order.
 
-        A string is continued as it stands: `chat` is for questions to a chat model. A prompt may also be a list of chat messages or
-        of token ids. settings: fields of `SamplingParams`. Raises ValueError for anything that cannot be honoured, before any work
-        is done.
+        prompts: a string is continued as it stands (`chat` applies the chat template); a prompt may also be a list of chat messages
+            or of token ids. A list of strings or lists holds several prompts.
+        params: None: the defaults of `SamplingParams`.
+        settings: fields of `SamplingParams`, which replace those of `params`.
+
+        Raises ValueError, before any work is done, for anything that cannot be honoured.
         """
         answering = self.start(_as_prompts(prompts), read_settings(params, settings))
         for _ in answering:
@@ -86,11 +89,15 @@ class LLM:
         return answering.answers
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, **settings: Unpack[SamplingSettings]) -> Answering:
-        """The answer to one prompt, to be iterated piece by piece.
+        """The answer to one prompt, to be iterated fragment by fragment.
 
-        Leaving the loop early ends the request, as does dropping the stream or `close`. Several streams may be read by turns, in
-        several threads, and `generate` be called in the middle of one. A stream that is kept and not read has a row in the rounds
-        of the others as soon as there is a seat, and its pieces wait for its reader.
+        Leaving the loop early ends the request, as does dropping the stream or `close`. Several streams may be read by turns or in
+        several threads, and `generate` may be called while one is read. A stream that is kept and not read still has a row in the
+        rounds of the others once it has a seat; its fragments wait for its reader.
+
+        prompt, params, settings: as in `generate`; `n` must be 1.
+
+        Raises ValueError for anything that cannot be honoured.
         """
         params = read_settings(params, settings)
         if params.n != 1:
@@ -105,11 +112,13 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **settings: Unpack[SamplingSettings],
     ) -> list[Answer]:
-        """Answer a conversation by the model's chat template: `n` answers.
+        """Answer a conversation, formatted by the model's chat template. Returns `n` answers.
 
-        messages: what the user says, as a string, or a list of messages with 'role' and 'content'. chat_template_kwargs: variables
-        of the template, such as {"enable_thinking": False}. settings: fields of `SamplingParams`. Raises ValueError for a model
-        without a chat template and for a variable that its template does not read.
+        messages: the user's message as a string, or a list of messages with 'role' and 'content'.
+        chat_template_kwargs: variables of the template, such as {"enable_thinking": False}.
+        params, settings: as in `generate`.
+
+        Raises ValueError for a model without a chat template and for a variable that its template does not read.
         """
         ids = encode_chat(self.tokenizer, messages, chat_template_kwargs)
         return self.generate(ids, params, **settings)
@@ -122,27 +131,27 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         **settings: Unpack[SamplingSettings],
     ) -> Answering:
-        """The answer of `chat`, to be iterated piece by piece."""
+        """The answer of `chat`, to be iterated fragment by fragment as that of `stream`."""
         return self.stream(encode_chat(self.tokenizer, messages, chat_template_kwargs), params, **settings)
 
     def start(self, prompts: Sequence[Prompt], params: SamplingParams) -> Answering:
-        """Queue `n` answers to each prompt. Nothing runs until this result is iterated, or another one of the same engine."""
+        """Queue `n` answers to each prompt. They run while this result, or another one of the same engine, is iterated."""
         if self.is_released:
             raise ValueError(f"the model {self.engine.target.name} was released from this LLM; load it again to use it")
         base = draw_seed() if params.seed is None else params.seed
         answering = Answering(self.engine)
         with answering.closed_on_error():
-            for place, prompt in enumerate(prompts):
-                self._submit(answering, prompt, params, base if len(prompts) == 1 else mix(base, place))
+            for index, prompt in enumerate(prompts):
+                self._submit(answering, prompt, params, base if len(prompts) == 1 else mix(base, index))
         return answering
 
     def _submit(self, answering: Answering, prompt: Prompt, params: SamplingParams, seed: int) -> None:
         ids = encode_prompt(self.tokenizer, prompt)
         leader: Request | None = None
         for sample in range(params.n):
-            own = seed if params.n == 1 else mix(seed, sample)
+            sample_seed = seed if params.n == 1 else mix(seed, sample)
             stream = TextStream(self.tokenizer, params.stop)
-            request = answering.add(ids, params, seed=own, stop_ids=self.stop_ids, stream=stream, leader=leader)
+            request = answering.add(ids, params, seed=sample_seed, stop_ids=self.stop_ids, stream=stream, leader=leader)
             leader = leader or request
 
 
@@ -160,47 +169,54 @@ def load(
     accept: str = "coupled",
     trust_remote_code: bool = False,
 ) -> LLM:
-    """Load a model and make it answer sooner.
+    """Load a model, and a drafter that makes it answer faster.
 
-    model: a folder, a hub id, a transformers model you hold (then give its `tokenizer` too), or None for the embedded one.
-    drafter: "auto" (MTP modules or heads in the model's own files, else lookup), "lookup", "model:PATH", a folder of heads or their
-        `owner/name` on the hub, a method's name for heads that come with the model, a drafter you hold, or None for plain decoding.
-    planner: how much to speculate: a planner, a string such as "chain:5" or "tree:8" (the tree measured for temperature 0), or None
-        for what suits the drafter.
-    exact: "auto" for equality to the bit wherever a CPU has it (`llm.engine.target.kernel_choice.why_not` names what prevents it),
-        True to demand it, False for the fastest kernels.
-    max_rows: requests at once.
-    memory: bytes for keys and values.
-    accept: "coupled" (same text as plain decoding), "rejection" (same distribution) or "typical" (lossy: another distribution,
-        which `Answer.is_lossy` recalls).
-    trust_remote_code: whether Python files in the folders of the model, its tokenizer and a draft model may run; nothing is asked.
+    The model's attention is replaced and its linear layers are packed in place. `LLM.release` undoes both, as does the end of a
+    `with headstart.load(...) as llm:` block.
 
-    Raises ValueError, in one sentence, for whatever is wrong with a path or a setting. The model's attention is replaced and its
-    linears are packed in place; `LLM.release` gives both back, and so does leaving a `with headstart.load(...) as llm:`.
+    model: a folder, a hub id, a transformers model object (then with its `tokenizer`), or None: the embedded model.
+    drafter: "auto" (for the embedded model its MTP heads; for any other the MTP modules or heads in its own files, else lookup),
+        "lookup", "model:PATH" (a draft model), a folder of heads or their `owner/name` on the hub, a method's name for heads that
+        come with the model, a drafter object, or None: plain decoding.
+    planner: how much to speculate: a planner object, a string such as "chain:5" or "tree:8" (the tree measured for temperature 0),
+        or None: the drafter's own.
+    tokenizer: None: the one in the model's folder.
+    device: such as "cpu" or "cuda:0"; "auto": CUDA where torch sees a GPU, else the CPU.
+    dtype: of weights and KV cache; "auto": the one in which the weights are stored.
+    exact: "auto": the same bits as plain decoding wherever a CPU can give them (`llm.engine.target.kernel_choice.why_not` names
+        what prevents it); True: required; False: the fastest kernels.
+    max_rows: requests that run at once.
+    memory: bytes for keys and values; None: as in `Engine`.
+    accept: acceptance rule: "coupled" (same text as plain decoding), "rejection" (same distribution) or "typical" (lossy: another
+        distribution, and `Answer.is_lossy` is true).
+    trust_remote_code: whether Python files in the folders of the model, its tokenizer and a draft model may run. No question is
+        asked.
+
+    Raises ValueError, in one sentence, for a path or a setting that is wrong.
     """
     planner = read_planner(planner, "mtp" if drafter == "auto" and model is None else drafter)
-    place: Any = embedded("target") if model is None else model
-    if isinstance(place, str | Path):
-        check_folder(place)
-        tokenizer = tokenizer or load_tokenizer(place, trust_remote_code)
-        target = Target.load(place, dtype=dtype, device=device, exact=exact, trust_remote_code=trust_remote_code)
+    source: Any = embedded("target") if model is None else model
+    if isinstance(source, str | Path):
+        check_folder(source)
+        tokenizer = tokenizer or load_tokenizer(source, trust_remote_code)
+        target = Target.load(source, dtype=dtype, device=device, exact=exact, trust_remote_code=trust_remote_code)
     else:
         if tokenizer is None:
             raise ValueError("load was given a model object without its tokenizer; pass tokenizer=...")
-        target = Target(place)
+        target = Target(source)
         target.trust_remote_code = trust_remote_code
         target.choose_kernels(exact)
     try:
         if isinstance(drafter, str):
-            drafter = _automatic(model, target) if drafter == "auto" else make(drafter, target)
+            drafter = _best_drafter(model, target) if drafter == "auto" else make(drafter, target)
         return LLM(Engine(target, drafter, planner, max_rows=max_rows, memory=memory, accept=accept), tokenizer)
     except BaseException:
-        target.release()  # a model that the caller holds stays theirs
+        target.release()  # a model object goes back to the caller as it was
         raise
 
 
-def _automatic(model: object, target: Target) -> Drafter:
-    """The best that a target comes with, else lookup."""
+def _best_drafter(model: object, target: Target) -> Drafter:
+    """What `drafter="auto"` means: MTP for the embedded model, else the heads in the model's files, else lookup."""
     if model is None:
         return make("mtp", target)
     try:
@@ -211,7 +227,7 @@ def _automatic(model: object, target: Target) -> Drafter:
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A list holds several prompts if its items are strings or lists; messages and token ids are one prompt."""
+    """A list of prompts. A list of strings or lists holds several; a list of messages or token ids is one."""
     if isinstance(prompts, str | bytes) or not isinstance(prompts, Sequence) or (prompts and isinstance(prompts[0], int | dict)):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]

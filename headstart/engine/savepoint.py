@@ -1,6 +1,6 @@
-"""The host's state before a round, to return to when the round does not end.
+"""A savepoint: the state of requests, seats and cache lengths before a round, for a round that fails.
 
-Knows what a round changes. Refuses to know how a round goes and what a drafter remembers.
+The drafter has snapshots of its own.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from headstart.target.cache import KVCache
 
 
 class Savepoint:
-    """State of the scheduler, the seating, the cache and the requests. Made before anything of a round changes.
+    """The state of the scheduler, the seating, the cache and the requests. Made before a round changes any of it.
 
-    What lies behind the committed slots of a cache is garbage at any time, so lengths are all that is remembered of it.
-    requests: those that a round may touch: the running ones, and as many of the waiting as there are seats.
+    Of the KV cache only the lengths are saved: slots beyond the committed ones hold nothing that is read.
+
+    requests: those that a round may change: the running ones, and as many of the waiting ones as there are seats.
     """
 
     def __init__(self, scheduler: Scheduler, cache: KVCache) -> None:
@@ -34,7 +35,7 @@ class Savepoint:
         ]
 
     def restore(self) -> None:
-        """Bring it back. May be called again where it was interrupted."""
+        """Restore the state. May be called again where it was interrupted."""
         for request, seat, scored, finish_reason, num_tokens, stream, num_rounds in self._requests:
             request.seat, request.scored, request.finish_reason = seat, scored, finish_reason
             request.stream = stream

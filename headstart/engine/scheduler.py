@@ -1,7 +1,7 @@
-"""Who sits where and what runs next. Plain Python: no tensor begins here.
+"""Requests and the scheduler: which requests have seats, and which tokens the next round scores. No tensors here.
 
-A request waits until a run of slots is free that holds all it may ever need, so nothing runs out in mid-request. It then keeps
-its seat until it ends. A round scores of each row what is known and not yet scored: the last token, or a piece of the prompt.
+Continuous batching without preemption: a request waits until enough slots are free for all that it may ever need, and keeps its
+seat until it ends. Must not import the module of any one drafter.
 """
 
 from __future__ import annotations
@@ -18,36 +18,63 @@ from headstart.target.cache import Seating
 
 
 class Piece(Protocol):
-    """Text that became final, how many of the pushed tokens belong to the answer, and the stop string that ended it."""
+    """What a text stream returns for some tokens."""
 
     @property
-    def text(self) -> str: ...
+    def text(self) -> str:
+        """Text that became final."""
+        ...
+
     @property
-    def num_tokens_used(self) -> int: ...
+    def num_tokens_used(self) -> int:
+        """How many of the pushed tokens belong to the answer."""
+        ...
+
     @property
-    def stopped(self) -> str | None: ...
+    def stopped(self) -> str | None:
+        """The stop string that ended the answer, or None."""
+        ...
 
 
 class Stream(Protocol):
     """Turns the tokens of one answer into text; `headstart.text.text_stream.TextStream` is one.
 
-    A round pushes to a copy, which takes the original's place when the round counts.
+    A round pushes to a copy, which replaces the original when the round counts.
     """
 
-    def copy(self) -> Stream: ...
-    def push(self, token_ids: Sequence[int]) -> Piece: ...
-    def flush(self) -> Piece: ...
+    def copy(self) -> Stream:
+        """A copy in the same state."""
+        ...
+
+    def push(self, token_ids: Sequence[int]) -> Piece:
+        """Add tokens."""
+        ...
+
+    def flush(self) -> Piece:
+        """End the text: what was held back becomes final."""
+        ...
 
 
 @dataclass(eq=False)
 class Request:
-    """One prompt to be continued, and how far it has come.
+    """One prompt to be continued, and its state.
 
-    prompt, output: token ids. seed: the one really used. stream: turns its tokens into text, or None. leader: another request
-    with the same prompt, whose slots are copied instead of scored again. queue: where its events go, or None: `Engine.step`
-    returns them. finish_reason: None while it runs, then "stop", "length", "abort", or "error" where its stream raised.
-    rounds: what each round gave it.
-    drafts: whether the drafter drafts for it; a drafter that failed twice in a row does not.
+    id: unique in its engine.
+    prompt: token ids.
+    params: how to sample and where to stop.
+    seed: the one that is used; `params.seed` may be None.
+    stop_ids: tokens that end the answer.
+    stream: turns its tokens into text, or None.
+    leader: another request with the same prompt, whose keys and values are copied instead of computed again; or None.
+    queue: where its events go; None: `Engine.step` returns them.
+    output: token ids emitted so far.
+    guessed: per token of `output`, whether a drafter had proposed it.
+    logprobs: per token of `output` its log-probability and those of the best alternatives; empty if not asked for.
+    seat: its place in the cache, or None while it waits and after it ends.
+    scored: how many of its tokens are committed to the cache.
+    finish_reason: None until it ends, then "stop", "length", "abort", or "error" where its stream raised.
+    rounds: its part in each round.
+    drafts: whether the drafter drafts for it. False after a drafter lost its state for good or failed twice in a row.
     is_lost: whether the drafter has to be told its text again, after a round that failed.
     """
 
@@ -71,17 +98,17 @@ class Request:
 
     @property
     def stats(self) -> Stats:
-        """Of its own rounds."""
+        """Statistics of its own rounds."""
         return Stats.of(self.rounds)
 
     @property
     def length(self) -> int:
-        """Known tokens: prompt and output."""
+        """How many tokens are known: prompt and output."""
         return len(self.prompt) + len(self.output)
 
     @property
     def left(self) -> int:
-        """Tokens it may still emit."""
+        """How many tokens it may still emit."""
         return self.params.max_tokens - len(self.output)
 
     def known(self, start: int, stop: int) -> tuple[int, ...]:
@@ -94,17 +121,24 @@ class Request:
 
 @dataclass(frozen=True)
 class Turn:
-    """A row of the next round: the request, the tokens to be scored, and whether they end with the last one known."""
+    """A row of the next round.
+
+    request: whose row it is.
+    stem: the known tokens to be scored.
+    ends_at_root: whether the stem ends with the last known token, the root; False for a cut prompt.
+    """
 
     request: Request
     stem: tuple[int, ...]
-    is_whole: bool
+    ends_at_root: bool
 
 
 class Scheduler:
-    """Waiting requests, running ones, and the stems of the next round.
+    """Waiting requests, running requests, and the stems of the next round.
 
-    headroom: slots that each seat needs beyond its text, for drafts. chunk: prompt tokens scored in one round, over all rows.
+    seating: seats and their slots, shared with the caches.
+    headroom: slots that each seat needs beyond its text, for drafts.
+    chunk: prompt tokens scored in one round, over all rows (chunked prefill).
     """
 
     def __init__(self, seating: Seating, headroom: int, chunk: int) -> None:
@@ -116,19 +150,20 @@ class Scheduler:
 
     @property
     def is_idle(self) -> bool:
+        """Whether no request runs or waits."""
         return not self.waiting and not self.running
 
     def slots(self, request: Request) -> int:
-        """All that a request may ever need."""
+        """How many slots a request may ever need."""
         return len(request.prompt) + request.params.max_tokens + self.headroom
 
     def check(self, request: Request) -> None:
-        """Raises ValueError if even an empty cache could not hold a request."""
+        """Raise ValueError if even an empty cache could not hold a request."""
         if self.slots(request) > self.seating.num_slots:
-            room = max(0, self.seating.num_slots - self.headroom)
+            num_tokens = max(0, self.seating.num_slots - self.headroom)
             raise ValueError(
                 f"prompt of {len(request.prompt)} tokens plus max_tokens={request.params.max_tokens} exceeds the cache, which "
-                f"holds {room} tokens of one request; shorten the prompt, lower max_tokens, or allow more memory"
+                f"holds {num_tokens} tokens of one request; shorten the prompt, lower max_tokens, or allow more memory"
             )
 
     def add(self, request: Request) -> None:
@@ -136,7 +171,7 @@ class Scheduler:
         self.waiting.append(request)
 
     def admit(self) -> list[Request]:
-        """Seat waiting requests, first come first served, while slots are free. Returns those that sat down."""
+        """Give seats to waiting requests, first come first served, while slots are free. Returns these requests."""
         seated: list[Request] = []
         while self.waiting and self._is_ready(self.waiting[0]):
             request = self.waiting[0]
@@ -150,14 +185,14 @@ class Scheduler:
         return seated
 
     def _is_ready(self, request: Request) -> bool:
-        """A follower waits for its leader's prompt, unless the leader is gone: then it scores the prompt itself."""
+        """Whether a request may get a seat. A follower waits until its leader's prompt is scored, or the leader has ended."""
         leader = request.leader
         if leader is None or leader.finish_reason is not None:
             return True
         return leader.seat is not None and leader.scored >= len(leader.prompt) - 1
 
     def turns(self) -> list[Turn]:
-        """The rows of the next round: every running request whose stem fits; prompts share the chunk in order."""
+        """The rows of the next round: all running requests but those whose prompt does not fit in the chunk, shared in order."""
         budget = self.chunk
         turns: list[Turn] = []
         for request in self.running:
@@ -171,7 +206,7 @@ class Scheduler:
         return turns
 
     def leave(self, request: Request) -> None:
-        """Take a request out and free its seat."""
+        """Remove a request and free its seat."""
         if request in self.running:
             self.running.remove(request)
         if request in self.waiting:

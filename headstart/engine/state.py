@@ -1,7 +1,4 @@
-"""What a round of an engine changes: requests, seats, cache, penalties, the drafter and events; all of it counts, or none of it.
-
-Must not import the module of any one drafter.
-"""
+"""What a round of an engine changes: requests, seats, cache, penalties, the drafter and events; all of it counts, or none of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where time and tokens went, over any number of rounds."""
+"""Statistics of rounds: time, tokens, drafts and acceptance rates, of an engine or of one request."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 class Part(NamedTuple):
     """One row's part in a round.
 
-    nodes: its stem and its drafts.
-    tried, held: depth of its deepest draft and of its deepest kept one.
+    nodes: how many were scored, its stem and its drafts.
+    drafts: how many were scored.
+    tried: depth of its deepest draft.
+    held: depth of its deepest kept draft.
     tokens: how many were emitted.
-    seconds: its share.
+    seconds: its share of the round's seconds, by phase.
     """
 
     nodes: int
@@ -28,21 +30,30 @@ class Part(NamedTuple):
 
 @dataclass
 class Stats:
-    """Where time and tokens went, of an engine or of one request.
+    """Statistics of an engine or of one request.
 
-    Of an engine: all rounds that counted. Of a request: the rounds in which it had a row, with its own nodes, drafts and tokens.
-    seconds: draft, score, verify, commit, host (all the rest of a round); of a request, its share: a round's time divided by the
-    rows of that round, so that the requests' seconds sum to the engine's.
+    Of an engine: over all rounds that counted. Of a request: over the rounds in which it had a row, its own nodes, drafts and
+    tokens only.
+
+    rounds: target forwards.
+    row_rounds: rounds in which a row emitted something, summed over rows.
+    tokens: emitted.
+    nodes: scored by the target: stems (prefill included) and drafts.
+    drafts: scored by the target.
+    seconds: by phase: draft, score, verify, commit, host (all the rest of a round). Of a request, its share: a round's seconds
+        divided by the rows of that round, so that the requests' seconds sum to the engine's.
+    tried: per depth, in how many row rounds a draft there was verified.
+    held: per depth, in how many row rounds a draft there was kept.
     """
 
     rounds: int = 0
-    row_rounds: int = 0  # rounds in which a row emitted something, summed over rows
+    row_rounds: int = 0
     tokens: int = 0
     nodes: int = 0
     drafts: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("draft", "score", "verify", "commit", "host"), 0.0))
-    tried: list[int] = field(default_factory=list)  # per depth: rows that had a draft there
-    held: list[int] = field(default_factory=list)  # per depth: rows that kept one
+    tried: list[int] = field(default_factory=list)
+    held: list[int] = field(default_factory=list)
 
     def __repr__(self) -> str:
         acceptance = " ".join(f"{share:.2f}" for share in self.acceptance[:6]) + (" ..." if len(self.acceptance) > 6 else "")
@@ -51,19 +62,20 @@ class Stats:
 
     @property
     def tau(self) -> float:
-        """Tokens emitted per round and row; plain decoding has 1."""
+        """Acceptance length: tokens emitted per target forward and row; plain decoding has 1."""
         return self.tokens / self.row_rounds if self.row_rounds else 0.0
 
     @property
     def acceptance(self) -> list[float]:
-        """By depth: how often a draft there was kept, of the rounds that had one."""
+        """Acceptance rate by depth: of the row rounds with a draft there, the share that kept one."""
         return [held / tried if tried else 0.0 for held, tried in zip(self.held, self.tried, strict=True)]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: the numbers, and what follows from them."""
+        """The fields, tau and acceptance as a dictionary for JSON."""
         return asdict(self) | {"tau": self.tau, "acceptance": self.acceptance}
 
     def copy(self) -> Stats:
+        """An independent copy."""
         return copy.deepcopy(self)
 
     def __add__(self, other: Stats) -> Stats:
@@ -80,7 +92,7 @@ class Stats:
 
     @classmethod
     def of(cls, parts: Iterable[Part]) -> Stats:
-        """Of one request, from its parts in rounds."""
+        """The statistics of one request, from its parts in rounds."""
         result = cls()
         for part in parts:
             result.rounds += 1
@@ -98,16 +110,17 @@ class Stats:
         return sum(parts, cls())
 
     def since(self, before: Stats) -> Stats:
-        """What was added after `before` was copied."""
+        """What was added since the copy `before` was made."""
         more = self.copy()
         for name in ("rounds", "row_rounds", "tokens", "nodes", "drafts"):
             setattr(more, name, getattr(self, name) - getattr(before, name))
         more.seconds = {share: spent - before.seconds[share] for share, spent in self.seconds.items()}
-        for mine, old in ((more.tried, before.tried), (more.held, before.held)):
-            mine[: len(old)] = [now - then for now, then in zip(mine, old, strict=False)]
+        for counts, old in ((more.tried, before.tried), (more.held, before.held)):
+            counts[: len(old)] = [now - then for now, then in zip(counts, old, strict=False)]
         return more
 
     def count(self, tried: int, held: int, emitted: int) -> None:
+        """Add one row of a round in place: depths of its deepest draft and its deepest kept draft, and its tokens."""
         self.row_rounds += 1
         self.tokens += emitted
         while len(self.tried) < tried:
