@@ -15,15 +15,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from cells import DRAFTERS, LAWS, cells, samplings
+from cells import DISTRIBUTIONS, DRAFTERS, cells, sampling_cases
 
 
 def main() -> int:
-    models = samplings()
+    models = sampling_cases()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", choices=list(models), help="model; may be repeated; default: all")
     parser.add_argument(
-        "--distribution", action="append", choices=list(LAWS), help="sampling settings; may be repeated; default: all"
+        "--distribution", action="append", choices=list(DISTRIBUTIONS), help="sampling settings; may be repeated; default: all"
     )
     parser.add_argument("--drafter", action="append", choices=list(DRAFTERS), help="drafter; may be repeated; default: all")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all models but the tiny one")
@@ -33,9 +33,9 @@ def main() -> int:
     wrong = total = ties = 0
     began = time.perf_counter()
     for name in arguments.model or models:
-        sampling = samplings(getattr(torch, arguments.dtype))[name]()
+        sampling = sampling_cases(getattr(torch, arguments.dtype))[name]()
         print(f"\n{sampling.target}")
-        for distribution in arguments.distribution or LAWS:
+        for distribution in arguments.distribution or DISTRIBUTIONS:
             for cell in cells(sampling, distribution, arguments.tokens, arguments.drafter or list(DRAFTERS)):
                 print(cell, flush=True)
                 total += cell.tokens

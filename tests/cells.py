@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 MODELS = ROOT.parent / "shared" / "models"  # beside the checkout of those who have it
 EMBEDDED = ROOT / "headstart" / "embedded" / "target"
 
-LAWS = {
+DISTRIBUTIONS = {
     "greedy": SamplingParams(),
     "T=0.7": SamplingParams(temperature=0.7),
     "T=1 top-p 0.9 penalties": SamplingParams(
@@ -53,7 +53,7 @@ STORIES = [
 
 @dataclass(frozen=True)
 class SamplingCase:
-    """A model under test, prompts it has something to say to, and a smaller model that drafts for it."""
+    """A model under test, prompts for it, and a smaller model that drafts for it."""
 
     name: str
     target: Target
@@ -63,7 +63,13 @@ class SamplingCase:
 
 @dataclass(frozen=True)
 class Cell:
-    """One drafter under one distribution: what it said, compared with plain decoding."""
+    """One drafter with one distribution, compared with plain decoding.
+
+    rows: requests that ran at once.
+    tokens: emitted.
+    tau: acceptance length.
+    splits: where outputs differ from plain decoding.
+    """
 
     drafter: str
     distribution: str
@@ -77,26 +83,26 @@ class Cell:
         return f"{self.drafter:22} {self.distribution:24} {self.rows:2} rows {self.tokens:6} tokens  tau {self.tau:5.2f}  {flips}"
 
 
-def samplings(dtype: torch.dtype = torch.float32) -> dict[str, Callable[[], SamplingCase]]:
-    """The models that are there: the tiny one always (fp64), others beside the checkout, the embedded one once it is trained."""
-    found: dict[str, Callable[[], SamplingCase]] = {"tiny": tiny_voice}
+def sampling_cases(dtype: torch.dtype = torch.float32) -> dict[str, Callable[[], SamplingCase]]:
+    """The models that exist: the tiny one always (fp64), others beside the checkout, the embedded one once it is trained."""
+    cases: dict[str, Callable[[], SamplingCase]] = {"tiny": tiny_case}
     for name in ("stories260K", "babyllama105", "talk13M"):
         if (MODELS / name / "config.json").is_file():
-            found[name] = lambda name=name: folder_voice(name, MODELS / name, dtype)
+            cases[name] = lambda name=name: folder_case(name, MODELS / name, dtype)
     if (EMBEDDED / "config.json").is_file():
-        found["embedded"] = lambda: folder_voice("embedded", EMBEDDED, dtype)
-    return found
+        cases["embedded"] = lambda: folder_case("embedded", EMBEDDED, dtype)
+    return cases
 
 
-def tiny_voice() -> SamplingCase:
+def tiny_case() -> SamplingCase:
     target = tiny("llama")
     rng = random.Random(1)
     prompts = [tuple(rng.randrange(target.vocab) for _ in range(size)) for size in (5, 1, 12, 30, 2, 8, 17, 3)]
     return SamplingCase("tiny", target, prompts, cut(target.model, 2))
 
 
-def folder_voice(name: str, folder: Path, dtype: torch.dtype) -> SamplingCase:
-    """With the kernels that a target has by default."""
+def folder_case(name: str, folder: Path, dtype: torch.dtype) -> SamplingCase:
+    """A model from a folder, with the kernels that a target has by default."""
     target = Target.load(folder, dtype=dtype, device="cpu")
     tokenizer = load_tokenizer(folder)
     sibling = folder.with_name(folder.name + "-draft") if name != "embedded" else folder.with_name("draft")
@@ -106,7 +112,7 @@ def folder_voice(name: str, folder: Path, dtype: torch.dtype) -> SamplingCase:
 
 
 def heads_of(sampling: SamplingCase, kind: str) -> Drafter:
-    """The heads that ship with the embedded model; for any other, untrained ones."""
+    """For the embedded model the heads that come with it, for any other model untrained heads."""
     shipped = EMBEDDED.with_name(kind)
     return (
         heads_in(shipped, sampling.target) if sampling.name == "embedded" and shipped.is_dir() else heads_for(sampling.target, kind)
@@ -157,20 +163,20 @@ DRAFTERS: dict[str, Maker] = {
 
 
 def requests_of(sampling: SamplingCase, distribution: SamplingParams, tokens: int, count: int = 8) -> list[Ask]:
-    """`count` requests of different length, `tokens` in all, with seeds of their own; none stops early."""
-    shares = [1 + place % 5 for place in range(count)]
+    """`count` requests of different length, `tokens` in all, each with its own seed. None stops early."""
+    shares = [1 + index % 5 for index in range(count)]
     return [
-        Ask(prompt, replace(distribution, max_tokens=max(1, tokens * share // sum(shares)), seed=77 + place, ignore_eos=True))
-        for place, (prompt, share) in enumerate(zip(sampling.prompts[:count], shares, strict=True))
+        Ask(prompt, replace(distribution, max_tokens=max(1, tokens * share // sum(shares)), seed=77 + index, ignore_eos=True))
+        for index, (prompt, share) in enumerate(zip(sampling.prompts[:count], shares, strict=True))
     ]
 
 
 def cells(sampling: SamplingCase, distribution: str, tokens: int, drafters: Sequence[str] = tuple(DRAFTERS)) -> Iterator[Cell]:
-    """Every drafter under one distribution, alone in its engine and then in a crowd of eight requests for three seats.
+    """Every drafter with one distribution: eight requests in an engine of one row, then in one of three rows.
 
-    tokens: of each of these two. Plain decoding of one row at a time is what all are compared with.
+    tokens: emitted in each of these two. All are compared with plain decoding of one row at a time.
     """
-    requests = requests_of(sampling, LAWS[distribution], tokens)
+    requests = requests_of(sampling, DISTRIBUTIONS[distribution], tokens)
     plain, _ = decode(sampling.target, requests)
     answers = texts(requests, plain)
     for name in drafters:
@@ -178,8 +184,8 @@ def cells(sampling: SamplingCase, distribution: str, tokens: int, drafters: Sequ
             drafter, planner = DRAFTERS[name](sampling, answers)
             outputs, engine = decode(sampling.target, requests, drafter, planner, max_rows=rows, chunk=64)
             splits = [
-                find_split(sampling.target, ask.prompt, ask.params, expected, found)
-                for ask, expected, found in zip(requests, plain, outputs, strict=True)
+                find_split(sampling.target, ask.prompt, ask.params, expected, actual)
+                for ask, expected, actual in zip(requests, plain, outputs, strict=True)
             ]
             yield Cell(
                 name, distribution, rows, sum(map(len, outputs)), engine.stats.tau, tuple(split for split in splits if split)

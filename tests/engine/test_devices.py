@@ -1,11 +1,11 @@
-"""On a machine with a GPU no tensor of the host meets one of the device, and the host hardly ever waits (see elsewhere.py)."""
+"""On a GPU no operation mixes tensors of host and device, and the host waits as rarely as it can (see tests/fake_device.py)."""
 
 import copy
 from collections import Counter
 
 import pytest
 import torch
-from elsewhere import pretending, send
+from fake_device import fake_device, send
 from heads import KINDS, heads_for
 from scripted import asks
 from tiny import ARCHITECTURES, VOCAB, cut, random_model
@@ -21,7 +21,7 @@ from headstart.speculation.planner import Best, Chain, StaticTree
 from headstart.target.target import Target
 
 MODEL = random_model(ARCHITECTURES["llama"](), torch.float64)
-LAWS = {
+DISTRIBUTIONS = {
     "greedy": SamplingParams(),
     "sampled": SamplingParams(temperature=0.7),
     "all": SamplingParams(
@@ -58,43 +58,43 @@ CASES = [
 ]
 
 
-def answers(target, draft, heads, distribution, accept, rows, name, pretence=None):
-    """What is said, and in which rounds the host waited for what."""
+def answers(target, draft, heads, distribution, accept, rows, name, device=None):
+    """The outputs, and for each round the operations that made the host wait."""
     drafter, planner = DRAFTERS[name](draft, heads)
     engine = Engine(target, drafter, planner, max_rows=rows, accept=accept)
-    requests = [engine.add(ask.prompt, ask.params) for ask in asks(VOCAB, [5, 1, 12], [7, 5, 6], LAWS[distribution])]
+    requests = [engine.add(ask.prompt, ask.params) for ask in asks(VOCAB, [5, 1, 12], [7, 5, 6], DISTRIBUTIONS[distribution])]
     waits = []
     while not engine.scheduler.is_idle:
-        before = len(pretence.waits) if pretence else 0
+        before = len(device.waits) if device else 0
         engine.step()
-        waits.append(Counter(pretence.waits[before:] if pretence else ()))
+        waits.append(Counter(device.waits[before:] if device else ()))
     return [request.output for request in requests], waits
 
 
 @pytest.mark.parametrize(("distribution", "accept", "rows", "name"), CASES)
-def test_the_device_says_what_the_host_says(distribution, accept, rows, name):
-    here = Target(copy.deepcopy(MODEL), check=False), Target(cut(MODEL, 2).release(), check=False)
-    heads = heads_for(here[0], name) if name in KINDS else nn.Module()
-    there = copy.deepcopy(MODEL), cut(MODEL, 2).release(), heads.clone() if name in KINDS else heads
-    expected, _ = answers(*here, heads, distribution, accept, rows, name)
-    with pretending() as pretence:
-        target, draft = (Target(send(model), check=False) for model in there[:2])
+def test_the_device_gives_the_tokens_of_the_host(distribution, accept, rows, name):
+    on_host = Target(copy.deepcopy(MODEL), check=False), Target(cut(MODEL, 2).release(), check=False)
+    heads = heads_for(on_host[0], name) if name in KINDS else nn.Module()
+    copies = copy.deepcopy(MODEL), cut(MODEL, 2).release(), heads.clone() if name in KINDS else heads
+    expected, _ = answers(*on_host, heads, distribution, accept, rows, name)
+    with fake_device() as device:
+        target, draft = (Target(send(model), check=False) for model in copies[:2])
         assert target.pad_rows
-        found, waits = answers(target, draft, send(there[2]), distribution, accept, rows, name, pretence)
-    assert found == expected
-    if accept != "rejection" and LAWS[distribution].logprobs is None:
+        actual, waits = answers(target, draft, send(copies[2]), distribution, accept, rows, name, device)
+    assert actual == expected
+    if accept != "rejection" and DISTRIBUTIONS[distribution].logprobs is None:
         allowed = Counter({"down: aten._to_copy": WAITS[name], "aten.bincount": rows > 1})
         assert all(wait <= allowed for wait in waits[2:]), f"the host waits too often: {waits}"
 
 
-# How often a round brings something to the host: its verdict, and each row's share of what the device chose.
+# How many copies to the host a round makes: its verdict, and how many nodes the device chose for each row.
 WAITS = {"none": 1, "lookup": 1, "chain": 1, "best": 2, "shape": 4, "medusa": 2, "hydra++": 2, "eagle3.1, 40 tokens": 2}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_architecture_passes_its_check_on_the_device(name):
+def test_every_architecture_passes_its_self_check_on_the_device(name):
     model = random_model(ARCHITECTURES[name]())
-    with pretending():
+    with fake_device():
         Target(send(model))
 
 
@@ -103,8 +103,8 @@ def test_custom_generate_works_on_the_device():
     config = GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=0)
     expected = custom_generate(copy.deepcopy(MODEL), ids, generation_config=config, attention_mask=mask)
     model = copy.deepcopy(MODEL)
-    with pretending():
+    with fake_device():
         sent = [tensor.to("meta") for tensor in (ids, mask)]
-        found = custom_generate(send(model), sent[0], generation_config=config, attention_mask=sent[1])
-        assert found.device == sent[0].device
-        assert found.tolist() == expected.tolist()
+        actual = custom_generate(send(model), sent[0], generation_config=config, attention_mask=sent[1])
+        assert actual.device == sent[0].device
+        assert actual.tolist() == expected.tolist()

@@ -1,10 +1,10 @@
-"""Any drafter, tree, distribution and crowd says what plain decoding with the same seed says (DESIGN: exact by construction)."""
+"""Any drafter, tree, distribution and number of rows gives the tokens of plain decoding with the same seed."""
 
 import math
 
 import pytest
 import torch
-from cells import EMBEDDED, LAWS, cells, samplings
+from cells import DISTRIBUTIONS, EMBEDDED, cells, sampling_cases
 from scripted import AsDrafted, Scripted, asks, decode, random_trees, right, right_then_wrong, texts, wrong
 from tiny import VOCAB, cut, random_model, tiny
 from transformers import LlamaConfig
@@ -20,27 +20,28 @@ from headstart.target.target import Target
 TOKENS = {"tiny": 90, "stories260K": 90, "babyllama105": 90, "talk13M": 60, "embedded": 60}  # in each of 78 cells
 
 
-def report(found):
-    splits = [split for cell in found for split in cell.splits]
-    for cell in found:
+def report(results):
+    """Print the cells. Returns where they differ from plain decoding."""
+    splits = [split for cell in results for split in cell.splits]
+    for cell in results:
         print(cell)
-    print(f"{sum(cell.tokens for cell in found)} tokens, {len(splits)} near ties")
+    print(f"{sum(cell.tokens for cell in results)} tokens, {len(splits)} near ties")
     return splits
 
 
-@pytest.mark.parametrize("distribution", LAWS)
-def test_every_drafter_says_what_plain_decoding_says_in_fp64(distribution):
-    assert report(list(cells(samplings()["tiny"](), distribution, TOKENS["tiny"]))) == []
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_every_drafter_gives_the_tokens_of_plain_decoding_in_fp64(distribution):
+    assert report(list(cells(sampling_cases()["tiny"](), distribution, TOKENS["tiny"]))) == []
 
 
-@pytest.fixture(scope="module", params=[name for name in samplings() if name != "tiny"])
+@pytest.fixture(scope="module", params=[name for name in sampling_cases() if name != "tiny"])
 def sampling(request):
-    return samplings()[request.param]()
+    return sampling_cases()[request.param]()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("distribution", LAWS)
-def test_a_trained_model_says_the_same_in_fp32_but_for_near_ties(sampling, distribution):
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_a_trained_model_gives_the_same_tokens_in_fp32_except_at_near_ties(sampling, distribution):
     splits = report(list(cells(sampling, distribution, TOKENS[sampling.name])))
     assert all(split.is_near_tie for split in splits)
     assert len(splits) <= (0 if sampling.target.is_exact else 2)
@@ -49,10 +50,10 @@ def test_a_trained_model_says_the_same_in_fp32_but_for_near_ties(sampling, distr
 # -- the number of rounds ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("distribution", LAWS.values(), ids=LAWS)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
 @pytest.mark.parametrize("depth", [1, 2, 5])
 def test_a_chain_right_to_depth_k_needs_one_round_for_k_plus_one_tokens(depth, distribution):
-    """The round that ends the prompt emits one token; the last round may have less to say."""
+    """The round that ends the prompt emits one token; the last round may emit fewer than the others."""
     target, requests = tiny(), asks(VOCAB, [6], [20], distribution)
     plain, _ = decode(target, requests)
     for script in (right(depth), right_then_wrong(depth, VOCAB)):
@@ -80,7 +81,7 @@ def test_a_drafter_that_is_always_wrong_costs_no_round_and_no_token():
     assert engine.stats.acceptance == [0.0, 0.0]
 
 
-def test_a_target_that_drafts_for_itself_is_always_right_even_at_temperature_one():
+def test_a_target_that_drafts_for_itself_is_always_right_at_temperature_one_too():
     """Shared noise: the same logits and the same noise give the same token."""
     target, requests = tiny(), asks(VOCAB, [6], [21], SamplingParams(temperature=1))
     plain, _ = decode(target, requests)
@@ -89,7 +90,7 @@ def test_a_target_that_drafts_for_itself_is_always_right_even_at_temperature_one
     assert engine.stats.rounds == 1 + 20 // 5
 
 
-# -- the judge of near ties -------------------------------------------------------------------------------------------------
+# -- near ties --------------------------------------------------------------------------------------------------------------
 
 
 def test_equal_answers_have_no_split_and_a_short_one_is_no_tie():
@@ -98,16 +99,16 @@ def test_equal_answers_have_no_split_and_a_short_one_is_no_tie():
     assert find_split(target, prompt, params, [4, 5], [4]) == Split(1, (5, None), math.inf)
 
 
-@pytest.mark.parametrize("distribution", LAWS.values(), ids=LAWS)
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
 def test_a_wrong_token_is_no_near_tie(distribution):
     target, (ask,) = tiny(), asks(VOCAB, [6], [8], distribution)
     (plain,), _ = decode(target, [ask])
-    for place in range(8):
+    for index in range(8):
         forged = [*plain]
-        forged[place] = (plain[place] + 1) % VOCAB
+        forged[index] = (plain[index] + 1) % VOCAB
         split = find_split(target, ask.prompt, ask.params, plain, forged)
         assert split is not None
-        assert (split.index, split.tokens) == (place, (plain[place], forged[place]))
+        assert (split.index, split.tokens) == (index, (plain[index], forged[index]))
         assert not split.is_near_tie
 
 
@@ -126,7 +127,7 @@ TRUNCATIONS = [{"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.2}, {"top_k": 5, "top_p
 
 
 @pytest.mark.parametrize("truncation", TRUNCATIONS, ids=str)
-def test_the_judge_reads_truncation_as_the_sampler_does(truncation):
+def test_near_ties_are_judged_with_the_truncation_of_the_sampler(truncation):
     params = SamplingParams(temperature=0.8, **truncation)
     for seed in range(50):
         logits = torch.randn(12, generator=torch.Generator().manual_seed(seed)).double()
@@ -147,7 +148,7 @@ def test_a_token_at_the_border_of_top_p_is_a_near_tie_though_its_score_is_not():
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_an_exact_target_decides_by_the_same_bits_whatever_was_drafted(dtype, exact_folder):
-    """Not the tokens alone: every log-probability, from trees in a crowd and from plain decoding of one row."""
+    """Tokens and every log-probability: from trees in several rows at once, and from plain decoding of one row."""
     try:
         target = Target.load(exact_folder, dtype=dtype, device="cpu", exact=True)
     except ValueError as error:
@@ -162,21 +163,21 @@ def test_an_exact_target_decides_by_the_same_bits_whatever_was_drafted(dtype, ex
 
 @pytest.fixture
 def exact_folder(model_folder):
-    """The embedded model, or a random one where it is not there yet."""
+    """The embedded model, or a random one in a checkout without it."""
     return EMBEDDED if (EMBEDDED / "config.json").is_file() else model_folder
 
 
 def logprobs(engine, requests):
-    """Tokens with their log-probabilities, of every request."""
+    """The tokens of every request, with their log-probabilities."""
     running = [engine.add(ask.prompt, ask.params) for ask in requests]
     for _ in engine.run():
         pass
-    return [[(token, own) for token, (own, _) in zip(r.output, r.logprobs, strict=True)] for r in running]
+    return [[(token, logprob) for token, (logprob, _) in zip(r.output, r.logprobs, strict=True)] for r in running]
 
 
 @pytest.mark.slow
-def test_the_first_token_behind_a_prompt_has_the_same_bits_alone_and_in_a_crowd():
-    """A prompt brings many nodes but asks one: a head so wide multiplies a single row in another order than several."""
+def test_the_first_token_after_a_prompt_has_the_same_bits_alone_and_with_other_rows():
+    """A prompt has many nodes, of which one needs logits: an LM head this wide adds a single row in another order than several."""
     wide = {"hidden_size": 2304, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 16}
     config = LlamaConfig(vocab_size=97, num_hidden_layers=1, max_position_embeddings=128, tie_word_embeddings=False, **wide)
     target = Target(random_model(config, torch.float32), check=False)

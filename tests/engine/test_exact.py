@@ -1,4 +1,4 @@
-"""Equality to the bit is the default on a CPU, wherever it can be had, and what stands against it is named."""
+"""On a CPU bit-exactness is the default wherever it is possible, and the target names what prevents it."""
 
 import time
 from pathlib import Path
@@ -34,7 +34,7 @@ def answers(target, drafter, prompts, temperature, max_rows=1, chunk=256, tokens
     """Tokens and log-probabilities of every request."""
     engine = Engine(target, drafter, max_rows=max_rows, chunk=chunk)
     params = SamplingParams(max_tokens=tokens, temperature=temperature, logprobs=0, ignore_eos=True)
-    requests = [engine.add(prompt, params, seed=7 + place) for place, prompt in enumerate(prompts)]
+    requests = [engine.add(prompt, params, seed=7 + index) for index, prompt in enumerate(prompts)]
     for _ in engine.run():
         pass
     return [(request.output, request.logprobs) for request in requests]
@@ -42,7 +42,7 @@ def answers(target, drafter, prompts, temperature, max_rows=1, chunk=256, tokens
 
 @pytest.fixture(scope="module", params=[torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
 def embedded(request):
-    """The default target, its prompts, and what it says plainly at each temperature."""
+    """The default target, prompts, and the answers of plain decoding at each temperature."""
     if not (ROOT / "target" / "config.json").is_file():
         pytest.skip("this checkout has no embedded model")
     llm = headstart.load(dtype=request.param, device="cpu", drafter=None)
@@ -52,25 +52,25 @@ def embedded(request):
 
 @pytest.mark.parametrize("name", ["lookup", "model", *HEADS])
 def test_by_default_every_drafter_of_the_embedded_model_keeps_every_bit(embedded, name):
-    """Tokens and log-probabilities, alone, and several rows at once with prompts cut at other places."""
+    """Tokens and log-probabilities, of one row and of several at once, with prompts cut at other positions."""
     target, prompts, plain = embedded
     assert HAS_ALL, HEADS
     assert target.is_exact, target
     spec = f"model:{ROOT / 'draft'}" if name == "model" else name
     for temperature, max_rows, chunk in ((0.0, 3, 16), (0.7, 3, 16), (1.0, 3, 16), (0.7, 1, 256)):
         drafter = heads_in(ROOT / name, target) if name in HEADS else make(spec, target)
-        found = answers(target, drafter, prompts, temperature, max_rows, chunk)
-        assert found == plain[temperature], (temperature, max_rows)
+        actual = answers(target, drafter, prompts, temperature, max_rows, chunk)
+        assert actual == plain[temperature], (temperature, max_rows)
 
 
-def test_the_front_door_is_exact_by_default(model_folder):
+def test_load_is_exact_by_default(model_folder):
     llm = headstart.load(model_folder, device="cpu")
     assert llm.engine.target.is_exact, llm.engine.target
     plain = headstart.load(model_folder, device="cpu", drafter=None)
     for temperature in TEMPERATURES:
         settings = {"max_tokens": 24, "temperature": temperature, "seed": 3, "logprobs": 0, "ignore_eos": True}
-        ours, wanted = (one.generate(["the cat", "one two"], **settings) for one in (llm, plain))
-        assert [(a.token_ids, a.logprobs) for a in ours] == [(a.token_ids, a.logprobs) for a in wanted]
+        actual, expected = (one.generate(["the cat", "one two"], **settings) for one in (llm, plain))
+        assert [(a.token_ids, a.logprobs) for a in actual] == [(a.token_ids, a.logprobs) for a in expected]
 
 
 @pytest.mark.slow
@@ -78,7 +78,7 @@ def test_the_front_door_is_exact_by_default(model_folder):
 @pytest.mark.parametrize("name", ["stories260K", "babyllama105", "talk13M"])
 def test_by_default_a_trained_model_keeps_every_bit(name, dtype):
     if not (MODELS / name / "config.json").is_file():
-        pytest.skip(f"{name} is not there")
+        pytest.skip(f"{name} is not beside this checkout")
     target, tokenizer = Target.load(MODELS / name, dtype=dtype, device="cpu"), load_tokenizer(MODELS / name)
     assert target.is_exact, target
     prompts = [encode_prompt(tokenizer, prompt) for prompt in PROMPTS]
@@ -87,19 +87,19 @@ def test_by_default_a_trained_model_keeps_every_bit(name, dtype):
         plain = answers(target, None, prompts, temperature, tokens=20)
         for drafter in ("lookup", draft):
             for max_rows, chunk in ((1, 256), (3, 9)):
-                found = answers(target, make(drafter, target), prompts, temperature, max_rows, chunk, tokens=20)
-                assert found == plain, (temperature, drafter, max_rows)
+                actual = answers(target, make(drafter, target), prompts, temperature, max_rows, chunk, tokens=20)
+                assert actual == plain, (temperature, drafter, max_rows)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_where_a_prompt_is_cut_changes_no_bit(dtype):
-    """A crowd shares the prompt tokens of a round, so a prompt is cut where the load says; here once, in blocks, and in crumbs."""
+    """Requests share the prompt tokens of a round, so the load decides where a prompt is cut: here nowhere, and into several sizes."""
     target = Target(random_model(hf.LlamaConfig(**SHAPE), dtype), check=False)
     target.choose_kernels(True)
     prompts = [torch.randint(0, 97, (size,), generator=torch.Generator().manual_seed(size)).tolist() for size in (300, 131)]
-    wanted = answers(target, None, prompts, 0.7, tokens=3)
+    expected = answers(target, None, prompts, 0.7, tokens=3)
     for max_rows, chunk in ((1, 512), (2, 512), (2, 200), (2, 37)):
-        assert answers(target, None, prompts, 0.7, max_rows, chunk, tokens=3) == wanted, (max_rows, chunk)
+        assert answers(target, None, prompts, 0.7, max_rows, chunk, tokens=3) == expected, (max_rows, chunk)
 
 
 SHAPE = {
@@ -114,11 +114,11 @@ SHAPE = {
 
 
 def test_the_choice_reads_no_clock(model_folder, monkeypatch):
-    """The same model is exact today and tomorrow: whatever clocks say, and if there is none."""
+    """Whether a model is exact does not depend on time measurements."""
     model = load_model(model_folder, torch.float32, "cpu")
 
     def forbidden(*_):
-        raise AssertionError("a promise must not depend on time")
+        raise AssertionError("the choice of kernels must not depend on time")
 
     for clock in ("time", "perf_counter", "process_time", "thread_time", "monotonic", "perf_counter_ns", "thread_time_ns"):
         monkeypatch.setattr(time, clock, forbidden)
@@ -130,7 +130,7 @@ def test_the_choice_reads_no_clock(model_folder, monkeypatch):
     assert target.is_exact
 
 
-def test_attention_is_in_order_where_the_order_is_proven_else_in_fp64(monkeypatch):
+def test_attention_is_ordered_where_the_order_is_proven_else_in_fp64(monkeypatch):
     model = random_model(ARCHITECTURES["llama"](), torch.float32)
     for is_proof, kernel in ((True, ordered), (False, wide)):
         choice._is_order_proof.cache_clear()
@@ -142,8 +142,8 @@ def test_attention_is_in_order_where_the_order_is_proven_else_in_fp64(monkeypatc
     choice._is_order_proof.cache_clear()
 
 
-def test_a_model_that_ordered_attention_does_not_serve_is_served_in_fp64(monkeypatch):
-    """The order of addition was proven for shapes, and the whole model does not hold: then the other kernel is tried."""
+def test_a_model_that_fails_with_ordered_attention_runs_in_fp64(monkeypatch):
+    """The order of addition was proven for the shapes, but the model as a whole is not exact: the other kernel is tried."""
     monkeypatch.setattr(target_module, "holds_to_the_bit", lambda target: target.kernel is wide)
     target = Target(random_model(ARCHITECTURES["llama"](), torch.float32), check=False)
     target.choose_kernels()
@@ -156,7 +156,7 @@ def test_a_model_that_ordered_attention_does_not_serve_is_served_in_fp64(monkeyp
     ("name", "dtype", "why"),
     [("mixtral", torch.float32, "experts of this model"), ("llama", torch.float64, "float64 on cpu")],
 )
-def test_what_stands_against_it_is_named_at_load(name, dtype, why):
+def test_the_target_names_what_prevents_exactness(name, dtype, why):
     target = Target(random_model(ARCHITECTURES[name](), dtype))
     target.choose_kernels()
     assert not target.is_exact
@@ -179,19 +179,19 @@ def test_inside_generate_any_drafter_gives_the_same_tokens_without_packing_the_m
     model = random_model(ARCHITECTURES[name](), dtype)
     kinds = [type(module) for module in model.modules()]
     before = model(PROMPT).logits
-    found = []
+    outputs = []
     for drafter in (None, "lookup"):
         for ids in (PROMPT, PROMPT.repeat(3, 1)):
             torch.manual_seed(5)
             settings = {"max_new_tokens": 30, "do_sample": True, "custom_generate": headstart.custom_generate, "exact": True}
-            found.append(model.generate(ids, drafter=drafter, **settings)[0])
-    assert all(torch.equal(one, found[0]) for one in found)
+            outputs.append(model.generate(ids, drafter=drafter, **settings)[0])
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
     assert [type(module) for module in model.modules()] == kinds
     assert not any("forward" in vars(module) for module in model.modules())
     assert torch.equal(model(PROMPT).logits, before)
 
 
-def test_inside_generate_exactness_that_cannot_be_had_is_an_error_only_where_it_was_demanded():
+def test_inside_generate_impossible_exactness_is_an_error_only_where_it_was_demanded():
     model = random_model(ARCHITECTURES["mixtral"](), torch.float32)
     expected = model.generate(PROMPT, max_new_tokens=8)
     for exact in ("auto", False):

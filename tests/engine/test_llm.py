@@ -1,4 +1,4 @@
-"""The object that `headstart.load` makes: chat, planners by name, giving the model back, and how it shows itself."""
+"""`LLM`: chat, planners by name, release of the model, and how it is printed."""
 
 import re
 from pathlib import Path
@@ -25,21 +25,21 @@ def llm(model_folder):
     return headstart.load(model_folder, device="cpu", dtype="float32")
 
 
-def held(folder):
-    """A model as a user holds it, and its tokenizer."""
+def user_model(folder):
+    """A model object as users have it, and its tokenizer."""
     return hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), load_tokenizer(folder)
 
 
 # -- chat -------------------------------------------------------------------------------------------------------------------
 
 
-def test_chat_asks_through_the_chat_template(llm):
+def test_chat_applies_the_chat_template(llm):
     ids = llm.tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
     expected = llm.generate(ids, **SETTINGS)[0].token_ids
     assert llm.chat(QUESTION, **SETTINGS)[0].token_ids == expected
     assert llm.chat(MESSAGES, **SETTINGS)[0].token_ids == expected
     assert llm.chat(QUESTION, headstart.SamplingParams(**SETTINGS))[0].token_ids == expected
-    assert llm.generate(QUESTION, **SETTINGS)[0].token_ids != expected  # a text is continued as it stands
+    assert llm.generate(QUESTION, **SETTINGS)[0].token_ids != expected  # a string is continued without the template
     assert "".join(map(str, llm.chat_stream(QUESTION, **SETTINGS))) == llm.chat(MESSAGES, **SETTINGS)[0].text
     assert len(llm.chat(QUESTION, n=3, **SETTINGS)) == 3
 
@@ -71,14 +71,14 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("messages", "settings", "sentence"), REFUSED, ids=[sentence for _, _, sentence in REFUSED])
-def test_a_conversation_that_cannot_be_asked_is_refused_in_one_sentence(llm, messages, settings, sentence):
+def test_an_invalid_conversation_is_refused_in_one_sentence(llm, messages, settings, sentence):
     with pytest.raises(ValueError, match=sentence):
         llm.chat(messages, **settings)
     with pytest.raises(ValueError, match=sentence):
         llm.chat_stream(messages, **settings)
 
 
-def test_a_model_without_a_chat_template_says_so(tmp_path):
+def test_chat_with_a_model_without_a_chat_template_is_refused(tmp_path):
     llm = headstart.load(write_model(tmp_path / "model", template=None), device="cpu")
     for variables in (None, {"enable_thinking": False}):
         with pytest.raises(ValueError, match="has no chat template: give the prompt as one string"):
@@ -110,13 +110,13 @@ def test_the_first_example_of_the_readme_runs_with_the_embedded_model(capsys):
     ("spec", "planner"),
     [("chain:5", Chain(5)), ("best:nodes=4", Best(nodes=4)), ("full:2,1", StaticTree.full(2, 1)), (Chain(2), Chain(2))],
 )
-def test_a_planner_is_taken_as_an_object_or_as_the_command_line_writes_it(model_folder, spec, planner):
+def test_a_planner_may_be_an_object_or_a_string_as_on_the_command_line(model_folder, spec, planner):
     llm = headstart.load(model_folder, drafter="lookup", planner=spec, device="cpu")
     assert llm.engine.planner == planner
 
 
 @pytest.mark.parametrize("drafter", ["auto", "mtp", "medusa"])
-def test_a_measured_tree_is_that_of_the_drafter(drafter):
+def test_a_calibrated_tree_is_that_of_the_drafter(drafter):
     llm = headstart.load(drafter=drafter, planner="tree:8", device="cpu")
     assert len(llm.engine.planner.paths) == 8
 
@@ -139,19 +139,19 @@ def test_a_planner_that_does_not_fit_is_refused_before_a_model_is_loaded(setting
         headstart.load(**settings)
 
 
-def test_a_measured_tree_needs_the_name_of_its_heads(llm):
-    class HeadOutput:
+def test_a_calibrated_tree_needs_the_name_of_its_heads(llm):
+    class UnnamedHeads:
         name = "guess"
 
     with pytest.raises(ValueError, match="planner tree:8 needs trees that were measured, and a drafter object"):
-        headstart.load(drafter=HeadOutput(), planner="tree:8")
+        headstart.load(drafter=UnnamedHeads(), planner="tree:8")
 
 
-# -- giving the model back --------------------------------------------------------------------------------------------------
+# -- release ----------------------------------------------------------------------------------------------------------------
 
 
 def test_release_returns_the_model_and_ends_the_object(model_folder):
-    model, tokenizer = held(model_folder)
+    model, tokenizer = user_model(model_folder)
     llm = headstart.load(model, tokenizer=tokenizer, drafter="lookup")
     pieces = iter(llm.stream("The cat", **SETTINGS))
     next(pieces)
@@ -167,7 +167,7 @@ def test_release_returns_the_model_and_ends_the_object(model_folder):
 
 
 def test_a_with_block_releases_the_model_also_after_an_error(model_folder):
-    model, tokenizer = held(model_folder)
+    model, tokenizer = user_model(model_folder)
     with headstart.load(model, tokenizer=tokenizer) as llm:
         assert llm.generate("The cat", max_tokens=3)
     assert llm.is_released
@@ -178,17 +178,17 @@ def test_a_with_block_releases_the_model_also_after_an_error(model_folder):
 
 
 def test_a_load_that_fails_leaves_the_callers_model_alone(model_folder):
-    model, tokenizer = held(model_folder)
+    model, tokenizer = user_model(model_folder)
     for wrong in ({"drafter": "crystal-ball"}, {"max_rows": 0}, {"accept": "maybe"}):
         with pytest.raises(ValueError, match=r"crystal-ball|max_rows|maybe"):
             headstart.load(model, tokenizer=tokenizer, **wrong)
         assert model.config._attn_implementation == "sdpa"
 
 
-# -- how it shows itself ----------------------------------------------------------------------------------------------------
+# -- how it is printed ------------------------------------------------------------------------------------------------------
 
 
-def test_an_llm_shows_itself_in_one_line(model_folder):
+def test_an_llm_is_printed_in_one_line(model_folder):
     llm = headstart.load(model_folder, drafter="lookup", planner="chain:4", dtype="float32", device="cpu", exact=False)
     assert repr(llm) == f"<LLM {model_folder.name}, drafter lookup, planner Chain(depth=4), not exact, float32, cpu>"
     llm.release()
@@ -199,7 +199,7 @@ def test_an_llm_shows_itself_in_one_line(model_folder):
     assert "planner StaticTree," in repr(tree)
 
 
-def test_an_answer_shows_its_beginning_and_prints_as_its_text(llm):
+def test_the_repr_of_an_answer_has_its_beginning_and_its_str_is_its_text(llm):
     [answer] = llm.generate("The cat", max_tokens=40, temperature=1.0, seed=5, ignore_eos=True)
     assert str(answer) == answer.text
     assert "\n" not in repr(answer)
@@ -207,7 +207,7 @@ def test_an_answer_shows_its_beginning_and_prints_as_its_text(llm):
     assert re.fullmatch(r"<Answer .{2,130}: 40 tokens, length, tau \d+\.\d\d>", repr(answer))
 
 
-def test_stats_show_what_counts():
+def test_the_repr_of_stats_has_tau_and_acceptance_rates():
     stats = Stats()
     assert repr(stats) == "<Stats 0 tokens in 0 rounds, tau 0.00>"
     stats.rounds = 2
@@ -216,7 +216,7 @@ def test_stats_show_what_counts():
     assert repr(stats) == "<Stats 4 tokens in 2 rounds, tau 2.00, acceptance by depth 0.50 1.00 0.00>"
 
 
-def test_loading_shows_no_bars_of_weights_and_leaves_the_users_hook(model_folder):
+def test_loading_shows_no_progress_bars_and_leaves_the_users_hook(model_folder):
     bars = []
 
     def users(factory, args, options):
