@@ -1,4 +1,4 @@
-"""Headstart inside transformers: `model.generate(..., custom_generate=headstart.custom_generate)`."""
+"""The hook for transformers: `model.generate(..., custom_generate=headstart.custom_generate)`."""
 
 import copy
 import gc
@@ -29,11 +29,12 @@ def model():
 
 
 def ours(model, ids, **settings):
+    """The tokens of `generate` with the hook."""
     return model.generate(ids, custom_generate=headstart.custom_generate, **settings)
 
 
 @pytest.mark.parametrize("drafter", [None, "lookup", Lookup()], ids=["none", "lookup", "object"])
-def test_greedy_tokens_are_generates_own(model, drafter):
+def test_greedy_tokens_equal_those_of_generate(model, drafter):
     expected = model.generate(PROMPT, max_new_tokens=30)
     assert torch.equal(ours(model, PROMPT, max_new_tokens=30, drafter=drafter), expected)
     assert torch.equal(ours(model, PROMPT, max_length=20, drafter=drafter), expected[:, :20])
@@ -61,7 +62,7 @@ def test_a_model_that_an_engine_holds_can_generate_too():
 
 
 @pytest.mark.parametrize("stop", [None, "early"])
-def test_a_batch_with_left_padding_says_what_each_prompt_says_alone(model, stop):
+def test_a_batch_with_left_padding_gives_each_prompt_the_tokens_that_it_gets_alone(model, stop):
     prompts = [[7, 8, 9], [1, 2, 3, 4, 5, 6], [50]]
     ids = torch.tensor([[0] * (6 - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (6 - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -102,7 +103,7 @@ def test_samples_of_one_prompt_differ(model):
     assert len({tuple(row) for row in answers.tolist()}) == 3
 
 
-def test_sampling_follows_generates_law(model):
+def test_sampling_follows_the_distribution_of_generate(model):
     """One token, many times: the frequencies are those of the truncated distribution, within five standard errors."""
     settings = {"max_new_tokens": 1, "do_sample": True, "temperature": 0.8, "top_k": 6}
     torch.manual_seed(3)
@@ -111,8 +112,8 @@ def test_sampling_follows_generates_law(model):
     with torch.inference_mode():
         best = (model(PROMPT).logits[0, -1] / 0.8).topk(6)
     distribution = torch.zeros(VOCAB, dtype=torch.float64).scatter_(0, best.indices, best.values.softmax(-1))
-    seen = torch.bincount(tokens, minlength=VOCAB) / count
-    assert ((seen - distribution).abs() <= 5 * (distribution * (1 - distribution) / count).sqrt() + 1e-12).all()
+    frequencies = torch.bincount(tokens, minlength=VOCAB) / count
+    assert ((frequencies - distribution).abs() <= 5 * (distribution * (1 - distribution) / count).sqrt() + 1e-12).all()
 
 
 REFUSED = [
@@ -142,7 +143,7 @@ def test_what_would_change_the_text_is_refused_not_ignored(model, settings, word
 
 
 def test_every_field_of_a_generation_config_is_honoured_or_changes_nothing_or_is_refused():
-    """A new version of transformers with a new field fails here: decide, and add it to one of the lists."""
+    """A version of transformers with a new field fails here: add the field to one of the lists."""
     lists = [generate_settings.HONOURED, set(generate_settings.UNCHANGING), set(generate_settings.REFUSED)]
     known = set.union(*map(set, lists))
     assert {name for name in vars(hf.GenerationConfig()) if not name.startswith("_")} <= known
@@ -152,18 +153,18 @@ def test_every_field_of_a_generation_config_is_honoured_or_changes_nothing_or_is
 def test_a_blank_config_and_one_with_the_defaults_of_generate_pass():
     generate_settings.check_settings(hf.GenerationConfig())
     generate_settings.check_settings(hf.GenerationConfig(**hf.GenerationConfig._get_default_generation_params()))
-    generate_settings.check_settings(hf.GenerationConfig(chat_format="chatml"))  # no field: `generate` does not look at it either
+    generate_settings.check_settings(hf.GenerationConfig(chat_format="chatml"))  # not a field: `generate` does not read it either
 
 
 @pytest.mark.parametrize("name", sorted(generate_settings.REFUSED))
-def test_every_setting_on_the_list_of_refusals_is_refused_by_name(name):
+def test_every_setting_in_the_list_of_refused_ones_is_refused_by_name(name):
     config = hf.GenerationConfig()
     setattr(config, name, 7)
     with pytest.raises(ValueError, match=f"^generation setting {name}=7 is not supported by headstart.custom_generate; "):
         generate_settings.check_settings(config)
 
 
-def test_a_field_of_a_version_to_come_is_refused_unless_it_has_its_default(model):
+def test_an_unknown_field_is_refused_unless_it_has_its_default(model):
     class Later(hf.GenerationConfig):
         def __init__(self, **settings):
             self.foresight = settings.pop("foresight", None)
@@ -211,7 +212,7 @@ HONOURED = [
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("settings", HONOURED, ids=["-".join(settings) for settings in HONOURED])
-def test_what_is_honoured_says_what_generate_says(model, settings):
+def test_honoured_settings_give_the_tokens_of_generate(model, settings):
     plain = model.generate(PROMPT, max_new_tokens=25)
     if "eos" in settings.values():
         stop = int(plain[0, 15])
@@ -256,10 +257,10 @@ ARGUMENTS = [
 @pytest.mark.parametrize(("settings", "sentence"), ARGUMENTS, ids=["-".join(settings) for settings, _ in ARGUMENTS])
 @pytest.mark.filterwarnings("ignore")
 def test_an_argument_of_generate_that_would_be_ignored_is_refused(model, settings, sentence):
-    standing_for = {"model": model, "cache": hf.DynamicCache(config=model.config)}
-    given = {name: standing_for.get(value, value) if isinstance(value, str) else value for name, value in settings.items()}
+    values = {"model": model, "cache": hf.DynamicCache(config=model.config)}
+    arguments = {name: values.get(value, value) if isinstance(value, str) else value for name, value in settings.items()}
     with pytest.raises(ValueError, match=sentence):
-        ours(model, PROMPT, max_new_tokens=5, **given)
+        ours(model, PROMPT, max_new_tokens=5, **arguments)
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -271,7 +272,7 @@ def test_embeddings_instead_of_tokens_are_refused(model):
 
 
 def test_stop_strings_and_healing_are_refused_before_headstart_is_asked(model):
-    """transformers keeps the tokenizer from a callable, and itself refuses what needs one."""
+    """transformers does not hand the tokenizer to a callable, and itself refuses what needs one."""
     for settings in ({"stop_strings": "."}, {"token_healing": True}):
         with pytest.raises(ValueError, match="tokenizer"):
             ours(model, PROMPT, max_new_tokens=5, **settings)
@@ -279,14 +280,14 @@ def test_stop_strings_and_healing_are_refused_before_headstart_is_asked(model):
 
 def test_a_cache_is_refused_in_a_direct_call_only_if_it_holds_something(model):
     cache, config = hf.DynamicCache(config=model.config), hf.GenerationConfig(max_new_tokens=12)
-    found = headstart.custom_generate(model, PROMPT, generation_config=config, past_key_values=cache)
-    assert torch.equal(found, model.generate(PROMPT, max_new_tokens=12))
+    actual = headstart.custom_generate(model, PROMPT, generation_config=config, past_key_values=cache)
+    assert torch.equal(actual, model.generate(PROMPT, max_new_tokens=12))
     model(PROMPT, past_key_values=cache)
     with pytest.raises(ValueError, match="argument past_key_values"):
         headstart.custom_generate(model, PROMPT, generation_config=config, past_key_values=cache)
 
 
-def test_rows_of_a_direct_call_are_repeated_by_its_caller(model):
+def test_a_direct_call_refuses_num_return_sequences(model):
     config = hf.GenerationConfig(max_new_tokens=3, num_return_sequences=2, do_sample=True)
     with pytest.raises(ValueError, match=r"num_return_sequences in a direct call is not supported.*; repeat the rows"):
         headstart.custom_generate(model, PROMPT, generation_config=config)
@@ -308,19 +309,19 @@ class Recorder:
 
 @pytest.mark.parametrize("settings", [{}, {"eos_token_id": 1}, {"do_sample": True, "top_k": 1}], ids=["greedy", "eos", "sampled"])
 def test_a_streamer_gets_what_generate_gives_it(model, settings):
-    theirs, mine = Recorder(), Recorder()
+    expected_calls, actual_calls = Recorder(), Recorder()
     settings = {"max_new_tokens": 15} | settings
     if "eos_token_id" in settings:
         settings |= {"eos_token_id": int(model.generate(PROMPT, max_new_tokens=15)[0, 13]), "pad_token_id": 0}
-    expected = model.generate(PROMPT, streamer=theirs, **settings)
-    assert torch.equal(ours(model, PROMPT, streamer=mine, **settings), expected)
-    assert mine.calls == theirs.calls
+    expected = model.generate(PROMPT, streamer=expected_calls, **settings)
+    assert torch.equal(ours(model, PROMPT, streamer=actual_calls, **settings), expected)
+    assert actual_calls.calls == expected_calls.calls
     wrapped = Recorder()
     model.generate(PROMPT, streamer=wrapped, **settings, custom_generate=lambda *a, **b: headstart.custom_generate(*a, **b))
-    assert wrapped.calls == theirs.calls
+    assert wrapped.calls == expected_calls.calls
     direct = Recorder()
     headstart.custom_generate(model, PROMPT, generation_config=hf.GenerationConfig(**settings), streamer=direct)
-    assert direct.calls == theirs.calls
+    assert direct.calls == expected_calls.calls
 
 
 def test_a_text_iterator_streamer_in_a_thread_yields_the_text(model_folder):
@@ -328,9 +329,9 @@ def test_a_text_iterator_streamer_in_a_thread_yields_the_text(model_folder):
     tokenizer = hf.AutoTokenizer.from_pretrained(model_folder)
     inputs = {"inputs": tokenizer("The cat", return_tensors="pt").input_ids, "max_new_tokens": 20, "pad_token_id": 0}
     texts = []
-    for way in ({}, {"custom_generate": headstart.custom_generate}):
+    for option in ({}, {"custom_generate": headstart.custom_generate}):
         streamer = hf.TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
-        thread = threading.Thread(target=model.generate, kwargs={**inputs, **way, "streamer": streamer})
+        thread = threading.Thread(target=model.generate, kwargs={**inputs, **option, "streamer": streamer})
         thread.start()
         texts.append("".join(streamer))
         thread.join()
@@ -349,12 +350,12 @@ def test_a_streamer_of_several_rows_is_refused(model):
         ours(model, PROMPT.repeat(2, 1), streamer=Recorder(), max_new_tokens=5)
 
 
-# -- what is kept from call to call -----------------------------------------------------------------------------------------
+# -- drafters that are kept between calls -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def loads(monkeypatch):
-    """Every drafter that is loaded from now on, and every check of a model."""
+    """Lists that record every drafter loaded from now on, and every self-check of a model."""
     made, checks = [], []
     original, check = generate_hook.make, Target.check
 
@@ -367,7 +368,7 @@ def loads(monkeypatch):
     return made, checks
 
 
-def test_a_drafter_given_by_path_is_loaded_once_and_goes_with_its_model(model_folder, draft_folder, tmp_path, loads):
+def test_a_drafter_given_by_path_is_loaded_once_and_freed_with_its_model(model_folder, draft_folder, tmp_path, loads):
     made, checks = loads
     path = tmp_path / "draft"
     shutil.copytree(draft_folder, path)
@@ -378,7 +379,7 @@ def test_a_drafter_given_by_path_is_loaded_once_and_goes_with_its_model(model_fo
     assert made == [f"model:{path}"]
     clone = copy.deepcopy(model)
     assert torch.equal(ours(clone, PROMPT, max_new_tokens=12, drafter=f"model:{path}"), expected)
-    assert len(made) == 2  # a copy has its own
+    assert len(made) == 2  # a copy loads its own
     os.utime(path / "model.safetensors", (1, 1))
     ours(model, PROMPT, max_new_tokens=12, drafter=f"model:{path}")
     assert len(made) == 3  # weights that changed are loaded again
@@ -390,7 +391,7 @@ def test_a_drafter_given_by_path_is_loaded_once_and_goes_with_its_model(model_fo
     assert [reference() for reference in kept] == [None] * len(kept)
 
 
-def test_what_is_kept_for_a_model_is_neither_saved_nor_pickled(model_folder, tmp_path):
+def test_kept_drafters_are_neither_saved_nor_pickled(model_folder, tmp_path):
     model = hf.AutoModelForCausalLM.from_pretrained(model_folder)
     names = set(model.state_dict())
     ours(model, PROMPT, max_new_tokens=3, drafter=f"model:{model_folder}")
@@ -404,7 +405,7 @@ def test_a_planner_may_be_named_by_a_string(model, planner):
     assert torch.equal(ours(model, PROMPT, max_new_tokens=20, planner=planner), expected)
 
 
-def test_an_idle_drafter_holds_no_cache(model_folder, draft_folder):
+def test_an_idle_drafter_has_no_kv_cache(model_folder, draft_folder):
     model = hf.AutoModelForCausalLM.from_pretrained(model_folder)
     ours(model, PROMPT, max_new_tokens=12, drafter=f"model:{draft_folder}")
     [drafter] = model._headstart.idle.values()

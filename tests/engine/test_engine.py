@@ -1,4 +1,4 @@
-"""Running requests: what the cache holds, when an answer ends, who waits for whom, and what it costs in memory."""
+"""Running requests: the KV cache, where an answer ends, log-probabilities, waiting and forking, memory, and text."""
 
 import gc
 import random
@@ -31,11 +31,11 @@ from headstart.text.tokenizer import decode as text_of
 SAMPLED = SamplingParams(temperature=1.0)
 
 
-# -- the cache --------------------------------------------------------------------------------------------------------------
+# -- the KV cache -----------------------------------------------------------------------------------------------------------
 
 
-def scored_afresh(target, text):
-    """Keys and values of every layer after scoring a text from nothing."""
+def prefilled(target, text):
+    """Keys and values of every layer after scoring a text in an empty cache."""
     seating = Seating(1, len(text))
     store, seat = target.new_cache(seating), seating.take(len(text))
     target.score(merge([text], [0], [False], Drafts.none()), store, [seat])
@@ -44,9 +44,9 @@ def scored_afresh(target, text):
 
 def check_cache(target, store, seat, text, tolerance):
     start = store.seating[seat].start
-    for layer, expected_stores in enumerate(scored_afresh(target, text)):
-        for held, expected in zip(store.layer(layer), expected_stores, strict=True):
-            torch.testing.assert_close(held[:, start : start + len(text)], expected, atol=tolerance, rtol=0)
+    for layer, expected_stores in enumerate(prefilled(target, text)):
+        for actual, expected in zip(store.layer(layer), expected_stores, strict=True):
+            torch.testing.assert_close(actual[:, start : start + len(text)], expected, atol=tolerance, rtol=0)
 
 
 def check_caches(engine, tolerance):
@@ -69,8 +69,8 @@ JOINS = st.lists(
 ABORTS = st.lists(st.tuples(st.integers(0, 5), st.integers(1, 10)), max_size=2)  # which request, in which round
 
 
-def live(engine, joins, aborts, tolerance, seed=0):
-    """Rounds in which requests join, fork, end and are aborted, the caches checked after each."""
+def run_rounds(engine, joins, aborts, tolerance, seed=0):
+    """Run rounds in which requests join, fork, end and are aborted. Checks the caches after each round."""
     rng = random.Random(seed)
     requests = []
     for now in range(200):
@@ -100,9 +100,9 @@ def test_the_cache_equals_a_fresh_prefill_after_any_rounds(joins, aborts, seed, 
     target = tiny("gpt2")  # in fp64 throughout; other models round to fp32 in their norms
     answer = [random.Random(seed).randrange(VOCAB) for _ in range(40)]
     drafter = Scripted(random_trees(VOCAB, 10, seed), [answer])
-    drafter.coming = lambda text: answer[len(text) % 7 :]  # nobody knows the answers: mostly wrong, but of any shape
+    drafter.coming = lambda text: answer[len(text) % 7 :]  # not the real answers: mostly wrong, but of any shape
     engine = Engine(target, drafter, AsDrafted(10, 6), max_rows=3, memory=150 * target.slot_bytes, chunk=chunk)
-    live(engine, joins, aborts, 1e-9, seed)
+    run_rounds(engine, joins, aborts, 1e-9, seed)
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)
@@ -110,7 +110,7 @@ def test_the_cache_equals_a_fresh_prefill_after_any_rounds(joins, aborts, seed, 
 def test_the_draft_models_cache_equals_a_fresh_prefill_too(joins, aborts, chain):
     target = tiny("llama")
     planner = Chain(3) if chain else Best(nodes=6, depth=3, width=3, beam=2)
-    live(Engine(target, ModelDrafter(draft()), planner, max_rows=3), joins, aborts, 1e-5)
+    run_rounds(Engine(target, ModelDrafter(draft()), planner, max_rows=3), joins, aborts, 1e-5)
 
 
 @cache
@@ -119,7 +119,7 @@ def draft():
 
 
 def test_kept_branches_move_and_the_cache_still_equals_a_fresh_prefill():
-    """Trees whose right path lies anywhere: a commit has to gather."""
+    """The right path may be anywhere in a tree, so a commit has to gather."""
     target, requests = tiny("gpt2"), asks(VOCAB, [5, 11, 2], [25, 14, 20], SAMPLED)
     plain, _ = decode(target, requests)
     drafter = Scripted(random_trees(VOCAB, 14, skill=0.7), texts(requests, plain))
@@ -163,7 +163,7 @@ def finish(engine):
 def test_a_stop_token_inside_a_kept_path_ends_the_answer_there():
     target, (ask,) = tiny(), asks(VOCAB, [6], [20], SAMPLED)
     (plain,), _ = decode(target, [ask])
-    stop = next(token for place, token in enumerate(plain) if place == 9 or (place > 5 and token not in plain[:place]))
+    stop = next(token for index, token in enumerate(plain) if index == 9 or (index > 5 and token not in plain[:index]))
     first = plain.index(stop)
     for params, stop_ids, length, reason in [
         (ask.params, [stop], first + 1, "stop"),
@@ -197,7 +197,7 @@ def test_an_answer_may_fill_the_context_to_its_last_token():
     assert request.length == target.context
 
 
-def test_guessed_tells_drafted_tokens_from_the_targets_own():
+def test_guessed_marks_drafted_tokens():
     target, (ask,) = tiny(), asks(VOCAB, [6], [8], SAMPLED)
     (plain,), _ = decode(target, [ask])
     engine = drafting(target, [ask], [plain], depth=2)
@@ -212,7 +212,7 @@ def test_guessed_tells_drafted_tokens_from_the_targets_own():
 @pytest.mark.parametrize(
     "distribution", [SamplingParams(), SamplingParams(temperature=0.7, top_k=5, repetition_penalty=1.3)], ids=str
 )
-def test_logprobs_are_the_models_own_whatever_the_law_and_the_drafts(distribution):
+def test_logprobs_are_the_models_raw_ones_whatever_the_distribution_and_the_drafts(distribution):
     target, (ask,) = tiny(), asks(VOCAB, [6], [20], replace(distribution, logprobs=3))
     (plain,), _ = decode(target, [ask])
     engine = Engine(target, Scripted(random_trees(VOCAB, 12), texts([ask], [plain])), AsDrafted(12))
@@ -222,21 +222,21 @@ def test_logprobs_are_the_models_own_whatever_the_law_and_the_drafts(distributio
         logits = model(torch.tensor([[*ask.prompt, *plain]])).logits[0, len(ask.prompt) - 1 : -1]
     expected = logits.double().log_softmax(-1)
     assert request.output == plain
-    assert [own for own, _ in request.logprobs] == pytest.approx(expected[range(20), plain].tolist(), abs=1e-5)
+    assert [logprob for logprob, _ in request.logprobs] == pytest.approx(expected[range(20), plain].tolist(), abs=1e-5)
     for (_, table), line in zip(request.logprobs, expected, strict=True):
         best = line.topk(3)
         assert list(table) == best.indices.tolist()
         assert list(table.values()) == pytest.approx(best.values.tolist(), abs=1e-5)
 
 
-def test_a_drafter_brings_its_planner_unless_another_is_given():
+def test_a_drafters_own_planner_is_used_unless_another_is_given():
     drafter = Lookup()
     assert Engine(tiny(), drafter).planner is drafter.planner
     assert Engine(tiny(), drafter, Chain(2)).planner == Chain(2)
     assert Engine(tiny()).planner is None
 
 
-# -- who sits and who waits -------------------------------------------------------------------------------------------------
+# -- waiting and forking ----------------------------------------------------------------------------------------------------
 
 
 def test_more_requests_than_fit_wait_and_finish():
@@ -275,7 +275,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize(("prompt", "fields", "sentence"), REFUSALS)
-def test_what_cannot_be_honoured_is_refused_before_any_work(prompt, fields, sentence):
+def test_a_request_that_cannot_be_honoured_is_refused_before_any_work(prompt, fields, sentence):
     engine = Engine(tiny())
     with pytest.raises(ValueError, match=sentence):
         engine.add(prompt, SamplingParams(max_tokens=4, **fields))
@@ -309,7 +309,7 @@ def test_samples_share_the_prompt_and_equal_separate_requests(samples):
     assert engine.stats.nodes < plain_engine.stats.nodes  # the prompt was scored fewer times
 
 
-def test_followers_of_a_leader_that_is_gone_read_the_prompt_themselves():
+def test_followers_of_an_aborted_leader_score_the_prompt_themselves():
     target, (ask,) = tiny(), asks(VOCAB, [9], [6], SAMPLED)
     (plain,), _ = decode(target, [ask])
     engine = Engine(target, max_rows=1)
@@ -359,33 +359,33 @@ def test_too_little_memory_is_refused():
 
 
 def resident():
-    """Bytes of this process in memory, where the system tells."""
+    """Resident bytes of this process, where the system reports them."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096
 
 
 def tensors():
     gc.collect()
-    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+    return sum(issubclass(type(item), torch.Tensor) for item in gc.get_objects())
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not tell how much memory a process has")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not report the memory of a process")
 def test_two_hundred_requests_leave_neither_tensors_nor_memory_behind():
     target = tiny("llama", torch.float32)
     distribution = SamplingParams(temperature=1.0, repetition_penalty=1.1, top_p=0.9)
     engine = Engine(target, Lookup(), Best(nodes=8), max_rows=4)
 
-    def crowd(seed, count):
+    def run_requests(seed, count):
         rng = random.Random(seed)
         lengths = [rng.randint(1, 60) for _ in range(count)]
         for ask in asks(VOCAB, lengths, [rng.randint(5, 40) for _ in range(count)], distribution, seed):
             engine.add(ask.prompt, ask.params)
         finish(engine)
 
-    crowd(0, 60)
+    run_requests(0, 60)
     before, before_bytes = tensors(), resident()
-    crowd(1, 200)
+    run_requests(1, 200)
     assert engine.stats.rounds > 1000
     assert tensors() <= before + 5
     assert resident() < before_bytes + 20e6
@@ -399,7 +399,7 @@ def llm(model_folder):
     return load(model_folder, dtype=torch.float64, drafter=None)
 
 
-def told(llm, prompt, answers, depth=5):
+def with_answers(llm, prompt, answers, depth=5):
     """The same model with a drafter that knows these answers to the prompt."""
     ids = llm.tokenizer.encode(prompt)
     drafter = Scripted(right(depth), [[*ids, *answer] for answer in answers])
@@ -407,23 +407,23 @@ def told(llm, prompt, answers, depth=5):
 
 
 def test_streamed_pieces_join_to_the_text(llm):
-    (whole,) = llm.generate("The cat", max_tokens=40, temperature=1.2, seed=4, ignore_eos=True)
-    drafted = told(llm, "The cat", [whole.token_ids])
+    (answer,) = llm.generate("The cat", max_tokens=40, temperature=1.2, seed=4, ignore_eos=True)
+    drafted = with_answers(llm, "The cat", [answer.token_ids])
     pieces = list(drafted.stream("The cat", max_tokens=40, temperature=1.2, seed=4, ignore_eos=True))
-    assert "".join(map(str, pieces)) == whole.text == text_of(llm.tokenizer, whole.token_ids)
-    assert [token for piece in pieces for token in piece.token_ids] == list(whole.token_ids)
+    assert "".join(map(str, pieces)) == answer.text == text_of(llm.tokenizer, answer.token_ids)
+    assert [token for piece in pieces for token in piece.token_ids] == list(answer.token_ids)
     assert len(pieces) == 1 + 7  # one token, then 39 in sixes
 
 
-@pytest.mark.parametrize("place", [4, 9, 17, 30])
-def test_a_stop_string_cuts_a_kept_path_where_plain_decoding_stops(llm, place):
+@pytest.mark.parametrize("start", [4, 9, 17, 30])
+def test_a_stop_string_cuts_a_kept_path_where_plain_decoding_stops(llm, start):
     settings = {"max_tokens": 40, "temperature": 1.2, "seed": 11, "ignore_eos": True}
-    (whole,) = llm.generate("The cat", **settings)
-    stop = whole.text[place : place + 3]
+    (answer,) = llm.generate("The cat", **settings)
+    stop = answer.text[start : start + 3]
     (plain,) = llm.generate("The cat", stop=stop, **settings)
-    (drafted,) = told(llm, "The cat", [whole.token_ids]).generate("The cat", stop=stop, **settings)
-    assert plain.text == drafted.text == whole.text[: whole.text.index(stop)]
-    assert plain.token_ids == drafted.token_ids == whole.token_ids[: len(plain.token_ids)]
+    (drafted,) = with_answers(llm, "The cat", [answer.token_ids]).generate("The cat", stop=stop, **settings)
+    assert plain.text == drafted.text == answer.text[: answer.text.index(stop)]
+    assert plain.token_ids == drafted.token_ids == answer.token_ids[: len(plain.token_ids)]
     assert plain.finish_reason == drafted.finish_reason == "stop"
     check_empty(llm.engine)
 
@@ -439,12 +439,12 @@ def test_a_seed_that_was_drawn_repeats_the_answer(llm):
 def test_several_samples_and_prompts_are_repeated_one_by_one(llm):
     settings = {"max_tokens": 12, "temperature": 1.0, "ignore_eos": True}
     samples = llm.generate("The sea", n=3, seed=5, **settings)
-    for place, sample in enumerate(samples):
-        assert sample.seed == mix(5, place)
+    for index, sample in enumerate(samples):
+        assert sample.seed == mix(5, index)
         assert llm.generate("The sea", seed=sample.seed, **settings)[0].token_ids == sample.token_ids
     many = llm.generate(["The sea", "The cat"], seed=5, **settings)
-    for place, (prompt, answer) in enumerate(zip(["The sea", "The cat"], many, strict=True)):
-        assert answer.seed == mix(5, place)
+    for index, (prompt, answer) in enumerate(zip(["The sea", "The cat"], many, strict=True)):
+        assert answer.seed == mix(5, index)
         assert llm.generate(prompt, seed=answer.seed, **settings)[0].token_ids == answer.token_ids
 
 
@@ -455,7 +455,7 @@ def test_leaving_a_stream_early_frees_its_seat(llm):
 
 
 def test_a_text_stream_without_end_is_flushed_when_the_answer_ends(model_folder):
-    """A token that is a part of a character is held back, and told as it stands once nothing follows."""
+    """A token that is a part of a character is held back, and becomes text once nothing follows."""
     tokenizer = load_tokenizer(model_folder)
     target = Target.load(model_folder, dtype=torch.float64)
     half = tokenizer.encode("é")[0]

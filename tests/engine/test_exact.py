@@ -93,7 +93,7 @@ def test_by_default_a_trained_model_keeps_every_bit(name, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_where_a_prompt_is_cut_changes_no_bit(dtype):
-    """Requests share the prompt tokens of a round, so the load decides where a prompt is cut: here nowhere, and into several sizes."""
+    """Requests share the prompt tokens of a round, so the load decides where one is cut: here nowhere, and into several sizes."""
     target = Target(random_model(hf.LlamaConfig(**SHAPE), dtype), check=False)
     target.choose_kernels(True)
     prompts = [torch.randint(0, 97, (size,), generator=torch.Generator().manual_seed(size)).tolist() for size in (300, 131)]

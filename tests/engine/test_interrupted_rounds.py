@@ -1,4 +1,4 @@
-"""A round counts as a whole or not at all: whatever interrupts it, and wherever, the next one begins where it began."""
+"""A round counts as a whole or not at all: interrupted at any statement, the next round starts from the state before it."""
 
 import random
 import sys
@@ -30,15 +30,15 @@ Statement = tuple[str, int]  # a file of the package, and a line
 
 
 class Interruption(BaseException):
-    """What a signal handler might raise: no kind of `Exception`."""
+    """Raised as by a signal handler: not an `Exception`."""
 
 
 @dataclass
 class Interrupter:
-    """Raises `Interruption` once, at the first statement of a round that `chooses` likes. As a context manager: armed."""
+    """Raises `Interruption` once, at the first statement for which `chooses` is true, within its `with` block."""
 
     chooses: Callable[[Statement], bool]
-    at: Statement | None = None
+    interrupted_at: Statement | None = None
 
     def __enter__(self) -> "Interrupter":
         sys.settrace(self._call)
@@ -49,14 +49,14 @@ class Interrupter:
 
     def _call(self, frame: FrameType, event: str, argument: Any) -> Any:
         name = frame.f_code.co_filename
-        # Who holds the engine is given up in a `finally`, between whose statements no signal handler runs.
+        # A thread gives up the engine in a `finally` block, between whose statements no signal handler runs.
         is_ours = name.startswith(PACKAGE) and not name.endswith("exclusive.py")
         return self._line if is_ours else None
 
     def _line(self, frame: FrameType, event: str, argument: Any) -> Any:
         statement = frame.f_code.co_filename, frame.f_lineno
-        if event == "line" and self.at is None and self.chooses(statement):
-            self.at = statement
+        if event == "line" and self.interrupted_at is None and self.chooses(statement):
+            self.interrupted_at = statement
             raise Interruption(statement)
         return self._line
 
@@ -69,9 +69,9 @@ def target():
 @cache
 def requests():
     """Prompts of several chunks and of one token, penalties, log-probabilities, and an answer of one token."""
-    asked = asks(VOCAB, [14, 1, 9, 5, 20, 3], [14, 11, 1, 12, 9, 10], SamplingParams(temperature=1.0, logprobs=2))
-    asked[0] = replace(asked[0], params=replace(asked[0].params, repetition_penalty=1.3, presence_penalty=0.5))
-    return tuple(asked)
+    made = asks(VOCAB, [14, 1, 9, 5, 20, 3], [14, 11, 1, 12, 9, 10], SamplingParams(temperature=1.0, logprobs=2))
+    made[0] = replace(made[0], params=replace(made[0].params, repetition_penalty=1.3, presence_penalty=0.5))
+    return tuple(made)
 
 
 @cache
@@ -80,7 +80,7 @@ def plain():
 
 
 def scripted():
-    """Its trees depend on the text alone, so that a round that runs again has the same ones."""
+    """A drafter whose trees depend on the text alone, so that a round that is repeated has the same trees."""
 
     def script(coming, limit):
         return random_trees(VOCAB, 10, seed=len(coming), skill=0.8)(coming, limit)
@@ -89,13 +89,13 @@ def scripted():
 
 
 def engine_with(kind: str) -> Engine:
-    made = {
+    drafters = {
         "none": lambda: None,
         "lookup": lambda: Lookup(floor=0.01, min_gain=0.0),
         "scripted": scripted,
         "model": lambda: ModelDrafter(cut(target().model, 2)),
     }
-    drafter = made[kind]() if kind in made else heads_for(target(), kind)
+    drafter = drafters[kind]() if kind in drafters else heads_for(target(), kind)
     planner = AsDrafted(10, 5) if kind == "scripted" else Best(nodes=6, depth=3, width=2, beam=2)
     return Engine(target(), drafter, planner if drafter else None, max_rows=3, chunk=CHUNK)
 
@@ -107,8 +107,8 @@ def queued(engine: Engine) -> list[Any]:
     return [*running, engine.add(first.prompt, first.params, leader=running[0])]
 
 
-def told(requests: list[Any]) -> list[Any]:
-    """All that a caller gets."""
+def results(requests: list[Any]) -> list[Any]:
+    """All that a caller gets of the requests."""
     return [(r.output, r.guessed, r.finish_reason, r.logprobs, r.stats.rounds, r.stats.tried, r.stats.held) for r in requests]
 
 
@@ -127,11 +127,11 @@ def undisturbed(kind: str) -> list[Any]:
         engine.step()
     assert [request.output for request in running[:-1]] == plain()
     assert kind in ("none", "lookup") or engine.stats.tau > 1.2, "too little is kept for a test of kept drafts"
-    return told(running)
+    return results(running)
 
 
 def disturbed(kind: str, chooses: Callable[[Statement], bool]) -> tuple[list[Any], int]:
-    """The same, every round interrupted once and then run in peace. Returns what came out, and how many were interrupted."""
+    """As `undisturbed`, but every round is interrupted once and then repeated. Also returns how many were interrupted."""
     engine = engine_with(kind)
     running, count = queued(engine), 0
     while not engine.is_idle:
@@ -142,42 +142,42 @@ def disturbed(kind: str, chooses: Callable[[Statement], bool]) -> tuple[list[Any
         except Interruption:
             count += 1
         check_between_rounds(engine)
-        if interrupter.at is not None:
+        if interrupter.interrupted_at is not None:
             engine.step()
             check_between_rounds(engine)
     check_empty(engine)
     assert all(request.drafts for request in running), "the drafter was given up"
-    return told(running), count
+    return results(running), count
 
 
-def check_same(kind: str, found: list[Any], expected: list[Any]) -> None:
-    for one, other in zip(found, expected, strict=True):
-        if kind == "lookup":  # what it had learned of chances is lost with its text
+def check_same(kind: str, actual: list[Any], expected: list[Any]) -> None:
+    for one, other in zip(actual, expected, strict=True):
+        if kind == "lookup":  # the chances that it had learned are lost with its text
             one, other = (one[0], one[2], one[3]), (other[0], other[2], other[3])
             assert one[:2] == other[:2]
-            own = [line[0] for line in one[2]], [line[0] for line in other[2]]
-            assert own[0] == pytest.approx(own[1], abs=1e-12)
+            logprobs = [line[0] for line in one[2]], [line[0] for line in other[2]]
+            assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-12)
         else:
-            assert one == other  # to the bit: the same rounds, hence the same passes
+            assert one == other  # to the bit: the same rounds, hence the same forwards
 
 
-def interrupt_everywhere(kind: str, is_wanted: Callable[[str], bool], most: int = 50) -> int:
-    """Answers again and again, each time with other statements interrupted, until none is left. Returns how many there were."""
+def interrupt_everywhere(kind: str, is_included: Callable[[str], bool], most: int = 50) -> int:
+    """Run the requests repeatedly, each time with other statements interrupted, until none is left. Returns their number."""
     expected = undisturbed(kind)
     done: set[Statement] = set()
 
     def chooses(statement: Statement) -> bool:
-        if statement in done or not is_wanted(statement[0]):
+        if statement in done or not is_included(statement[0]):
             return False
         done.add(statement)
         return True
 
     for _ in range(most):
-        found, count = disturbed(kind, chooses)
-        check_same(kind, found, expected)
+        actual, count = disturbed(kind, chooses)
+        check_same(kind, actual, expected)
         if not count:
             return len(done)
-    raise AssertionError(f"{len(done)} statements were interrupted, and there are more")
+    raise AssertionError(f"{len(done)} statements were interrupted, and more are left")
 
 
 @pytest.mark.slow
@@ -189,13 +189,13 @@ def test_a_round_that_fails_at_any_statement_leaves_all_answers_equal(kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["model", "medusa", "hydra++", "mtp, 3 modules", "mtp-parallel", "eagle"])
 def test_a_round_that_fails_at_any_statement_of_the_drafter_leaves_all_answers_equal(kind):
-    stateless = ("grow.py", "plain.py", "__init__.py")
+    stateless = ("grow.py", "llama_layer.py", "__init__.py")
     assert interrupt_everywhere(kind, lambda name: "/drafters/" in name and not name.endswith(stateless)) > 20
 
 
 @pytest.mark.parametrize("kind", ["none", "scripted", "lookup", "model", "mtp", "eagle3"])
 def test_rounds_that_fail_anywhere_leave_all_answers_equal(kind):
-    """A sample of all statements, at any of the times that they are reached."""
+    """Random statements, at any of the times that they run."""
     rng = random.Random(5)
     left = [rng.randrange(800)]
 
@@ -206,41 +206,41 @@ def test_rounds_that_fail_anywhere_leave_all_answers_equal(kind):
         left[0] = rng.randrange(2500)
         return True
 
-    found, count = disturbed(kind, chooses)
-    check_same(kind, found, undisturbed(kind))
+    actual, count = disturbed(kind, chooses)
+    check_same(kind, actual, undisturbed(kind))
     assert count > 10
 
 
-# -- errors of others -------------------------------------------------------------------------------------------------------
+# -- errors of drafters and text streams ------------------------------------------------------------------------------------
 
 
-class Careless(Lookup):
-    """Learns a part of what it is told, then runs out of memory: once in a while, or from some time on always."""
+class FailingDrafter(Lookup):
+    """Learns a part of what it is told, then runs out of memory, in those calls of `extend` for which `fails` is true."""
 
     def __init__(self, fails: Callable[[int], bool]) -> None:
         super().__init__(floor=0.01, min_gain=0.0)
-        self.fails, self.num_told = fails, 0
+        self.fails, self.num_calls = fails, 0
 
     def extend(self, kept: Kept) -> None:
-        self.num_told += 1
-        if self.fails(self.num_told):
+        self.num_calls += 1
+        if self.fails(self.num_calls):
             half = replace(kept, texts=tuple(text[: 1 + len(text) // 2] for text in kept.texts))
             super().extend(half)
-            raise MemoryError("no memory for what was told")
+            raise MemoryError("no memory for the text")
         super().extend(kept)
 
 
-class Reader(Careless):
-    """The same, and it asks for features: they do not come again, so nothing can be told again."""
+class FailingReader(FailingDrafter):
+    """As `FailingDrafter`, with taps: features (tapped hidden states) are not computed again, so no text can be told again."""
 
     taps = (-1,)
 
 
-CAREFUL = [(lambda now: now in (5, 30), True), (lambda now: now > 9, False)]
+FAILURES = [(lambda call: call in (5, 30), True), (lambda call: call > 9, False)]
 
 
-@pytest.mark.parametrize("kind", [Careless, Reader])
-@pytest.mark.parametrize(("fails", "recovers"), CAREFUL, ids=["at times", "for good"])
+@pytest.mark.parametrize("kind", [FailingDrafter, FailingReader])
+@pytest.mark.parametrize(("fails", "recovers"), FAILURES, ids=["at times", "for good"])
 def test_a_drafter_that_fails_halfway_changes_no_answer(kind, fails, recovers):
     engine = Engine(target(), kind(fails), max_rows=3, chunk=CHUNK)
     running, errors = queued(engine), 0
@@ -254,18 +254,18 @@ def test_a_drafter_that_fails_halfway_changes_no_answer(kind, fails, recovers):
     assert [request.output for request in running[:-1]] == plain()
     assert errors
     assert recovers == running[-1].drafts, "it drafts again, or it was given up"
-    if kind is Careless:
+    if kind is FailingDrafter:
         assert recovers == all(request.drafts for request in running)
 
 
-class Broken:
+class BrokenStream:
     """A text stream that fails at a token."""
 
     def __init__(self, after: int) -> None:
         self.left = after
 
     def copy(self):
-        return Broken(self.left)
+        return BrokenStream(self.left)
 
     def push(self, token_ids):
         self.left -= len(token_ids)
@@ -277,9 +277,9 @@ class Broken:
         return Piece("", 0)
 
 
-def test_a_text_that_cannot_be_made_ends_its_own_request_only():
+def test_a_text_stream_that_fails_ends_its_own_request_only():
     engine = Engine(target(), scripted(), AsDrafted(10, 5), max_rows=3, chunk=CHUNK)
-    broken = engine.add([1, 2, 3], SamplingParams(max_tokens=9, temperature=1.0, seed=3), stream=Broken(4))
+    broken = engine.add([1, 2, 3], SamplingParams(max_tokens=9, temperature=1.0, seed=3), stream=BrokenStream(4))
     running, errors = queued(engine), []
     while not engine.is_idle:
         try:
@@ -293,8 +293,8 @@ def test_a_text_that_cannot_be_made_ends_its_own_request_only():
     assert {request.finish_reason for request in running} == {"length"}
 
 
-def test_an_interrupted_abort_is_made_up_for():
-    """Ctrl-C once more while the requests of an interrupted answer are being ended."""
+def test_an_interrupted_abort_is_completed_later():
+    """A second Ctrl-C, while the requests of an interrupted answer are being ended."""
     done: set[Statement] = set()
 
     def chooses(statement: Statement) -> bool:
@@ -316,7 +316,7 @@ def test_an_interrupted_abort_is_made_up_for():
             engine.step()
         check_empty(engine)
         assert second.output == plain()[2]
-        if interrupter.at is None:
+        if interrupter.interrupted_at is None:
             break
     assert len(done) > 20
     assert first.finish_reason == "abort"

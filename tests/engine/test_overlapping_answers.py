@@ -1,4 +1,4 @@
-"""Several answers of one model at a time: by turns, inside each other, in threads, dropped. Each has the text that it has alone."""
+"""Several answers of one model at once: by turns, nested, in threads, dropped. Each has the text that it has alone."""
 
 import gc
 import threading
@@ -26,7 +26,7 @@ def model(model_folder):
 
 @pytest.fixture
 def llm(model):
-    """An engine of its own, for two rows: others wait."""
+    """A new engine for two rows: other requests wait."""
     return LLM(Engine(model.engine.target, type(model.engine.drafter)(floor=0.01, min_gain=0.0), max_rows=2), model.tokenizer)
 
 
@@ -48,7 +48,7 @@ def text(fragments):
 
 
 def check_gone(llm):
-    """Nothing is left, also of what was dropped."""
+    """Check that nothing is left of any request, dropped ones included."""
     gc.collect()
     check_empty(llm.engine)
 
@@ -71,9 +71,9 @@ def test_two_streams_by_turns_have_the_texts_they_have_alone(llm, alone):
 
 def test_generate_in_the_middle_of_a_stream_disturbs_neither(llm, alone):
     outer, inner = "", []
-    for place, piece in enumerate(stream(llm, 3)):
+    for index, piece in enumerate(stream(llm, 3)):
         outer += str(piece)
-        if place % 2:
+        if index % 2:
             inner.append(llm.generate(PROMPTS[4], seed=4, **SETTINGS)[0].text)
     assert outer == alone(3).text
     assert len(inner) > 1
@@ -81,12 +81,12 @@ def test_generate_in_the_middle_of_a_stream_disturbs_neither(llm, alone):
     check_gone(llm)
 
 
-DEEDS = ["read", "read", "open", "drop", "close", "generate", "drain"]
+ACTIONS = ["read", "read", "open", "drop", "close", "generate", "drain"]
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
-@given(deeds=st.lists(st.tuples(st.sampled_from(DEEDS), st.integers(0, 5)), max_size=30))
-def test_any_interleaving_gives_every_answer_its_own_text(model, alone, deeds):
+@given(actions=st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 5)), max_size=30))
+def test_any_interleaving_gives_every_answer_its_own_text(model, alone, actions):
     llm = LLM(Engine(model.engine.target, type(model.engine.drafter)(), max_rows=2), model.tokenizer)
     streams, readers, read = {}, {}, {}
 
@@ -94,18 +94,18 @@ def test_any_interleaving_gives_every_answer_its_own_text(model, alone, deeds):
         read[number] += text(readers[number])
         assert read[number] == alone(number).text == streams[number].answers[0].text
 
-    for deed, number in deeds:
-        if deed == "generate":
+    for action, number in actions:
+        if action == "generate":
             assert llm.generate(PROMPTS[number], seed=number, **SETTINGS)[0].text == alone(number).text
-        elif deed == "open" and number not in streams:
+        elif action == "open" and number not in streams:
             streams[number] = stream(llm, number)
             readers[number], read[number] = iter(streams[number]), ""
-        elif number in streams and deed == "read":
+        elif number in streams and action == "read":
             read[number] += str(next(readers[number], ""))
-        elif number in streams and deed in ("drop", "close", "drain"):
-            if deed == "drain":
+        elif number in streams and action in ("drop", "close", "drain"):
+            if action == "drain":
                 finish(number)
-            if deed == "close":
+            if action == "close":
                 streams[number].close()
                 assert alone(number).text.startswith(streams[number].answers[0].text)
             assert alone(number).text.startswith(read[number])
@@ -118,7 +118,7 @@ def test_any_interleaving_gives_every_answer_its_own_text(model, alone, deeds):
 
 
 def in_threads(*works):
-    """Runs them all at once; raises what one of them raised."""
+    """Run functions at once, each in a thread. Raises what one of them raised."""
     errors = []
 
     def guarded(work):
@@ -132,46 +132,46 @@ def in_threads(*works):
         thread.start()
     for thread in threads:
         thread.join(60)
-        assert not thread.is_alive(), "a thread waits for ever"
+        assert not thread.is_alive(), "a thread never ends"
     if errors:
         raise errors[0]
 
 
 def test_four_threads_generate_and_stream_at_the_same_time(llm, alone):
     expected = {number: alone(number) for number in range(24)}
-    found = {}
+    actual = {}
 
     def generate(numbers):
         for number in numbers:
-            found[number] = llm.generate(PROMPTS[number % len(PROMPTS)], seed=number, **SETTINGS)[0].text
+            actual[number] = llm.generate(PROMPTS[number % len(PROMPTS)], seed=number, **SETTINGS)[0].text
 
     def read(numbers):
         for number in numbers:
-            found[number] = text(stream(llm, number))
+            actual[number] = text(stream(llm, number))
 
     def leave(numbers):
         for number in numbers:
             for _ in stream(llm, number):
                 break
-            stream(llm, number)  # and one that is dropped as it is
-            found[number] = expected[number].text
+            stream(llm, number)  # and one that is dropped without being read
+            actual[number] = expected[number].text
 
     works = [(generate, range(0, 6)), (read, range(6, 12)), (generate, range(12, 18)), (read, range(18, 23)), (leave, [23] * 6)]
     in_threads(*(lambda work=work, numbers=numbers: work(numbers) for work, numbers in works))
-    assert found == {number: answer.text for number, answer in expected.items()}
+    assert actual == {number: answer.text for number, answer in expected.items()}
     check_gone(llm)
 
 
 def test_a_stream_that_another_thread_closes_ends_for_its_reader(llm, alone):
-    one, pieces, has_begun = stream(llm, 5), [], threading.Event()
+    one, pieces, has_started = stream(llm, 5), [], threading.Event()
 
     def read():
         for piece in one:
             pieces.append(str(piece))
-            has_begun.set()
+            has_started.set()
 
     def close():
-        has_begun.wait(30)
+        has_started.wait(30)
         one.close()
 
     in_threads(read, close)
@@ -188,22 +188,22 @@ def test_a_stream_that_is_dropped_unread_leaves_nothing_queued(llm):
     check_gone(llm)
     kept = stream(llm, 1)
     llm.generate(PROMPTS[2], seed=2, **SETTINGS)
-    assert kept.answers[0].token_ids  # it was served along
+    assert kept.answers[0].token_ids  # it had a row in the rounds of the other
     del kept
     check_gone(llm)
 
 
-def test_a_stream_that_is_kept_unread_has_its_pieces_waiting(llm, alone):
+def test_the_fragments_of_a_stream_that_is_kept_unread_wait_for_its_reader(llm, alone):
     kept = stream(llm, 1)
     assert llm.generate(PROMPTS[2], seed=2, **SETTINGS)[0].text == alone(2).text
     rounds = llm.stats.rounds
     assert text(kept) == alone(1).text
-    assert llm.stats.rounds - rounds < 3, "its text was there"
+    assert llm.stats.rounds - rounds < 3, "its text had not been made before"
     check_gone(llm)
 
 
 def test_unread_streams_do_not_keep_others_from_a_seat(llm, alone):
-    kept = [stream(llm, number) for number in (1, 2, 3)]  # for two seats
+    kept = [stream(llm, number) for number in (1, 2, 3)]  # with two seats
     assert llm.generate(PROMPTS[4], seed=4, **SETTINGS)[0].text == alone(4).text
     assert [text(one) for one in kept] == [alone(number).text for number in (1, 2, 3)]
     check_gone(llm)
@@ -220,7 +220,7 @@ def test_a_stream_is_a_context_manager_that_ends_its_request(llm, alone):
     assert list(one) == []
 
 
-def test_a_prompt_that_cannot_run_leaves_none_of_its_neighbours_queued(llm):
+def test_a_prompt_that_cannot_run_leaves_no_other_prompt_of_its_call_queued(llm):
     with pytest.raises(ValueError, match="exceeds the context"):
         llm.generate([PROMPTS[0], [1] * 400], **SETTINGS)
     check_gone(llm)
@@ -229,26 +229,26 @@ def test_a_prompt_that_cannot_run_leaves_none_of_its_neighbours_queued(llm):
 # -- statistics -------------------------------------------------------------------------------------------------------------
 
 
-def test_statistics_of_answers_are_their_own_and_sum_to_the_engines(llm):
+def test_statistics_of_answers_cover_each_alone_and_sum_to_the_engines(llm):
     before = llm.stats.copy()
     greedy = SETTINGS | {"temperature": 0.0}  # repeats itself, so that drafts are kept
     answers = llm.generate(PROMPTS, n=2, seed=1, **greedy)
-    whole, total = llm.stats.since(before), Stats.total(answer.stats for answer in answers)
+    of_engine, total = llm.stats.since(before), Stats.total(answer.stats for answer in answers)
     for answer in answers:
         assert answer.stats.tokens == len(answer.token_ids)
         assert answer.stats.rounds >= answer.stats.row_rounds > 0
         assert sum(answer.stats.held) >= sum(answer.guessed)
-    assert sum(whole.held) > 0
+    assert sum(of_engine.held) > 0
     for name in ("tokens", "row_rounds", "drafts", "tried", "held"):
-        assert getattr(total, name) == getattr(whole, name)
-    assert total.nodes == whole.nodes  # no dead ones: the kernels are not the exact ones
-    assert total.seconds == pytest.approx(whole.seconds)
+        assert getattr(total, name) == getattr(of_engine, name)
+    assert total.nodes == of_engine.nodes  # no dead nodes: only exact kernels add some
+    assert total.seconds == pytest.approx(of_engine.seconds)
 
 
-# -- one at a time ----------------------------------------------------------------------------------------------------------
+# -- mutual exclusion -------------------------------------------------------------------------------------------------------
 
 
-def test_work_inside_work_of_the_same_thread_is_refused_and_not_waited_for():
+def test_work_inside_work_of_the_same_thread_is_refused_at_once():
     exclusive = Exclusive()
     with pytest.raises(RuntimeError, match="in the middle of a round"):
         exclusive.run(lambda: exclusive.run(lambda: None))
@@ -257,21 +257,21 @@ def test_work_inside_work_of_the_same_thread_is_refused_and_not_waited_for():
     assert exclusive.run(lambda: 5) == 5
 
 
-def test_who_waits_comes_back_when_what_it_waits_for_is_there():
-    exclusive, has_begun, may_end, seen = Exclusive(), threading.Event(), threading.Event(), []
+def test_a_waiting_thread_returns_when_its_condition_is_true():
+    exclusive, has_started, may_end, results = Exclusive(), threading.Event(), threading.Event(), []
 
     def work():
         def inside():
-            has_begun.set()
+            has_started.set()
             may_end.wait(30)
-            seen.append("worked")
+            results.append("worked")
 
         exclusive.run(inside)
 
     def wait():
-        has_begun.wait(30)
+        has_started.wait(30)
         may_end.set()
-        seen.append(exclusive.run(lambda: "not needed", unless=lambda: "worked" in seen))
+        results.append(exclusive.run(lambda: "not needed", unless=lambda: "worked" in results))
 
     in_threads(work, wait)
-    assert seen == ["worked", None]
+    assert results == ["worked", None]
