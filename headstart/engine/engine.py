@@ -13,25 +13,23 @@ from contextlib import contextmanager
 from itertools import count
 
 import torch
-from torch import Tensor
 
 from headstart.drafters import Drafter
 from headstart.engine.admission import check_prompt
 from headstart.engine.drafter_state import DrafterState
-from headstart.engine.emission import emission_of, token_logprobs
 from headstart.engine.events import Event, EventQueue
 from headstart.engine.exclusive import Exclusive
 from headstart.engine.memory import headroom_slots, num_slots, slot_bytes
 from headstart.engine.scheduler import Request, Scheduler, Stream, Turn
 from headstart.engine.state import EngineState
-from headstart.engine.stats import Part, Stats
+from headstart.engine.stats import Stats, parts_of
 from headstart.speculation.distribution import History, SamplingTensors
 from headstart.speculation.noise import draw_seed
 from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import NO_DRAFTS, Planner
 from headstart.speculation.rows import Rows
 from headstart.speculation.rules import parse_rule
-from headstart.speculation.tree import Drafts, Forest, merge
+from headstart.speculation.tree import Drafts, merge
 from headstart.speculation.verify import Rule, Verdict, verify
 from headstart.target.cache import Seating
 from headstart.target.target import Scored, Target
@@ -138,12 +136,12 @@ class Engine:
         """End a request now, or after the round that another thread runs. Tokens that it has emitted stay."""
         self._leaving.append(request)
         if not self._exclusive.is_mine:
-            self._exclusive.run(self._settle, lambda: request not in self._leaving)
+            self._exclusive.run(self._join_and_end, lambda: request not in self._leaving)
 
     def leave(self, requests: Iterable[Request]) -> None:
         """End requests without waiting: now, or after the round that runs. For finalizers, which may be called at any statement."""
         self._leaving.extend(requests)
-        self._exclusive.run_now(self._settle)
+        self._exclusive.run_now(self._join_and_end)
 
     @property
     def is_idle(self) -> bool:
@@ -186,12 +184,12 @@ class Engine:
             self._exclusive.run(work, unless)
         finally:
             if self._leaving:  # a finalizer ran meanwhile
-                self._exclusive.run_now(self._settle)
+                self._exclusive.run_now(self._join_and_end)
 
     @torch.inference_mode()
     def _transact(self) -> None:
         """Run a round that counts as a whole or not at all."""
-        self._settle()
+        self._join_and_end()
         self.state.transact(self._round)
 
     def _join(self) -> None:
@@ -202,16 +200,16 @@ class Engine:
                 self.scheduler.add(self._joining[0])
             self._joining.popleft()
 
-    def _settle(self) -> None:
+    def _join_and_end(self) -> None:
         """As `_join`, and end the requests that leave."""
         self._join()
         while self._leaving:
             if self._leaving[0].finish_reason is None:
-                self.state.transact(self._end_first)
+                self.state.transact(self._end_next)
             self._leaving.popleft()
 
-    def _end_first(self) -> None:
-        """End the first request that leaves."""
+    def _end_next(self) -> None:
+        """End the next request that leaves."""
         request = self._leaving[0]
         self.state.finish(request, "abort")
         if request.queue is not None:
@@ -250,7 +248,9 @@ class Engine:
             self.state.drafter.follow(turns, forest, scored, verdict)
         emitted = self._emit(turns, scored, verdict)
         seconds["host"] += time.perf_counter() - began - sum(seconds.values())
-        self._note(turns, forest, verdict, emitted, seconds)
+        for turn, part in zip(turns, parts_of(forest, verdict, emitted, seconds), strict=True):
+            turn.request.rounds.append(part)
+        self.stats += Stats.of_round(forest, verdict, emitted, seconds)
 
     def _rows(self, turns: Sequence[Turn], seats: Sequence[int]) -> Rows:
         requests = [turn.request for turn in turns]
@@ -297,41 +297,8 @@ class Engine:
         for row, turn in enumerate(turns):
             turn.request.scored += len(turn.stem) + len(verdict.kept[row])
             tokens = verdict.emitted[row]
-            emitted.append(self._emit_to(turn.request, tokens, scored.logits, verdict.asked[row]) if tokens else 0)
+            emitted.append(self.state.emit(turn.request, tokens, scored.logits, verdict.asked[row]) if tokens else 0)
         return emitted
-
-    def _emit_to(self, request: Request, decided: tuple[int, ...], logits: Tensor, asked: tuple[int, ...]) -> int:
-        """Give a request what it emits of the decided tokens. Returns how many these are."""
-        try:
-            emission = emission_of(request, decided)
-        except Exception as error:  # of its own text stream: the other rows go on
-            self.state.finish(request, "error")
-            self.state.put(Event(request, finish_reason="error", error=error))
-            return 0
-        tokens = emission.tokens
-        request.stream = emission.stream
-        request.output += tokens
-        request.guessed += emission.guessed
-        if request.params.logprobs is not None:
-            request.logprobs += token_logprobs(logits, asked[: len(tokens)], tokens, request.params.logprobs)
-        self.state.write_history(request, tokens)
-        if emission.finish_reason is not None:
-            self.state.finish(request, emission.finish_reason)
-        self.state.put(Event(request, tokens, emission.guessed, emission.text, emission.finish_reason))
-        return len(tokens)
-
-    def _note(
-        self, turns: Sequence[Turn], forest: Forest, verdict: Verdict, emitted: Sequence[int], seconds: dict[str, float]
-    ) -> None:
-        """Add a round to the statistics of the engine and of each request."""
-        total = Stats(rounds=1, nodes=len(forest), drafts=sum(forest.counts), seconds=seconds)
-        share = seconds if len(turns) == 1 else {name: spent / len(turns) for name, spent in seconds.items()}
-        for row, turn in enumerate(turns):
-            tried, held, drafts = verdict.tried[row], len(verdict.kept[row]), forest.counts[row]
-            if emitted[row]:
-                total.count(tried, held, emitted[row])
-            turn.request.rounds.append(Part(forest.stems[row] + drafts, drafts, tried, held, emitted[row], share))
-        self.stats += total
 
 
 @contextmanager

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from headstart.engine.drafter_state import DrafterState
+from headstart.engine.emission import emission_of, token_logprobs
 from headstart.engine.events import Event, EventQueue
 from headstart.engine.savepoint import Savepoint
 from headstart.engine.scheduler import Request, Scheduler
@@ -103,8 +105,27 @@ class EngineState:
         if self.history is not None and request.params.has_penalties and request.seat is not None:
             self.history.start(request.seat, request.prompt, request.output)
 
-    def write_history(self, request: Request, tokens: tuple[int, ...]) -> None:
-        """Count emitted tokens, where the request uses penalties."""
+    def emit(self, request: Request, decided: tuple[int, ...], logits: Tensor, asked: tuple[int, ...]) -> int:
+        """Give a request what it emits of the decided tokens. Returns how many these are."""
+        try:
+            emission = emission_of(request, decided)
+        except Exception as error:  # of its own text stream: the other rows go on
+            self.finish(request, "error")
+            self.put(Event(request, finish_reason="error", error=error))
+            return 0
+        tokens = emission.tokens
+        request.stream = emission.stream
+        request.output += tokens
+        request.guessed += emission.guessed
+        if request.params.logprobs is not None:
+            request.logprobs += token_logprobs(logits, asked[: len(tokens)], tokens, request.params.logprobs)
+        self._write_history(request, tokens)
+        if emission.finish_reason is not None:
+            self.finish(request, emission.finish_reason)
+        self.put(Event(request, tokens, emission.guessed, emission.text, emission.finish_reason))
+        return len(tokens)
+
+    def _write_history(self, request: Request, tokens: tuple[int, ...]) -> None:
         if self.history is not None and request.params.has_penalties and request.seat is not None:
             self.history.write(request.seat, tokens)
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from headstart.speculation.tree import Forest
+    from headstart.speculation.verify import Verdict
 
 
 class Part(NamedTuple):
@@ -26,6 +30,17 @@ class Part(NamedTuple):
     held: int
     tokens: int
     seconds: dict[str, float]
+
+
+def parts_of(forest: Forest, verdict: Verdict, emitted: Sequence[int], seconds: dict[str, float]) -> list[Part]:
+    """Each row's part in a round.
+
+    emitted: per row, how many tokens it emitted.
+    seconds: of the round, by phase; each row gets an equal share.
+    """
+    share = seconds if len(emitted) == 1 else {name: spent / len(emitted) for name, spent in seconds.items()}
+    rows = zip(forest.stems, forest.counts, verdict.tried, verdict.kept, emitted, strict=True)
+    return [Part(stem + drafts, drafts, tried, len(kept), tokens, share) for stem, drafts, tried, kept, tokens in rows]
 
 
 @dataclass
@@ -89,6 +104,19 @@ class Stats:
             tried=[a + b for a, b in zip_longest(self.tried, other.tried, fillvalue=0)],
             held=[a + b for a, b in zip_longest(self.held, other.held, fillvalue=0)],
         )
+
+    @classmethod
+    def of_round(cls, forest: Forest, verdict: Verdict, emitted: Sequence[int], seconds: dict[str, float]) -> Stats:
+        """The statistics of one round of an engine.
+
+        emitted: per row, how many tokens it emitted.
+        seconds: of the round, by phase.
+        """
+        result = cls(rounds=1, nodes=len(forest), drafts=sum(forest.counts), seconds=seconds)
+        for tried, kept, tokens in zip(verdict.tried, verdict.kept, emitted, strict=True):
+            if tokens:
+                result.count(tried, len(kept), tokens)
+        return result
 
     @classmethod
     def of(cls, parts: Iterable[Part]) -> Stats:
