@@ -8,8 +8,12 @@ from headstart.speculation.sampling import SamplingParams
 from headstart.target.target import Target
 
 
-def check_prompt(target: Target, prompt: Sequence[int], params: SamplingParams) -> None:
-    """Raise ValueError for an empty prompt, one that is too long with its answer, and tokens that are not in the vocabulary."""
+def check_prompt(target: Target, prompt: Sequence[int], params: SamplingParams, *, has_stream: bool) -> None:
+    """Raise ValueError for a request that the target can never run.
+
+    Refused are an empty prompt, one that exceeds the context with its answer, tokens that are not in the vocabulary, more
+    log-probabilities than it has tokens, and stop strings without a text stream.
+    """
     limit = target.context
     if not prompt:
         raise ValueError("the prompt is empty; give at least one token")
@@ -18,6 +22,8 @@ def check_prompt(target: Target, prompt: Sequence[int], params: SamplingParams) 
             f"prompt of {len(prompt)} tokens plus max_tokens={params.max_tokens} exceeds the context of {limit} tokens of "
             f"{target.name}; {_way_out(len(prompt), limit)}"
         )
+    if params.stop and not has_stream:
+        raise ValueError("stop strings need a tokenizer; use headstart.load, or hand the engine a TextStream")
     unknown = [token for token in (*prompt, *params.logit_bias, *params.stop_token_ids) if not 0 <= token < target.vocab]
     if unknown:
         raise ValueError(f"token {unknown[0]} is not in the vocabulary of {target.vocab} of {target.name}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import count
 
 import torch
@@ -22,7 +21,7 @@ from headstart.engine.exclusive import Exclusive
 from headstart.engine.memory import headroom_slots, num_slots, slot_bytes
 from headstart.engine.scheduler import Request, Scheduler, Stream, Turn
 from headstart.engine.state import EngineState
-from headstart.engine.stats import Stats, parts_of
+from headstart.engine.stats import Stats, clock, parts_of
 from headstart.speculation.distribution import History, SamplingTensors
 from headstart.speculation.noise import draw_seed
 from headstart.speculation.params import SamplingParams
@@ -120,9 +119,7 @@ class Engine:
 
         Raises ValueError if the request can never run.
         """
-        check_prompt(self.target, prompt, params)
-        if params.stop and stream is None:
-            raise ValueError("stop strings need a tokenizer; use headstart.load, or hand the engine a TextStream")
+        check_prompt(self.target, prompt, params, has_stream=stream is not None)
         if seed is None:
             seed = draw_seed() if params.seed is None else params.seed
         stops = frozenset([*(() if params.ignore_eos else stop_ids), *params.stop_token_ids])
@@ -188,7 +185,7 @@ class Engine:
 
     @torch.inference_mode()
     def _transact(self) -> None:
-        """Run a round that counts as a whole or not at all."""
+        """A round that counts as a whole or not at all."""
         self._join_and_end()
         self.state.transact(self._round)
 
@@ -226,10 +223,10 @@ class Engine:
             return
         seats = [turn.request.seat for turn in turns if turn.request.seat is not None]
         rows = self._rows(turns, seats)
-        with _clock(seconds, "draft"):
+        with clock(seconds, "draft"):
             self.state.drafter.remind(turns)
             drafts = self._draft(rows)
-        with _clock(seconds, "host"):
+        with clock(seconds, "host"):
             forest = merge(
                 [turn.stem for turn in turns],
                 [turn.request.scored for turn in turns],
@@ -238,13 +235,13 @@ class Engine:
                 self.target.min_nodes,
                 self.target.device,
             )
-        with _clock(seconds, "score"):
+        with clock(seconds, "score"):
             scored = self.target.score(forest, self.cache, seats, self.drafter.taps if self.drafter else ())
-        with _clock(seconds, "verify"):
+        with clock(seconds, "verify"):
             verdict = verify(forest, scored.logits, rows, self.rule)
-        with _clock(seconds, "commit"):
+        with clock(seconds, "commit"):
             self.cache.commit(seats, forest.stems, verdict.kept)
-        with _clock(seconds, "draft"):
+        with clock(seconds, "draft"):
             self.state.drafter.follow(turns, forest, scored, verdict)
         emitted = self._emit(turns, scored, verdict)
         seconds["host"] += time.perf_counter() - began - sum(seconds.values())
@@ -299,11 +296,3 @@ class Engine:
             tokens = verdict.emitted[row]
             emitted.append(self.state.emit(turn.request, tokens, scored.logits, verdict.asked[row]) if tokens else 0)
         return emitted
-
-
-@contextmanager
-def _clock(seconds: dict[str, float], share: str) -> Iterator[None]:
-    """Add the time that the block takes to a share of `seconds`."""
-    began = time.perf_counter()
-    yield
-    seconds[share] += time.perf_counter() - began
