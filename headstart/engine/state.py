@@ -20,6 +20,10 @@ from headstart.target.target import Target
 class EngineState:
     """The mutable state of an engine, changed in transactions.
 
+    target: for the size of `history` only.
+    scheduler: has the requests and the seating.
+    cache: KV cache of the target.
+    drafter: told what becomes certain.
     history: token counts of the seats, for penalties; None until a request uses penalties.
     unread: events of requests without a queue of their own.
     """
@@ -106,7 +110,12 @@ class EngineState:
             self.history.start(request.seat, request.prompt, request.output)
 
     def emit(self, request: Request, decided: tuple[int, ...], logits: Tensor, asked: tuple[int, ...]) -> int:
-        """Give a request what it emits of the decided tokens. Returns how many these are."""
+        """Give a request what it emits of the decided tokens. Returns how many these are.
+
+        decided: kept drafts, then the target's own token.
+        logits: [asked, vocab] of the round.
+        asked: per decided token, the index of its line in `logits`.
+        """
         try:
             emission = emission_of(request, decided)
         except Exception as error:  # of its own text stream: the other rows go on

@@ -282,7 +282,7 @@ def test_a_request_that_cannot_be_honoured_is_refused_before_any_work(prompt, fi
     check_empty(engine)
 
 
-def test_a_prompt_longer_than_a_chunk_lets_others_go_on_decoding():
+def test_other_requests_keep_decoding_during_a_prompt_longer_than_a_chunk():
     target = tiny()
     engine = Engine(target, max_rows=2, chunk=8)
     first = engine.add([1, 2], SamplingParams(max_tokens=12))
