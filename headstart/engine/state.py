@@ -12,7 +12,7 @@ from headstart.engine.emission import emission_of, token_logprobs
 from headstart.engine.events import Event, EventQueue
 from headstart.engine.savepoint import Savepoint
 from headstart.engine.scheduler import Request, Scheduler
-from headstart.speculation.sampling import History
+from headstart.speculation.distribution import History
 from headstart.target.cache import KVCache
 from headstart.target.target import Target
 
