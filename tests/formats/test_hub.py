@@ -25,26 +25,26 @@ from headstart.target.tokenizer_loading import load_tokenizer
 
 @pytest.fixture
 def shared(tmp_path, monkeypatch):
-    """Repositories of the hub, by their id, as folders; `asked` records the requests."""
+    """Repositories of the hub, by their id, as folders; `requests` records what was requested."""
 
     class Shared(dict):
         pass
 
     repositories = Shared()
-    repositories.asked = []
+    repositories.requests = []
 
     def download(repo_id, *, allow_patterns):
-        repositories.asked.append((repo_id, tuple(allow_patterns)))
+        repositories.requests.append((repo_id, tuple(allow_patterns)))
         if repo_id not in repositories:
             raise LocalEntryNotFoundError("the hub cannot be reached\nand so on")
         if isinstance(repositories[repo_id], Exception):
             raise repositories[repo_id]
-        there = tmp_path / "cache" / repo_id.replace("/", "--")
-        there.mkdir(parents=True, exist_ok=True)
+        folder = tmp_path / "cache" / repo_id.replace("/", "--")
+        folder.mkdir(parents=True, exist_ok=True)
         for file in repositories[repo_id].iterdir():
             if any(fnmatch(file.name, pattern) for pattern in allow_patterns):
-                shutil.copy(file, there)
-        return str(there)
+                shutil.copy(file, folder)
+        return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.chdir(tmp_path)
@@ -61,7 +61,7 @@ def heads_for(model_folder, folder):
 
 
 def test_heads_are_loaded_by_their_hub_id(shared, model_folder, tmp_path):
-    shared["owner/heads"] = heads_for(model_folder, tmp_path / "there")
+    shared["owner/heads"] = heads_for(model_folder, tmp_path / "source")
     llm = headstart.load(model_folder, drafter="owner/heads", device="cpu")
     plain = headstart.load(model_folder, drafter=None, device="cpu")
     assert llm.generate("the cat", max_tokens=8)[0].token_ids == plain.generate("the cat", max_tokens=8)[0].token_ids
@@ -72,9 +72,9 @@ def test_heads_are_loaded_by_their_hub_id(shared, model_folder, tmp_path):
 
 
 def test_the_command_line_accepts_a_hub_id(shared, model_folder, tmp_path):
-    shared["owner/heads"] = heads_for(model_folder, tmp_path / "there")
-    asked = ["generate", "the cat", "--model", str(model_folder), "--max-tokens", "8", "--raw"]
-    fetched, plain = (CliRunner().invoke(app, [*asked, "--drafter", name]) for name in ("owner/heads", "none"))
+    shared["owner/heads"] = heads_for(model_folder, tmp_path / "source")
+    command = ["generate", "the cat", "--model", str(model_folder), "--max-tokens", "8", "--raw"]
+    fetched, plain = (CliRunner().invoke(app, [*command, "--drafter", name]) for name in ("owner/heads", "none"))
     assert (fetched.exit_code, fetched.stdout) == (0, plain.stdout)
 
 
@@ -86,14 +86,14 @@ def test_a_calibrated_plan_is_downloaded_with_the_heads(shared):
 def test_an_existing_folder_takes_precedence_over_the_hub(shared, model_folder, tmp_path):
     heads_for(model_folder, tmp_path / "owner" / "heads")
     assert make("owner/heads", Target.load(model_folder, device="cpu")).name == "medusa"
-    assert shared.asked == []
+    assert shared.requests == []
 
 
 @pytest.mark.parametrize("name", ["heads", "./owner/heads", "/owner/heads", "a/b/c", "owner/heads:x", "owner/", "..//heads"])
 def test_names_that_are_no_hub_id_are_never_requested(shared, model_folder, name):
     with pytest.raises(ValueError, match=r"is unknown; there are .* a folder of heads, heads on the hub as owner/name"):
         make(name, Target.load(model_folder, device="cpu"))
-    assert shared.asked == []
+    assert shared.requests == []
 
 
 def test_an_installed_drafter_and_a_method_are_never_requested_from_the_hub(shared, model_folder):
@@ -101,7 +101,7 @@ def test_an_installed_drafter_and_a_method_are_never_requested_from_the_hub(shar
     assert make("lookup", target).name == "lookup"
     with pytest.raises(ValueError, match="comes with no medusa heads"):
         make("medusa", target)
-    assert shared.asked == []
+    assert shared.requests == []
 
 
 def not_found():
@@ -139,7 +139,7 @@ def test_published_heads_are_imported_by_their_hub_id(shared, tmp_path, file):
     result = CliRunner().invoke(app, ["import", "owner/medusa", "--target", str(target), "--out", "ours"])
     assert result.exit_code == 0, result.output
     assert formats.describe("ours").training["imported_from"] == "owner/medusa"
-    wants_pickles = [any("*.bin" in patterns for patterns in asked) for _, *asked in shared.asked]
+    wants_pickles = [any("*.bin" in patterns for patterns in asked) for _, *asked in shared.requests]
     assert wants_pickles == ([False] if file.endswith("safetensors") else [False, True])
 
 
