@@ -123,9 +123,6 @@ def test_memory_grows_with_the_text_and_no_faster(text):
     assert sum(map(len, automaton._followers)) <= 3 * len(text)
 
 
-# -- chances --
-
-
 def test_a_longer_match_with_fewer_rivals_has_a_better_chance():
     record, automaton = Record(), SuffixAutomaton([1, 2, 3, 4, 9, 3, 5, 1, 2, 3])
     best, other = automaton.followers(automaton.end, 2)
