@@ -58,12 +58,12 @@ def measure(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, tu
 def row_mask(nodes: int, context: int) -> RowMask:
     """The mask of a row with `context` committed slots, whose nodes are a root and random drafts."""
     generator = torch.Generator().manual_seed(nodes)
-    seen, depths = torch.eye(nodes, dtype=torch.bool), [0] * nodes
+    tree_mask, depths = torch.eye(nodes, dtype=torch.bool), [0] * nodes
     for node in range(1, nodes):
         parent = int(torch.randint(0, node, (), generator=generator))
-        seen[node] |= seen[parent]
+        tree_mask[node] |= tree_mask[parent]
         depths[node] = depths[parent] + 1
-    return RowMask(0, nodes, 0, context, None if nodes == 1 else seen, torch.tensor(depths) + context)
+    return RowMask(0, nodes, 0, context, None if nodes == 1 else tree_mask, torch.tensor(depths) + context)
 
 
 def one_forward(target: Target, kernel: Kernel, nodes: int, context: int) -> Callable[[], object]:
