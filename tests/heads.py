@@ -69,14 +69,15 @@ class Forced:
     texts: list[list[int]]
     root_positions: tuple[int, ...]
     depths: tuple[int, ...]
-    plan: ClassVar = Plan(depth=64, width=1, beam=1, nodes=10**6)
-    logits: dict = field(default_factory=dict)
+    said: dict = field(default_factory=dict)
 
     def __post_init__(self):
         self.seats = tuple(range(len(self.texts)))
         self.roots = tuple(text[position] for text, position in zip(self.texts, self.root_positions, strict=True))
         self.drafting = tuple(row for row, depth in enumerate(self.depths) if depth > 0)
         self.max_depth = max(self.depths)
+        self.drafting = tuple(row for row, depth in enumerate(self.depths) if depth)
+        self.plan = Plan(self.max_depth, width=1, beam=1, nodes=10**6)
 
     def __len__(self):
         return len(self.texts)

@@ -24,7 +24,6 @@ from headstart.text.jsonl import read_object
 T = TypeVar("T")
 PLAN = "plan.json"
 _RANK_DECAY = 0.4  # beyond the measured ranks, the chance of each is this share of the one before (docs/log.md)
-
 _KEY = "warmth"  # of the calibration temperature in plan.json, and so in error messages
 
 Ranks = tuple[int, ...]  # the path of a node of a static tree: which child of which child ... of the root
