@@ -296,14 +296,14 @@ def test_bench_prints_a_table_and_writes_json_to_out(model_folder, draft_folder,
     assert any("speed-up" in line for line in table)
     assert any("clean samples" in line for line in table)
     assert "{" not in result.stdout  # JSON goes to the file only
-    found = json.loads((tmp_path / "measured").read_text())
-    assert found.keys() == {"model", "machine", "settings", "labels", "num_samples", "clean_share", "runs", "heads"}
-    assert found["machine"].keys() == MACHINE_FIELDS
-    assert [one["run"] for one in found["runs"]] == ["plain", "lookup", f"model:{draft_folder}@chain:2"]
-    assert all(one.keys() == RUN_FIELDS for one in found["runs"])
-    assert (found["settings"]["seed"], found["settings"]["temperatures"], found["settings"]["num_prompts"]) == (4, [0.5], 2)
-    assert {one["temperature"] for one in found["runs"]} == {0.5}
-    assert found["heads"] == []
+    output = json.loads((tmp_path / "measured").read_text())
+    assert output.keys() == {"model", "machine", "settings", "labels", "num_samples", "clean_share", "runs", "heads"}
+    assert output["machine"].keys() == MACHINE_FIELDS
+    assert [one["run"] for one in output["runs"]] == ["plain", "lookup", f"model:{draft_folder}@chain:2"]
+    assert all(one.keys() == RUN_FIELDS for one in output["runs"])
+    assert (output["settings"]["seed"], output["settings"]["temperatures"], output["settings"]["num_prompts"]) == (4, [0.5], 2)
+    assert {one["temperature"] for one in output["runs"]} == {0.5}
+    assert output["heads"] == []
 
 
 def test_temperatures_and_prompt_sets_share_one_table(model_folder, heads_folder, tmp_path):
@@ -315,12 +315,12 @@ def test_temperatures_and_prompt_sets_share_one_table(model_folder, heads_folder
     tables = result.stdout.splitlines()
     assert [" T " in line for line in tables if "speed-up" in line] == [True, True]
     assert sum("medusa@tree:2" in line for line in tables) == 2 + 2 * 2  # temperatures, and prompt sets at each
-    found = json.loads((tmp_path / "m").read_text())
-    assert [(one["run"], one["temperature"]) for one in found["runs"]] == [
+    output = json.loads((tmp_path / "m").read_text())
+    assert [(one["run"], one["temperature"]) for one in output["runs"]] == [
         (name, temperature) for temperature in (0, 0.7) for name in ("plain", f"{heads_folder}@tree:2")
     ]
-    assert all(one["kinds"].keys() == {"stories", "questions"} for one in found["runs"])
-    assert found["settings"]["num_prompts"] == 2
+    assert all(one["kinds"].keys() == {"stories", "questions"} for one in output["runs"])
+    assert output["settings"]["num_prompts"] == 2
 
 
 def test_the_table_of_heads_has_what_their_training_recorded(model_folder, heads_folder, tmp_path):
@@ -347,9 +347,9 @@ def test_bench_replays_references_from_a_file(model_folder, tmp_path):
     path.write_text('{"turns": ["the cat and the sea"], "reference": ["the cat and the sea"]}\n')
     result = run("bench", "--model", model_folder, "--prompts", path, "--replay", "--repeat", 1, "--json")
     assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
-    assert "replay" in found["labels"]
-    assert all(one["identical"] == "yes" for one in found["runs"])
+    output = json.loads(result.stdout)
+    assert "replay" in output["labels"]
+    assert all(one["identical"] == "yes" for one in output["runs"])
 
 
 def test_prompts_that_exceed_the_context_are_left_out_and_counted(model_folder, tmp_path):

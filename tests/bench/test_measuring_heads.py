@@ -167,11 +167,11 @@ def run(*arguments):
 def test_calibrating_saves_a_plan_that_drafting_uses(model_folder, heads_folder):
     base = ("calibrate", heads_folder, "--model", model_folder, "--limit", 2, "--max-tokens", 24, "--no-exact")
     done = run(*base, "--temperature", 0, "--temperature", 1, "--json")
-    found = json.loads(done.stdout)["findings"]
+    entries = json.loads(done.stdout)["findings"]
     plan = load_plan(heads_folder)
     assert plan.calibration.temperatures == (0.0, 1.0)
     assert heads_in(heads_folder, Target.load(model_folder)).calibration == plan.calibration
-    for one in found:
+    for one in entries:
         assert one["chain"] == pytest.approx(one["chain_measured"], rel=0.05)
         for tree in one["trees"].values():
             assert tree["decoded"] == pytest.approx(tree["tau"], rel=0.05)
@@ -179,9 +179,9 @@ def test_calibrating_saves_a_plan_that_drafting_uses(model_folder, heads_folder)
 
 
 def test_a_probe_reports_tau_and_acceptance_rates(model_folder, heads_folder):
-    found = json.loads(run("inspect", heads_folder, "--model", model_folder, "--probe", "--json").stdout)["probe"]
-    assert found["tau"] >= 1
-    assert len(found["acceptance"]) == 2
+    result = json.loads(run("inspect", heads_folder, "--model", model_folder, "--probe", "--json").stdout)["probe"]
+    assert result["tau"] >= 1
+    assert len(result["acceptance"]) == 2
     assert "acceptance rate by depth" in run("inspect", heads_folder, "--model", model_folder, "--probe").stdout
 
 

@@ -201,9 +201,9 @@ def test_inspect_of_a_refused_model_exits_with_2_and_reports_everything_else(tmp
     BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2)).save_pretrained(tmp_path)
     result = run("inspect", tmp_path, "--json")
     assert result.exit_code == 2
-    found = json.loads(result.stdout)
-    assert found["architecture"] == "BloomForCausalLM"
-    assert found["problems"][0] in " ".join(result.stderr.split())
+    report = json.loads(result.stdout)
+    assert report["architecture"] == "BloomForCausalLM"
+    assert report["problems"][0] in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"])

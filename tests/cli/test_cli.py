@@ -208,15 +208,15 @@ def test_the_sampling_options_change_the_answer(model_folder):
 
 
 def test_inspect_reports_what_a_folder_holds(model_folder):
-    found = answer("inspect", model_folder)
-    assert (found["layers"], found["hidden"], found["vocab"], found["context"]) == (2, 32, 320, 256)
-    assert found["cache_bytes_per_token"] == 2 * 2 * 16 * 4  # layers x (keys and values) x head width x float32
-    assert found["parameters"] * 4 == found["bytes"]
-    assert found["reach"] == ["everything", "everything"]
-    assert found["chat_template"] is True
-    assert found["stop_tokens"] == {"<|end|>": 0}
-    assert found["problems"] == []
-    assert re.fullmatch("[0-9a-f]{16}", found["digest"])
+    report = answer("inspect", model_folder)
+    assert (report["layers"], report["hidden"], report["vocab"], report["context"]) == (2, 32, 320, 256)
+    assert report["cache_bytes_per_token"] == 2 * 2 * 16 * 4  # layers x (keys and values) x head width x float32
+    assert report["parameters"] * 4 == report["bytes"]
+    assert report["reach"] == ["everything", "everything"]
+    assert report["chat_template"] is True
+    assert report["stop_tokens"] == {"<|end|>": 0}
+    assert report["problems"] == []
+    assert re.fullmatch("[0-9a-f]{16}", report["digest"])
     assert "2 layers see everything" in run("inspect", model_folder).stdout
 
 
@@ -228,12 +228,12 @@ def test_inspect_names_the_problems(tmp_path, model_folder):
         sliding_window=700, max_position_embeddings=2048,
     )  # fmt: skip
     MistralForCausalLM(config).save_pretrained(tmp_path)
-    found = answer("inspect", tmp_path)
-    assert found["reach"] == ["window of 700"]
-    assert found["tokenizer"] is None
-    assert len(found["problems"]) == 2
-    assert any("window of 700" in problem for problem in found["problems"])
-    assert any("no tokenizer" in problem for problem in found["problems"])
+    report = answer("inspect", tmp_path)
+    assert report["reach"] == ["window of 700"]
+    assert report["tokenizer"] is None
+    assert len(report["problems"]) == 2
+    assert any("window of 700" in problem for problem in report["problems"])
+    assert any("no tokenizer" in problem for problem in report["problems"])
 
 
 # -- what is refused --
