@@ -113,8 +113,8 @@ def _teacher(
 ) -> "tuple[PreTrainedTokenizerBase, Teacher]":
     if endpoint is None:
         if endpoint_model is not None or api_key_env is not None:
-            raise ValueError("--endpoint-model and --api-key-env need --endpoint; give its URL, or leave them out")
-        from headstart.distill.teacher import EngineTeacher
+            raise ValueError("--endpoint-model and --api-key-env are for an --endpoint; give its URL, or leave them out")
+        from headstart.distill.distill import EngineTeacher
 
         llm = model.load(**drafting.settings(temperature), max_rows=rows)
         return llm.tokenizer, EngineTeacher(llm)
