@@ -22,12 +22,11 @@ from rich.table import Table
 
 import headstart
 from headstart.bench.identity import Split, find_split
+from headstart.bench.loops import loop_share
 from headstart.bench.runner import PLAIN, Sample, Setup
 from headstart.engine.stats import Stats
 from headstart.speculation.rules import parse_rule
 from headstart.target.target import Target
-
-NGRAM = 8
 
 
 @dataclass(frozen=True)
@@ -168,18 +167,6 @@ def _splits(setup: Setup, own: list[list[Sample]], plain: list[list[Sample]]) ->
         split = find_split(setup.target, setup.tasks[task].prompt, setup.params_of(task), expected, actual)
         splits += [split] if split else []
     return splits
-
-
-def loop_share(tokens: Sequence[int], size: int = NGRAM) -> float:
-    """The fraction of a text that lies inside n-grams of `size` tokens which occurred in it before."""
-    seen: set[tuple[int, ...]] = set()
-    repeated: set[int] = set()
-    for start in range(len(tokens) - size + 1):
-        ngram = tuple(tokens[start : start + size])
-        if ngram in seen:
-            repeated.update(range(start, start + size))
-        seen.add(ngram)
-    return len(repeated) / len(tokens) if tokens else 0.0
 
 
 # -- what it depends on -----------------------------------------------------------------------------------------------------

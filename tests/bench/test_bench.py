@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from headstart.bench import report, runner, suites, trained_heads
 from headstart.bench.identity import find_split
+from headstart.bench.loops import loop_share
 from headstart.bench.replay import Replay
 from headstart.cli import app
 from headstart.engine.engine import Engine
@@ -106,11 +107,11 @@ def test_references_of_edits_repeat_the_prompt_with_small_changes():
 
 def test_the_loop_share_counts_tokens_inside_repeated_ngrams():
     text = [*range(10), *range(100, 110)]
-    assert report.loop_share(text) == 0
-    assert report.loop_share([*text, *range(8)]) == 8 / 28  # eight tokens that occurred before
-    assert report.loop_share([*text, *range(7)]) == 0  # seven are no n-gram of eight
-    assert report.loop_share([5] * 100) == 99 / 100  # all but the very first
-    assert report.loop_share([]) == 0
+    assert loop_share(text) == 0
+    assert loop_share([*text, *range(8)]) == 8 / 28  # eight tokens that occurred before
+    assert loop_share([*text, *range(7)]) == 0  # seven are no n-gram of eight
+    assert loop_share([5] * 100) == 99 / 100  # all but the very first
+    assert loop_share([]) == 0
 
 
 def test_a_run_is_a_drafter_and_optionally_a_planner():

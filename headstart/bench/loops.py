@@ -1,0 +1,17 @@
+"""How much of a text repeats itself: repetition flatters every drafter."""
+
+from collections.abc import Sequence
+
+NGRAM = 8
+
+
+def loop_share(tokens: Sequence[int], size: int = NGRAM) -> float:
+    """The fraction of a text that lies inside n-grams of `size` tokens which occurred in it before."""
+    seen: set[tuple[int, ...]] = set()
+    repeated: set[int] = set()
+    for start in range(len(tokens) - size + 1):
+        ngram = tuple(tokens[start : start + size])
+        if ngram in seen:
+            repeated.update(range(start, start + size))
+        seen.add(ngram)
+    return len(repeated) / len(tokens) if tokens else 0.0
