@@ -76,8 +76,6 @@ class Forced:
         self.roots = tuple(text[position] for text, position in zip(self.texts, self.root_positions, strict=True))
         self.drafting = tuple(row for row, depth in enumerate(self.depths) if depth > 0)
         self.max_depth = max(self.depths)
-        self.drafting = tuple(row for row, depth in enumerate(self.depths) if depth)
-        self.plan = Plan(self.max_depth, width=1, beam=1, nodes=10**6)
 
     def __len__(self):
         return len(self.texts)
