@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 
@@ -15,7 +14,6 @@ from headstart.drafters.medusa import Medusa, MedusaConfig
 from headstart.drafters.mtp import Mtp, MtpConfig
 from headstart.drafters.mtp_parallel import ParallelConfig, ParallelMtp
 from headstart.drafters.parts.heads import Heads
-from headstart.speculation.planner import Plan
 from headstart.speculation.rows import Choice
 from headstart.target.target import Target
 

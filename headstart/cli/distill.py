@@ -114,7 +114,7 @@ def _teacher(
     if endpoint is None:
         if endpoint_model is not None or api_key_env is not None:
             raise ValueError("--endpoint-model and --api-key-env are for an --endpoint; give its URL, or leave them out")
-        from headstart.distill.distill import EngineTeacher
+        from headstart.distill.teacher import EngineTeacher
 
         llm = model.load(**drafting.settings(temperature), max_rows=rows)
         return llm.tokenizer, EngineTeacher(llm)
