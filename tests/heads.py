@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
@@ -14,6 +15,7 @@ from headstart.drafters.medusa import Medusa, MedusaConfig
 from headstart.drafters.mtp import Mtp, MtpConfig
 from headstart.drafters.mtp_parallel import ParallelConfig, ParallelMtp
 from headstart.drafters.parts.heads import Heads
+from headstart.speculation.planner import Plan
 from headstart.speculation.rows import Choice
 from headstart.target.target import Target
 
@@ -67,7 +69,8 @@ class Forced:
     texts: list[list[int]]
     root_positions: tuple[int, ...]
     depths: tuple[int, ...]
-    said: dict = field(default_factory=dict)
+    plan: ClassVar = Plan(depth=64, width=1, beam=1, nodes=10**6)
+    logits: dict = field(default_factory=dict)
 
     def __post_init__(self):
         self.seats = tuple(range(len(self.texts)))

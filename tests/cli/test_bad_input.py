@@ -365,7 +365,7 @@ def test_distill_on_a_full_disk_keeps_complete_lines_and_can_be_continued(model_
     message = refused(*command, tmp_path / "part")
     part = (tmp_path / "part").read_bytes()
     assert "No space left on device" in message
-    assert f"the {part.count(bytes([10]))} conversations in it are whole" in message
+    assert f"the {part.count(bytes([10]))} conversations that are in it are whole" in message
     assert part.endswith(b"\n")
     assert set(part.splitlines()) < set(complete.splitlines())
     monkeypatch.setattr(module, "_opened", opened)

@@ -57,7 +57,7 @@ def greedy_tokens(folder: Path) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of transformers, about values that it accepts
 def test_500_broken_folders_and_files_end_in_one_sentence_or_in_the_right_answer(tmp_path, monkeypatch):
-    monkeypatch.setattr("headstart.text.tokenizer.LONGEST_RENDERING", 0.2)
+    monkeypatch.setattr("headstart.text.chat_template.LONGEST_RENDERING", 0.2)
     start = intact_inputs(tmp_path)
     (tmp_path / "cases").mkdir()
     faults, exit_codes, start_digests = [], [], digests(start.model) | digests(start.heads) | digests(start.adapter)

@@ -321,7 +321,7 @@ def test_inspect_refuses_a_folder_without_a_model(broken, folder):
         (("--planner", "tree:8"), "measure a folder of heads with `headstart calibrate"),
         (("--drafter", "lookup", "--planner", "tree:8"), "drafter 'lookup' has none"),
         (("--planner", "tree:0"), "nodes is 0; it must be at least 1"),
-        (("--device", "abacus"), "device 'abacus' is unknown"),
+        (("--device", "abacus"), "device 'abacus' is not supported"),
         (("--threads", 0), "threads is 0"),
         (("--accept", "everything"), "everything"),
         (("--dtype", "float7"), "float7"),

@@ -229,7 +229,7 @@ NO_TARGETS = {
             "inkling_text", **_COMMON, **_EXPERTS, n_routed_experts=4, swa_num_attention_heads=4, swa_num_key_value_heads=2,
             swa_head_dim=16,
         ),
-        "hands its attention position_bias",
+        "passes position_bias to its attention",
     ),
     "BailingHybridForCausalLM": (
         lambda: hf.AutoConfig.for_model(
