@@ -12,11 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import headstart
-from headstart.engine.answers import Answer
 
 PROMPTS = (
     "Once upon a time", "The river was", "How do I bake bread?", "A list of three animals:", "def add(a, b):", "Yesterday the king",
@@ -43,7 +43,7 @@ def main() -> None:
     print("all", hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16])
 
 
-def decode(llm: headstart.LLM, temperature: float, rows: int) -> list[Answer]:
+def decode(llm: headstart.LLM, temperature: float, rows: int) -> list[Any]:
     """Answers to all prompts, one after another (rows = 1) or at once."""
     if rows > 1:
         return llm.generate(PROMPTS, max_tokens=32, temperature=temperature, seed=11)

@@ -81,7 +81,7 @@ class ImportTrial:
             self._extend(heads, [(seat, row, first, last) for seat, row, first, last in spans if first < last])
         forced = Forced([[*texts[row], 0] for row, _ in anchors], tuple(root for _, root in anchors), (steps,) * len(anchors))
         heads.propose(forced)
-        by_step = [torch.stack([forced.said[row, step + 1] for row in range(len(anchors))]) for step in range(steps)]
+        by_step = [torch.stack([forced.logits[row, step + 1] for row in range(len(anchors))]) for step in range(steps)]
         return [logits.unflatten(0, (len(texts), len(positions))) for logits in by_step]
 
     def _extend(self, heads: Any, spans: Sequence[tuple[int, int, int, int]]) -> None:
