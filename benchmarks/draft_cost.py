@@ -314,7 +314,7 @@ def run(arguments: argparse.Namespace) -> tuple[Result, runner.Setup]:
     """The result, and the setup that it was measured in. Raises ValueError for bad settings."""
     spec = f"{arguments.drafter}@{arguments.planner}" if arguments.planner else arguments.drafter
     params = SamplingParams(max_tokens=arguments.max_tokens, temperature=arguments.temperature, seed=0)
-    runner.read_spec(spec, params.temperature)
+    runner.read_spec(spec, params.temperature, arguments.model)
     cases = suites.load_cases(arguments.prompts, arguments.limit)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)

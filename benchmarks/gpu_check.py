@@ -156,7 +156,7 @@ def answers(
 
 def heads(name: str, target: Target) -> Drafter:
     """The embedded model's heads of a method where there are some, else untrained heads."""
-    if target.name == str(embedded("target")) and folder_of(name) is not None:
+    if folder_of(name, target.name) is not None:
         return make(name, target)
     kind = method(name)
     settings = kind.resolve_config(kind.config_type(), target.model.config)

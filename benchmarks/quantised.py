@@ -38,7 +38,7 @@ def taus(folder: Path, bits: int, drafters: list[str], prompts: list, temperatur
     """tau of each drafter, on one model."""
     target = Target(model_of(folder, bits))
     for name in drafters:
-        llm = headstart.LLM(headstart.Engine(target, heads_in(folder_of(name), target)), load_tokenizer(folder))
+        llm = headstart.LLM(headstart.Engine(target, heads_in(folder_of(name, folder), target)), load_tokenizer(folder))
         llm.generate(prompts, temperature=temperature, seed=1, max_tokens=tokens, ignore_eos=True)
         yield llm.stats.tau
 

@@ -106,7 +106,7 @@ def near_ties(setup: runner.Setup, plain: Sequence[runner.Sample], samples: Sequ
 def measure(setup: runner.Setup, drafter: str, shape: str, plain: Sequence[runner.Sample], num_prompts: int) -> list[Cell]:
     """The results of all ways that a shape allows. The tasks of the setup repeat `num_prompts` prompts."""
     temperature, spec, cells = setup.params.temperature, f"{drafter}@{shape}", []
-    is_fixed = isinstance(runner.read_spec(spec, temperature)[1], Chain | StaticTree)
+    is_fixed = isinstance(runner.read_spec(spec, temperature, setup.target.name)[1], Chain | StaticTree)
     for way in RULE_OF if is_fixed else ("coupled", "picked"):
         run = prepare_run(setup, spec, way)
         samples = [runner.answer(setup, run, index) for index in range(len(setup.tasks))]
@@ -116,7 +116,7 @@ def measure(setup: runner.Setup, drafter: str, shape: str, plain: Sequence[runne
     return cells
 
 
-def shapes_of(drafter: str, requested: Sequence[str] | None, temperature: float) -> list[str]:
+def shapes_of(drafter: str, requested: Sequence[str] | None, temperature: float, model: str | None) -> list[str]:
     """The shapes to measure: the requested ones, or the default ones without a calibrated tree where the drafter has none.
 
     Raises ValueError for a requested shape that the drafter does not have.
@@ -124,7 +124,7 @@ def shapes_of(drafter: str, requested: Sequence[str] | None, temperature: float)
     shapes = []
     for shape in requested or DEFAULT_SHAPES:
         try:
-            runner.read_spec(f"{drafter}@{shape}", temperature)
+            runner.read_spec(f"{drafter}@{shape}", temperature, model)
         except ValueError:
             if requested or not shape.startswith("tree"):
                 raise
@@ -170,7 +170,7 @@ def run(arguments: argparse.Namespace) -> tuple[list[Cell], runner.Setup]:
         raise ValueError(f"answers is {arguments.answers}; it must be at least 1 per prompt")
     cases = [case for source in arguments.prompts or ["stories"] for case in suites.load_cases(source, arguments.limit)]
     for params, drafter in product(all_params, arguments.drafter):
-        shapes_of(drafter, arguments.shape, params.temperature)
+        shapes_of(drafter, arguments.shape, params.temperature, arguments.model)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     llm = headstart.load(arguments.model, dtype=arguments.dtype, exact=arguments.exact, drafter=None, max_rows=1)
@@ -181,7 +181,7 @@ def run(arguments: argparse.Namespace) -> tuple[list[Cell], runner.Setup]:
         (plain_run,) = runner.prepare(setup, [])
         plain = [runner.answer(setup, plain_run, task) for task in range(len(setup.tasks))]
         for drafter in arguments.drafter:
-            for shape in shapes_of(drafter, arguments.shape, params.temperature):
+            for shape in shapes_of(drafter, arguments.shape, params.temperature, arguments.model):
                 cells += measure(setup, drafter, shape, plain, len(prompts))
     return cells, setup
 

@@ -123,17 +123,19 @@ def split_spec(spec: str) -> tuple[str, Planner | CalibratedTree | None]:
     return spec, None
 
 
-def read_spec(spec: str, temperature: float) -> tuple[str, Planner | None]:
+def read_spec(spec: str, temperature: float, model: str | None) -> tuple[str, Planner | None]:
     """The drafter of a run and its planner at a temperature, None for the drafter's own.
+
+    model: the target, by name; None: the embedded model.
 
     Raises ValueError for a planner that cannot be read, and for a calibrated tree of a drafter that was not calibrated.
     """
     drafter, planner = split_spec(spec)
-    return drafter, resolve_planner(planner, drafter, temperature)
+    return drafter, resolve_planner(planner, drafter, temperature, model)
 
 
 def _run(setup: Setup, spec: str) -> Run:
-    name, planner = read_spec(spec, setup.params.temperature)
+    name, planner = read_spec(spec, setup.params.temperature, setup.target.name)
     drafter = None if spec == PLAIN else make(name, setup.target)
     longest = max(len(task.prompt) + setup.params_of(index).max_tokens for index, task in enumerate(setup.tasks))
     memory = request_bytes(setup.target, drafter, planner, longest)

@@ -13,6 +13,7 @@ from rich.table import Table
 from headstart.bench.runner import split_spec
 from headstart.engine.drafter_loading import folder_of
 from headstart.formats import describe, detect
+from headstart.target.target import Target
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,10 @@ class Trained:
     tau: float | None
 
 
-def trained(runs: Sequence[str], dtype: torch.dtype) -> list[Trained]:
+def trained(runs: Sequence[str], target: Target) -> list[Trained]:
     """One entry per folder of heads among the drafters of `runs`. Raises ValueError for a folder that holds something else."""
-    folders = dict.fromkeys(folder_of(split_spec(run)[0]) for run in runs)
-    return [_read(folder, dtype) for folder in folders if folder]
+    folders = dict.fromkeys(folder_of(split_spec(run)[0], target.name) for run in runs)
+    return [_read(folder, target.dtype) for folder in folders if folder]
 
 
 def _read(folder: Path, dtype: torch.dtype) -> Trained:

@@ -111,12 +111,12 @@ def bench(model: ModelOptions, sampling: SamplingOptions, measuring: MeasuringOp
     _check_out(measuring.out)
     sets = measuring.read_prompt_sets()
     runs = measuring.run if measuring.run is not None else available_drafters(model)
-    _check_runs(runs, temperatures)
+    _check_runs(runs, temperatures, model.model)
     llm = model.load(drafter=None, max_rows=1)
     setups, num_skipped = _setups(llm, sets, params, temperatures, model.accept, measuring)
     samples = [measure(setup, runs, measuring.repeat) for setup in setups]
     rows = [row for setup, some in zip(setups, samples, strict=True) for row in report.rows(setup, some)]
-    heads = trained_heads.trained(runs, llm.engine.target.dtype)
+    heads = trained_heads.trained(runs, llm.engine.target)
     settings = _settings(llm, model, measuring, params, temperatures, num_skipped)
     result = report.as_json(setups[0], [*chain(*samples)], rows, settings) | {"heads": [vars(one) for one in heads]}
     if measuring.out is not None:
@@ -127,12 +127,12 @@ def bench(model: ModelOptions, sampling: SamplingOptions, measuring: MeasuringOp
         _print(title_of(setups, model), rows, heads, measuring.by_kind, result)
 
 
-def _check_runs(runs: Sequence[str], temperatures: Sequence[float]) -> None:
+def _check_runs(runs: Sequence[str], temperatures: Sequence[float], model: str | None) -> None:
     """Before a model is loaded. Raises ValueError for a planner that cannot be read, or whose trees were not measured."""
     from headstart.bench.runner import read_spec
 
     for spec, temperature in product(runs, temperatures):
-        read_spec(spec, temperature)
+        read_spec(spec, temperature, model)
 
 
 def _setups(

@@ -24,7 +24,7 @@ def chat(
     """
     check_output(show_drafts, json, None)
     params = sampling.params()
-    settings = drafting.settings(params.temperature)
+    settings = drafting.settings(model.model, params.temperature)
     llm = model.load(**settings)
     if llm.tokenizer.chat_template is None:
         raise ValueError(f"{llm.engine.target.name} has no chat template, so it cannot chat; use headstart generate")

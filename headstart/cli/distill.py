@@ -116,7 +116,7 @@ def _teacher(
             raise ValueError("--endpoint-model and --api-key-env are for an --endpoint; give its URL, or leave them out")
         from headstart.distill.teacher import EngineTeacher
 
-        llm = model.load(**drafting.settings(temperature), max_rows=rows)
+        llm = model.load(**drafting.settings(model.model, temperature), max_rows=rows)
         return llm.tokenizer, EngineTeacher(llm)
     if endpoint_model is None:
         raise ValueError("--endpoint needs --endpoint-model, the name by which the server calls its model")

@@ -31,7 +31,7 @@ def generate(
     """
     check_output(show_drafts, json, logprobs)
     params = sampling.params(n=n, logprobs=logprobs)
-    settings = drafting.settings(params.temperature)
+    settings = drafting.settings(model.model, params.temperature)
     text = read_prompt(prompt)
     if raw and system is not None:
         raise ValueError("--system needs the chat template, which --raw leaves out; drop one of them")

@@ -131,9 +131,10 @@ class DraftingOptions:
         typer.Option(help="Memory for the KV cache, such as 512M or 2G.", show_default="by context", rich_help_panel=_MODEL),
     ] = None
 
-    def settings(self, temperature: float = 0.0) -> dict[str, Any]:
+    def settings(self, model: str | None, temperature: float) -> dict[str, Any]:
         """Arguments of `headstart.load`, checked before anything is loaded.
 
+        model: that will be loaded; None: the embedded one.
         temperature: of the answers; calibrated trees depend on it.
         Raises ValueError for a planner or an amount of memory that cannot be read.
         """
@@ -144,7 +145,7 @@ class DraftingOptions:
             raise ValueError("--planner shapes the draft, but --drafter none drafts nothing; leave one of them out")
         return {
             "drafter": None if self.drafter == "none" else self.drafter,
-            "planner": resolve_planner(parse(self.planner), self.drafter, temperature) if self.planner else None,
+            "planner": resolve_planner(parse(self.planner), self.drafter, temperature, model) if self.planner else None,
             "memory": None if self.memory is None else read_bytes(self.memory),
         }
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from headstart.drafters.parts.heads import Heads
     from headstart.target.target import Target
 
+EMBEDDED_METHOD = "mtp"  # what "auto" means for the embedded model
+
 Maker = Callable[[str, "Target"], Drafter]
 
 
@@ -72,15 +74,22 @@ def _tokenizer_of(target: Target) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def folder_of(spec: str) -> Path | None:
-    """The folder of the heads that `spec` names; None for a drafter without heads in a folder.
+def is_embedded(model: object) -> bool:
+    """Whether a model, as `headstart.load` takes it, is the embedded one. A model object is what it was loaded from."""
+    source = model if isinstance(model, str | Path | None) else getattr(getattr(model, "config", None), "_name_or_path", "")
+    return source is None or Path(source) == embedded("target")
 
-    spec: a folder, a method whose heads come with the embedded model, or an id on the hub, from where they are fetched.
+
+def folder_of(spec: str, model: object) -> Path | None:
+    """The folder of the heads that `spec` names for a model; None for a drafter without heads in a folder of their own.
+
+    spec: a folder, an id on the hub, from where the heads are fetched, or, for the embedded model, a method or "auto".
+    model: as `headstart.load` takes it.
     """
     if Path(spec).is_dir():
         return Path(spec)
-    if spec in METHODS:
-        return _shipped(spec)
+    if spec in METHODS or spec == "auto":
+        return _shipped(EMBEDDED_METHOD if spec == "auto" else spec) if is_embedded(model) else None
     return hub.fetched(spec) if hub.is_id(spec) else None
 
 
@@ -109,23 +118,25 @@ def _heads_of_target(name: str, target: Target) -> Heads:
     """The heads of a method that come with a target. Raises ValueError where there are none."""
     from headstart.formats import modules_lost
 
-    is_embedded = Path(target.name) == embedded("target")
-    if is_embedded and (folder := _shipped(name)):
+    if folder := folder_of(name, target.name):
         return heads_in(folder, target)
     if heads := built_in_heads(target, name):
         return heads
     lost = modules_lost(target.name) if name == "mtp" else None
-    who, option = ("the embedded model", "") if is_embedded else (target.name, f" --target {target.name}")
+    who, option = ("the embedded model", "") if is_embedded(target.name) else (target.name, f" --target {target.name}")
     raise ValueError(
         f"{who} comes with no {name} heads, and heads fit one model only; make some for it with `headstart train {name}{option}`, "
         "and name their folder" + (f" ({lost})" if lost else "")
     )
 
 
-def resolve_planner(planner: Planner | CalibratedTree | None, drafter: str | None, temperature: float) -> Planner | None:
+def resolve_planner(
+    planner: Planner | CalibratedTree | None, drafter: str | None, temperature: float, model: object
+) -> Planner | None:
     """The planner with a calibrated tree replaced by the tree measured at the temperature nearest to `temperature`.
 
-    drafter: the `spec` of `make`.
+    drafter: the `spec` of `make`, or "auto".
+    model: as `headstart.load` takes it.
 
     Raises ValueError for a drafter without measured trees.
     """
@@ -133,7 +144,7 @@ def resolve_planner(planner: Planner | CalibratedTree | None, drafter: str | Non
 
     if not isinstance(planner, CalibratedTree):
         return planner
-    folder = folder_of(drafter) if drafter else None
+    folder = folder_of(drafter, model) if drafter else None
     plan = load_plan(folder) if folder else None
     if plan is None:
         raise ValueError(
@@ -143,11 +154,12 @@ def resolve_planner(planner: Planner | CalibratedTree | None, drafter: str | Non
     return plan.static_tree(planner.nodes, temperature)
 
 
-def read_planner(planner: object, drafter: str | Drafter | None, temperature: float = 0.0) -> Planner | None:
+def read_planner(planner: object, drafter: str | Drafter | None, model: object, temperature: float = 0.0) -> Planner | None:
     """The planner that an argument means; None: the drafter's own.
 
     planner: a planner object, a string as `parse` reads it, or None.
-    drafter: the `spec` of `make`, or a drafter object.
+    drafter: the `spec` of `make`, "auto", or a drafter object.
+    model: as `headstart.load` takes it.
     temperature: chooses among the trees measured for a `CalibratedTree`.
 
     Raises ValueError for anything else, for a planner without a drafter, and for a calibrated tree of a drafter without measured
@@ -166,7 +178,7 @@ def read_planner(planner: object, drafter: str | Drafter | None, temperature: fl
         )
     if not isinstance(planner, CalibratedTree) and not all(hasattr(planner, name) for name in ("headroom", "plan", "prune")):
         raise ValueError(f"planner is {planner!r}; it must be a planner, a string such as 'chain:5', or None")
-    return resolve_planner(cast("Planner | CalibratedTree", planner), cast("str", drafter), temperature)
+    return resolve_planner(cast("Planner | CalibratedTree", planner), cast("str", drafter), temperature, model)
 
 
 def names() -> Sequence[str]:

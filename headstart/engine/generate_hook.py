@@ -110,7 +110,7 @@ def _generate(
     prompts = _unpadded(input_ids, rest.get("attention_mask"), rest.get("position_ids"))
     stops, limit = stops_and_limit(model, config, stopping_criteria)
     params = _sampling_params(config, input_ids.shape[1], limit)
-    planner = read_planner(planner, drafter, params.temperature)
+    planner = read_planner(planner, drafter, model, params.temperature)
     if not call and (config.num_return_sequences or 1) > 1:
         raise not_supported("num_return_sequences in a direct call", "repeat the rows of input_ids instead")
     if streamer is not None:

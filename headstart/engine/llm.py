@@ -12,7 +12,7 @@ import torch
 
 from headstart.drafters import Drafter
 from headstart.engine.answers import Answer, Answering
-from headstart.engine.drafter_loading import built_in_heads, make, read_planner
+from headstart.engine.drafter_loading import EMBEDDED_METHOD, built_in_heads, is_embedded, make, read_planner
 from headstart.engine.engine import Engine
 from headstart.engine.scheduler import Request
 from headstart.engine.stats import Stats
@@ -194,7 +194,7 @@ def load(
 
     Raises ValueError, in one sentence, for a path or a setting that is wrong.
     """
-    planner = read_planner(planner, "mtp" if drafter == "auto" and model is None else drafter)
+    planner = read_planner(planner, drafter, model)
     source: Any = embedded("target") if model is None else model
     if isinstance(source, str | Path):
         check_folder(source)
@@ -217,8 +217,8 @@ def load(
 
 def _best_drafter(model: object, target: Target) -> Drafter:
     """What `drafter="auto"` means: MTP for the embedded model, else the heads in the model's files, else lookup."""
-    if model is None:
-        return make("mtp", target)
+    if is_embedded(model):
+        return make(EMBEDDED_METHOD, target)
     try:
         return built_in_heads(target) or make("lookup", target)
     except ValueError as error:

@@ -139,7 +139,7 @@ def test_the_short_name_of_a_run_has_only_the_last_part_of_its_folder(run, name)
 
 @pytest.mark.parametrize(("temperature", "paths"), [(0.3, ((0,), (1,))), (0.7, ((0,), (0, 0)))])
 def test_a_calibrated_tree_is_the_one_of_the_nearest_temperature(heads_folder, temperature, paths):
-    assert runner.read_spec(f"{heads_folder}@tree:2", temperature) == (str(heads_folder), StaticTree(paths))
+    assert runner.read_spec(f"{heads_folder}@tree:2", temperature, None) == (str(heads_folder), StaticTree(paths))
 
 
 def test_the_time_waited_for_a_processor_never_decreases():
@@ -338,7 +338,7 @@ def test_the_table_of_heads_has_what_their_training_recorded(model_folder, heads
 
 def test_what_the_training_of_heads_did_not_record_is_left_blank(target, tmp_path):
     save(tmp_path, heads_for(target, "medusa, shared"), describe_target(target.model), {"held_out_top1": "good", "seconds": None})
-    (made,) = trained_heads.trained([str(tmp_path), "lookup"], torch.float32)
+    (made,) = trained_heads.trained([str(tmp_path), "lookup", "mtp"], target)
     assert (made.tokens, made.minutes, made.top1, made.tau) == (None, None, [], None)
     assert trained_heads.table([made]).row_count == 1
 

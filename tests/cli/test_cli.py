@@ -336,6 +336,13 @@ def test_a_bad_setting_is_refused_in_one_sentence(model_folder, settings, words)
     assert words in refused("generate", "the cat", "--model", model_folder, *settings)
 
 
+def test_a_calibrated_tree_may_be_that_of_the_default_drafter():
+    text = [
+        answer("generate", "the cat", "--max-tokens", 6, *planner, "--json")["text"] for planner in ((), ("--planner", "tree:8"))
+    ]
+    assert text[0] == text[1]
+
+
 def test_a_drafter_of_another_vocabulary_is_refused_with_both_sizes(model_folder, broken):
     sentence = refused("generate", "the cat", "--model", model_folder, "--drafter", f"model:{broken / 'other-vocabulary'}")
     assert "300 tokens" in sentence

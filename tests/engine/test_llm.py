@@ -121,6 +121,12 @@ def test_a_calibrated_tree_is_that_of_the_drafter(drafter):
     assert len(llm.engine.planner.paths) == 8
 
 
+@pytest.mark.parametrize("drafter", ["auto", "mtp"])
+def test_the_trees_of_the_embedded_heads_are_not_those_of_another_model(model_folder, drafter):
+    with pytest.raises(ValueError, match=f"planner tree:8 needs trees that were measured, and drafter '{drafter}' has none"):
+        headstart.load(model_folder, drafter=drafter, planner="tree:8", device="cpu")
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [

@@ -80,7 +80,7 @@ def test_the_command_line_accepts_a_hub_id(shared, model_folder, tmp_path):
 
 def test_a_calibrated_plan_is_downloaded_with_the_heads(shared):
     shared["owner/hydra"] = embedded("hydra")
-    assert load_plan(folder_of("owner/hydra")).trees
+    assert load_plan(folder_of("owner/hydra", None)).trees
 
 
 def test_an_existing_folder_takes_precedence_over_the_hub(shared, model_folder, tmp_path):
