@@ -187,7 +187,8 @@ class Engine:
     def _transact(self) -> None:
         """A round that counts as a whole or not at all."""
         self._join_and_end()
-        self.state.transact(self._round)
+        with self.target.working():
+            self.state.transact(self._round)
 
     def _join(self) -> None:
         """Finish what an interrupted round left to do, and hand added requests to the scheduler."""

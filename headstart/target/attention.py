@@ -6,9 +6,11 @@ This module must not import models or tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +42,23 @@ class AttentionParams:
     sinks: Tensor | None = None
 
 
-# query [heads, nodes, dim], keys [kv_heads, context, dim], values [kv_heads, context, value_dim] -> [heads, nodes, value_dim]
+class RowsKernel(ABC):
+    """Attention of all rows of a layer in one call."""
+
+    @abstractmethod
+    def __call__(
+        self, metadata: AttentionMetadata, layer: int, query: Tensor, key: Tensor, value: Tensor, params: AttentionParams
+    ) -> Tensor:
+        """Write the nodes' keys and values into the KV cache behind those of their rows, and attend.
+
+        layer: whose part of the cache it is.
+        query: [heads, nodes, dim]; key: [kv_heads, nodes, dim]; value: [kv_heads, nodes, value_dim]. Dead nodes are the last ones.
+        Returns [nodes, heads, value_dim], zeros for dead nodes.
+        """
+
+
+# One row: query [heads, nodes, dim], keys [kv_heads, context, dim], values [kv_heads, context, value_dim]; the result is of the
+# shape [heads, nodes, value_dim].
 Kernel = Callable[[Tensor, Tensor, Tensor, RowMask, AttentionParams], Tensor]
 
 
@@ -92,16 +110,18 @@ class AttentionMetadata:
 
     row_masks: one per row of the forest, in order.
     cache: the KV cache that is read and written.
-    kernel: computes the attention of one row.
+    kernel: computes the attention of one row, or of all.
     windows: one per layer.
     pad_rows: whether all rows go into one padded call, for devices where a call costs more than the padding.
+    notes: values that a kernel computes once for all layers of this forward, under keys of its own.
     """
 
     row_masks: Sequence[RowMask]
     cache: KVCache
-    kernel: Kernel
+    kernel: Kernel | RowsKernel
     windows: Sequence[Window]
     pad_rows: bool = False
+    notes: dict[Hashable, Any] = field(default_factory=dict)
 
     @cached_property
     def padded(self) -> PaddedRows:
@@ -169,6 +189,8 @@ def attend(
             headstart.looking_ahead.add(type(module).__name__)
         return _probe(headstart, layer, query, key, value, AttentionParams(scaling, Window(), softcap, s_aux), sliding_window), None
     params = AttentionParams(scaling, headstart.windows[layer], softcap, s_aux)
+    if isinstance(headstart.kernel, RowsKernel):
+        return headstart.kernel(headstart, layer, query[0], key[0], value[0], params)[None], None
     keys, values = headstart.cache.layer(layer)
     if headstart.pad_rows and params.softcap is None and params.sinks is None and len(headstart.row_masks) > 1:
         out = attend_padded(headstart.padded, query[0], key[0], value[0], keys, values, params.window, scaling)

@@ -8,7 +8,7 @@ This module must not import drafters or the engine.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,15 +20,17 @@ from torch import Tensor, nn
 
 from headstart.speculation.tree import Forest
 from headstart.target import attention
-from headstart.target.attention import AttentionMetadata, Kernel, Probe
+from headstart.target.attention import AttentionMetadata, Kernel, Probe, RowsKernel
 from headstart.target.cache import KVCache, LayerShape, Seating
 from headstart.target.config import context_length, require_two_tokens, window_of_layer
 from headstart.target.embed_head import EmbedHead
 from headstart.target.held_model import HeldModel
 from headstart.target.hidden_states import forward_with_hidden_states
+from headstart.target.kernels import compiled
 from headstart.target.kernels.attention import wide
 from headstart.target.kernels.choice import KernelChoice, choose_kernels, inexact, ungroup
 from headstart.target.kernels.fuse import fuse
+from headstart.target.kernels.fused_attention import fuse_attention
 from headstart.target.kernels.linear import prepack
 from headstart.target.kernels.restore import restore
 from headstart.target.loading import load_model
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # model -> (dtype, kernel, threads) -> whether it is exact to the bit; only for models whose weights a target leaves as they are
-_KNOWN_EXACT: WeakKeyDictionary[nn.Module, dict[tuple[torch.dtype, Kernel, int], bool]] = WeakKeyDictionary()
+_KNOWN_EXACT: WeakKeyDictionary[nn.Module, dict[tuple[torch.dtype, Kernel | RowsKernel, int], bool]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +80,9 @@ class Target:
     trust_remote_code: whether Python files beside the weights, or beside a draft model's, may run.
     """
 
-    def __init__(self, model: PreTrainedModel, *, kernel: Kernel = attention.torch_attention, check: bool = True) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, kernel: Kernel | RowsKernel = attention.torch_attention, check: bool = True
+    ) -> None:
         self.model: PreTrainedModel = model
         self.kernel = kernel
         self.pad_rows = model.device.type != "cpu"
@@ -206,6 +210,12 @@ class Target:
         if self.kernel_choice is not None and self.device.type == "cpu":
             fuse(drafter)
             prepack(drafter)
+            fuse_attention(drafter)
+
+    def working(self) -> AbstractContextManager[None]:
+        """The context in which a round runs, see `Library.working`. `forward` enters it too."""
+        is_compiled = self.kernel_choice is not None and self.kernel_choice.is_compiled
+        return compiled.working() if is_compiled else nullcontext()
 
     # -- scoring --
 
@@ -234,7 +244,7 @@ class Target:
             raise ValueError(f"{self.name} was released and no longer attends as a target; make a new Target of it")
         metadata = AttentionMetadata(masks, cache, self.kernel, self.windows, self.pad_rows)
         layers = [tap % self.num_layers for tap in taps]
-        with self._held.attending():
+        with self.working(), self._held.attending():
             out, states = forward_with_hidden_states(
                 self.model,
                 layers,

@@ -10,11 +10,11 @@ from small_trees import STEMS, score
 from tiny import ARCHITECTURES, random_model
 
 import headstart
-from headstart.target.kernels.linear import PackedLinear, can_pack
+from headstart.target.kernels.linear import PackedLinear, pack_for
 from headstart.target.kernels.restore import StandIn
 from headstart.target.target import Target
 
-DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if can_pack(dtype)]
+DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if pack_for(dtype)]
 needs_packing = pytest.mark.skipif(not DTYPES, reason="this torch or processor cannot pack linears")
 KINDS = [
     "llama",

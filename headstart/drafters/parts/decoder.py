@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from headstart.drafters.parts.grow import Level
 from headstart.drafters.parts.llama_layer import input_width, is_llama_like, run_layers
 from headstart.target import attention
-from headstart.target.attention import AttentionMetadata, Probe
+from headstart.target.attention import AttentionMetadata, Kernel, Probe, RowsKernel
 from headstart.target.cache import KVCache, LayerShape, Seating
+from headstart.target.kernels.compiled_attention import CompiledAttention
 from headstart.target.row_mask import RowMask, Window
 
 if TYPE_CHECKING:
@@ -153,6 +154,8 @@ class Memory:
     def __init__(self, model: Any, seating: Seating, device: torch.device, dtype: torch.dtype) -> None:
         shapes, self._windows = memory_shapes(model)
         self._model = model
+        fits = CompiledAttention.fits(shapes, dtype, device)
+        self._kernel: Kernel | RowsKernel = CompiledAttention() if fits else attention.torch_attention
         self._batched = device.type != "cpu"  # one attention call for all rows: on a GPU a call costs more than padding
         model.set_attn_implementation(attention.NAME)
         _restore_rope(model, device)
@@ -212,7 +215,7 @@ class Memory:
         self._cache.lengths[:] = lengths
 
     def _run(self, inputs: Tensor, positions: Tensor, row_masks: Sequence[RowMask]) -> Tensor:
-        metadata = AttentionMetadata(row_masks, self._cache, attention.torch_attention, self._windows, self._batched)
+        metadata = AttentionMetadata(row_masks, self._cache, self._kernel, self._windows, self._batched)
         if is_llama_like(self._model):
             return run_layers(self._model, inputs[None], positions[None], metadata)[0]
         out = self._model(inputs_embeds=inputs[None], position_ids=positions[None], use_cache=False, headstart=metadata)

@@ -13,12 +13,15 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
-from headstart.target.attention import Kernel, torch_attention
+from headstart.target.attention import Kernel, RowsKernel, torch_attention
 from headstart.target.cache import LayerShape
 from headstart.target.kernels.attention import is_order_proof, ordered, wide
+from headstart.target.kernels.compiled_attention import CompiledAttention
 from headstart.target.kernels.fuse import fuse
+from headstart.target.kernels.fused_attention import fuse_attention
 from headstart.target.kernels.invariance import Kind, RowRange, kind_of, row_ranges
-from headstart.target.kernels.linear import PackedLinear, joined, prepack, row_groups
+from headstart.target.kernels.linear import PackedLinear, is_all_compiled, prepack
+from headstart.target.kernels.onednn import OneDnnPack, joined, row_groups
 
 EXACT_DTYPES = (torch.bfloat16, torch.float32)
 
@@ -27,17 +30,19 @@ EXACT_DTYPES = (torch.bfloat16, torch.float32)
 class KernelChoice:
     """The kernels of a target.
 
-    kernel: attention of one row.
+    kernel: attention of one row, or of all.
     min_nodes: smallest number of nodes in a forward; dead nodes fill a forest up to it.
     is_exact: whether logits are guaranteed to have the same bits in a forest and one token at a time.
     why_not: what prevents exactness; None where it is exact.
+    is_compiled: whether the compiled kernels multiply by every matrix of the model, so that torch needs one thread only.
     grouped: plain linears whose `forward` multiplies rows in groups, until `ungroup`.
     """
 
-    kernel: Kernel
+    kernel: Kernel | RowsKernel
     min_nodes: int
     is_exact: bool
     why_not: str | None = None
+    is_compiled: bool = False
     grouped: tuple[nn.Module, ...] = ()
 
 
@@ -56,17 +61,22 @@ def choose_kernels(
     if pack and parameter.device.type == "cpu":
         fuse(model)
         prepack(model)
+        fuse_attention(model)
+    compiled = CompiledAttention() if CompiledAttention.fits(shapes, parameter.dtype, parameter.device) else None
+    is_compiled = compiled is not None and is_all_compiled(model)
     if exact is False:
-        return KernelChoice(torch_attention, 1, False, why_not="exact=False was asked for")
+        return KernelChoice(compiled or torch_attention, 1, False, "exact=False was asked for", is_compiled)
     if parameter.device.type != "cpu" or parameter.dtype not in EXACT_DTYPES:
         dtype = str(parameter.dtype).removeprefix("torch.")
         return inexact(exact, f"it is for CPU in bfloat16 or float32, and the model is in {dtype} on {parameter.device.type}")
     ranges = row_ranges(model.modules())
     if ranges is None:
         return inexact(exact, "in linears or experts of this model, the bits of a row depend on the other rows")
+    min_nodes = max((row_range.least for row_range in ranges.values()), default=1)
+    if compiled:
+        return KernelChoice(compiled, min_nodes, True, is_compiled=is_compiled, grouped=_group(model, ranges))
     threads = torch.get_num_threads()
     is_proof = all(_is_order_proof(heads, shape, parameter.dtype, threads) for shape in dict.fromkeys(shapes))
-    min_nodes = max((row_range.least for row_range in ranges.values()), default=1)
     return KernelChoice(ordered if is_proof else wide, min_nodes, True, grouped=_group(model, ranges))
 
 
@@ -102,6 +112,7 @@ def _group(model: nn.Module, ranges: dict[Kind, RowRange]) -> tuple[nn.Module, .
             continue
         row_range = ranges[kind]
         if isinstance(module, PackedLinear):
+            assert isinstance(module.pack, OneDnnPack), "compiled linears have no limits"
             module.pack.least_rows, module.pack.most_rows = row_range.least, row_range.most
         else:
             module.forward = partial(_in_groups, module, row_range)

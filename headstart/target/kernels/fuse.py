@@ -10,15 +10,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from headstart.target.kernels.linear import TOLERANCE, Pack, PackedLinear, can_pack, is_packable, weight_and_bias
+from headstart.target.kernels.compiled import DTYPES, CompiledPack, compiled_mlp, compiled_norm, library
+from headstart.target.kernels.linear import TOLERANCE, Pack, PackedLinear, is_packable, pack_for, weight_and_bias
+from headstart.target.kernels.onednn import OneDnnPack
 from headstart.target.kernels.restore import StandIn
 
+LINEARS = ("gate_proj", "up_proj", "down_proj")
 ACTIVATIONS = (("swish", ""), ("gelu", "tanh"), ("gelu", "none"))  # as oneDNN names them: operation, variant
+COMPILED = dict(zip(ACTIVATIONS, ("swish", "gelu_tanh", "gelu"), strict=True))  # as the compiled kernels name them
 RMS_NORM_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2}  # of a value of size one: a rounding or two
 
 
 class GatedMLP(StandIn):
-    """A gated MLP in three operations: down(activation(gate(x)) * up(x))."""
+    """A gated MLP in one or three operations: down(activation(gate(x)) * up(x))."""
 
     def __init__(self, mlp: nn.Module, activation: tuple[str, str]) -> None:
         """mlp: the module to replace, with packable linears gate_proj, up_proj and down_proj.
@@ -26,12 +30,23 @@ class GatedMLP(StandIn):
         activation: one of `ACTIVATIONS`.
         """
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = (
-            PackedLinear(Pack([weight], [bias]))
-            for weight, bias in (weight_and_bias(getattr(mlp, name)) for name in ("gate_proj", "up_proj", "down_proj"))
-        )
+        gate, up, down = (weight_and_bias(getattr(mlp, name)) for name in LINEARS)
+        if library() is not None:
+            both: Pack = CompiledPack([gate[0], up[0]], [gate[1], up[1]], COMPILED[activation])
+            self.gate_proj, self.up_proj = PackedLinear(both, 0), PackedLinear(both, 1)
+            self.down_proj = PackedLinear(CompiledPack([down[0]], [down[1]]))
+        else:
+            self.gate_proj, self.up_proj, self.down_proj = (
+                PackedLinear(OneDnnPack([weight], [bias])) for weight, bias in (gate, up, down)
+            )
         self.activation = activation
         self._replaced = [mlp]  # in a list, because a module that is an attribute becomes a child
+
+    def use(self, activation: tuple[str, str]) -> None:
+        """Choose another activation, one of `ACTIVATIONS`."""
+        self.activation = activation
+        if isinstance(self.gate_proj.pack, CompiledPack):
+            self.gate_proj.pack.use(COMPILED[activation])
 
     def take_its_linears(self) -> None:
         """Replace the linears of the replaced MLP by the packed ones, so that their plain weights can be freed."""
@@ -47,8 +62,12 @@ class GatedMLP(StandIn):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] -> [..., hidden]"""
-        gate = self.gate_proj.pack(x, *self.activation)
-        return self.down_proj.pack(self.up_proj.pack.times(x, gate))
+        gate, up, down = self.gate_proj.pack, self.up_proj.pack, self.down_proj.pack
+        if isinstance(gate, OneDnnPack):
+            assert isinstance(up, OneDnnPack)
+            return down(up.times(x, gate(x, *self.activation)))
+        assert isinstance(down, CompiledPack)
+        return compiled_mlp(gate, down, x)
 
 
 class RMSNorm(StandIn):
@@ -59,6 +78,7 @@ class RMSNorm(StandIn):
         super().__init__()
         self.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
         self.shape = list(weight.shape)
+        self._compiled = self.weight.float() if library() is not None and weight.dtype in DTYPES else None
         self.eps = eps
         self._replaced = [norm]  # in a list, because a module that is an attribute becomes a child
 
@@ -68,6 +88,8 @@ class RMSNorm(StandIn):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] -> [..., hidden]"""
+        if self._compiled is not None and x.dtype is self.weight.dtype and not (x.requires_grad and torch.is_grad_enabled()):
+            return compiled_norm(x, self._compiled, self.eps)
         y: Tensor = torch._fused_rms_norm(x, self.shape, self.weight, self.eps)[0]
         return y
 
@@ -94,10 +116,11 @@ def _fused_mlp(module: nn.Module) -> GatedMLP | None:
     ):
         return None
     weight, _ = weight_and_bias(module.gate_proj)  # type: ignore[arg-type]
-    if not can_pack(weight.dtype):
+    if pack_for(weight.dtype) is None:
         return None
     fused = GatedMLP(module, ACTIVATIONS[0])
-    for fused.activation in ACTIVATIONS:
+    for activation in ACTIVATIONS:
+        fused.use(activation)
         if _agree(module, fused, weight.shape[1], weight.dtype, TOLERANCE[weight.dtype]):
             fused.take_its_linears()
             return fused

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from headstart.target.kernels.linear import Pack, PackedLinear, is_packable, weight_and_bias
+from headstart.target.kernels.compiled import CompiledPack
+from headstart.target.kernels.linear import PackedLinear, is_packable, weight_and_bias
+from headstart.target.kernels.onednn import OneDnnPack
 
 USUAL = 16  # rows of the product that all others are compared with, as in a typical tree
 SIZES = (*range(1, 34), 48, 64, 65, 96, 128, 256)  # tested numbers of rows
@@ -26,7 +28,7 @@ class Kind:
 
     num_out, num_in: width of output and input.
     dtype: of the weight.
-    is_packed: whether it is a `PackedLinear`.
+    is_packed: whether it is a `PackedLinear` of oneDNN.
     has_bias: whether a bias is added.
     is_transposed: whether the weight is stored as [in, out], as in GPT-2's `Conv1D`.
     """
@@ -97,9 +99,12 @@ def distinct(modules: Iterable[nn.Module]) -> list[Kind]:
 
 
 def kind_of(module: nn.Module) -> Kind | None:
-    """The kind of a linear; None for any other module."""
+    """The kind of a linear; None for any other module, and for compiled linears, which have no limits."""
     if isinstance(module, PackedLinear):
-        return Kind(sum(module.pack.sizes), module.in_features, module.pack.packed.dtype, True, module.pack.bias is not None)
+        pack = module.pack
+        if isinstance(pack, CompiledPack):
+            return None
+        return Kind(sum(pack.sizes), pack.num_in, pack.dtype, True, pack.bias is not None)
     if is_packable(module):
         weight, bias = weight_and_bias(module)
         return Kind(weight.shape[0], weight.shape[1], weight.dtype, False, bias is not None, isinstance(module, Conv1D))
@@ -130,7 +135,7 @@ def varying_sizes(kind: Kind, sizes: Sequence[int] = SIZES) -> list[int]:
 def _product_of(kind: Kind, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """The function [1, rows, in] -> [1, rows, out] of a linear of this kind."""
     if kind.is_packed:
-        return Pack([weight], [bias])
+        return OneDnnPack([weight], [bias])
     if not kind.is_transposed:
         return lambda x: F.linear(x, weight, bias)
     stored, added = weight.T.contiguous(), weight.new_zeros(len(weight))

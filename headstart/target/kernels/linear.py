@@ -1,10 +1,9 @@
-"""Linears of a transformers model, packed once into the layout that oneDNN multiplies fastest.
+"""Linears of a transformers model, packed once into the layout that the compiled kernels, or else oneDNN, multiply fastest.
 
 Handles `nn.Linear`, GPT-2's `Conv1D`, and siblings that read the same input. For inference: an input that requires gradients is
 multiplied by the unpacked weight, slowly and correctly. This module must not import attention or KV caches.
 """
 
-import sys
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -13,83 +12,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from headstart.target.kernels.compiled import DTYPES, CompiledPack, library
+from headstart.target.kernels.onednn import OneDnnPack
 from headstart.target.kernels.restore import ReplacedLinear, StandIn, remember
 
-# Names of siblings that models usually call with the same tensor. One call multiplies all of them: oneDNN needs 15 to 20
-# microseconds for every call, whatever its size. A family that gets different tensors is slower and stays correct.
+# Names of siblings that models usually call with the same tensor. One call multiplies all of them: a call
+# takes 5 to 20 microseconds, whatever its size. A family that gets different tensors is slower and stays correct.
 FAMILIES = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}  # of the largest output; a wrong kernel differs by as much as that
 
 
-class Pack:
-    """Linears that read the same input, stacked and packed as one. The layout is opaque; `dense` unpacks it.
-
-    Attributes:
-    sizes: output width of each member.
-    bias: [sum of sizes], zeros for members without one; None where no member has one.
-    packed: the weight in oneDNN's layout, with the shape [sum of sizes, in].
-    least_rows, most_rows: limits on the rows of one product; fewer are padded, more are multiplied in several products.
-    """
-
-    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
-        """weights: each [out, in], of one dtype and on the CPU. biases: each [out] or None."""
-        self.sizes = [weight.shape[0] for weight in weights]
-        self.bias: Tensor | None = None
-        if any(bias is not None for bias in biases):
-            self.bias = torch.cat(
-                [weight.new_zeros(weight.shape[0]) if bias is None else bias for weight, bias in zip(weights, biases, strict=True)]
-            ).detach()
-        stacked = weights[0] if len(weights) == 1 else torch.cat(list(weights))
-        self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(stacked.detach().contiguous())
-        self.least_rows, self.most_rows = 1, sys.maxsize
-        self._multiply = torch.ops.mkldnn._linear_pointwise.default
-        self._multiply_by = torch.ops.mkldnn._linear_pointwise.binary
-
-    def __call__(self, x: Tensor, activation: str = "none", variant: str = "") -> Tensor:
-        """[..., in] -> [..., sum of sizes], all members side by side; the activation is applied before rounding.
-
-        activation, variant: as oneDNN names them. Raises ValueError where gradients are required.
-        """
-        if x.requires_grad and torch.is_grad_enabled():
-            raise ValueError("packed linears have no gradients; load the target without kernels to train through it")
-        if not self.least_rows <= x.numel() // x.shape[-1] <= self.most_rows:
-            parts = row_groups(x, self.least_rows, self.most_rows)
-            return joined([self._multiply(part, self.packed, self.bias, activation, [], variant) for part in parts], x)
-        y: Tensor = self._multiply(x, self.packed, self.bias, activation, [], variant)
-        return y
-
-    def times(self, x: Tensor, other: Tensor) -> Tensor:
-        """[..., in] -> [..., sum of sizes]: the linear's output times `other`, of that shape, rounded once."""
-        if not self.least_rows <= x.numel() // x.shape[-1] <= self.most_rows:
-            parts = zip(*(row_groups(each, self.least_rows, self.most_rows) for each in (x, other)), strict=True)
-            return joined([self._multiply_by(*both, self.packed, self.bias, "mul") for both in parts], x)
-        y: Tensor = self._multiply_by(x, other, self.packed, self.bias, "mul")
-        return y
-
-    def dense(self, member: int) -> Tensor:
-        """The plain weight of one member, [out, in], unpacked at every call."""
-        parts: tuple[Tensor, ...] = self.packed.to_dense().split(self.sizes)
-        return parts[member]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the packed weight, which is padded, and of the bias."""
-        return int(torch.ops.mkldnn._nbytes(self.packed)) + (0 if self.bias is None else self.bias.nbytes)
-
-
-def row_groups(x: Tensor, least: int, most: int) -> list[Tensor]:
-    """[..., width] -> the rows in groups of almost equal size, each [least to most, width]; padded with zeros where too few."""
-    rows = x.reshape(-1, x.shape[-1])
-    count = -(-rows.shape[0] // most)
-    missing = count * least - rows.shape[0]
-    return list((F.pad(rows, (0, 0, 0, missing)) if missing > 0 else rows).tensor_split(count))
-
-
-def joined(products: Sequence[Tensor], x: Tensor) -> Tensor:
-    """The products of the `row_groups` of `x`, as one [..., out] without the padding."""
-    y = torch.cat(list(products)) if len(products) > 1 else products[0]
-    return y[: x.numel() // x.shape[-1]].reshape(*x.shape[:-1], -1)
+Pack = OneDnnPack | CompiledPack
 
 
 class PackedLinear(StandIn):
@@ -108,7 +42,12 @@ class PackedLinear(StandIn):
         self.replaced: ReplacedLinear | None = None
         self.is_transposed = False
         self.out_features = pack.sizes[member]
-        self.in_features = int(pack.packed.shape[1])
+        self.in_features = pack.num_in
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the pack multiplies a gate and a value at once, so that one of them alone is multiplied unpacked, slowly."""
+        return isinstance(self.pack, CompiledPack) and self.pack.activation != ""
 
     @property
     def weight(self) -> Tensor:
@@ -132,7 +71,7 @@ class PackedLinear(StandIn):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]"""
-        if x.requires_grad and torch.is_grad_enabled():
+        if (x.requires_grad and torch.is_grad_enabled()) or self.is_gated:
             return F.linear(x, self.weight, self.bias)
         return self.pack(x)
 
@@ -174,16 +113,18 @@ class SharedLinear(PackedLinear):
         return self.shared.part(x, self.member)
 
 
-def can_pack(dtype: torch.dtype) -> bool:
-    """Whether this torch and this processor have oneDNN's packed linears for the dtype, and whether they are correct."""
+def pack_for(dtype: torch.dtype) -> type[Pack] | None:
+    """The best packed linears for a dtype that this processor has, and that multiply correctly; None where there are none."""
+    if library() is not None and dtype in DTYPES:
+        return CompiledPack
     if dtype not in TOLERANCE:
-        return False
+        return None
     try:
         linear = nn.Linear(64, 32, dtype=dtype)
-        packed = PackedLinear(Pack([linear.weight], [linear.bias]))
-        return torch.equal(packed.weight, linear.weight) and _agree(linear, packed)
+        packed = PackedLinear(OneDnnPack([linear.weight], [linear.bias]))
+        return OneDnnPack if torch.equal(packed.weight, linear.weight) and _agree(linear, packed) else None
     except (AttributeError, NotImplementedError, RuntimeError):
-        return False
+        return None
 
 
 def prepack(model: nn.Module) -> int:
@@ -201,6 +142,14 @@ def prepack(model: nn.Module) -> int:
                 setattr(parent, name, replacement)
             count += len(packed)
     return count
+
+
+def is_all_compiled(model: nn.Module) -> bool:
+    """Whether the compiled kernels multiply by every matrix of a model but its embeddings."""
+    others = (nn.Embedding, PackedLinear)
+    return all(
+        parameter.ndim < 2 for module in model.modules() if not isinstance(module, others) for parameter in module.parameters(False)
+    ) and all(isinstance(module.pack, CompiledPack) for module in model.modules() if isinstance(module, PackedLinear))
 
 
 def packed_bytes(model: nn.Module) -> int:
@@ -245,9 +194,10 @@ def _same_input(one: nn.Module, other: nn.Module) -> bool:
 def _pack_alike(linears: Sequence[nn.Module]) -> list[PackedLinear]:
     """The replacements of linears that read the same input; an empty list where they cannot be packed or give another output."""
     weights, biases = zip(*map(weight_and_bias, linears), strict=True)
-    if not can_pack(weights[0].dtype):
+    kind = pack_for(weights[0].dtype)
+    if kind is None:
         return []
-    pack = Pack(weights, biases)
+    pack = kind(weights, biases)
     shared = Shared(pack)
     packed: list[PackedLinear] = [PackedLinear(pack)]
     if len(linears) > 1:
@@ -262,6 +212,6 @@ def _pack_alike(linears: Sequence[nn.Module]) -> list[PackedLinear]:
 def _agree(plain: nn.Module, packed: PackedLinear) -> bool:
     generator = torch.Generator().manual_seed(packed.in_features)
     with torch.inference_mode():
-        x = torch.randn(3, packed.in_features, generator=generator).to(packed.pack.packed.dtype)
+        x = torch.randn(3, packed.in_features, generator=generator).to(packed.pack.dtype)
         expected, actual = plain(x).float(), packed(x).float()
     return bool((expected - actual).abs().max() <= TOLERANCE[x.dtype] * expected.abs().max())

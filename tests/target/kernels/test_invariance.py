@@ -9,7 +9,10 @@ from transformers.pytorch_utils import Conv1D
 from headstart.target.kernels import invariance
 from headstart.target.kernels.choice import _group
 from headstart.target.kernels.invariance import Kind, RowRange, distinct, multiplies_by_itself, row_range, row_ranges, varying_sizes
-from headstart.target.kernels.linear import Pack, can_pack, joined, prepack, row_groups
+from headstart.target.kernels.linear import pack_for, prepack
+from headstart.target.kernels.onednn import OneDnnPack, joined, row_groups
+
+pytestmark = pytest.mark.usefixtures("torch_kernels")
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +25,7 @@ def measured_anew():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_linears_have_a_range_of_rows(dtype):
-    if not can_pack(dtype):
+    if not pack_for(dtype):
         pytest.skip("this torch or processor cannot pack linears")
     model = nn.Sequential(nn.Linear(256, 128), nn.Linear(128, 2304), nn.Linear(2304, 64)).to(dtype)
     prepack(model)
@@ -103,7 +106,7 @@ def test_a_pack_keeps_its_products_within_the_range():
     if not prepack(model):
         pytest.skip("this torch or processor cannot pack linears")
     pack = model[0].pack
-    assert isinstance(pack, Pack)
+    assert isinstance(pack, OneDnnPack)
     _group(model, {Kind(32, 64, torch.float32, True, has_bias=True): RowRange(2, 5)})
     assert (pack.least_rows, pack.most_rows) == (2, 5)
 

@@ -8,10 +8,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from headstart.target.kernels.fuse import GatedMLP, RMSNorm, fuse
-from headstart.target.kernels.linear import PackedLinear, SharedLinear, can_pack, packed_bytes, prepack
+from headstart.target.kernels.linear import PackedLinear, SharedLinear, pack_for, packed_bytes, prepack
 
-DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if can_pack(dtype)]
-pytestmark = pytest.mark.skipif(not DTYPES, reason="this torch or processor cannot pack linears")
+DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if pack_for(dtype)]
+pytestmark = [
+    pytest.mark.skipif(not DTYPES, reason="this torch or processor cannot pack linears"),
+    pytest.mark.usefixtures("kernels"),
+]
 
 
 class Attention(nn.Module):

@@ -1,0 +1,274 @@
+"""The compiled kernels of `cpp/`: packed linears, gated MLPs, RMS norms and tree attention for x86 processors with AVX-512.
+
+A row's bits depend on that row only, in every product and every norm, and on its own ancestors in attention: by the way the sums
+are written, for any number of rows and threads. Where the library is not there, and for dtypes and shapes that it does not have,
+the kernels of torch are used. This module must not import models.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from headstart.target.kernels.cpp.build import build, file_name, find_compiler, is_supported
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+BLOCK, GROUP, DEPTH = 64, 16, 32  # outputs of a block, outputs of a group, inputs of a step, as in cpp/kernels.hpp
+ACTIVATIONS = {"swish": 1, "gelu_tanh": 2, "gelu": 3}
+HUGE_PAGE = 2**21
+ARENA = 2**26  # bytes of memory that small weights share
+
+SWITCH = "HEADSTART_KERNELS"  # environment variable: "torch" leaves the library out, a level's name chooses that one
+
+
+class _Linear(ctypes.Structure):
+    """`Linear` of cpp/kernels.hpp."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("inputs", ctypes.c_int64),
+        ("outputs", ctypes.c_int64), ("dtype", ctypes.c_int32), ("is_int8", ctypes.c_int32), ("is_gated", ctypes.c_int32),
+        ("activation", ctypes.c_int32),
+    )  # fmt: skip
+
+
+class Library:
+    """The loaded library.
+
+    Attributes:
+    level: the instructions that it uses: "amx", "avx512_bf16" or "avx512".
+    """
+
+    def __init__(self, path: Path, level: str | None = None) -> None:
+        """level: which instructions; None: the best that this processor has. Raises OSError where it has none of them."""
+        functions = ctypes.CDLL(str(path))
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        self._choose = functions.headstart_choose
+        self._choose.argtypes, self._choose.restype = [ctypes.c_char_p], ctypes.c_char_p
+        self.level = self.use(level)
+        self._local = threading.local()
+        self._set_threads = functions.headstart_threads
+        self.linear, self.mlp, self.norm = functions.headstart_linear, functions.headstart_mlp, functions.headstart_norm
+        self.pack, self.attention = functions.headstart_pack, functions.headstart_attention
+        self.attention_layer = functions.headstart_attention_layer
+        self._set_threads.argtypes = [number]
+        self.linear.argtypes = [pointer, pointer, number, pointer]
+        self.mlp.argtypes = [pointer, pointer, pointer, number, pointer, pointer]
+        self.norm.argtypes = [number, pointer, number, number, pointer, ctypes.c_float, pointer]
+        self.pack.argtypes = [number, pointer, number, number, number, number, pointer, number]
+        self.attention.argtypes = [pointer]
+        self.attention_layer.argtypes = [pointer, pointer, pointer, number, pointer, pointer, pointer, pointer]
+        for function in (
+            self._set_threads, self.linear, self.mlp, self.norm, self.pack, self.attention, self.attention_layer,
+        ):  # fmt: skip
+            function.restype = None
+
+    def use(self, level: str | None) -> str:
+        """Choose the instructions; None: the best ones. Returns their name. Raises OSError where the processor lacks them."""
+        chosen: bytes | None = self._choose(level.encode() if level else None)
+        if chosen is None:
+            raise OSError(f"this processor does not have {level or 'AVX-512'}")
+        self.level = chosen.decode()
+        return self.level
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """A context in which this library has torch's threads, and torch has one: threads of both would wait for each other.
+
+        torch's threads spin for about a millisecond after each operation, on a core that the library needs. Results do not depend
+        on the number of threads. The context may be entered again inside.
+        """
+        depth = getattr(self._local, "depth", 0)
+        threads = torch.get_num_threads()
+        if depth == 0:
+            self._set_threads(threads)
+            torch.set_num_threads(1)
+        self._local.depth = depth + 1
+        try:
+            yield
+        finally:
+            self._local.depth = depth
+            if depth == 0:
+                torch.set_num_threads(threads)
+
+
+@cache
+def library() -> Library | None:
+    """The library, built first where it is missing and a compiler is there; None where it cannot be used."""
+    wanted = os.environ.get(SWITCH, "")
+    if wanted == "torch" or not is_supported():
+        return None
+    try:
+        return Library(_find(), wanted or None)
+    except OSError as error:
+        if wanted:
+            raise ValueError(f"{SWITCH} is {wanted!r}, but {error}; unset it, or set it to 'torch'") from None
+        return None
+
+
+def _find() -> Path:
+    """The library beside its sources, or in the user's cache. Raises OSError where it is in neither and cannot be built."""
+    beside = Path(__file__).parent / "cpp"
+    cached = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "headstart"
+    for folder in (beside, cached):
+        if (folder / file_name()).exists():
+            return folder / file_name()
+    if find_compiler() is None:
+        raise OSError("the compiled kernels are not installed, and there is no C++ compiler to make them with")
+    return build(beside if os.access(beside, os.W_OK) else cached)
+
+
+def working() -> AbstractContextManager[None]:
+    """`Library.working`, where the library is there."""
+    lib = library()
+    return nullcontext() if lib is None else lib.working()
+
+
+class CompiledPack:
+    """Linears that read the same input, packed as one for the library. `dense` unpacks one, with the same bits.
+
+    Attributes:
+    sizes: output width of each member.
+    bias: [sum of sizes], zeros for members without one; None where no member has one.
+    packed: the weight in the library's layout, padded.
+    dtype: of weight, input and output.
+    width: output width of a product: the sum of `sizes`, or, with a gate, that of one member.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None], activation: str = "") -> None:
+        """weights: each [out, in], of one dtype and on the CPU. biases: each [out] or None.
+
+        activation: of the gate, for a gate and a value of equal shape, which are multiplied; "": the members side by side.
+        """
+        lib = library()
+        assert lib is not None, "the compiled kernels are not there"
+        self._library = lib
+        self.dtype = weights[0].dtype
+        self.sizes = [weight.shape[0] for weight in weights]
+        self.num_in = weights[0].shape[1]
+        self.activation = activation
+        self.width = self.sizes[0] if activation else sum(self.sizes)
+        num_blocks = -(-self.width // (BLOCK // len(weights) if activation else BLOCK))
+        depth = self.num_in if self.dtype == torch.float32 else -(-self.num_in // DEPTH) * DEPTH
+        self.packed = huge_pages(num_blocks * BLOCK * depth, self.dtype)
+        for member, weight in enumerate(weights):
+            self._move(weight.detach().contiguous(), member, is_back=False)
+        self.bias: Tensor | None = None
+        self._bias = torch.zeros(num_blocks * BLOCK)
+        if any(bias is not None for bias in biases):
+            filled = [
+                weight.new_zeros(size) if bias is None else bias.detach()
+                for weight, bias, size in zip(weights, biases, self.sizes, strict=True)
+            ]
+            self.bias = torch.cat(filled)
+            self._place_biases(filled)
+        self._linear = _Linear(
+            self.packed.data_ptr(), None, self._bias.data_ptr() if self.bias is not None else None, self.num_in, self.width,
+            DTYPES[self.dtype], 0, bool(activation), ACTIVATIONS.get(activation, 0),
+        )  # fmt: skip
+        self.address = ctypes.addressof(self._linear)
+
+    def use(self, activation: str) -> None:
+        """Choose another activation of the gate, one of `ACTIVATIONS`."""
+        self.activation, self._linear.activation = activation, ACTIVATIONS[activation]
+
+    def _place(self, member: int) -> tuple[int, int]:
+        """The first packed output of a member, and the distance between its groups of 16."""
+        return (GROUP * member, GROUP * len(self.sizes)) if self.activation else (sum(self.sizes[:member]), GROUP)
+
+    def _move(self, plain: Tensor, member: int, is_back: bool) -> None:
+        first, stride = self._place(member)
+        self._library.pack(plain.element_size(), plain.data_ptr(), *plain.shape, first, stride, self.packed.data_ptr(), is_back)
+
+    def _place_biases(self, biases: Sequence[Tensor]) -> None:
+        for member, bias in enumerate(biases):
+            first, stride = self._place(member)
+            outputs = torch.arange(len(bias))
+            self._bias[first + outputs // GROUP * stride + outputs % GROUP] = bias.float()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., width]: all members side by side, or activation(gate) * value; rounded once.
+
+        Raises ValueError where gradients are required, or for an input of another dtype or width.
+        """
+        x = self.checked(x)
+        y = x.new_empty(*x.shape[:-1], self.width)
+        self._library.linear(self.address, x.data_ptr(), x.numel() // self.num_in, y.data_ptr())
+        return y
+
+    def checked(self, x: Tensor) -> Tensor:
+        """The input, contiguous. Raises as `__call__` does."""
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError("packed linears have no gradients; load the target without kernels to train through it")
+        if x.dtype is not self.dtype or x.shape[-1] != self.num_in or x.device.type != "cpu":
+            raise ValueError(
+                f"a packed linear of {self.num_in} inputs in {self.dtype} on the CPU got {x.shape[-1]} in {x.dtype} on {x.device}"
+            )
+        return x.contiguous()
+
+    def dense(self, member: int) -> Tensor:
+        """The plain weight of one member, [out, in], unpacked at every call."""
+        plain = torch.empty(self.sizes[member], self.num_in, dtype=self.dtype)
+        self._move(plain, member, is_back=True)
+        return plain
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weight, which is padded, and of the bias."""
+        return self.packed.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+
+def compiled_mlp(gate_up: CompiledPack, down: CompiledPack, x: Tensor) -> Tensor:
+    """[..., hidden] -> [..., hidden]: down(activation(gate(x)) * up(x)), in one call."""
+    x = gate_up.checked(x)
+    rows = x.numel() // gate_up.num_in
+    between, y = x.new_empty(rows, gate_up.width), x.new_empty(*x.shape[:-1], down.width)
+    gate_up._library.mlp(gate_up.address, down.address, x.data_ptr(), rows, between.data_ptr(), y.data_ptr())
+    return y
+
+
+def compiled_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """[..., width] -> [..., width]: x / rms(x) * weight. weight: [width] float32."""
+    lib = library()
+    assert lib is not None, "the compiled kernels are not there"
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    width = weight.shape[0]
+    lib.norm(DTYPES[x.dtype], x.data_ptr(), x.numel() // width, width, weight.data_ptr(), eps, y.data_ptr())
+    return y
+
+
+_arena: list[Tensor] = []  # the memory that the next small weight is taken from
+
+
+def huge_pages(count: int, dtype: torch.dtype) -> Tensor:
+    """[count] zeros in memory of 2 MiB pages where the system has them; it is freed with the last tensor that uses it.
+
+    A processor looks up an address in fewer steps with them: products of packed weights are up to a third faster.
+    """
+    num_bytes = -(-count * dtype.itemsize // 4096) * 4096
+    if num_bytes >= ARENA // 4:
+        return _mapped(num_bytes)[: count * dtype.itemsize].view(dtype)
+    if not _arena or len(_arena[0]) < num_bytes:
+        _arena[:] = [_mapped(ARENA)]
+    taken, _arena[0] = _arena[0][:num_bytes], _arena[0][num_bytes:]
+    return taken[: count * dtype.itemsize].view(dtype)
+
+
+def _mapped(num_bytes: int) -> Tensor:
+    """[num_bytes] uint8, from the start of a huge page."""
+    kind = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+    memory = mmap.mmap(-1, num_bytes + HUGE_PAGE, **kind)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    first = -whole.data_ptr() % HUGE_PAGE
+    return whole[first : first + num_bytes]

@@ -1,0 +1,1 @@
+"""The C++ sources of the compiled kernels, and `build`, which compiles them."""

@@ -1,0 +1,26 @@
+"""Both kinds of kernels that a CPU may have."""
+
+import pytest
+
+from headstart.target.kernels.compiled import SWITCH, library
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def kernels(request, monkeypatch):
+    """The compiled kernels, or those of torch, as on a processor without the others."""
+    if request.param == "torch":
+        monkeypatch.setenv(SWITCH, "torch")
+    library.cache_clear()
+    if request.param == "compiled" and library() is None:
+        pytest.skip("there are no compiled kernels for this processor, or no compiler")
+    yield request.param
+    library.cache_clear()
+
+
+@pytest.fixture
+def torch_kernels(monkeypatch):
+    """torch's kernels, as on a processor without the compiled ones."""
+    monkeypatch.setenv(SWITCH, "torch")
+    library.cache_clear()
+    yield
+    library.cache_clear()
