@@ -8,6 +8,8 @@ import pytest
 from accelerate.state import AcceleratorState
 from folders import TEXT, write_model
 
+from headstart.target.kernels.compiled import SWITCH, library
+
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -51,3 +53,12 @@ def asked(model_folder, data, tmp_path):
         return {name: value for name, value in whole.items() if value is not None}
 
     return ask
+
+
+@pytest.fixture
+def torch_kernels(monkeypatch):
+    """torch's kernels, as on a processor without the compiled ones."""
+    monkeypatch.setenv(SWITCH, "torch")
+    library.cache_clear()
+    yield
+    library.cache_clear()

@@ -164,6 +164,7 @@ def load(
     device: str = "auto",
     dtype: str | torch.dtype = "auto",
     exact: bool | str = "auto",
+    weights: str = "stored",
     max_rows: int = 8,
     memory: int | None = None,
     accept: str = "coupled",
@@ -185,6 +186,8 @@ def load(
     dtype: of weights and KV cache; "auto": the one in which the weights are stored.
     exact: "auto": the same bits as plain decoding wherever a CPU can give them (`llm.engine.target.kernel_choice.why_not` names
         what prevents it); True: required; False: the fastest kernels.
+    weights: "stored", or "int8": the weights of the model's linears are rounded, which is faster and changes its answers a little;
+        for bf16 on a CPU with compiled kernels.
     max_rows: requests that run at once.
     memory: bytes for keys and values; None: as in `Engine`.
     accept: acceptance rule: "coupled" (same text as plain decoding), "rejection" (same distribution) or "typical" (lossy: another
@@ -199,8 +202,12 @@ def load(
     if isinstance(source, str | Path):
         check_folder(source)
         tokenizer = tokenizer or load_tokenizer(source, trust_remote_code)
-        target = Target.load(source, dtype=dtype, device=device, exact=exact, trust_remote_code=trust_remote_code)
+        target = Target.load(source, dtype=dtype, device=device, exact=exact, trust_remote_code=trust_remote_code, weights=weights)
     else:
+        if weights != "stored":
+            raise ValueError(
+                f"weights={weights!r} would change the model object that load was given; load it from its folder instead"
+            )
         if tokenizer is None:
             raise ValueError("load was given a model object without its tokenizer; pass tokenizer=...")
         target = Target(source)

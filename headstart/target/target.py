@@ -118,7 +118,7 @@ class Target:
     @classmethod
     def load(
         cls, path: str | Path, dtype: str | torch.dtype = "auto", device: str = "auto", exact: bool | str = "auto",
-        trust_remote_code: bool = False,
+        trust_remote_code: bool = False, weights: str = "stored",
     ) -> Target:  # fmt: skip
         """A target from a folder or hub id, with kernels for this machine, checked.
 
@@ -126,15 +126,17 @@ class Target:
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:NUMBER".
         exact: as for `choose_kernels`.
         trust_remote_code: whether Python files in that folder, and in that of a draft model for it, may run.
+        weights: "stored", or "int8": rounded, with one factor per output; for bf16 on a CPU with compiled kernels. Then `release`
+            gives the model back with rounded weights.
         Raises ValueError, in one sentence, for a model that cannot be loaded or served exactly.
         """
         target = cls(load_model(path, dtype, device, trust_remote_code), check=False)
         target.trust_remote_code = trust_remote_code
-        target.choose_kernels(exact)
+        target.choose_kernels(exact, weights=weights)
         target.check()
         return target
 
-    def choose_kernels(self, exact: bool | str = "auto", *, pack: bool = True) -> None:
+    def choose_kernels(self, exact: bool | str = "auto", *, pack: bool = True, weights: str = "stored") -> None:
         """Choose kernels for this machine.
 
         The choice depends on the model, the machine and torch's number of threads, never on measured times; set the number of
@@ -142,12 +144,15 @@ class Target:
 
         exact: True: equality to the bit; "auto": equality to the bit where a CPU has it; False: the fastest kernels.
         pack: whether the model's linears are packed in place, until `release` puts them back.
+        weights: as for `load`.
         Raises ValueError where exact is True and equality to the bit is not available.
         """
         if exact not in (True, False, "auto"):
             raise ValueError(f"exact is {exact!r}; it must be True, False or 'auto'")
+        if weights not in ("stored", "int8"):
+            raise ValueError(f"weights is {weights!r}; it must be 'stored' or 'int8'")
         self._ungroup()
-        choice = choose_kernels(self.model, self.heads, self.shapes, exact, pack)
+        choice = choose_kernels(self.model, self.heads, self.shapes, exact, pack, weights)
         self._use(choice)
         if not choice.is_exact or self._holds_to_the_bit(is_cached=not pack):
             return

@@ -70,10 +70,10 @@ def test_a_drafter_that_is_the_target_is_always_right_with_its_noise_and_not_wit
 
 
 def test_the_default_shapes_leave_out_a_tree_of_an_uncalibrated_drafter():
-    assert shared_noise.shapes_of("lookup", None, 1.0) == ["chain:4", "best"]
-    assert shared_noise.shapes_of("mtp", None, 1.0) == list(shared_noise.DEFAULT_SHAPES)
+    assert shared_noise.shapes_of("lookup", None, 1.0, None) == ["chain:4", "best"]
+    assert shared_noise.shapes_of("mtp", None, 1.0, None) == list(shared_noise.DEFAULT_SHAPES)
     with pytest.raises(ValueError, match="tree:8"):
-        shared_noise.shapes_of("lookup", ["tree:8"], 1.0)
+        shared_noise.shapes_of("lookup", ["tree:8"], 1.0, None)
 
 
 def test_a_text_that_differs_from_plain_decoding_stops_the_comparison(model_folder):

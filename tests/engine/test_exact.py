@@ -130,7 +130,7 @@ def test_the_choice_reads_no_clock(model_folder, monkeypatch):
     assert target.is_exact
 
 
-def test_attention_is_ordered_where_the_order_is_proven_else_in_fp64(monkeypatch):
+def test_attention_is_ordered_where_the_order_is_proven_else_in_fp64(monkeypatch, torch_kernels):
     model = random_model(ARCHITECTURES["llama"](), torch.float32)
     for is_proof, kernel in ((True, ordered), (False, wide)):
         choice._is_order_proof.cache_clear()
@@ -142,7 +142,7 @@ def test_attention_is_ordered_where_the_order_is_proven_else_in_fp64(monkeypatch
     choice._is_order_proof.cache_clear()
 
 
-def test_a_model_that_fails_with_ordered_attention_runs_in_fp64(monkeypatch):
+def test_a_model_that_fails_with_ordered_attention_runs_in_fp64(monkeypatch, torch_kernels):
     """The order of addition was proven for the shapes, but the model as a whole is not exact: the other kernel is tried."""
     monkeypatch.setattr(target_module, "holds_to_the_bit", lambda target: target.kernel is wide)
     target = Target(random_model(ARCHITECTURES["llama"](), torch.float32), check=False)

@@ -20,7 +20,7 @@ from headstart.target.kernels.compiled_attention import CompiledAttention
 from headstart.target.kernels.fuse import fuse
 from headstart.target.kernels.fused_attention import fuse_attention
 from headstart.target.kernels.invariance import Kind, RowRange, kind_of, row_ranges
-from headstart.target.kernels.linear import PackedLinear, is_all_compiled, prepack
+from headstart.target.kernels.linear import PackedLinear, is_all_compiled, prepack, quantise
 from headstart.target.kernels.onednn import OneDnnPack, joined, row_groups
 
 EXACT_DTYPES = (torch.bfloat16, torch.float32)
@@ -47,7 +47,12 @@ class KernelChoice:
 
 
 def choose_kernels(
-    model: nn.Module, heads: int, shapes: Sequence[LayerShape], exact: bool | str, pack: bool = True
+    model: nn.Module,
+    heads: int,
+    shapes: Sequence[LayerShape],
+    exact: bool | str,
+    pack: bool = True,
+    weights: str = "stored",
 ) -> KernelChoice:
     """Choose the kernels of a model.
 
@@ -55,13 +60,16 @@ def choose_kernels(
     heads: number of query heads.
     shapes: what each layer stores per token.
     exact: True: equality to the bit; "auto": equality to the bit where it is available; False: the fastest kernels.
-    Raises ValueError where exact is True and equality to the bit is not available.
+    weights: "int8": round the weights of all linears, see `quantise`; "stored": keep them.
+    Raises ValueError where exact is True and equality to the bit is not available, and where weights cannot be rounded.
     """
     parameter = next(model.parameters())
     if pack and parameter.device.type == "cpu":
         fuse(model)
         prepack(model)
         fuse_attention(model)
+    if weights == "int8":
+        quantise(model)
     compiled = CompiledAttention() if CompiledAttention.fits(shapes, parameter.dtype, parameter.device) else None
     is_compiled = compiled is not None and is_all_compiled(model)
     if exact is False:

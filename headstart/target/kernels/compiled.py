@@ -22,7 +22,7 @@ from torch import Tensor
 from headstart.target.kernels.cpp.build import build, file_name, find_compiler, is_supported
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-BLOCK, GROUP, DEPTH = 64, 16, 32  # outputs of a block, outputs of a group, inputs of a step, as in cpp/kernels.hpp
+BLOCK, GROUP, STEP = 64, 16, 64  # outputs of a block and of a group, bytes of inputs in a step, as in cpp/kernels.hpp
 ACTIVATIONS = {"swish": 1, "gelu_tanh": 2, "gelu": 3}
 HUGE_PAGE = 2**21
 ARENA = 2**26  # bytes of memory that small weights share
@@ -34,9 +34,9 @@ class _Linear(ctypes.Structure):
     """`Linear` of cpp/kernels.hpp."""
 
     _fields_ = (
-        ("weight", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("inputs", ctypes.c_int64),
-        ("outputs", ctypes.c_int64), ("dtype", ctypes.c_int32), ("is_int8", ctypes.c_int32), ("is_gated", ctypes.c_int32),
-        ("activation", ctypes.c_int32),
+        ("weight", ctypes.c_void_p), ("scale", ctypes.c_void_p), ("offsets", ctypes.c_void_p), ("bias", ctypes.c_void_p),
+        ("inputs", ctypes.c_int64), ("outputs", ctypes.c_int64), ("dtype", ctypes.c_int32), ("is_int8", ctypes.c_int32),
+        ("is_gated", ctypes.c_int32), ("activation", ctypes.c_int32),
     )  # fmt: skip
 
 
@@ -139,6 +139,7 @@ class CompiledPack:
     sizes: output width of each member.
     bias: [sum of sizes], zeros for members without one; None where no member has one.
     packed: the weight in the library's layout, padded.
+    scale: [packed outputs] float32, the factor of each output's int8 weights; None where the weights are in `dtype`.
     dtype: of weight, input and output.
     width: output width of a product: the sum of `sizes`, or, with a gate, that of one member.
     """
@@ -156,25 +157,43 @@ class CompiledPack:
         self.num_in = weights[0].shape[1]
         self.activation = activation
         self.width = self.sizes[0] if activation else sum(self.sizes)
-        num_blocks = -(-self.width // (BLOCK // len(weights) if activation else BLOCK))
-        depth = self.num_in if self.dtype == torch.float32 else -(-self.num_in // DEPTH) * DEPTH
-        self.packed = huge_pages(num_blocks * BLOCK * depth, self.dtype)
-        for member, weight in enumerate(weights):
-            self._move(weight.detach().contiguous(), member, is_back=False)
+        per_block = BLOCK // len(weights) if activation else BLOCK
+        self._padded_outputs = -(-self.width // per_block) * BLOCK
+        self.packed = self._packed([weight.detach() for weight in weights])
+        self.scale: Tensor | None = None
         self.bias: Tensor | None = None
-        self._bias = torch.zeros(num_blocks * BLOCK)
+        self._placed_bias: Tensor | None = None
         if any(bias is not None for bias in biases):
             filled = [
                 weight.new_zeros(size) if bias is None else bias.detach()
                 for weight, bias, size in zip(weights, biases, self.sizes, strict=True)
             ]
-            self.bias = torch.cat(filled)
-            self._place_biases(filled)
+            self.bias, self._placed_bias = torch.cat(filled), self._placed(filled)
         self._linear = _Linear(
-            self.packed.data_ptr(), None, self._bias.data_ptr() if self.bias is not None else None, self.num_in, self.width,
-            DTYPES[self.dtype], 0, bool(activation), ACTIVATIONS.get(activation, 0),
+            self.packed.data_ptr(), None, None, None if self._placed_bias is None else self._placed_bias.data_ptr(), self.num_in,
+            self.width, DTYPES[self.dtype], 0, bool(activation), ACTIVATIONS.get(activation, 0),
         )  # fmt: skip
         self.address = ctypes.addressof(self._linear)
+
+    def quantise(self) -> None:
+        """Round the weights to int8, with one factor per output; for a bf16 pack. An output's largest weight becomes 127."""
+        assert self.dtype == torch.bfloat16, "only bf16 weights are rounded to int8"
+        weights = [self.dense(member).float() for member in range(len(self.sizes))]
+        factors = [weight.abs().amax(1).clamp(min=1e-30) / 127 for weight in weights]
+        rounded = [(weight / factor[:, None]).round().to(torch.int8) for weight, factor in zip(weights, factors, strict=True)]
+        self.packed, self.scale = self._packed(rounded), self._placed(factors)
+        self._offsets = self._placed([weight.sum(1, dtype=torch.int32) * -128 for weight in rounded]).to(torch.int32)
+        self._linear.weight, self._linear.scale, self._linear.is_int8 = self.packed.data_ptr(), self.scale.data_ptr(), 1
+        self._linear.offsets = self._offsets.data_ptr()
+
+    def _packed(self, weights: Sequence[Tensor]) -> Tensor:
+        """The members' weights, each [out, in], in the library's layout."""
+        step = 1 if self.dtype == torch.float32 else STEP // weights[0].element_size()
+        depth = -(-self.num_in // step) * step
+        packed = huge_pages(self._padded_outputs * depth, weights[0].dtype)
+        for member, weight in enumerate(weights):
+            self._move(weight.contiguous(), member, packed, is_back=False)
+        return packed
 
     def use(self, activation: str) -> None:
         """Choose another activation of the gate, one of `ACTIVATIONS`."""
@@ -184,15 +203,22 @@ class CompiledPack:
         """The first packed output of a member, and the distance between its groups of 16."""
         return (GROUP * member, GROUP * len(self.sizes)) if self.activation else (sum(self.sizes[:member]), GROUP)
 
-    def _move(self, plain: Tensor, member: int, is_back: bool) -> None:
+    def _move(self, plain: Tensor, member: int, packed: Tensor, is_back: bool) -> None:
         first, stride = self._place(member)
-        self._library.pack(plain.element_size(), plain.data_ptr(), *plain.shape, first, stride, self.packed.data_ptr(), is_back)
+        self._library.pack(plain.element_size(), plain.data_ptr(), *plain.shape, first, stride, packed.data_ptr(), is_back)
 
-    def _place_biases(self, biases: Sequence[Tensor]) -> None:
-        for member, bias in enumerate(biases):
-            first, stride = self._place(member)
-            outputs = torch.arange(len(bias))
-            self._bias[first + outputs // GROUP * stride + outputs % GROUP] = bias.float()
+    def _outputs(self, member: int) -> Tensor:
+        """[out] the packed output of each output of a member."""
+        first, stride = self._place(member)
+        outputs = torch.arange(self.sizes[member])
+        return first + outputs // GROUP * stride + outputs % GROUP
+
+    def _placed(self, values: Sequence[Tensor]) -> Tensor:
+        """[packed outputs] float32, from one value for each output of each member."""
+        placed = torch.zeros(self._padded_outputs)
+        for member, value in enumerate(values):
+            placed[self._outputs(member)] = value.float()
+        return placed
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., width]: all members side by side, or activation(gate) * value; rounded once.
@@ -216,14 +242,14 @@ class CompiledPack:
 
     def dense(self, member: int) -> Tensor:
         """The plain weight of one member, [out, in], unpacked at every call."""
-        plain = torch.empty(self.sizes[member], self.num_in, dtype=self.dtype)
-        self._move(plain, member, is_back=True)
-        return plain
+        plain = torch.empty(self.sizes[member], self.num_in, dtype=self.packed.dtype)
+        self._move(plain, member, self.packed, is_back=True)
+        return plain if self.scale is None else (plain * self.scale[self._outputs(member)][:, None]).to(self.dtype)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed weight, which is padded, and of the bias."""
-        return self.packed.nbytes + (0 if self.bias is None else self.bias.nbytes)
+        """Bytes of the packed weight, which is padded, and of what belongs to its outputs."""
+        return sum(part.nbytes for part in (self.packed, self.scale, self.bias) if part is not None)
 
 
 def compiled_mlp(gate_up: CompiledPack, down: CompiledPack, x: Tensor) -> Tensor:

@@ -152,6 +152,27 @@ def is_all_compiled(model: nn.Module) -> bool:
     ) and all(isinstance(module.pack, CompiledPack) for module in model.modules() if isinstance(module, PackedLinear))
 
 
+def quantise(model: nn.Module) -> int:
+    """Round the weights of all linears to int8, in place and for good; returns how many packs were rounded.
+
+    Raises ValueError where the model is not in bf16, or not all its linears are compiled ones.
+    """
+    packs = {id(module.pack): module.pack for module in model.modules() if isinstance(module, PackedLinear)}
+    lib = library()
+    if lib is None or lib.level == "avx512":
+        reason = "needs the compiled kernels and a processor with AVX-512 and bf16"
+    elif not packs or not is_all_compiled(model):
+        reason = "is not possible where a model has matrices outside its linears, such as experts, or linears that are not plain"
+    elif any(pack.dtype != torch.bfloat16 for pack in packs.values()):
+        reason = "is for models in bfloat16; give dtype='bfloat16' too"
+    else:
+        for pack in packs.values():
+            assert isinstance(pack, CompiledPack), "all are compiled"
+            pack.quantise()
+        return len(packs)
+    raise ValueError(f"weights='int8' {reason}")
+
+
 def packed_bytes(model: nn.Module) -> int:
     """Bytes of all packed weights of a model, each pack counted once."""
     packs = {id(module.pack): module.pack for module in model.modules() if isinstance(module, PackedLinear)}

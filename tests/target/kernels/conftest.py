@@ -15,12 +15,3 @@ def kernels(request, monkeypatch):
         pytest.skip("there are no compiled kernels for this processor, or no compiler")
     yield request.param
     library.cache_clear()
-
-
-@pytest.fixture
-def torch_kernels(monkeypatch):
-    """torch's kernels, as on a processor without the compiled ones."""
-    monkeypatch.setenv(SWITCH, "torch")
-    library.cache_clear()
-    yield
-    library.cache_clear()

@@ -34,7 +34,6 @@ static Query query_of(const Attention& a, const Piece& piece, int64_t number) {
   return q;
 }
 
-#if defined(__AVX512F__)
 // The sums of 16 vectors, in one vector.
 INLINE Vec sums_of(Vec v[kLanes]) {
   const __m512i low = _mm512_setr_epi32(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
@@ -53,13 +52,6 @@ INLINE Vec sums_of(Vec v[kLanes]) {
   __m512 c1 = _mm512_add_ps(_mm512_shuffle_f32x4(b[2], b[3], 0x88), _mm512_shuffle_f32x4(b[2], b[3], 0xdd));
   return (Vec)_mm512_add_ps(_mm512_shuffle_f32x4(c0, c1, 0x88), _mm512_shuffle_f32x4(c0, c1, 0xdd));
 }
-#else
-INLINE Vec sums_of(Vec v[kLanes]) {
-  Vec result;
-  for (int lane = 0; lane < kLanes; lane++) result[lane] = sum(v[lane]);
-  return result;
-}
-#endif
 
 // The products of a query with 16 keys, one behind the other.
 template <class T>

@@ -22,13 +22,17 @@ from pathlib import Path
 HERE = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-w")
 AVX512 = ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
-BF16 = (*AVX512, "-mavx512bf16")
-LEVELS = {"avx512": AVX512, "avx512_bf16": BF16, "amx": (*BF16, "-mamx-tile", "-mamx-bf16")}  # level.cpp is compiled once for each
+BF16 = (*AVX512, "-mavx512bf16", "-mavx512vnni")
+LEVELS = {
+    "avx512": AVX512,
+    "avx512_bf16": BF16,
+    "amx": (*BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+}  # level.cpp is compiled once for each
 
 
 def is_supported() -> bool:
-    """Whether there are kernels for this processor and operating system: 64-bit x86 with Linux or macOS."""
-    return platform.machine().lower() in ("x86_64", "amd64") and sys.platform in ("linux", "darwin")
+    """Whether there are kernels for this kind of processor and operating system: 64-bit x86 with Linux."""
+    return platform.machine() == "x86_64" and sys.platform == "linux"
 
 
 def file_name() -> str:
@@ -68,7 +72,7 @@ def build(folder: Path) -> Path:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_run, ([*command, "-o", out] for command, out in zip(commands.values(), objects, strict=True))))
         made = Path(scratch, target.name)
-        _run([*compiler, "-shared", *objects, "-o", str(made), "-lpthread"])
+        _run([*compiler, "-shared", "-static-libstdc++", "-static-libgcc", *objects, "-o", str(made), "-lpthread"])
         made.replace(target)  # at once: another process may be building too
     return target
 

@@ -6,16 +6,18 @@ namespace headstart {
 
 enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1 };
 constexpr int64_t kBlock = 64;  // outputs of one block of a packed weight
-constexpr int64_t kDepth = 32;  // inputs in one step of a packed bf16 weight
+constexpr int64_t kStep = 64;   // bytes of inputs in one step of a packed bf16 or int8 weight: 32 or 64 inputs
 
 // A packed weight: blocks of 64 outputs, one after the other, padded with zeros.
 //   fp32   [blocks, inputs, 64]
 //   bf16   [blocks, inputs / 32, 4, 16, 16, 2]   step, group of 16 outputs, pair of inputs, output, input of the pair
-//   int8   as bf16, and one scale per output
+//   int8   [blocks, inputs / 64, 4, 16, 16, 4]   step, group of 16 outputs, four inputs, output, input of the four
+// An int8 weight is multiplied with inputs of 15 bits: row / scale = 128 high + low, both int8, with one scale for each row.
 // A gated weight holds the gate and the value of 32 outputs in each block, by turns of 16.
 struct Linear {
   const void* weight;
-  const float* scale;  // [blocks * 64], or null where the weight is not int8
+  const float* scale;      // [blocks * 64], or null where the weight is not int8
+  const int32_t* offsets;  // [blocks * 64] -128 times the sum of an output's int8 weights
   const float* bias;   // [blocks * 64], or null
   int64_t inputs;
   int64_t outputs;     // without padding; of a gated weight, the number of its products
@@ -69,7 +71,7 @@ struct Kernels {
 void share_out(int64_t pieces, void (*piece)(void* context, int64_t number), void* context);
 int num_threads();
 // Memory of this thread, aligned to 64 bytes, valid until the next call with the same `use`.
-enum Use { kSums, kWeights, kInput, kScores, kRows, kUses };
+enum Use { kSums, kInput, kScales, kScores, kRows, kUses };
 void* scratch(Use use, int64_t bytes);
 
 }  // namespace headstart

@@ -61,14 +61,16 @@ bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
 }
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_avx512_bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+}
 // Linux gives matrix registers to a process that asks for them.
 bool has_amx() {
 #if defined(__linux__)
   uint32_t eax, ebx, ecx, edx;
   __asm__("cpuid" : "=a"(eax), "=b"(ebx), "=c"(ecx), "=d"(edx) : "a"(7), "c"(0));
-  constexpr uint32_t kBf16 = 1u << 22, kTile = 1u << 24;
-  return has_avx512_bf16() && (edx & kBf16) && (edx & kTile) && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+  constexpr uint32_t kAll = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tiles, int8
+  return has_avx512_bf16() && (edx & kAll) == kAll && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
 #else
   return false;
 #endif
@@ -79,37 +81,41 @@ const Level kLevels[] = {{"amx", &headstart_amx, has_amx},
 
 const Level* current = nullptr;
 
+// Where an input of a packed output is. fp32 weights have one input in a step, others 64 bytes of them, in fours of bytes.
 template <class T>
-void pack(const T* from, int64_t outputs, int64_t inputs, int64_t stride, int64_t first, T* to, bool is_back) {
-  constexpr bool is_float = sizeof(T) == 4;
-  int64_t steps = (inputs + headstart::kDepth - 1) / headstart::kDepth;
-  for (int64_t output = 0; output < outputs; output++) {
-    int64_t at = first + output / 16 * stride + output % 16;  // in the packed weight; `stride`: between groups of 16
-    int64_t block = at / headstart::kBlock, lane = at % headstart::kBlock;
-    for (int64_t input = 0; input < inputs; input++) {
-      int64_t place = is_float ? (block * inputs + input) * headstart::kBlock + lane
-                               : (((block * steps + input / 32) * 4 + lane / 16) * 16 + input % 32 / 2) * 32 + lane % 16 * 2 + input % 2;
-      T* packed = to + place;
-      T* plain = const_cast<T*>(from) + output * inputs + input;
-      if (is_back) *plain = *packed;
-      else *packed = *plain;
-    }
-  }
+int64_t place(int64_t output, int64_t input, int64_t inputs) {
+  constexpr int64_t kFew = 4 / sizeof(T), kInputs = sizeof(T) == 4 ? 1 : headstart::kStep / sizeof(T);
+  int64_t block = output / headstart::kBlock, lane = output % headstart::kBlock;
+  if (sizeof(T) == 4) return (block * inputs + input) * headstart::kBlock + lane;
+  int64_t steps = (inputs + kInputs - 1) / kInputs;
+  int64_t four = ((block * steps + input / kInputs) * 4 + lane / 16) * 16 + input % kInputs / kFew;
+  return (four * 16 + lane % 16) * kFew + input % kFew;
 }
 
+template <class T>
+void pack(T* plain, int64_t outputs, int64_t inputs, int64_t first, T* packed, bool is_back) {
+  for (int64_t output = 0; output < outputs; output++)
+    for (int64_t input = 0; input < inputs; input++) {
+      T& one = plain[output * inputs + input];
+      T& other = packed[place<T>(first + output, input, inputs)];
+      if (is_back) one = other;
+      else other = one;
+    }
+}
+
+// Each piece of work is a group of 16 outputs.
 struct Packing {
   int64_t bytes;
-  const void* from;
-  int64_t outputs, inputs, stride, first;
-  void* to;
+  void* plain;
+  int64_t outputs, inputs, first, stride;
+  void* packed;
   bool is_back;
   void operator()(int64_t group) const {
-    int64_t rows = outputs - group * 16 < 16 ? outputs - group * 16 : 16;
-    int64_t at = first + group * stride;
-    auto* plain = static_cast<const char*>(from) + group * 16 * inputs * bytes;
-    if (bytes == 4) pack((const float*)plain, rows, inputs, stride, at, (float*)to, is_back);
-    else if (bytes == 2) pack((const uint16_t*)plain, rows, inputs, stride, at, (uint16_t*)to, is_back);
-    else pack((const int8_t*)plain, rows, inputs, stride, at, (int8_t*)to, is_back);
+    int64_t rows = outputs - group * 16 < 16 ? outputs - group * 16 : 16, at = first + group * stride;
+    char* from = static_cast<char*>(plain) + group * 16 * inputs * bytes;
+    if (bytes == 4) pack((float*)from, rows, inputs, at, (float*)packed, is_back);
+    else if (bytes == 2) pack((uint16_t*)from, rows, inputs, at, (uint16_t*)packed, is_back);
+    else pack((int8_t*)from, rows, inputs, at, (int8_t*)packed, is_back);
   }
 };
 
@@ -140,7 +146,7 @@ EXPORTED void headstart_threads(int64_t threads) { headstart::pool.resize(static
 // first, first + 1, ..., first + 15, first + stride, and so on.
 EXPORTED void headstart_pack(int64_t bytes, void* plain, int64_t outputs, int64_t inputs, int64_t first, int64_t stride, void* packed,
                     int64_t is_back) {
-  Packing packing{bytes, plain, outputs, inputs, stride, first, packed, is_back != 0};
+  Packing packing{bytes, plain, outputs, inputs, first, stride, packed, is_back != 0};
   headstart::pool.run((outputs + 15) / 16, packing);
 }
 

@@ -1,18 +1,15 @@
-// Vectors of 16 floats in the compiler's own vector type, which every processor has in some width, and loads, stores and functions.
+// Vectors of 16 floats in the compiler's own vector type, with loads, stores and functions.
 #pragma once
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
-#if defined(__x86_64__)
 #include <immintrin.h>
-#endif
 
 namespace {  // each instruction set compiles its own copy
 
 constexpr int kLanes = 16;
 typedef float Vec __attribute__((vector_size(64)));
 typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
 struct BFloat16 {
   uint16_t bits;
 };
@@ -39,8 +36,9 @@ INLINE Vec vmin(Vec a, Vec b) { return a < b ? a : b; }
 // Loads and stores of 16 values as floats. bf16 is rounded to nearest, ties to even.
 INLINE Vec load(const float* from) { return load_raw<Vec>(from); }
 INLINE Vec load(const BFloat16* from) {
-  return (Vec)(__builtin_convertvector(load_raw<Halves>(from), Ints) << 16);
+  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_raw<__m256i>(from)), 16);
 }
+INLINE Vec load(const int8_t* from) { return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_raw<__m128i>(from))); }
 INLINE void store(float* to, Vec x) { store_raw(to, x); }
 INLINE void store(BFloat16* to, Vec x) {
 #if defined(__AVX512BF16__)
@@ -50,7 +48,7 @@ INLINE void store(BFloat16* to, Vec x) {
   Ints rounded = bits + 0x7fff + ((bits >> 16) & 1);
   Ints is_nan = (bits & 0x7fffffff) > 0x7f800000;
   rounded = is_nan ? (bits | 0x400000) : rounded;
-  store_raw(to, __builtin_convertvector(rounded >> 16, Halves));
+  store_raw(to, _mm512_cvtepi32_epi16((__m512i)(rounded >> 16)));
 #endif
 }
 INLINE float to_float(float x) { return x; }
