@@ -206,7 +206,7 @@ class Rows:
         sampling = self.sampling.rows(paths.rows)
         scores = self._scores(logits, levels, span, paths.rows, sampling)
         tokens = scores.argmax(-1)
-        if not self.sampling.is_truncated:
+        if not self.sampling.is_truncated or _are_best(tokens, logits):
             return tokens, torch.ones_like(levels, dtype=torch.bool)
         truncation = Truncation(logits, sampling)
         is_sure = truncation.admits(tokens) | (sampling.temperature == 0)
@@ -233,3 +233,11 @@ class Rows:
         else:
             noise = torch.stack([self.noise(level + 1) for level in span])[levels - span[0], rows]
         return torch.addcmul(logits, sampling.temperature[:, None], noise)
+
+
+def _are_best(tokens: Tensor, logits: Tensor) -> bool:
+    """Whether the tokens [n] are known to be the best of each line of `logits` [n, vocab], which no truncation leaves out.
+
+    Known on a CPU only: elsewhere, asking costs a host synchronisation.
+    """
+    return logits.device.type == "cpu" and torch.equal(tokens, logits.argmax(-1))
