@@ -168,7 +168,7 @@ class Rows:
         if self.sampling.is_truncated:
             truncation = Truncation(logits, sampling)
             is_inside = torch.stack([truncation.admits(child) for child in best.indices.T], -1)
-            chances = chances * (is_inside | (sampling.temperature[:, None] == 0))
+            chances = chances * (is_inside | sampling.is_greedy[:, None])
         return Choice(tokens, chances.float(), None)
 
     def _draw(
@@ -209,7 +209,7 @@ class Rows:
         if not self.sampling.is_truncated or _are_best(tokens, logits):
             return tokens, torch.ones_like(levels, dtype=torch.bool)
         truncation = Truncation(logits, sampling)
-        is_sure = truncation.admits(tokens) | (sampling.temperature == 0)
+        is_sure = truncation.admits(tokens) | sampling.is_greedy
         for _ in range(tries - 1):
             if scores.device.type == "cpu" and bool(is_sure.all()):  # no host synchronisation there
                 break
@@ -223,7 +223,7 @@ class Rows:
         logits = self.adjust(logits, paths)
         sampling = self.sampling.rows(paths.rows)
         scores = self._scores(logits, levels, span, paths.rows, sampling)
-        is_outside = ~Truncation(logits, sampling).members() & (sampling.temperature > 0)[:, None]
+        is_outside = ~Truncation(logits, sampling).members() & ~sampling.is_greedy[:, None]
         return scores.masked_fill(is_outside, -torch.inf).argmax(-1)
 
     def _scores(self, logits: Tensor, levels: Tensor, span: range, rows: Tensor, sampling: SamplingTensors) -> Tensor:
