@@ -282,8 +282,7 @@ def against_generate(target: Target, tokens: int, lines: list[Line]) -> dict[str
     ours = seconds(target, answer, 3)
     ids = torch.tensor([prompt], device=target.device)
     settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
-    with target.original() as model:
-        theirs = seconds(target, lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **settings), 3)
+    theirs = seconds(target, lambda: target.model.generate(ids, attention_mask=torch.ones_like(ids), **settings), 3)
     finding = f"{tokens / ours:.1f} against {tokens / theirs:.1f} tokens/s (x{theirs / ours:.2f})"
     lines.append((f"{dtype_name(target)} engine, model.generate", finding, True))
     return {"engine": tokens / ours, "generate": tokens / theirs}

@@ -11,8 +11,8 @@ TEXTS = [[5, 9, 3, 77, 12, 40, 8, 21, 33, 60], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 1
 
 def states_of(tokens, taps=(-1,)):
     """[rows, length, taps * hidden] hidden states of the tiny target, by its own attention. tokens: [rows, length]."""
-    with tiny().original() as model, torch.no_grad():
-        states = model(tokens, output_hidden_states=True).hidden_states
+    with torch.no_grad():
+        states = tiny().model(tokens, output_hidden_states=True).hidden_states
     return torch.cat([states[tap % tiny().num_layers + 1] for tap in taps], -1)
 
 

@@ -4,13 +4,14 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 from headstart.training.dataset import Dataset
 from headstart.training.loop import Loop
-from headstart.training.train import train
+from headstart.training.train import resolve, train
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -60,6 +61,16 @@ def killed(config, at: str, resume: bool = False) -> None:
         finally:
             os._exit(1)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+
+
+def check_resumed(asked, folder: Path, keys: dict[str, Any], at: str) -> None:
+    """A run of `asked(**keys)`, killed `at` a moment and resumed, has the weights and losses of one that was not."""
+    train(resolve(None, asked(**keys, out=folder / "uninterrupted")))
+    config = resolve(None, asked(**keys))
+    killed(config, at)
+    train(config, resume=True)
+    assert_same_bits(folder / "uninterrupted", folder / "heads")
+    assert log(folder / "heads") == log(folder / "uninterrupted")
 
 
 def dataset_of(model_folder: Path, data: Path) -> Dataset:

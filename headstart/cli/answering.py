@@ -60,7 +60,7 @@ def print_answers(llm: "LLM", answering: "Answering", show_drafts: bool, as_json
                     sys.stdout.write(marks.underlined(fragment) if show_drafts else fragment.text)
                     sys.stdout.flush()
     except KeyboardInterrupt:
-        answering.abort()
+        answering.close()
         is_finished = False
     for number, answer in enumerate(answering.answers, 1):
         if as_json:

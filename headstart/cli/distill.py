@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -24,7 +25,54 @@ if TYPE_CHECKING:
 _SAMPLING, _ENDPOINT = "Sampling", "Generation by a server"
 
 
+@dataclass(frozen=True)
+class ServerOptions:
+    """The server that answers, if any; else the engine of this package does."""
+
+    endpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="URL of an OpenAI-compatible server of the same model, with its /v1; --model gives the tokenizer.",
+            show_default=False,
+            rich_help_panel=_ENDPOINT,
+        ),
+    ] = None
+    endpoint_model: Annotated[
+        str | None, typer.Option(help="Name of the model on the server.", show_default=False, rich_help_panel=_ENDPOINT)
+    ] = None
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Environment variable that holds the API key.", show_default=False, rich_help_panel=_ENDPOINT)
+    ] = None
+
+    def teacher(
+        self, model: ModelOptions, drafting: DraftingOptions, temperature: float, rows: int
+    ) -> "tuple[PreTrainedTokenizerBase, Teacher]":
+        """The tokenizer, and what answers prompts with it. Raises ValueError for options that do not go together."""
+        if self.endpoint is not None:
+            return self._remote(self.endpoint, model, rows)
+        if self.endpoint_model is not None or self.api_key_env is not None:
+            raise ValueError("--endpoint-model and --api-key-env are for an --endpoint; give its URL, or leave them out")
+        from headstart.distill.teacher import EngineTeacher
+
+        llm = model.load(**drafting.settings(model.model, temperature), max_rows=rows)
+        return llm.tokenizer, EngineTeacher(llm)
+
+    def _remote(self, endpoint: str, model: ModelOptions, rows: int) -> "tuple[PreTrainedTokenizerBase, Teacher]":
+        if self.endpoint_model is None:
+            raise ValueError("--endpoint needs --endpoint-model, the name by which the server calls its model")
+        if self.api_key_env is not None and self.api_key_env not in os.environ:
+            raise ValueError(f"--api-key-env names {self.api_key_env}, which is not set")
+        from headstart.distill.endpoint import EndpointTeacher
+        from headstart.target.loading import embedded
+        from headstart.target.tokenizer_loading import load_tokenizer
+
+        quieten()
+        tokenizer = load_tokenizer(model.model or embedded("target"), model.trust_remote_code)
+        return tokenizer, EndpointTeacher(endpoint, self.endpoint_model, tokenizer, os.environ.get(self.api_key_env or ""), rows)
+
+
 def distill(
+    *,
     model: ModelOptions,
     drafting: DraftingOptions,
     prompts: Annotated[
@@ -57,20 +105,7 @@ def distill(
         typer.Option(help="Sample from the most probable tokens that make up this probability.", rich_help_panel=_SAMPLING),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the answers.", rich_help_panel=_SAMPLING)] = 0,
-    endpoint: Annotated[
-        str | None,
-        typer.Option(
-            help="URL of an OpenAI-compatible server of the same model, with its /v1; --model gives the tokenizer.",
-            show_default=False,
-            rich_help_panel=_ENDPOINT,
-        ),
-    ] = None,
-    endpoint_model: Annotated[
-        str | None, typer.Option(help="Name of the model on the server.", show_default=False, rich_help_panel=_ENDPOINT)
-    ] = None,
-    api_key_env: Annotated[
-        str | None, typer.Option(help="Environment variable that holds the API key.", show_default=False, rich_help_panel=_ENDPOINT)
-    ] = None,
+    server: ServerOptions,
     json: Json = False,
 ) -> None:
     """Generate training data for heads.
@@ -87,7 +122,7 @@ def distill(
     settings = Settings(temperature, top_p, top_k, max_tokens, seed, mode, beginning, drop_cut)
     if not prompts.is_file():
         raise ValueError(f"there is no file {str(prompts)!r} of prompts")
-    tokenizer, teacher = _teacher(model, drafting, temperature, endpoint, endpoint_model, api_key_env, rows)
+    tokenizer, teacher = server.teacher(model, drafting, temperature, rows)
     chat_prompts = read_prompts(prompts, limit, is_chat=tokenizer.chat_template is not None)
     began = time.perf_counter()
     try:
@@ -100,35 +135,6 @@ def distill(
         )
         raise typer.Exit(130) from None
     _print(so_far, out, time.perf_counter() - began, settings, teacher, json)
-
-
-def _teacher(
-    model: ModelOptions,
-    drafting: DraftingOptions,
-    temperature: float,
-    endpoint: str | None,
-    endpoint_model: str | None,
-    api_key_env: str | None,
-    rows: int,
-) -> "tuple[PreTrainedTokenizerBase, Teacher]":
-    if endpoint is None:
-        if endpoint_model is not None or api_key_env is not None:
-            raise ValueError("--endpoint-model and --api-key-env are for an --endpoint; give its URL, or leave them out")
-        from headstart.distill.teacher import EngineTeacher
-
-        llm = model.load(**drafting.settings(model.model, temperature), max_rows=rows)
-        return llm.tokenizer, EngineTeacher(llm)
-    if endpoint_model is None:
-        raise ValueError("--endpoint needs --endpoint-model, the name by which the server calls its model")
-    if api_key_env is not None and api_key_env not in os.environ:
-        raise ValueError(f"--api-key-env names {api_key_env}, which is not set")
-    from headstart.distill.endpoint import EndpointTeacher
-    from headstart.target.loading import embedded
-    from headstart.target.tokenizer_loading import load_tokenizer
-
-    quieten()
-    tokenizer = load_tokenizer(model.model or embedded("target"), model.trust_remote_code)
-    return tokenizer, EndpointTeacher(endpoint, endpoint_model, tokenizer, os.environ.get(api_key_env or ""), rows)
 
 
 @contextmanager

@@ -151,8 +151,6 @@ class Answering:
         for request in self._requests:
             self._engine.abort(request)
 
-    abort = close
-
     def __enter__(self) -> Self:
         return self
 

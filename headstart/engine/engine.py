@@ -203,7 +203,7 @@ class Engine:
         self._join()
         while self._leaving:
             if self._leaving[0].finish_reason is None:
-                self.state.transact(self._end_next)
+                self.state.transact(self._end_next, self._leaving[0])
             self._leaving.popleft()
 
     def _end_next(self) -> None:

@@ -5,7 +5,6 @@ The drafter has snapshots of its own.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from itertools import islice
 
@@ -16,19 +15,25 @@ from headstart.target.cache import KVCache
 class Savepoint:
     """The state of the scheduler, the seating, the cache and the requests. Made before a round changes any of it.
 
-    Of the KV cache only the lengths are saved: slots beyond the committed ones hold nothing that is read.
+    Of the KV cache only the lengths are saved: slots beyond the committed ones hold nothing that is read. Of the queue only its
+    front is saved: a round seats waiting requests in order, as many as there are seats, and the rest keeps its place.
 
-    requests: those that a round may change: the running ones, and as many of the waiting ones as there are seats.
+    ending: a request that ends, which may wait anywhere in the queue; the front then reaches as far as it. None: a round.
+    requests: those that may change: the running ones, and the front of the queue.
     """
 
-    def __init__(self, scheduler: Scheduler, cache: KVCache) -> None:
+    def __init__(self, scheduler: Scheduler, cache: KVCache, ending: Request | None = None) -> None:
         self._scheduler = scheduler
         self._cache = cache
-        self._waiting = tuple(scheduler.waiting)
+        waiting = scheduler.waiting
+        num_seats = scheduler.seating.num_seats
+        size = num_seats if ending is None or ending not in waiting else max(num_seats, waiting.index(ending) + 1)
+        self._front = tuple(islice(waiting, size))
+        self._num_waiting = len(waiting)
         self._running = tuple(scheduler.running)
         self._seating = scheduler.seating.snapshot()
         self._lengths = list(cache.lengths)
-        self.requests: Sequence[Request] = (*self._running, *islice(self._waiting, scheduler.seating.num_seats))
+        self.requests: Sequence[Request] = (*self._running, *self._front)
         self._requests = [
             (request, request.seat, request.scored, request.finish_reason, len(request.output), request.stream, len(request.rounds))
             for request in self.requests
@@ -44,5 +49,13 @@ class Savepoint:
                 del series[num_tokens:]
         self._cache.lengths[:] = self._lengths
         self._scheduler.seating.restore(self._seating)
-        self._scheduler.waiting = deque(self._waiting)
+        self._restore_waiting()
         self._scheduler.running = list(self._running)
+
+    def _restore_waiting(self) -> None:
+        """Replace what is left of the queue's front by the front as it was."""
+        waiting = self._scheduler.waiting
+        num_gone = self._num_waiting - len(waiting)
+        for _ in range(len(self._front) - num_gone):
+            waiting.popleft()
+        waiting.extendleft(reversed(self._front))

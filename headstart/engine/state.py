@@ -40,13 +40,14 @@ class EngineState:
 
     # -- transactions --
 
-    def transact(self, work: Callable[[], object]) -> None:
-        """Do the work as a whole or not at all.
+    def transact(self, work: Callable[[], object], ending: Request | None = None) -> None:
+        """Do the work as a whole or not at all: a round, or the end of a request.
 
         Where it raises, everything is as it was before. Otherwise its changes count, and its events are published.
+        ending: the request that the work ends; None: the work is a round.
         """
         self.drafter.begin()
-        self._savepoint = Savepoint(self.scheduler, self.cache)
+        self._savepoint = Savepoint(self.scheduler, self.cache, ending)
         try:
             work()
             self._count()

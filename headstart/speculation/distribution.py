@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ class SamplingTensors:
 
     temperature: [rows] float32, 0 is greedy.
     top_k: [rows] int64, 0 is off.
-    top_p: [rows] float64: 0.3 in float32 is more than 0.3, which decides where a mass equals it; 1 is off.
+    top_p: [rows] float64: 0.3 in float32 is more than 0.3, which decides where a mass equals it; infinity is off.
     min_p: [rows] float32, 0 is off.
     repetition: [rows] float32, repetition penalty.
     presence: [rows] float32, presence penalty.
@@ -27,9 +29,10 @@ class SamplingTensors:
     seeds: [rows] int64, the signed integers with the seeds' bits.
     host_seeds: the seeds, on the host.
     biases: [biases] row, token and value of each logit bias; None for no bias.
-    is_sampled: whether some row is not greedy; on the host, as the next three.
+    is_sampled: whether some row is not greedy; on the host, as the next four.
     is_truncated: whether some row that is not greedy has top_k, top_p or min_p.
     max_top_k: the largest top_k of these rows, 0 for none.
+    has_min_p: whether some of these rows has min_p.
     has_penalties: whether some row has penalties.
     """
 
@@ -46,8 +49,19 @@ class SamplingTensors:
     is_sampled: bool
     is_truncated: bool
     max_top_k: int
+    has_min_p: bool
     has_penalties: bool
     _by_level: dict[int, tuple[Calibration, Tensor]] = field(default_factory=dict, init=False)  # calibration temperatures
+
+    @cached_property
+    def is_greedy(self) -> Tensor:
+        """[rows] bool, whether the temperature is 0."""
+        return self.temperature == 0
+
+    @cached_property
+    def divisors(self) -> Tensor:
+        """[rows, 1] float32, the temperature, above 0 for greedy rows too."""
+        return self.temperature[:, None].clamp(min=torch.finfo(torch.float32).tiny)
 
     def calibration_temperature_of(self, calibration: Calibration, level: int) -> Tensor:
         """[rows] calibration temperature of children of depth `level`; kept, because it is the same in every round."""
@@ -69,7 +83,7 @@ class SamplingTensors:
         return cls(
             temperature=column([p.temperature for p in params]),
             top_k=column([min(p.top_k or 0, 2**31) for p in params], torch.int64),
-            top_p=column([1.0 if p.top_p is None else p.top_p for p in params], torch.float64),
+            top_p=column([math.inf if p.top_p is None or p.top_p == 1 else p.top_p for p in params], torch.float64),
             min_p=column([p.min_p or 0.0 for p in params]),
             repetition=column([p.repetition_penalty for p in params]),
             presence=column([p.presence_penalty for p in params]),
@@ -80,6 +94,7 @@ class SamplingTensors:
             is_sampled=bool(sampled),
             is_truncated=any(p.top_k or (p.top_p or 1) < 1 or p.min_p for p in sampled),
             max_top_k=max((p.top_k or 0 for p in sampled), default=0),
+            has_min_p=any(p.min_p for p in sampled),
             has_penalties=any(p.has_penalties for p in params),
         )
 
@@ -114,8 +129,7 @@ class Truncation:
 
     def __init__(self, logits: Tensor, sampling: SamplingTensors) -> None:
         self.sampling = sampling
-        temperature = sampling.temperature[:, None].clamp(min=torch.finfo(torch.float32).tiny)
-        self.scaled = (logits - logits.amax(-1, keepdim=True)).div_(temperature)  # [n, vocab], best at 0
+        self.scaled = (logits - logits.amax(-1, keepdim=True)).div_(sampling.divisors)  # [n, vocab], best at 0
         self.mass = self.scaled.exp()
         self.index = torch.arange(logits.shape[-1], device=logits.device)
         total = self.mass.sum(-1, dtype=torch.float64)
@@ -123,7 +137,7 @@ class Truncation:
             top = self.mass.topk(min(sampling.max_top_k, logits.shape[-1]), -1).values.cumsum(-1, dtype=torch.float64)
             last = (sampling.top_k.clamp(1, top.shape[-1])[:, None] - 1).expand(top.shape[0], 1)
             total = torch.where(sampling.top_k > 0, top.gather(-1, last).squeeze(-1), total)
-        self.limit = torch.where(sampling.top_p < 1, sampling.top_p * total, torch.inf)  # [n], bound of the mass of larger logits
+        self.limit = sampling.top_p * total  # [n], bound of the mass of larger logits
 
     def admits(self, candidates: Tensor) -> Tensor:
         """[n] bool: whether the candidate of each line is inside. candidates: [n] indices into vocab."""
@@ -132,7 +146,9 @@ class Truncation:
         is_in = (self.mass * larger).sum(-1, dtype=torch.float64) < self.limit
         if self.sampling.max_top_k:
             is_in &= (self.sampling.top_k == 0) | (larger.sum(-1) < self.sampling.top_k)
-        return is_in & (score.squeeze(-1).exp() >= self.sampling.min_p)
+        if self.sampling.has_min_p:
+            is_in &= score.squeeze(-1).exp() >= self.sampling.min_p
+        return is_in
 
     def members(self) -> Tensor:
         """[n, vocab] bool: `admits` of every token, by the same arithmetic. Costs a sort."""
@@ -142,7 +158,8 @@ class Truncation:
         is_in = larger < self.limit[:, None]
         if self.sampling.max_top_k:
             is_in &= (self.sampling.top_k == 0)[:, None] | (self.index < self.sampling.top_k[:, None])
-        is_in &= scaled.exp() >= self.sampling.min_p[:, None]
+        if self.sampling.has_min_p:
+            is_in &= scaled.exp() >= self.sampling.min_p[:, None]
         return torch.empty_like(is_in).scatter_(-1, order, is_in)
 
 
@@ -155,14 +172,14 @@ def warp(logits: Tensor, sampling: SamplingTensors) -> Tensor:
     Returns [n, vocab] float64; each line sums to one, greedy lines are one-hot.
     """
     values, order = logits.double().sort(dim=-1, descending=True, stable=True)  # stable: ties by lower index
-    greedy = sampling.temperature[:, None] == 0
+    greedy = sampling.is_greedy[:, None]
     temperature = torch.where(greedy, 1, sampling.temperature[:, None])
     distribution = torch.exp((values - values[:, :1]) / temperature)  # the best has mass 1
     rank = torch.arange(distribution.shape[-1], device=distribution.device)
     distribution = distribution * ((sampling.top_k[:, None] == 0) | (rank < sampling.top_k[:, None]))
     mass = distribution.cumsum(-1)
     before = torch.cat([torch.zeros_like(mass[:, :1]), mass[:, :-1]], -1)
-    is_in_top_p = (before < sampling.top_p[:, None] * mass[:, -1:]) | (sampling.top_p[:, None] >= 1)
+    is_in_top_p = before < sampling.top_p[:, None] * mass[:, -1:]
     distribution = distribution * is_in_top_p * (distribution >= sampling.min_p[:, None])
     distribution = torch.where(greedy, (rank == 0).double(), distribution)
     return torch.zeros_like(distribution).scatter_(-1, order, distribution / distribution.sum(-1, keepdim=True))

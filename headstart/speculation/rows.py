@@ -168,7 +168,7 @@ class Rows:
         if self.sampling.is_truncated:
             truncation = Truncation(logits, sampling)
             is_inside = torch.stack([truncation.admits(child) for child in best.indices.T], -1)
-            chances = chances * (is_inside | (sampling.temperature[:, None] == 0))
+            chances = chances * (is_inside | sampling.is_greedy[:, None])
         return Choice(tokens, chances.float(), None)
 
     def _draw(
@@ -206,10 +206,10 @@ class Rows:
         sampling = self.sampling.rows(paths.rows)
         scores = self._scores(logits, levels, span, paths.rows, sampling)
         tokens = scores.argmax(-1)
-        if not self.sampling.is_truncated:
+        if not self.sampling.is_truncated or _are_best(tokens, logits):
             return tokens, torch.ones_like(levels, dtype=torch.bool)
         truncation = Truncation(logits, sampling)
-        is_sure = truncation.admits(tokens) | (sampling.temperature == 0)
+        is_sure = truncation.admits(tokens) | sampling.is_greedy
         for _ in range(tries - 1):
             if scores.device.type == "cpu" and bool(is_sure.all()):  # no host synchronisation there
                 break
@@ -223,7 +223,7 @@ class Rows:
         logits = self.adjust(logits, paths)
         sampling = self.sampling.rows(paths.rows)
         scores = self._scores(logits, levels, span, paths.rows, sampling)
-        is_outside = ~Truncation(logits, sampling).members() & (sampling.temperature > 0)[:, None]
+        is_outside = ~Truncation(logits, sampling).members() & ~sampling.is_greedy[:, None]
         return scores.masked_fill(is_outside, -torch.inf).argmax(-1)
 
     def _scores(self, logits: Tensor, levels: Tensor, span: range, rows: Tensor, sampling: SamplingTensors) -> Tensor:
@@ -233,3 +233,11 @@ class Rows:
         else:
             noise = torch.stack([self.noise(level + 1) for level in span])[levels - span[0], rows]
         return torch.addcmul(logits, sampling.temperature[:, None], noise)
+
+
+def _are_best(tokens: Tensor, logits: Tensor) -> bool:
+    """Whether the tokens [n] are known to be the best of each line of `logits` [n, vocab], which no truncation leaves out.
+
+    Known on a CPU only: elsewhere, asking costs a host synchronisation.
+    """
+    return logits.device.type == "cpu" and torch.equal(tokens, logits.argmax(-1))

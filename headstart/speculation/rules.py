@@ -34,19 +34,23 @@ def coupled_at_once(forest: Forest, asked: Asked, logits: Tensor, rows: Rows, in
 
 
 def coupled_as_reached(forest: Forest, asked: Asked, logits: Tensor, rows: Rows, in_full: bool) -> Decisions:
-    """The `coupled` rule, level by level, with only the nodes decided whose ancestors are all accepted."""
-    all_paths = asked_paths(forest, asked, rows)
-    tokens = torch.full_like(asked.levels, -1)
-    is_sure = torch.ones_like(tokens, dtype=torch.bool)
-    frontier, level = asked.roots, 0
-    while True:
-        paths = Paths(all_paths.rows[frontier], all_paths.tokens[frontier], frontier)
-        span = range(level, level + 1)
-        tokens[frontier], is_sure[frontier] = _decide(rows, logits[frontier], asked.levels[frontier], span, paths, in_full)
-        ok = tokens[asked.parents] == forest.drafts.tokens  # an undecided parent has token -1, which no draft has
-        frontier, level = asked.drafts[ok & (tokens[asked.drafts] < 0)], level + 1
-        if not len(frontier):
-            return Decisions(tokens, ok, is_sure)
+    """The `coupled` rule, level by level, with only the nodes decided whose ancestors are all accepted. Walks on the host."""
+    edges = list(zip(asked.parents.tolist(), forest.drafts.tokens.tolist(), strict=True))  # per draft, its parent and its token
+    children = dict(zip(edges, asked.drafts.tolist(), strict=True))
+    row_of, path_tokens = asked.rows.tolist(), asked_paths(forest, asked, rows).tokens
+    tokens, is_sure = [-1] * len(row_of), [True] * len(row_of)
+    frontier, level = asked.roots.tolist(), 0
+    while frontier:
+        nodes, line_rows, levels = torch.tensor([frontier, [row_of[node] for node in frontier], [level] * len(frontier)])
+        paths = Paths(line_rows, path_tokens[nodes], nodes)
+        decided = [part.tolist() for part in _decide(rows, logits[nodes], levels, range(level, level + 1), paths, in_full)]
+        for node, token, is_certain in zip(frontier, *decided, strict=True):
+            tokens[node], is_sure[node] = token, is_certain
+        frontier, level = [children[node, tokens[node]] for node in frontier if (node, tokens[node]) in children], level + 1
+    ok = [tokens[parent] == token for parent, token in edges]  # an undecided parent has token -1, which no draft has
+    return Decisions(
+        torch.tensor(tokens, dtype=torch.int64), torch.tensor(ok, dtype=torch.bool), torch.tensor(is_sure, dtype=torch.bool)
+    )
 
 
 def _decide(rows: Rows, logits: Tensor, levels: Tensor, span: range, paths: Paths, in_full: bool) -> tuple[Tensor, Tensor]:
@@ -71,7 +75,7 @@ def rejection(forest: Forest, asked: Asked, logits: Tensor, rows: Rows, in_full:
     )
     drafts, tokens = forest.drafts, forest.drafts.tokens
     ok = torch.zeros_like(tokens, dtype=torch.bool)
-    followed = torch.full_like(asked.levels, -1)  # the accepted child's token
+    followed = torch.full_like(asked.rows, -1)  # the accepted child's token
     proposal = _proposal(forest, asked, distribution)
     rank = _ranks(asked.parents)
     for step in range(int(rank.max()) + 1 if len(drafts) else 0):
@@ -122,9 +126,9 @@ def _normalise(distribution: Tensor) -> Tensor:
 def asked_paths(forest: Forest, asked: Asked, rows: Rows) -> Paths:
     """The rows of the asked nodes and, where a row has penalties, the drafted tokens from root to node (-1: not on the path)."""
     noise_ids = torch.arange(len(asked.rows), device=asked.rows.device)
-    tokens = asked.levels.new_empty(len(asked.rows), 0)
+    tokens = asked.rows.new_empty(len(asked.rows), 0)
     if rows.sampling.has_penalties and len(forest.drafts):
-        tokens = asked.levels.new_full((len(asked.rows), len(forest.drafts)), -1)
+        tokens = asked.rows.new_full((len(asked.rows), len(forest.drafts)), -1)
         tokens[asked.drafts] = torch.where(forest.lineage, forest.drafts.tokens, -1)
     return Paths(asked.rows, tokens, noise_ids)
 
@@ -152,7 +156,7 @@ def _typical(epsilon: float, delta: float, forest: Forest, asked: Asked, logits:
     chances = distribution[asked.parents, drafts.tokens]
     is_on_path, last = deepest(forest, asked, chances > threshold[asked.parents], chances.log())
     span, last_paths = range(asked.max_level + 1), Paths(paths.rows[last], paths.tokens[last], last)
-    tokens = torch.full_like(asked.levels, -1)
+    tokens = torch.full_like(asked.rows, -1)
     is_sure = torch.ones_like(tokens, dtype=torch.bool)
     tokens = tokens.scatter_reduce(0, asked.parents, torch.where(is_on_path, drafts.tokens, -1), "amax")  # the kept child
     tokens[last], is_sure[last] = _decide(rows, logits[last], asked.levels[last], span, last_paths, in_full)

@@ -13,6 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from headstart.speculation.layout import Layout
+
 ROOT = -1  # the parent index of a child of its row's root
 
 
@@ -194,28 +196,15 @@ def merge(
     max_depth = int(drafts.depths.max()) if len(drafts) and drafts.tokens.device.type == "cpu" else drafts.max_depth
     drafts = drafts if device is None else drafts.to(device)
     device = drafts.tokens.device
-    tokens: list[int] = []
-    positions: list[int] = []
-    asked: list[int] = []
-    draft_nodes: list[int] = []  # per draft, its index among the nodes
-    root_positions: list[int] = []  # per draft, the position of its row's root
-    for stem, start, is_asked, count in zip(stems, starts, ends_at_root, counts, strict=True):
-        assert stem, "a stem is empty"
-        assert is_asked or not count, "a row has drafts but its stem does not end at its root"
-        end = len(tokens) + len(stem)
-        tokens += [*stem, *[0] * count]
-        positions += [*range(start, start + len(stem)), *[0] * count]
-        draft_nodes += range(end, end + count)
-        root_positions += [start + len(stem) - 1] * count
-        if is_asked:
-            asked += range(end - 1, end + count)
-    num_dead = max(0, num_nodes - len(tokens))
+    layout = Layout.of(stems, starts, ends_at_root, counts)
+    num_dead = max(0, num_nodes - len(layout.tokens))
     # Below a number of rows, a matrix product's result depends on that number: the LM head, which multiplies the asked nodes only,
     # needs as many as the layers. At least one is asked, because models refuse an empty input.
-    asked += [len(tokens) - 1] * (max(1, num_nodes) - len(asked))
-    flat = torch.tensor([tokens + [0] * num_dead, positions + [0] * num_dead]).to(device, non_blocking=True)
-    if draft_nodes:
-        nodes, roots = torch.tensor([draft_nodes, root_positions]).to(device, non_blocking=True)
+    asked = layout.asked + [len(layout.tokens) - 1] * (max(1, num_nodes) - len(layout.asked))
+    dead = [0] * num_dead
+    flat = torch.tensor([layout.tokens + dead, layout.positions + dead]).to(device, non_blocking=True)
+    if layout.draft_nodes:
+        nodes, roots = torch.tensor([layout.draft_nodes, layout.root_positions]).to(device, non_blocking=True)
         flat[0, nodes] = drafts.tokens
         flat[1, nodes] = drafts.depths + roots
     return Forest(

@@ -7,8 +7,9 @@ the cache or drafters.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -31,23 +32,32 @@ class Decisions(NamedTuple):
     is_sure: Tensor
 
 
-class Asked(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Asked:
     """The asked nodes of a forest: the root and the drafts of every row that ends at its root.
 
+    forest: the forest.
     rows: [asked] int64, the row of the round.
-    levels: [asked] int64, the depth; a root has 0.
-    max_level: an upper bound of `levels`, on the host.
     roots: [asked rows] int64, the index of each root among the asked nodes.
     drafts: [drafts] int64, the index of each draft among the asked nodes.
     parents: [drafts] int64, the index of each draft's parent among the asked nodes.
     """
 
+    forest: Forest
     rows: Tensor
-    levels: Tensor
-    max_level: int
     roots: Tensor
     drafts: Tensor
     parents: Tensor
+
+    @property
+    def max_level(self) -> int:
+        """An upper bound of `levels`, on the host."""
+        return self.forest.max_depth
+
+    @cached_property
+    def levels(self) -> Tensor:
+        """[asked] int64, the depth; a root has 0."""
+        return torch.zeros_like(self.rows).index_copy_(0, self.drafts, self.forest.drafts.depths)
 
 
 def asked_nodes(forest: Forest) -> Asked:
@@ -68,9 +78,7 @@ def asked_nodes(forest: Forest) -> Asked:
         rows = torch.repeat_interleave(rows_and_sizes[0], rows_and_sizes[1]).to(device, non_blocking=True)
         drafts = torch.arange(len(forest.drafts), device=device) + shifts  # after the roots of its own and all earlier rows
         parents = torch.where(draft_parents == ROOT, roots[shifts - 1], draft_parents + shifts)
-    levels = torch.zeros_like(rows)
-    levels[drafts] = forest.drafts.depths
-    return Asked(rows, levels, forest.max_depth, roots, drafts, parents)
+    return Asked(forest, rows, roots, drafts, parents)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,20 +118,12 @@ def verify(forest: Forest, logits: Tensor, rows: Rows, rule: Rule) -> Verdict:
     rows: the forest's rows, in order.
     """
     asked = asked_nodes(forest)
-    logits = logits[: asked.rows.shape[0]]
-    decisions = rule.judge(forest, asked, logits, rows, False)
-    decided = _to_host(forest, asked, decisions)
-    if not (decided[2] >= decided[1]).all():  # rare: a token on the kept path is uncertain
-        decided = _to_host(forest, asked, rule.judge(forest, asked, logits, rows, True))
-    return _verdict(forest, decided)
-
-
-def _to_host(forest: Forest, asked: Asked, decisions: Decisions) -> torch.Tensor:
-    """[4, asked] on the host: token, is kept, is sure, level."""
-    kept = torch.ones_like(asked.levels)
-    if len(forest.drafts):
-        kept[asked.drafts] = alive(forest, decisions.ok).to(kept.dtype)
-    return torch.stack([decisions.tokens, kept, decisions.is_sure.to(kept.dtype), asked.levels]).cpu()
+    logits = logits[: forest.num_asked]
+    verdict = _verdict(forest, rule.judge(forest, asked, logits, rows, False))
+    if verdict is None:  # rare: a token on a kept path is uncertain
+        verdict = _verdict(forest, rule.judge(forest, asked, logits, rows, True))
+        assert verdict is not None, "a rule that ran in full left a token uncertain"
+    return verdict
 
 
 def alive(forest: Forest, ok: Tensor) -> Tensor:
@@ -131,25 +131,37 @@ def alive(forest: Forest, ok: Tensor) -> Tensor:
     return ~(forest.lineage & ~ok).any(-1)
 
 
-def _verdict(forest: Forest, decided: Tensor) -> Verdict:
-    """The verdict, of what `_to_host` returns."""
-    tokens, is_kept, _, levels = decided.numpy()
+def _verdict(forest: Forest, decisions: Decisions) -> Verdict | None:
+    """The verdict of a rule's decisions; None where a token on a kept path is uncertain. One copy to the host."""
+    drafts = forest.drafts
+    flat = torch.cat([*decisions, drafts.parents, drafts.depths]).tolist()
+    tokens, ok, is_sure, parents, depths = _cut(flat, forest.num_asked, len(drafts), forest.num_asked, len(drafts), len(drafts))
     emitted: list[tuple[int, ...]] = []
     kept: list[tuple[int, ...]] = []
     asked: list[tuple[int, ...]] = []
     tried: list[int] = []
-    start = 0
+    first, root = 0, 0  # the row's first draft among the drafts, and its root among the asked nodes
     for count, is_asked in zip(forest.counts, forest.ends_at_root, strict=True):
-        if not is_asked:
-            for per_row in (emitted, kept, asked):
-                per_row.append(())
-            tried.append(0)
-            continue
-        line = slice(start, start + count + 1)
-        path = is_kept[line].nonzero()[0]  # the root, then the kept drafts: parents precede children
-        emitted.append(tuple(tokens[line][path].tolist()))
-        kept.append(tuple((path[1:] - 1).tolist()))
-        asked.append(tuple((path + start).tolist()))
-        tried.append(int(levels[line].max()))
-        start += count + 1
+        alive_drafts = {ROOT}
+        path = []
+        for draft in range(first, first + count):  # parents precede children
+            if ok[draft] and parents[draft] in alive_drafts:
+                alive_drafts.add(draft)
+                path.append(draft - first)
+        nodes = [root, *(root + 1 + draft for draft in path)] if is_asked else []
+        if not all(is_sure[node] for node in nodes):
+            return None
+        emitted.append(tuple(tokens[node] for node in nodes))
+        kept.append(tuple(path))
+        asked.append(tuple(nodes))
+        tried.append(max(depths[first : first + count], default=0))
+        first, root = first + count, root + count + is_asked
     return Verdict(tuple(emitted), tuple(kept), tuple(asked), tuple(tried))
+
+
+def _cut(values: list[int], *sizes: int) -> Iterator[list[int]]:
+    """The values in consecutive parts of these sizes."""
+    start = 0
+    for size in sizes:
+        yield values[start : start + size]
+        start += size

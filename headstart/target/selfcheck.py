@@ -128,11 +128,10 @@ def _own_logits(target: Target, text: list[int], branches: list[list[int]]) -> l
     The rows are up to `BEFORE` tokens before the root, the root, and the two nodes of the branch.
     """
     first = max(0, len(text) - 1 - BEFORE)
-    with target.original() as model:
-        return [
-            model(input_ids=torch.tensor([text + branch], device=target.device), use_cache=False).logits[0, first:]
-            for branch in branches
-        ]
+    return [
+        target.model(input_ids=torch.tensor([text + branch], device=target.device), use_cache=False).logits[0, first:]
+        for branch in branches
+    ]
 
 
 def _noise(target: Target, text: list[int], branch: list[int], expected: Tensor) -> float:

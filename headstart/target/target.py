@@ -7,8 +7,8 @@ This module must not import drafters or the engine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -263,11 +263,6 @@ class Target:
         return Scored(out.logits[0], features)
 
     # -- the model itself --
-
-    @contextmanager
-    def original(self) -> Iterator[PreTrainedModel]:
-        """The model with its own attention, as the reference."""
-        yield self.model
 
     def release(self) -> PreTrainedModel:
         """Give the model back; this target can no longer score.

@@ -218,8 +218,8 @@ def test_logprobs_are_the_models_raw_ones_whatever_the_distribution_and_the_draf
     engine = Engine(target, Scripted(random_trees(VOCAB, 12), texts([ask], [plain])), AsDrafted(12))
     request = engine.add(ask.prompt, ask.params)
     finish(engine)
-    with torch.inference_mode(), target.original() as model:
-        logits = model(torch.tensor([[*ask.prompt, *plain]])).logits[0, len(ask.prompt) - 1 : -1]
+    with torch.inference_mode():
+        logits = target.model(torch.tensor([[*ask.prompt, *plain]])).logits[0, len(ask.prompt) - 1 : -1]
     expected = logits.double().log_softmax(-1)
     assert request.output == plain
     assert [logprob for logprob, _ in request.logprobs] == pytest.approx(expected[range(20), plain].tolist(), abs=1e-5)

@@ -114,8 +114,8 @@ def test_a_wrong_token_is_no_near_tie(distribution):
 
 def test_the_gap_of_a_greedy_split_is_the_difference_of_the_logits():
     target, prompt = tiny(), [5, 9, 2]
-    with torch.inference_mode(), target.original() as model:
-        logits = model(torch.tensor([prompt])).logits[0, -1]
+    with torch.inference_mode():
+        logits = target.model(torch.tensor([prompt])).logits[0, -1]
     best, second, third = logits.topk(3).indices.tolist()
     gap = tie_gap(target, prompt[:1], SamplingParams(seed=1), prompt[1:], (second, best))
     assert gap == pytest.approx(float(logits[best] - logits[second]), abs=1e-6)

@@ -2,7 +2,8 @@
 
 import random
 import sys
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,9 @@ import headstart
 from headstart.drafters.draft_model import ModelDrafter
 from headstart.drafters.lookup import Lookup
 from headstart.engine.engine import Engine
+from headstart.engine.savepoint import Savepoint
+from headstart.engine.scheduler import Request
+from headstart.engine.state import EngineState
 from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Best
 from headstart.speculation.tree import Kept
@@ -320,3 +324,49 @@ def test_an_interrupted_abort_is_completed_later():
             break
     assert len(done) > 20
     assert first.finish_reason == "abort"
+
+
+def test_an_interrupted_abort_deep_in_the_queue_leaves_the_queue_as_it_was(monkeypatch):
+    engine = Engine(target(), None, max_rows=2)
+    made = [engine.add([1, 2], SamplingParams(max_tokens=3)) for _ in range(9)]
+    engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(EngineState, "_count", raise_interruption)
+        with pytest.raises(Interruption):
+            engine.abort(made[6])
+    engine.state.finish_interrupted()
+    assert (list(engine.scheduler.waiting), made[6].finish_reason) == (made[2:], None)
+    list(engine.run())
+    check_empty(engine)
+    assert [request.finish_reason for request in made] == ["length"] * 6 + ["abort"] + ["length"] * 2
+
+
+def raise_interruption(state: EngineState) -> None:
+    raise Interruption
+
+
+@dataclass
+class Counted:
+    """Counts the steps of iterations over a queue."""
+
+    waiting: deque[Request]
+    num_read: int = 0
+
+    def __len__(self) -> int:
+        return len(self.waiting)
+
+    def __iter__(self) -> Iterator[Request]:
+        for request in self.waiting:
+            self.num_read += 1
+            yield request
+
+
+@pytest.mark.parametrize("length", [10, 1000])
+def test_a_savepoint_of_a_round_reads_no_more_of_the_queue_than_there_are_seats(length):
+    engine = Engine(target(), None, max_rows=2)
+    for _ in range(length):
+        engine.add([1, 2], SamplingParams(max_tokens=3))
+    counted = Counted(engine.scheduler.waiting)
+    engine.scheduler.waiting = counted
+    savepoint = Savepoint(engine.scheduler, engine.cache)
+    assert (counted.num_read, len(savepoint.requests)) == (2, 2)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sampled_logits import PARAMS, VOCAB, random_logits
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -15,21 +16,6 @@ from transformers import (
 
 from headstart.speculation.distribution import History, SamplingTensors, Truncation, penalise, warp
 from headstart.speculation.params import SamplingParams
-
-VOCAB = 50
-
-
-def random_logits(lines: int, vocab: int = VOCAB, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
-    return scale * torch.randn(lines, vocab, generator=torch.Generator().manual_seed(seed))
-
-
-PARAMS = st.builds(
-    SamplingParams,
-    temperature=st.sampled_from([1e-40, 1e-3, 0.3, 0.7, 1.0, 1.9, 50.0]),
-    top_k=st.sampled_from([None, 1, 2, 5, VOCAB, 10**30]),
-    top_p=st.sampled_from([None, 1e-6, 0.1, 0.5, 0.9, 0.999, 1.0]),
-    min_p=st.sampled_from([None, 0.0, 0.05, 0.5, 1.0]),
-)
 
 
 def by_transformers(logits: torch.Tensor, params: SamplingParams, ids: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sampled_logits import PARAMS, VOCAB, random_logits
 from scipy import stats
 from tables import make_rows, paths_of
 
@@ -13,25 +14,11 @@ from headstart.speculation.calibration import Calibration
 from headstart.speculation.distribution import History, SamplingTensors, warp
 from headstart.speculation.params import SamplingParams
 
-VOCAB = 50
 ROOT_LEVEL = range(1)
-
-
-def random_logits(lines: int, vocab: int = VOCAB, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
-    return scale * torch.randn(lines, vocab, generator=torch.Generator().manual_seed(seed))
 
 
 def zeros(lines: int) -> torch.Tensor:
     return torch.zeros(lines, dtype=torch.int64)
-
-
-PARAMS = st.builds(
-    SamplingParams,
-    temperature=st.sampled_from([1e-40, 1e-3, 0.3, 0.7, 1.0, 1.9, 50.0]),
-    top_k=st.sampled_from([None, 1, 2, 5, VOCAB, 10**30]),
-    top_p=st.sampled_from([None, 1e-6, 0.1, 0.5, 0.9, 0.999, 1.0]),
-    min_p=st.sampled_from([None, 0.0, 0.05, 0.5, 1.0]),
-)
 
 
 def test_the_drafting_rows_are_those_with_a_depth():

@@ -61,8 +61,7 @@ def unmerged(base: Path, adapter: Path):
 
 
 def tokens_of_its_model(llm) -> list[int]:
-    with llm.engine.target.original() as model:
-        return greedy_tokens(model)
+    return greedy_tokens(llm.engine.target.model)
 
 
 # -- adapters --

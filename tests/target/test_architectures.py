@@ -47,10 +47,9 @@ def test_padded_rows_and_dead_nodes_change_no_token(target, monkeypatch):
 def test_plain_decoding_gives_the_tokens_of_generate(target):
     requests = asks(VOCAB, LENGTHS, TOKENS, GREEDY)
     plain, _ = decode(target, requests, max_rows=3)
-    with target.original() as model:
-        for ask, output in zip(requests, plain, strict=True):
-            ids = model.generate(torch.tensor([ask.prompt]), max_new_tokens=ask.params.max_tokens, do_sample=False)
-            assert output == ids[0, len(ask.prompt) :].tolist()
+    for ask, output in zip(requests, plain, strict=True):
+        ids = target.model.generate(torch.tensor([ask.prompt]), max_new_tokens=ask.params.max_tokens, do_sample=False)
+        assert output == ids[0, len(ask.prompt) :].tolist()
 
 
 def test_answers_depend_on_early_tokens_unless_a_window_hides_them(target):
@@ -94,8 +93,7 @@ def test_a_rope_that_depends_on_the_longest_row_limits_the_context(kind):
     plain, _ = decode(target, requests)
     drafted, engine = decode(target, requests, Scripted(random_trees(VOCAB, 9), texts(requests, plain)), max_rows=3)
     assert drafted == plain
-    with target.original() as model:
-        ids = model.generate(torch.tensor([requests[0].prompt]), max_new_tokens=45, do_sample=False)
+    ids = target.model.generate(torch.tensor([requests[0].prompt]), max_new_tokens=45, do_sample=False)
     assert plain[0] == ids[0, 3:].tolist()
     with pytest.raises(ValueError, match="context of 48 tokens"):
         engine.add([1] * 30, SamplingParams(max_tokens=19))
@@ -111,8 +109,7 @@ def test_the_context_of_llama4_ends_where_it_scales_queries_by_their_index_in_th
     drafter = Scripted(random_trees(VOCAB, 9), texts(requests, plain))
     drafted, _ = decode(target, requests, drafter, AsDrafted(9), max_rows=3, chunk=20)
     assert drafted == plain
-    with target.original() as model:
-        ids = model.generate(torch.tensor([requests[0].prompt]), max_new_tokens=60, do_sample=False)
+    ids = target.model.generate(torch.tensor([requests[0].prompt]), max_new_tokens=60, do_sample=False)
     assert plain[0] == ids[0, 3:].tolist()
 
 

@@ -19,8 +19,8 @@ from headstart.target.target import Target
 
 def alone(target, text, layers=False):
     """The reference: the model with its own attention. Logits [text, vocab] and, if asked, the output of every layer."""
-    with torch.inference_mode(), target.original() as model:
-        out = model(torch.tensor([text]), use_cache=False, output_hidden_states=layers)
+    with torch.inference_mode():
+        out = target.model(torch.tensor([text]), use_cache=False, output_hidden_states=layers)
     return out.logits[0], [state[0] for state in out.hidden_states[1:]] if layers else None
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from training_runs import assert_same_bits, dataset_of, killed, log
+from training_runs import assert_same_bits, check_resumed, dataset_of, killed, log
 from typer.testing import CliRunner
 
 from headstart import formats
@@ -100,12 +100,7 @@ RANDOM = {"method": "hydra", "settings": {"num_heads": 2, "dropout": 0.2}}  # ev
 
 @pytest.mark.parametrize("at", ["step:0", "step:4", "step:8", "written:3", "written:6", "renamed:6", "renamed:9"])
 def test_a_killed_run_resumes_to_the_same_bits(asked, tmp_path, at):
-    train(resolve(None, asked(**RANDOM, out=tmp_path / "uninterrupted")))
-    config = resolve(None, asked(**RANDOM))
-    killed(config, at)
-    train(config, resume=True)
-    assert_same_bits(tmp_path / "uninterrupted", tmp_path / "heads")
-    assert log(tmp_path / "heads") == log(tmp_path / "uninterrupted")
+    check_resumed(asked, tmp_path, RANDOM, at)
     assert log(tmp_path / "heads", "step") == list(range(1, 10))
 
 

@@ -10,7 +10,7 @@ from heads import heads_for
 from safetensors.torch import load_file
 from teacher_forcing import TEXTS, batch_of
 from tiny import tiny
-from training_runs import assert_same_bits, dataset_of, killed, log
+from training_runs import assert_same_bits, check_resumed, dataset_of, log
 
 import headstart
 from headstart import formats
@@ -47,12 +47,7 @@ def test_training_lowers_the_loss_and_the_heads_do_not_change_the_text(asked, tm
 @pytest.mark.parametrize("at", ["step:4", "written:6"])
 @pytest.mark.parametrize("keys", [EAGLE, EAGLE3], ids=["eagle, with its noise", "eagle3, with its own vocabulary"])
 def test_a_killed_run_resumes_to_the_same_bits(asked, tmp_path, keys, at):
-    train(resolve(None, asked(**keys, out=tmp_path / "uninterrupted")))
-    config = resolve(None, asked(**keys))
-    killed(config, at)
-    train(config, resume=True)
-    assert_same_bits(tmp_path / "uninterrupted", tmp_path / "heads")
-    assert log(tmp_path / "heads") == log(tmp_path / "uninterrupted")
+    check_resumed(asked, tmp_path, keys, at)
 
 
 def test_noise_is_drawn_at_every_training_step_and_never_in_evaluation(asked, tmp_path, data):
