@@ -26,7 +26,7 @@ class Worker:
     Raises ValueError where it ends before it is ready; what it says goes to this process's standard error.
 
     Attributes:
-    greeting: what it said when it was ready.
+    greeting: its first line, when it was ready.
     """
 
     def __init__(self, script: str, words: Sequence[str], threads: int, pages: str) -> None:
@@ -49,8 +49,8 @@ class Worker:
         assert self._process.stdin is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()
-        said: dict[str, Any] = self._answer()
-        return said
+        result: dict[str, Any] = self._answer()
+        return result
 
     def close(self) -> int:
         """End the process. Returns its exit status."""
@@ -63,5 +63,5 @@ def serve(greeting: Any, one_round: Callable[[], dict[str, Any]]) -> None:
     print(json.dumps(greeting), flush=True)
     for _ in sys.stdin:
         with Others() as others:
-            said = one_round()
-        print(json.dumps(said | {"others": others.cores}), flush=True)
+            result = one_round()
+        print(json.dumps(result | {"others": others.cores}), flush=True)
