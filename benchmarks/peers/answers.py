@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("target")
     parser.add_argument("--drafters", nargs="*", default=[], help="HEADS[@PLANNER]; plain decoding and generate always run")
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--prompts", nargs="+", default=["stories"])
+    parser.add_argument("--prompts", nargs="+", default=["stories", "questions"])
     parser.add_argument("--limit", type=int)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--dtype", default="bfloat16")

@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder with llama.cpp; see llama_cpp_build.py")
     parser.add_argument("--planners", nargs="+", default=["own", "best:nodes=5"])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.7])
-    parser.add_argument("--prompts", nargs="+", default=["stories"])
+    parser.add_argument("--prompts", nargs="+", default=["stories", "questions"])
     parser.add_argument("--limit", type=int)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
