@@ -73,7 +73,7 @@ def build_command(build: Path, jobs: int) -> list[str]:
 
 def download(work: Path, deadline: Deadline, log: Path) -> None:
     """Get the source package through pip and unpack it."""
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--no-build-isolation", "-d", str(work)]
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", PACKAGE, "-d", str(work)]
     archives = sorted(work.glob(f"{FOLDER}.tar.gz"))
     if not archives:
         deadline.run([*pip, f"{PACKAGE}=={VERSION}"], log)
