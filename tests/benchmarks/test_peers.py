@@ -250,7 +250,20 @@ def test_answers_end_where_they_loop_and_all_runs_give_as_many_tokens(model_fold
     served: list = []
     monkeypatch.setattr(answers, "serve", lambda greeting, one_round: served.extend([greeting, one_round()]))
     drafter = "lookup"
-    words = ["answers", str(model_folder), "--drafters", drafter, "--max-tokens", "24", "--limit", "2", "--temperature", "1"]
+    words = [
+        "answers",
+        str(model_folder),
+        "--drafters",
+        drafter,
+        "--max-tokens",
+        "24",
+        "--limit",
+        "2",
+        "--prompts",
+        "stories",
+        "--temperature",
+        "1",
+    ]
     monkeypatch.setattr(sys, "argv", [*words, "--dtype", "float32", "--threads", "1"])
     answers.main()
     greeting, one = served
