@@ -1,12 +1,14 @@
-"""Widen heads with zeros for a target that was widened with zeros: the logits of the small heads at the cost of large ones.
+"""Widen heads with zeros for a target that was padded with zeros: the logits of the small heads at the cost of large ones.
 
     python benchmarks/pad_heads.py HEADS PADDED_TARGET OUT
 
 A target whose embeddings and last hidden states are those of a smaller model, followed by zeros, has the logits of that model and
 the cost of its own width. So do these heads: every weight goes to the leading corner of a larger one. Where a matrix reads
 concatenated vectors (Hydra, MTP, EAGLE), the columns of each vector move to its new position. Norms average over the width, so
-their weights shrink by sqrt(old / new) and their eps by old / new. Nothing is written unless the logits are the same. Numbers
-measured with such heads must be labelled "padded".
+their weights shrink by sqrt(old / new) and their eps by old / new. The target may be deeper as well: each of its layers is then
+followed by layers that add nothing, layer `i` of the source is layer `i * times`, and its output is that of the last added layer
+behind it, which is the one that EAGLE-3 and parallel MTP heads read instead. Nothing is written unless the logits are the same.
+Numbers measured with such heads must be labelled "padded".
 """
 
 import argparse
@@ -17,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from headstart.drafters.parts.heads import Heads
 from headstart.drafters.parts.losses import Batch
@@ -55,14 +57,17 @@ def is_concatenated(name: str, weight: Tensor, like: Tensor, old: int, hidden: i
     return reads and weight.dim() == 2 and weight.shape[1] == count * old and like.shape[1] == count * hidden
 
 
-def widened(heads: Heads, hidden: int) -> Heads:
+def widened(heads: Heads, hidden: int, layers: int, times: int = 1) -> Heads:
     """The same heads for hidden states of width `hidden`, in float32.
 
-    Raises ValueError where that is no larger, or attention heads of the same size do not fill it.
+    layers: number of layers of the small target.
+    times: how many layers of the padded target there are for each of them.
+    Raises ValueError where nothing is larger, or attention heads of the same size do not fill the width.
     """
-    if hidden <= heads.hidden:
+    if hidden < heads.hidden or (hidden == heads.hidden and times == 1):
         raise ValueError(f"the heads are for a hidden size of {heads.hidden} and the target has {hidden}; nothing to widen")
-    large = type(heads)(widened_config(heads.config, heads.hidden, hidden), hidden, heads.vocab)
+    config = widened_config(heads.config, heads.hidden, hidden)
+    large = type(heads)(deepened_config(config, layers, times), hidden, heads.vocab)
     shrink = math.sqrt(heads.hidden / hidden)
     weights: dict[str, Tensor] = {}
     for name, like in large.state_dict().items():
@@ -90,6 +95,22 @@ def widened_config(config: Any, old: int, hidden: int) -> Any:
         head = {"head_dim": getattr(layer, "head_dim", None) or old // layer.num_attention_heads}
         return config.model_copy(update={"block": {**config.block, **sizes, **head, "hidden_size": hidden}})
     return config
+
+
+def deepened_config(config: Any, layers: int, times: int) -> Any:
+    """The configuration with the layers that are read where the padded target has their output."""
+    moved: dict[str, Any] = {}
+    if getattr(config, "taps", None):
+        moved["taps"] = tuple(moved_tap(tap, layers, times) for tap in config.taps)
+    if getattr(config, "tap", None) is not None:
+        moved["tap"] = moved_tap(config.tap, layers, times)
+    return config.model_copy(update=moved)
+
+
+def moved_tap(tap: int, layers: int, times: int) -> int:
+    """The last added layer behind a tapped one. Negative numbers, which count from the end, stay negative."""
+    behind = (tap % layers + 1) * times - 1
+    return behind - layers * times if tap < 0 else behind
 
 
 def widened_layer(layer: Any, old: int, hidden: int) -> dict[str, Any]:
@@ -149,9 +170,26 @@ def gap(small: Heads, large: Heads, length: int = 12) -> float:
     return worst
 
 
+def added_layers(layers: int, model: PreTrainedModel) -> int:
+    """How many layers of a padded target there are for each layer of the small one, which has `layers`.
+
+    Raises ValueError where their number is no multiple, and where a layer that should be an added one adds something.
+    """
+    count = int(model.config.num_hidden_layers)
+    if count % layers:
+        raise ValueError(f"the heads are for a target of {layers} layers, and the padded one has {count}, which is no multiple")
+    for number, layer in enumerate(model.get_decoder().layers):
+        outputs = [module.weight for name, module in layer.named_modules() if name.endswith(("o_proj", "down_proj"))]
+        if number % (count // layers) and any(weight.any() for weight in outputs):
+            raise ValueError(
+                f"layer {number} adds something; in a deeper target, layers are added behind each layer of the small one"
+            )
+    return count // layers
+
+
 def check_target(heads: TargetInfo, target: TargetInfo) -> None:
-    """Raise ValueError where the padded target is not the target of the heads, widened."""
-    for name in ("vocab", "layers", "tokenizer"):
+    """Raise ValueError where the padded target is not the target of the heads, padded."""
+    for name in ("vocab", "tokenizer"):
         expected, actual = getattr(heads, name), getattr(target, name)
         if None not in (expected, actual) and expected != actual:
             raise ValueError(f"the heads are for {heads.name} with {name} {expected}, but {target.name} has {actual}")
@@ -167,7 +205,8 @@ def pad_heads(source: Path, target: Path, out: Path) -> float:
     target_info = describe_target(model, load_tokenizer(target))
     check_target(described.target, target_info)
     embed_head = EmbedHead(model)
-    large = widened(small, embed_head.hidden).bind(embed_head)
+    layers = described.target.layers
+    large = widened(small, embed_head.hidden, layers, added_layers(layers, model)).bind(embed_head)
     worst = gap(small.bind(NarrowEmbedHead(embed_head, small.hidden)), large)
     if not worst <= TOLERANCE:
         raise ValueError(f"widening changed the heads: their logits differ by {worst:.1e} of the largest")

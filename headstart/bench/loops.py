@@ -15,3 +15,14 @@ def loop_share(tokens: Sequence[int], size: int = NGRAM) -> float:
             repeated.update(range(start, start + size))
         seen.add(ngram)
     return len(repeated) / len(tokens) if tokens else 0.0
+
+
+def first_loop(tokens: Sequence[int], size: int = NGRAM) -> int:
+    """How many tokens come before the first n-gram of `size` tokens that occurred before; all of them where none did."""
+    seen: set[tuple[int, ...]] = set()
+    for start in range(len(tokens) - size + 1):
+        ngram = tuple(tokens[start : start + size])
+        if ngram in seen:
+            return start
+        seen.add(ngram)
+    return len(tokens)

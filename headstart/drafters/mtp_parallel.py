@@ -28,12 +28,14 @@ class ParallelConfig(BaseModel):
 
     num_heads: number of heads, without the target's own; the paper's n is one more.
     block: configuration of a head's decoder layer, as transformers has it; None: a layer like the target's last one.
+    tap: the target layer whose output the heads read; by default the last but one, whose output the last layer reads.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     num_heads: int = Field(default=3, ge=1, le=64)
     block: dict[str, Any] | None = None
+    tap: int = -2
 
 
 class ParallelMtp(DecoderHeads):
@@ -41,11 +43,11 @@ class ParallelMtp(DecoderHeads):
 
     name = "mtp-parallel"
     config_type = ParallelConfig
-    taps = (-2,)
 
     def __init__(self, config: ParallelConfig, hidden: int, vocab: int) -> None:
         block = config.block or llama_block(hidden)
         super().__init__(config.model_copy(update={"block": block}), hidden, vocab)
+        self.taps = (config.tap,)
         self.heads = nn.ModuleList(decoder(block, hidden) for _ in range(config.num_heads))
 
     @property

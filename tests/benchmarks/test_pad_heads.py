@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -24,21 +25,35 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "pad_heads.py"
 HIDDEN, WIDE = 32, 64
 
 
-@pytest.fixture(scope="module")
-def padded_folder(model_folder, tmp_path_factory):
-    """The tiny model, twice as wide: its last hidden states, and as many zeros."""
-    folder = write_model(tmp_path_factory.mktemp("padded") / "target")  # for the tokenizer
+def write_padded(folder: Path, model_folder: Path, times: int) -> Path:
+    """The tiny model, twice as wide, its hidden states and as many zeros; and `times` as deep, with layers that add nothing."""
+    write_model(folder)  # for the tokenizer
     small = AutoModelForCausalLM.from_pretrained(model_folder)
     config = AutoConfig.from_pretrained(model_folder)
     config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads = WIDE, 128, 4, 2
+    config.num_hidden_layers *= times
     config.rms_norm_eps *= HIDDEN / WIDE
     large = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, weight in large.named_parameters():
-            corner = small.get_parameter(name) * (math.sqrt(HIDDEN / WIDE) if "norm" in name else 1)
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight.zero_()  # what an added layer keeps
+        for name, corner in small.named_parameters():
+            weight = large.get_parameter(re.sub(r"(?<=layers\.)\d+", lambda number: str(int(number[0]) * times), name))
+            corner = corner * (math.sqrt(HIDDEN / WIDE) if "norm" in name else 1)
             weight.zero_()[tuple(map(slice, corner.shape))] = corner
     large.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def padded_folder(model_folder, tmp_path_factory):
+    return write_padded(tmp_path_factory.mktemp("padded") / "target", model_folder, times=1)
+
+
+@pytest.fixture(scope="module")
+def deep_folder(model_folder, tmp_path_factory):
+    return write_padded(tmp_path_factory.mktemp("deep") / "target", model_folder, times=3)
 
 
 def saved(folder: Path, kind: str, model_folder: Path) -> Path:
@@ -65,15 +80,39 @@ def decoded(model: Path, heads: Path) -> tuple[list[int], float]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_padded_heads_propose_the_drafts_of_the_small_ones(kind, model_folder, padded_folder, tmp_path, monkeypatch):
-    heads = saved(tmp_path / "heads", kind, model_folder)
-    pad_heads(monkeypatch, heads, padded_folder, tmp_path / "out")
-    tokens, tau = decoded(padded_folder, tmp_path / "out")
+@pytest.mark.parametrize("padded", ["padded_folder", "deep_folder"])
+def test_padded_heads_propose_the_drafts_of_the_small_ones(kind, padded, model_folder, tmp_path, monkeypatch, request):
+    heads, target = saved(tmp_path / "heads", kind, model_folder), request.getfixturevalue(padded)
+    pad_heads(monkeypatch, heads, target, tmp_path / "out")
+    tokens, tau = decoded(target, tmp_path / "out")
     assert (tokens, tau) == decoded(model_folder, heads)
     assert tau > 1
     found = describe(tmp_path / "out")
     assert (found.target.hidden, found.training) == (WIDE, {"steps": 3, "padded": True})
     assert json.loads((tmp_path / "out" / PLAN).read_text()) == json.loads((heads / PLAN).read_text())
+
+
+def test_a_deeper_target_is_read_at_the_last_layer_added_behind_a_tapped_one(model_folder, deep_folder, tmp_path, monkeypatch):
+    for kind, taps in (("eagle3", [2, 5]), ("eagle3.1, 40 tokens", [2, 5, -1]), ("mtp-parallel", -4)):
+        heads = saved(tmp_path / kind, kind, model_folder)
+        pad_heads(monkeypatch, heads, deep_folder, tmp_path / f"{kind}, out")
+        settings = json.loads((tmp_path / f"{kind}, out" / "config.json").read_text())["settings"]
+        assert settings.get("taps", settings.get("tap")) == taps
+
+
+def test_a_deeper_target_whose_layers_do_something_is_refused(model_folder, deep_folder, tmp_path, monkeypatch, capsys):
+    heads = saved(tmp_path / "heads", "eagle3", model_folder)
+    model = AutoModelForCausalLM.from_pretrained(deep_folder)
+    torch.nn.init.normal_(model.model.layers[4].mlp.down_proj.weight)
+    model.save_pretrained(tmp_path / "other")
+    model.model.layers.pop(5)
+    model.config.num_hidden_layers = 5
+    model.save_pretrained(tmp_path / "five")
+    for name, words in (("other", "layer 4 adds something"), ("five", "no multiple")):
+        load_tokenizer(deep_folder).save_pretrained(tmp_path / name)
+        with pytest.raises(SystemExit):
+            pad_heads(monkeypatch, heads, tmp_path / name, tmp_path / "out")
+        assert words in capsys.readouterr().err
 
 
 def test_a_target_that_is_not_padded_is_refused(model_folder, padded_folder, tmp_path, monkeypatch, capsys):
