@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headstart.target.cache import KVCache
-from headstart.target.padded_rows import PaddedRows, attend_padded
+from headstart.target.flat_mask import FlatMask
 from headstart.target.row_mask import RowMask, Window
 
 NAME = "headstart"
@@ -42,6 +41,9 @@ class AttentionParams:
 
 # query [heads, nodes, dim], keys [kv_heads, context, dim], values [kv_heads, context, value_dim] -> [heads, nodes, value_dim]
 Kernel = Callable[[Tensor, Tensor, Tensor, RowMask, AttentionParams], Tensor]
+
+# The same for all rows at once: query [heads, nodes, dim], keys and values of the whole KV cache -> [heads, nodes, value_dim]
+FlatKernel = Callable[[Tensor, Tensor, Tensor, FlatMask, AttentionParams], Tensor]
 
 
 def torch_attention(query: Tensor, keys: Tensor, values: Tensor, row_mask: RowMask, params: AttentionParams) -> Tensor:
@@ -90,23 +92,20 @@ def reference_attention(query: Tensor, keys: Tensor, values: Tensor, row_mask: R
 class AttentionMetadata:
     """What the attention layers of one forward need, passed through the model as the keyword `headstart`.
 
-    row_masks: one per row of the forest, in order.
+    row_masks: one per row of the forest, in order; empty with `flat`.
     cache: the KV cache that is read and written.
     kernel: computes the attention of one row.
     windows: one per layer.
-    pad_rows: whether all rows go into one padded call, for devices where a call costs more than the padding.
+    flat: the mask of all rows at once, for devices where a call costs more than padding; None: row by row.
+    flat_kernel: computes the attention of all rows; None without `flat`.
     """
 
     row_masks: Sequence[RowMask]
     cache: KVCache
     kernel: Kernel
     windows: Sequence[Window]
-    pad_rows: bool = False
-
-    @cached_property
-    def padded(self) -> PaddedRows:
-        """Index tables for `pad_rows`, made once per forward."""
-        return PaddedRows.of(self.row_masks)
+    flat: FlatMask | None = None
+    flat_kernel: FlatKernel | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,9 +169,10 @@ def attend(
         return _probe(headstart, layer, query, key, value, AttentionParams(scaling, Window(), softcap, s_aux), sliding_window), None
     params = AttentionParams(scaling, headstart.windows[layer], softcap, s_aux)
     keys, values = headstart.cache.layer(layer)
-    if headstart.pad_rows and params.softcap is None and params.sinks is None and len(headstart.row_masks) > 1:
-        out = attend_padded(headstart.padded, query[0], key[0], value[0], keys, values, params.window, scaling)
-        return _as_transformers(out), None
+    if headstart.flat is not None and headstart.flat_kernel is not None:
+        keys.index_copy_(1, headstart.flat.node_slots, key[0])
+        values.index_copy_(1, headstart.flat.node_slots, value[0])
+        return _as_transformers(headstart.flat_kernel(query[0], keys, values, headstart.flat, params)), None
     outputs = [
         _row(row_mask, query[0], key[0], value[0], keys, values, headstart.kernel, params) for row_mask in headstart.row_masks
     ]
