@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from headstart.speculation.tree import ROOT, Drafts, merge
 from headstart.target.attention import AttentionMetadata, AttentionParams, attend, torch_attention
 from headstart.target.cache import KVCache, LayerShape, Seating
-from headstart.target.flat_rows import ForestRows, LevelRows, bucket, level_rows, node_bucket, text_rows
+from headstart.target.flat_rows import ForestRows, LevelRows, level_rows, text_rows
 from headstart.target.flex import BLOCK, _attend, compiled_flex, flex_kernel, read_blocks
 from headstart.target.graphs import _Captured
 from headstart.target.padded_rows import padded_attention
@@ -200,11 +200,6 @@ def test_the_blocks_that_are_read_hold_every_visible_slot(is_bucketed, case, win
     nodes, slots = torch.arange(len(flat.rows)), torch.arange(cache.sink + 1)
     visible = flat.sees(nodes[:, None], slots, window)
     assert read.repeat_interleave(3, 0).repeat_interleave(3, 1)[: len(nodes), : len(slots)][visible].all()
-
-
-def test_the_nodes_of_a_graph_are_few_sizes():
-    assert [node_bucket(size) for size in (1, 2, 3, 5, 8, 9, 17, 64, 65, 250, 257)] == [1, 2, 4, 8, 8, 16, 24, 64, 96, 256, 384]
-    assert [bucket(size) for size in (0, 1, 2, 3, 9)] == [1, 1, 2, 4, 16]
 
 
 @pytest.mark.slow
