@@ -24,9 +24,10 @@ T = TypeVar("T")
 class FlatMask:
     """What the nodes of a forward see. The last row has no nodes of its own: it is that of dead nodes, in the cache's sink slot.
 
-    starts, committed: [rows + 1] int64, first slot of each row's seat, and how many slots all its nodes see.
+    starts, committed: [rows + 1] int64, first slot of each row's seat, and how many slots all its nodes see; sink and 0 for the
+        dead.
     firsts: [rows + 1] int64, index of each row's first node.
-    rows, columns: [nodes] int64, the row of each node, and its index behind the row's committed slots.
+    rows, columns: [nodes] int64, the row of each node, and its index behind the row's committed slots; 0 for a dead one.
     tree: [nodes, span] bool, which columns each node sees.
     positions: [rows + 1, span] int64, position of each column in the row's text.
     most_nodes, context: upper bounds, on the host, of a row's nodes and of its committed slots and columns together.
@@ -62,11 +63,7 @@ class FlatMask:
     @property
     def node_slots(self) -> Tensor:
         """[nodes] int64, the slot in which each node's key and value are written."""
-        return self.once("node_slots", self._node_slots)
-
-    def _node_slots(self) -> Tensor:
-        slots = self.starts[self.rows] + self.committed[self.rows] + self.columns
-        return slots.masked_fill(self.rows == self.num_rows, self.sink)
+        return self.once("node_slots", lambda: self.starts[self.rows] + self.committed[self.rows] + self.columns)
 
     @property
     def node_positions(self) -> Tensor:

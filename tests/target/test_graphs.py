@@ -63,6 +63,24 @@ def test_forwards_through_graphs_equal_forwards_run_directly(taps, kernel, monke
         assert (runner.num_captured, runner.num_replayed) == (3, 4)  # the third forward has the shapes of the second
 
 
+def test_a_smaller_forward_in_the_same_bucket_leaves_no_trace_of_the_larger_one():
+    """Four rows, then three: what the graph still holds of the fourth row must not be written over what that row has now."""
+    stems = [[1, 2], [3, 4], [5, 6], [7]]
+    stores = []
+    for new_graph in (None, RecordedGraph):
+        target = target_with(FlatRunner(new_graph=new_graph))
+        cache, seats = fresh_cache(target, stems)
+        for rows in (4, 3):
+            here, starts = seats[:rows], [cache.lengths[seat] for seat in seats[:rows]]
+            forest = merge(stems[:rows], starts, [True] * rows, Drafts.none())
+            target.score(forest, cache, here)
+            cache.commit(here, forest.stems, [()] * rows)
+        stores.append([store[:, : cache.sink] for store in cache._stores.values()])
+    assert target.flat_runner.num_captured == 1
+    for old, new in zip(*stores, strict=True):
+        torch.testing.assert_close(new, old, atol=1e-12, rtol=0)
+
+
 DRAFTERS = ["model", "hydra++", "mtp", "mtp, 3 modules", "eagle3.1, 40 tokens"]
 
 
