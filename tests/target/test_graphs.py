@@ -63,22 +63,29 @@ def test_forwards_through_graphs_equal_forwards_run_directly(taps, kernel, monke
         assert (runner.num_captured, runner.num_replayed) == (3, 4)  # the third forward has the shapes of the second
 
 
-def test_a_smaller_forward_in_the_same_bucket_leaves_no_trace_of_the_larger_one():
-    """Four rows, then three: what the graph still holds of the fourth row must not be written over what that row has now."""
-    stems = [[1, 2], [3, 4], [5, 6], [7]]
+def test_a_smaller_forward_in_the_same_bucket_leaves_no_trace_of_the_larger_one(monkeypatch):
+    """Four rows, then three: the fourth row's drafts, which are still in the graph's buffers, must not be written again."""
+    monkeypatch.setattr(graphs, "node_bucket", lambda size: 32)
     stores = []
     for new_graph in (None, RecordedGraph):
         target = target_with(FlatRunner(new_graph=new_graph))
-        cache, seats = fresh_cache(target, stems)
-        for rows in (4, 3):
-            here, starts = seats[:rows], [cache.lengths[seat] for seat in seats[:rows]]
-            forest = merge(stems[:rows], starts, [True] * rows, Drafts.none())
-            target.score(forest, cache, here)
-            cache.commit(here, forest.stems, [()] * rows)
-        stores.append([store[:, : cache.sink] for store in cache._stores.values()])
+        cache, seats = fresh_cache(target, [[]] * 4)
+        for rows, stem in ((4, [1, 2]), (3, [3, 4, 5, 6])):
+            drafts = forest_of([stem] * rows).drafts
+            forest = merge([stem] * rows, [cache.lengths[seat] for seat in seats[:rows]], [True] * rows, drafts)
+            target.score(forest, cache, seats[:rows])
+            cache.commit(seats[:rows], forest.stems, [(1, 4)] * rows)
+        committed = [store[:, slots] for store in cache._stores.values() for slots in committed_slots(cache, seats)]
+        stores.append(committed)
     assert target.flat_runner.num_captured == 1
     for old, new in zip(*stores, strict=True):
         torch.testing.assert_close(new, old, atol=1e-12, rtol=0)
+
+
+def committed_slots(cache, seats):
+    """The slots of each seat that are committed."""
+    starts = [cache.seating[seat].start for seat in seats]
+    return [slice(start, start + cache.lengths[seat]) for start, seat in zip(starts, seats, strict=True)]
 
 
 DRAFTERS = ["model", "hydra++", "mtp", "mtp, 3 modules", "eagle3.1, 40 tokens"]
