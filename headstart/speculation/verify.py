@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from headstart.speculation.device_forest import asked_indices
 from headstart.speculation.rows import Rows
 from headstart.speculation.tree import ROOT, Forest
 
@@ -52,6 +53,8 @@ class Asked(NamedTuple):
 
 def asked_nodes(forest: Forest) -> Asked:
     """The asked nodes of a forest: per row that ends at its root, the root and then its drafts. Repeated nodes are left out."""
+    if forest.counts is None:
+        return _asked_on_device(forest)
     asked_rows = [row for row, is_asked in enumerate(forest.ends_at_root) if is_asked]
     sizes = [forest.counts[row] + 1 for row in asked_rows]
     device, draft_parents = forest.tokens.device, forest.drafts.parents
@@ -73,6 +76,19 @@ def asked_nodes(forest: Forest) -> Asked:
     return Asked(rows, levels, forest.max_depth, roots, drafts, parents)
 
 
+def _asked_on_device(forest: Forest) -> Asked:
+    """As `asked_nodes`, where only the device knows how many drafts each row has."""
+    drafts, draft_parents = forest.drafts, forest.drafts.parents
+    roots, indices, asked_rows = asked_indices(forest.ends_at_root, drafts.rows)
+    root_of_row = drafts.rows.new_zeros(forest.num_rows).index_copy_(0, asked_rows, roots)[drafts.rows]
+    shifts = indices - torch.arange(len(indices), device=indices.device)
+    rows, levels = roots.new_empty(forest.num_asked), roots.new_zeros(forest.num_asked)
+    rows[roots], rows[indices] = asked_rows, drafts.rows
+    levels[indices] = drafts.depths
+    parents = torch.where(draft_parents == ROOT, root_of_row, draft_parents + shifts)
+    return Asked(rows, levels, forest.max_depth, roots, indices, parents)
+
+
 @dataclass(frozen=True, eq=False)
 class Verdict:
     """What a round decided, on the host.
@@ -81,12 +97,14 @@ class Verdict:
     kept: per row, the indices of the kept drafts among the row's own drafts, ascending.
     asked: per row, the index of the asked node that decided each emitted token.
     tried: per row, the depth of its deepest draft.
+    counts: per row, the number of its drafts.
     """
 
     emitted: tuple[tuple[int, ...], ...]
     kept: tuple[tuple[int, ...], ...]
     asked: tuple[tuple[int, ...], ...]
     tried: tuple[int, ...]
+    counts: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -119,11 +137,12 @@ def verify(forest: Forest, logits: Tensor, rows: Rows, rule: Rule) -> Verdict:
 
 
 def _to_host(forest: Forest, asked: Asked, decisions: Decisions) -> torch.Tensor:
-    """[4, asked] on the host: token, is kept, is sure, level."""
+    """[4, asked] on the host: token, is kept, is sure, level; a fifth line, the row, where the host lacks the forest's counts."""
     kept = torch.ones_like(asked.levels)
     if len(forest.drafts):
         kept[asked.drafts] = alive(forest, decisions.ok).to(kept.dtype)
-    return torch.stack([decisions.tokens, kept, decisions.is_sure.to(kept.dtype), asked.levels]).cpu()
+    lines = [decisions.tokens, kept, decisions.is_sure.to(kept.dtype), asked.levels]
+    return torch.stack([*lines, asked.rows] if forest.counts is None else lines).cpu()
 
 
 def alive(forest: Forest, ok: Tensor) -> Tensor:
@@ -133,13 +152,14 @@ def alive(forest: Forest, ok: Tensor) -> Tensor:
 
 def _verdict(forest: Forest, decided: Tensor) -> Verdict:
     """The verdict, of what `_to_host` returns."""
-    tokens, is_kept, _, levels = decided.numpy()
+    tokens, is_kept, _, levels = decided[:4].numpy()
+    counts = _counts(forest, decided[4]) if forest.counts is None else forest.counts
     emitted: list[tuple[int, ...]] = []
     kept: list[tuple[int, ...]] = []
     asked: list[tuple[int, ...]] = []
     tried: list[int] = []
     start = 0
-    for count, is_asked in zip(forest.counts, forest.ends_at_root, strict=True):
+    for count, is_asked in zip(counts, forest.ends_at_root, strict=True):
         if not is_asked:
             for per_row in (emitted, kept, asked):
                 per_row.append(())
@@ -152,4 +172,10 @@ def _verdict(forest: Forest, decided: Tensor) -> Verdict:
         asked.append(tuple((path + start).tolist()))
         tried.append(int(levels[line].max()))
         start += count + 1
-    return Verdict(tuple(emitted), tuple(kept), tuple(asked), tuple(tried))
+    return Verdict(tuple(emitted), tuple(kept), tuple(asked), tuple(tried), counts)
+
+
+def _counts(forest: Forest, rows: Tensor) -> tuple[int, ...]:
+    """The number of drafts of each row. rows: [asked] on the host, the row of each asked node."""
+    nodes: list[int] = torch.bincount(rows, minlength=forest.num_rows).tolist()
+    return tuple(count - is_asked for count, is_asked in zip(nodes, forest.ends_at_root, strict=True))
