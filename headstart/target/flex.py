@@ -21,6 +21,7 @@ from headstart.target.flat_mask import FlatMask
 from headstart.target.row_mask import Window
 
 BLOCK = 128  # nodes and slots of a block
+MAX_SHAPES = 64  # of queries and windows for which it is compiled; beyond, torch would compute every score
 _flex_attention: Callable[..., Any] = flex_attention  # its overloads do not take keyword arguments from a dictionary
 
 
@@ -61,9 +62,14 @@ def plain_flex(*tensors: Tensor, **options: Any) -> Any:
 
 @cache
 def compiled_flex() -> Callable[..., Any]:
-    """`flex_attention`, compiled once per shape of queries and cache."""
-    compiled: Callable[..., Any] = torch.compile(_flex_attention, dynamic=False)
-    return compiled
+    """`flex_attention`, compiled once per shape of queries and cache; torch's limit of shapes is raised for it."""
+    compiled = torch.compile(_flex_attention, dynamic=False)
+
+    def attention(*tensors: Tensor, **options: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=MAX_SHAPES):
+            return compiled(*tensors, **options)
+
+    return attention
 
 
 def block_mask(flat: FlatMask, window: Window, num_slots: int) -> BlockMask:

@@ -203,9 +203,11 @@ def test_the_blocks_that_are_read_hold_every_visible_slot(is_bucketed, case, win
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # those of the compiler itself
 @pytest.mark.skipif(not torch._dynamo.is_dynamo_supported(), reason="torch cannot compile here")
-def test_compiled_flex_attention_reads_the_named_blocks_only_and_equals_the_rows_alone():
+def test_compiled_flex_attention_reads_the_named_blocks_only_and_equals_the_rows_alone(monkeypatch):
     """torch's compiled kernel skips blocks, which its uncompiled definition does not."""
+    monkeypatch.setattr(flex_attention_module, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", False, raising=False)
     cache = KVCache([LayerShape(2, 32, 32)], Seating(2, 5 * BLOCK), "cpu", torch.float32)
     for store in cache._stores.values():
         store.normal_(generator=torch.Generator().manual_seed(0))
@@ -221,6 +223,9 @@ def test_compiled_flex_attention_reads_the_named_blocks_only_and_equals_the_rows
         assert read_blocks(flat, window, cache.sink + 1)[:, -1].sum() == 1  # only the block of the sink
         with torch.inference_mode():
             actual = _attend(compiled_flex(), query, keys, values, flat, params)
+            again = ForestRows.of_forest(forest, cache, seats).flat_mask()
+            with torch._dynamo.config.patch(error_on_recompile=True):  # the mask of a next forward has the same shapes
+                assert torch.equal(_attend(compiled_flex(), query, keys, values, again, params), actual)
         for mask in row_masks(forest, cache, seats):
             nodes, seat = slice(mask.first, mask.last), slice(mask.start, mask.start + mask.context)
             expected = torch_attention(query[:, nodes], keys[:, seat], values[:, seat], mask, params)
