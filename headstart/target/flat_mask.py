@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,17 @@ from torch import Tensor
 from headstart.target.row_mask import Window
 
 T = TypeVar("T")
+
+
+class MaskTensors(NamedTuple):
+    """The tensors of a `FlatMask` that decide what a node sees, alone: a compiler follows nothing else of it."""
+
+    starts: Tensor
+    committed: Tensor
+    rows: Tensor
+    columns: Tensor
+    tree: Tensor
+    positions: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,27 +76,13 @@ class FlatMask:
         """[nodes] int64, the slot in which each node's key and value are written."""
         return self.once("node_slots", lambda: self.starts[self.rows] + self.committed[self.rows] + self.columns)
 
-    @property
-    def node_positions(self) -> Tensor:
-        """[nodes] int64, the position of each node in its row's text."""
-        return self.once("node_positions", lambda: self.positions[self.rows, self.columns])
+    def tensors(self) -> MaskTensors:
+        """What `sees` reads."""
+        return MaskTensors(self.starts, self.committed, self.rows, self.columns, self.tree, self.positions)
 
     def sees(self, nodes: Tensor, slots: Tensor, window: Window) -> Tensor:
-        """Whether nodes see slots of the KV cache, of any row. nodes, slots: int64 that broadcast. Returns bool in their shape."""
-        row = self.rows[nodes]
-        offset = slots - self.starts[row]  # in the seat
-        column = offset - self.committed[row]
-        inside = column.clamp(0, self.tree.shape[1] - 1)
-        visible = (offset >= 0) & (column < self.tree.shape[1]) & ((column < 0) | self.tree[nodes, inside])
-        if window == Window():
-            return visible
-        query = self.node_positions[nodes]
-        key = torch.where(column < 0, offset, self.positions[row, inside])
-        if window.sliding is not None:
-            visible = visible & (query - key < window.sliding)
-        if window.chunk is not None:
-            visible = visible & (query // window.chunk == key // window.chunk)
-        return visible
+        """As the function `sees`."""
+        return sees(self.tensors(), nodes, slots, window)
 
     def lowest(self, window: Window) -> Tensor:
         """[rows + 1] int64, a slot of each row below which none of its nodes sees any."""
@@ -95,3 +92,21 @@ class FlatMask:
         if window.chunk is not None:
             first = torch.maximum(first, self.committed // window.chunk * window.chunk)
         return self.starts + first
+
+
+def sees(mask: MaskTensors, nodes: Tensor, slots: Tensor, window: Window) -> Tensor:
+    """Whether nodes see slots of the KV cache, of any row. nodes, slots: int64 that broadcast. Returns bool in their shape."""
+    row = mask.rows[nodes]
+    offset = slots - mask.starts[row]  # in the seat
+    column = offset - mask.committed[row]
+    inside = column.clamp(0, mask.tree.shape[1] - 1)
+    visible = (offset >= 0) & (column < mask.tree.shape[1]) & ((column < 0) | mask.tree[nodes, inside])
+    if window.sliding is None and window.chunk is None:
+        return visible
+    query = mask.positions[row, mask.columns[nodes]]
+    key = torch.where(column < 0, offset, mask.positions[row, inside])
+    if window.sliding is not None:
+        visible = visible & (query - key < window.sliding)
+    if window.chunk is not None:
+        visible = visible & (query // window.chunk == key // window.chunk)
+    return visible

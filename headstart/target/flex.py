@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from headstart.target.attention import AttentionParams
-from headstart.target.flat_mask import FlatMask
+from headstart.target.flat_mask import FlatMask, sees
 from headstart.target.row_mask import Window
 
 BLOCK = 128  # nodes and slots of a block
@@ -105,11 +105,12 @@ def read_blocks(flat: FlatMask, window: Window, num_slots: int) -> Tensor:
 
 def _mask_mod(flat: FlatMask, window: Window) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """FlexAttention's `mask_mod`: whether a node sees a slot."""
+    tensors = flat.tensors()
 
-    def sees(_batch: Tensor, _head: Tensor, node: Tensor, slot: Tensor) -> Tensor:
-        return flat.sees(node, slot, window)
+    def is_seen(_batch: Tensor, _head: Tensor, node: Tensor, slot: Tensor) -> Tensor:
+        return sees(tensors, node, slot, window)
 
-    return sees
+    return is_seen
 
 
 def _capped(softcap: float) -> Callable[..., Tensor]:
