@@ -59,7 +59,7 @@ class ForestRows:
         rows = forest.drafts.rows
         context = max(cache.lengths[seat] for seat in seats) + span
         only = _only_seat(cache, seats, context)
-        return cls(_send(table, rows.device), forest.positions, rows, forest.lineage, span, context, cache.sink, only)
+        return cls(_send(table, rows.device), forest.positions, rows, forest.lineage, span, context, _sink(cache), only)
 
     @classmethod
     def of_texts(cls, cache: KVCache, seats: Sequence[int], lengths: Sequence[int], positions: Tensor) -> ForestRows:
@@ -70,7 +70,7 @@ class ForestRows:
         context = max(cache.lengths[seat] + length for seat, length in zip(seats, lengths, strict=True))
         table, no_lineage = _send(_table(cache, seats, lengths), positions.device), none.new_empty(0, 0, dtype=torch.bool)
         only = _only_seat(cache, seats, context)
-        return cls(table, positions, none, no_lineage, max(lengths), context, cache.sink, only)
+        return cls(table, positions, none, no_lineage, max(lengths), context, _sink(cache), only)
 
     def tensors(self) -> dict[str, Tensor]:
         """What differs from forward to forward, for a graph's buffers."""
@@ -149,7 +149,7 @@ class LevelRows:
             _check_room(cache, seat, span)
         context = max(cache.lengths[seat] for seat in seats) + span
         table, only = _send(_table(cache, seats)[:2], positions.device), _only_seat(cache, seats, context)
-        return cls(table, tree_mask, positions, context, cache.sink, only)
+        return cls(table, tree_mask, positions, context, _sink(cache), only)
 
     def tensors(self) -> dict[str, Tensor]:
         """What differs from forward to forward, for a graph's buffers."""
@@ -263,6 +263,11 @@ def _check_room(cache: KVCache, seat: int, nodes: int) -> None:
     length, capacity = cache.lengths[seat], cache.seating[seat].capacity
     if length + nodes > capacity:
         raise AssertionError(f"row of {nodes} nodes behind {length} exceeds its {capacity} slots")
+
+
+def _sink(cache: KVCache) -> int:
+    assert cache.sink is not None, "a KV cache without a sink; `pad_rows` was set after it was made"
+    return cache.sink
 
 
 def _send(table: list[list[int]], device: torch.device) -> Tensor:

@@ -204,7 +204,7 @@ class Target:
 
     def new_cache(self, seating: Seating) -> KVCache:
         """An empty KV cache for these seats. Raises ValueError where the device has no room for it."""
-        return KVCache(self.shapes, seating, self.device, self.dtype)
+        return KVCache(self.shapes, seating, self.device, self.dtype, has_sink=self.pad_rows)
 
     @cached_property
     def embed_head(self) -> EmbedHead:

@@ -36,7 +36,7 @@ def occupied_seats(draw, most_nodes=8):
     """A KV cache with random content, and seats of which some are free, in any order; each has room for `most_nodes` more."""
     lengths = draw(st.lists(st.integers(0, 12), min_size=1, max_size=4))
     seating = Seating(2 * len(lengths), 40 * len(lengths))
-    cache = KVCache([SHAPE], seating, "cpu", torch.float64)
+    cache = KVCache([SHAPE], seating, "cpu", torch.float64, has_sink=True)
     for store in cache._stores.values():
         store.normal_(generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
     seats = []
@@ -71,7 +71,7 @@ def forests(draw):
 
 def copied(cache):
     """A KV cache with the same seats and content."""
-    copy = KVCache([SHAPE], cache.seating, "cpu", torch.float64)
+    copy = KVCache([SHAPE], cache.seating, "cpu", torch.float64, has_sink=True)
     for dim, store in copy._stores.items():
         store.copy_(cache._stores[dim])
     return copy
@@ -208,7 +208,7 @@ def test_the_blocks_that_are_read_hold_every_visible_slot(is_bucketed, case, win
 def test_compiled_flex_attention_reads_the_named_blocks_only_and_equals_the_rows_alone(monkeypatch):
     """torch's compiled kernel skips blocks, which its uncompiled definition does not."""
     monkeypatch.setattr(flex_attention_module, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", False, raising=False)
-    cache = KVCache([LayerShape(2, 32, 32)], Seating(2, 5 * BLOCK), "cpu", torch.float32)
+    cache = KVCache([LayerShape(2, 32, 32)], Seating(2, 5 * BLOCK), "cpu", torch.float32, has_sink=True)
     for store in cache._stores.values():
         store.normal_(generator=torch.Generator().manual_seed(0))
     seats = [cache.seating.take(250), cache.seating.take(300)]
@@ -219,13 +219,12 @@ def test_compiled_flex_attention_reads_the_named_blocks_only_and_equals_the_rows
     keys, values = cache.layer(0)
     for window in (Window(), Window(sliding=50)):
         params = AttentionParams(0.2, window)
-        flat = ForestRows.of_forest(forest, cache, seats).flat_mask()
-        assert read_blocks(flat, window, cache.sink + 1)[:, -1].sum() == 1  # only the block of the sink
         with torch.inference_mode():
+            flat, next_flat = (ForestRows.of_forest(forest, cache, seats).flat_mask() for _ in range(2))
+            assert read_blocks(flat, window, cache.sink + 1)[:, -1].sum() == 1  # only the block of the sink
             actual = _attend(compiled_flex(), query, keys, values, flat, params)
-            again = ForestRows.of_forest(forest, cache, seats).flat_mask()
             with torch._dynamo.config.patch(error_on_recompile=True):  # the mask of a next forward has the same shapes
-                assert torch.equal(_attend(compiled_flex(), query, keys, values, again, params), actual)
+                assert torch.equal(_attend(compiled_flex(), query, keys, values, next_flat, params), actual)
         for mask in row_masks(forest, cache, seats):
             nodes, seat = slice(mask.first, mask.last), slice(mask.start, mask.start + mask.context)
             expected = torch_attention(query[:, nodes], keys[:, seat], values[:, seat], mask, params)

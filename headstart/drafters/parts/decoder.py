@@ -162,7 +162,7 @@ class Memory:
         self._runner = runner
         model.set_attn_implementation(attention.NAME)
         _restore_rope(model, device)
-        self._cache = KVCache(shapes, seating, device, dtype)
+        self._cache = KVCache(shapes, seating, device, dtype, has_sink=runner is not None)
 
     def length(self, seat: int) -> int:
         """Number of entries of a seat, without scratch."""
