@@ -18,7 +18,7 @@ from headstart.speculation.planner import Best, Planner
 from headstart.speculation.rows import Rows
 from headstart.speculation.tree import Drafts, Kept, merge
 from headstart.target.cache import KVCache, Seating
-from headstart.target.row_mask import RowMask
+from headstart.target.flat_rows import level_rows
 from headstart.target.target import Target
 from headstart.target.tokenizer_loading import load_tokenizer
 
@@ -137,25 +137,14 @@ class ModelDrafter:
 
     def _score_level(self, level: Level, rows: Rows) -> Tensor:
         """[rows * width, common vocab] logits after the nodes of a level; those of earlier levels are scratch in the cache."""
-        width = level.width
         root_positions = [self.cache.lengths[rows.seats[row]] - 1 for row in level.rows]
         roots = torch.tensor(root_positions).to(level.tokens.device, non_blocking=True)
         positions = roots[:, None] + level.depths  # [rows, earlier + width]
-        row_masks = [
-            RowMask(
-                index * width,
-                (index + 1) * width,
-                self.cache.seating[rows.seats[row]].start,
-                root_positions[index] + 1,
-                level.tree_mask[index],
-                positions[index],
-                level.earlier,
-            )
-            for index, row in enumerate(level.rows)
-        ]
+        seats = [rows.seats[row] for row in level.rows]
+        masks = level_rows(self.cache, seats, level.tree_mask, positions, is_flat=self.model.pad_rows)
         tokens = level.tokens.reshape(-1)
         asked = torch.arange(len(tokens), device=tokens.device)
-        logits = self.model.forward(tokens, positions[:, level.earlier :].reshape(-1), row_masks, self.cache, asked).logits
+        logits = self.model.forward(tokens, positions[:, level.earlier :].reshape(-1), masks, self.cache, asked).logits
         return logits[:, : self._width]
 
 

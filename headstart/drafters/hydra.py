@@ -144,7 +144,7 @@ class Hydra(Heads):
     def attach(self, target: Target, seating: Seating) -> None:
         super().attach(target, seating)
         if self.prefix is not None:
-            self._memory = Memory(self.prefix, seating, target.device, target.dtype)
+            self._memory = Memory(self.prefix, seating, target.device, target.dtype, target.runner)
             self.memories = [self._memory]
 
     @property

@@ -124,7 +124,7 @@ def kept_of(turns: Sequence[Turn], forest: Forest, scored: Scored, verdict: Verd
         if turn.request.drafts:
             texts.append((*turn.stem, *(verdict.emitted[row] or turn.request.known(after, after + 1))))
             nodes += [*range(first, first + size), *(first + size + draft for draft in kept)]
-        first += size + forest.counts[row]
+        first += size + verdict.counts[row]
     features = scored.features
     if features is not None:
         features = features[torch.tensor(nodes, dtype=torch.int64).to(features.device, non_blocking=True)]

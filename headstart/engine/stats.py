@@ -49,7 +49,7 @@ def parts_of(forest: Forest, verdict: Verdict, emitted: Sequence[int], seconds: 
     seconds: of the round, by phase; each row gets an equal share.
     """
     share = seconds if len(emitted) == 1 else {name: spent / len(emitted) for name, spent in seconds.items()}
-    rows = zip(forest.stems, forest.counts, verdict.tried, verdict.kept, emitted, strict=True)
+    rows = zip(forest.stems, verdict.counts, verdict.tried, verdict.kept, emitted, strict=True)
     return [Part(stem + drafts, drafts, tried, len(kept), tokens, share) for stem, drafts, tried, kept, tokens in rows]
 
 
@@ -122,7 +122,7 @@ class Stats:
         emitted: per row, how many tokens it emitted.
         seconds: of the round, by phase.
         """
-        result = cls(rounds=1, nodes=len(forest), drafts=sum(forest.counts), seconds=seconds)
+        result = cls(rounds=1, nodes=len(forest), drafts=len(forest.drafts), seconds=seconds)
         for tried, kept, tokens in zip(verdict.tried, verdict.kept, emitted, strict=True):
             if tokens:
                 result.count(tried, len(kept), tokens)

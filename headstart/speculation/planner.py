@@ -196,6 +196,8 @@ class CalibratedTree:
 
 def rank_paths(drafts: Drafts) -> list[tuple[int, ...]]:
     """Per draft, its path of ranks: which child of which child of the root it is, in the order proposed. On the host."""
+    if drafts.rank_paths is not None:
+        return list(drafts.rank_paths)
     parents, rows = drafts.parents.tolist(), drafts.rows.tolist()
     num_children: dict[tuple[int, int], int] = {}  # by row and parent, so far
     paths: list[tuple[int, ...]] = []

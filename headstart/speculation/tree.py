@@ -31,6 +31,7 @@ class Drafts:
     distributions: [rows + drafts, vocab] or None. Under the `rejection` rule, the distribution from which each node's children
         were drawn: first one line per row for its root, then one line per draft. None: children were picked, not drawn.
     max_depth: an upper bound of `depths`, known on the host without a synchronisation.
+    rank_paths: per draft, which child of which child of its root it is, where the host knows (in a static tree); else None.
     """
 
     tokens: Tensor
@@ -41,6 +42,7 @@ class Drafts:
     sources: Tensor
     distributions: Tensor | None = None
     max_depth: int = 0
+    rank_paths: tuple[tuple[int, ...], ...] | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -142,7 +144,7 @@ class Forest:
     drafts: the drafts of all rows, row after row.
     lineage: [drafts, drafts] bool, see `lineage`.
     stems: per row, the number of stem nodes; on the host.
-    counts: per row, the number of draft nodes; on the host.
+    counts: per row, the number of draft nodes; on the host. None where only a GPU knows them; then `Verdict.counts` has them.
     ends_at_root: per row, whether its stem ends with the row's root; False inside a prompt.
     asked: [asked] indices of the nodes whose logits are needed: for each row that ends at its root, the root and then its
         drafts; then the last node repeated, where a minimum number of nodes is required.
@@ -155,7 +157,7 @@ class Forest:
     drafts: Drafts
     lineage: Tensor
     stems: tuple[int, ...]
-    counts: tuple[int, ...]
+    counts: tuple[int, ...] | None
     ends_at_root: tuple[bool, ...]
     asked: Tensor
     max_depth: int
@@ -172,7 +174,7 @@ class Forest:
     @property
     def num_asked(self) -> int:
         """Number of nodes in `asked` without the repeated last node."""
-        return sum(count + 1 for count, is_asked in zip(self.counts, self.ends_at_root, strict=True) if is_asked)
+        return len(self.drafts) + sum(self.ends_at_root)
 
 
 def merge(
@@ -192,6 +194,10 @@ def merge(
     num_nodes: dead nodes fill the forest up to this size, and the last node is repeated until as many are asked.
     device: the forest's device; None: that of the drafts.
     """
+    if len(drafts) and len(stems) > 1 and drafts.tokens.device.type != "cpu":
+        from headstart.speculation.device_forest import merge_on_device
+
+        return merge_on_device(stems, starts, ends_at_root, drafts, num_nodes)
     counts = count_by_row(drafts, len(stems))
     max_depth = int(drafts.depths.max()) if len(drafts) and drafts.tokens.device.type == "cpu" else drafts.max_depth
     drafts = drafts if device is None else drafts.to(device)

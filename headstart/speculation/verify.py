@@ -7,7 +7,7 @@ the cache or drafters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from headstart.speculation.device_forest import asked_indices
 from headstart.speculation.rows import Rows
 from headstart.speculation.tree import ROOT, Forest
 
@@ -62,6 +63,8 @@ class Asked:
 
 def asked_nodes(forest: Forest) -> Asked:
     """The asked nodes of a forest: per row that ends at its root, the root and then its drafts. Repeated nodes are left out."""
+    if forest.counts is None:
+        return _asked_on_device(forest)
     asked_rows = [row for row, is_asked in enumerate(forest.ends_at_root) if is_asked]
     sizes = [forest.counts[row] + 1 for row in asked_rows]
     device, draft_parents = forest.tokens.device, forest.drafts.parents
@@ -81,6 +84,18 @@ def asked_nodes(forest: Forest) -> Asked:
     return Asked(forest, rows, roots, drafts, parents)
 
 
+def _asked_on_device(forest: Forest) -> Asked:
+    """As `asked_nodes`, where only the device knows how many drafts each row has."""
+    drafts, draft_parents = forest.drafts, forest.drafts.parents
+    roots, indices, asked_rows = asked_indices(forest.ends_at_root, drafts.rows)
+    root_of_row = drafts.rows.new_zeros(forest.num_rows).index_copy_(0, asked_rows, roots)[drafts.rows]
+    shifts = indices - torch.arange(len(indices), device=indices.device)
+    rows = roots.new_empty(forest.num_asked)
+    rows[roots], rows[indices] = asked_rows, drafts.rows
+    parents = torch.where(draft_parents == ROOT, root_of_row, draft_parents + shifts)
+    return Asked(forest, rows, roots, indices, parents)
+
+
 @dataclass(frozen=True, eq=False)
 class Verdict:
     """What a round decided, on the host.
@@ -89,12 +104,14 @@ class Verdict:
     kept: per row, the indices of the kept drafts among the row's own drafts, ascending.
     asked: per row, the index of the asked node that decided each emitted token.
     tried: per row, the depth of its deepest draft.
+    counts: per row, the number of its drafts.
     """
 
     emitted: tuple[tuple[int, ...], ...]
     kept: tuple[tuple[int, ...], ...]
     asked: tuple[tuple[int, ...], ...]
     tried: tuple[int, ...]
+    counts: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -134,14 +151,18 @@ def alive(forest: Forest, ok: Tensor) -> Tensor:
 def _verdict(forest: Forest, decisions: Decisions) -> Verdict | None:
     """The verdict of a rule's decisions; None where a token on a kept path is uncertain. One copy to the host."""
     drafts = forest.drafts
-    flat = torch.cat([*decisions, drafts.parents, drafts.depths]).tolist()
-    tokens, ok, is_sure, parents, depths = _cut(flat, forest.num_asked, len(drafts), forest.num_asked, len(drafts), len(drafts))
+    parts = [*decisions, drafts.parents, drafts.depths]
+    if forest.counts is None:
+        parts.append(drafts.rows)
+    flat = torch.cat(parts).tolist()
+    tokens, ok, is_sure, parents, depths, *rows = _cut(flat, *map(len, parts))
+    counts = _counts(forest, rows[0]) if forest.counts is None else forest.counts
     emitted: list[tuple[int, ...]] = []
     kept: list[tuple[int, ...]] = []
     asked: list[tuple[int, ...]] = []
     tried: list[int] = []
     first, root = 0, 0  # the row's first draft among the drafts, and its root among the asked nodes
-    for count, is_asked in zip(forest.counts, forest.ends_at_root, strict=True):
+    for count, is_asked in zip(counts, forest.ends_at_root, strict=True):
         alive_drafts = {ROOT}
         path = []
         for draft in range(first, first + count):  # parents precede children
@@ -156,7 +177,7 @@ def _verdict(forest: Forest, decisions: Decisions) -> Verdict | None:
         asked.append(tuple(nodes))
         tried.append(max(depths[first : first + count], default=0))
         first, root = first + count, root + count + is_asked
-    return Verdict(tuple(emitted), tuple(kept), tuple(asked), tuple(tried))
+    return Verdict(tuple(emitted), tuple(kept), tuple(asked), tuple(tried), counts)
 
 
 def _cut(values: list[int], *sizes: int) -> Iterator[list[int]]:
@@ -165,3 +186,11 @@ def _cut(values: list[int], *sizes: int) -> Iterator[list[int]]:
     for size in sizes:
         yield values[start : start + size]
         start += size
+
+
+def _counts(forest: Forest, rows: Sequence[int]) -> tuple[int, ...]:
+    """The number of drafts of each row. rows: of each draft."""
+    counts = [0] * forest.num_rows
+    for row in rows:
+        counts[row] += 1
+    return tuple(counts)

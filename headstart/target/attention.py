@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headstart.target.cache import KVCache
-from headstart.target.padded_rows import PaddedRows, attend_padded
+from headstart.target.flat_mask import FlatMask
 from headstart.target.row_mask import RowMask, Window
 
 NAME = "headstart"
@@ -60,6 +59,9 @@ class RowsKernel(ABC):
 # One row: query [heads, nodes, dim], keys [kv_heads, context, dim], values [kv_heads, context, value_dim]; the result is of the
 # shape [heads, nodes, value_dim].
 Kernel = Callable[[Tensor, Tensor, Tensor, RowMask, AttentionParams], Tensor]
+
+# The same for all rows at once: query [heads, nodes, dim], keys and values of the whole KV cache -> [heads, nodes, value_dim]
+FlatKernel = Callable[[Tensor, Tensor, Tensor, FlatMask, AttentionParams], Tensor]
 
 
 def torch_attention(query: Tensor, keys: Tensor, values: Tensor, row_mask: RowMask, params: AttentionParams) -> Tensor:
@@ -108,11 +110,12 @@ def reference_attention(query: Tensor, keys: Tensor, values: Tensor, row_mask: R
 class AttentionMetadata:
     """What the attention layers of one forward need, passed through the model as the keyword `headstart`.
 
-    row_masks: one per row of the forest, in order.
+    row_masks: one per row of the forest, in order; empty with `flat`.
     cache: the KV cache that is read and written.
     kernel: computes the attention of one row, or of all.
     windows: one per layer.
-    pad_rows: whether all rows go into one padded call, for devices where a call costs more than the padding.
+    flat: the mask of all rows at once, for devices where a call costs more than padding; None: row by row.
+    flat_kernel: computes the attention of all rows; None without `flat`.
     notes: values that a kernel computes once for all layers of this forward, under keys of its own.
     """
 
@@ -120,13 +123,9 @@ class AttentionMetadata:
     cache: KVCache
     kernel: Kernel | RowsKernel
     windows: Sequence[Window]
-    pad_rows: bool = False
+    flat: FlatMask | None = None
+    flat_kernel: FlatKernel | None = None
     notes: dict[Hashable, Any] = field(default_factory=dict)
-
-    @cached_property
-    def padded(self) -> PaddedRows:
-        """Index tables for `pad_rows`, made once per forward."""
-        return PaddedRows.of(self.row_masks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,12 +188,14 @@ def attend(
             headstart.looking_ahead.add(type(module).__name__)
         return _probe(headstart, layer, query, key, value, AttentionParams(scaling, Window(), softcap, s_aux), sliding_window), None
     params = AttentionParams(scaling, headstart.windows[layer], softcap, s_aux)
-    if isinstance(headstart.kernel, RowsKernel):
+    if isinstance(headstart.kernel, RowsKernel) and headstart.flat is None:
         return headstart.kernel(headstart, layer, query[0], key[0], value[0], params)[None], None
     keys, values = headstart.cache.layer(layer)
-    if headstart.pad_rows and params.softcap is None and params.sinks is None and len(headstart.row_masks) > 1:
-        out = attend_padded(headstart.padded, query[0], key[0], value[0], keys, values, params.window, scaling)
-        return _as_transformers(out), None
+    if headstart.flat is not None and headstart.flat_kernel is not None:
+        keys.index_copy_(1, headstart.flat.node_slots, key[0])
+        values.index_copy_(1, headstart.flat.node_slots, value[0])
+        return _as_transformers(headstart.flat_kernel(query[0], keys, values, headstart.flat, params)), None
+    assert not isinstance(headstart.kernel, RowsKernel), "a kernel of all rows was called before"
     outputs = [
         _row(row_mask, query[0], key[0], value[0], keys, values, headstart.kernel, params) for row_mask in headstart.row_masks
     ]

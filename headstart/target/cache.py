@@ -135,17 +135,27 @@ class KVCache:
     layers.
 
     shapes: what each layer stores per token.
+    has_sink: whether there is one more slot, for forwards of all rows in one attention call.
     Raises ValueError where the device has no room.
 
     Attributes:
     seating: the seats.
     lengths: number of committed slots of each seat; in those, slot - start = position.
-    bytes: memory of keys and values.
+    bytes: memory of keys and values, without the sink's.
+    sink: index of the slot behind those of all seats, which is written for dead nodes and read by no other node; None: without.
     """
 
-    def __init__(self, shapes: Sequence[LayerShape], seating: Seating, device: torch.device | str, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        shapes: Sequence[LayerShape],
+        seating: Seating,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        has_sink: bool = False,
+    ) -> None:
         self.seating = seating
         self.lengths = [0] * seating.num_seats
+        self.sink = seating.num_slots if has_sink else None
         self.bytes = sum(shape.slot_bytes(dtype) for shape in shapes) * seating.num_slots
         num_heads: dict[int, int] = {}  # by width
         ranges: list[list[tuple[int, int, int]]] = []  # per layer: (dim, first, last) of its keys and of its values
@@ -158,7 +168,8 @@ class KVCache:
             ranges.append(layer_ranges)
         try:
             self._stores = {
-                dim: torch.zeros(heads, seating.num_slots, dim, dtype=dtype, device=device) for dim, heads in num_heads.items()
+                dim: torch.zeros(heads, seating.num_slots + has_sink, dim, dtype=dtype, device=device)
+                for dim, heads in num_heads.items()
             }
         except RuntimeError as error:  # torch's out-of-memory errors on every device
             size = f"a cache of {seating.num_slots} slots takes {self.bytes / 2**30:.2f} GiB, which {device} does not have"
@@ -166,7 +177,7 @@ class KVCache:
         self._layers = [tuple(self._stores[dim][first:last] for dim, first, last in layer_ranges) for layer_ranges in ranges]
 
     def layer(self, index: int) -> tuple[Tensor, ...]:
-        """Keys and values of a layer, each [kv_heads, slots, dim], for the slots of all seats."""
+        """Keys and values of a layer, each [kv_heads, slots, dim], for the slots of all seats, and the sink if there is one."""
         return self._layers[index]
 
     def commit(self, seats: Sequence[int], stems: Sequence[int], kept: Sequence[Sequence[int]]) -> None:

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from headstart.target.attention import AttentionMetadata
 
 
 def _takes_a_list(release: str) -> bool:
@@ -31,6 +34,25 @@ def forward_with_hidden_states(model: Any, layers: Sequence[int], **inputs: Any)
     # transformers counts the embedding as hidden state 0, so layer i is state i + 1.
     output = model(**inputs, output_hidden_states=[layer + 1 for layer in layers] if TAKES_A_LIST else True)
     return output, {layer: output.hidden_states[layer + 1] for layer in layers}
+
+
+def logits_and_features(
+    model: Any, layers: Sequence[int], tokens: Tensor, positions: Tensor, asked: Tensor, metadata: AttentionMetadata
+) -> tuple[Tensor, ...]:
+    """[asked, vocab] logits of the asked nodes and, if there are any `layers`, their hidden states of all nodes side by side.
+
+    tokens, positions: [nodes] int64. asked: [asked] int64, indices of nodes. metadata: for the attention of every layer.
+    """
+    out, states = forward_with_hidden_states(
+        model,
+        layers,
+        input_ids=tokens[None],
+        position_ids=positions[None],
+        use_cache=False,
+        logits_to_keep=asked,
+        headstart=metadata,
+    )
+    return (out.logits[0], torch.cat([states[layer][0] for layer in layers], -1)) if layers else (out.logits[0],)
 
 
 def hidden_states(model: Any, tokens: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:

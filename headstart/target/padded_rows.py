@@ -2,93 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headstart.target.row_mask import RowMask, Window
+from headstart.target.attention import AttentionParams
+from headstart.target.flat_mask import FlatMask
+from headstart.target.row_mask import Window
 
 
-@dataclass(frozen=True, eq=False)
-class PaddedRows:
-    """Index tables for all rows of a forward, padded to the longest row; made once per forward.
+def padded_attention(query: Tensor, keys: Tensor, values: Tensor, flat: FlatMask, params: AttentionParams) -> Tensor:
+    """Attention of all rows as one batch of rows, with torch's `scaled_dot_product_attention` where it has what a layer needs.
 
-    node_slots: [nodes] the slot of each node.
-    slots: [rows, context] the slots of each row; padding repeats the last one.
-    nodes: [rows, most_nodes] the nodes of each row; padding repeats the last one.
-    rows, columns: [nodes] the index of each node in `nodes`.
-    row_masks: one per row.
+    query: [heads, nodes, dim]; keys: [kv_heads, slots, dim]; values: [kv_heads, slots, value_dim], of the whole KV cache.
+    Returns [heads, nodes, value_dim], finite and without meaning for dead nodes.
     """
-
-    node_slots: Tensor
-    slots: Tensor
-    nodes: Tensor
-    rows: Tensor
-    columns: Tensor
-    row_masks: Sequence[RowMask]
-    _masks: dict[tuple[Window, torch.dtype], Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, row_masks: Sequence[RowMask]) -> PaddedRows:
-        """The tables for these rows, at least one."""
-        device = row_masks[0].positions.device
-        context, most_nodes = max(row_mask.context for row_mask in row_masks), max(row_mask.nodes for row_mask in row_masks)
-        node_slots = [
-            slot
-            for row_mask in row_masks
-            for slot in range(row_mask.start + row_mask.context - row_mask.nodes, row_mask.start + row_mask.context)
-        ]
-        slots = [[row_mask.start + min(slot, row_mask.context - 1) for slot in range(context)] for row_mask in row_masks]
-        nodes = [
-            [min(node, row_mask.last - 1) for node in range(row_mask.first, row_mask.first + most_nodes)] for row_mask in row_masks
-        ]
-        indices = [(row, column) for row, row_mask in enumerate(row_masks) for column in range(row_mask.nodes)]
-        rows, columns = torch.tensor(indices).T.to(device, non_blocking=True)
-        tables = [torch.tensor(table).to(device, non_blocking=True) for table in (node_slots, slots, nodes)]
-        return cls(tables[0], tables[1], tables[2], rows, columns, row_masks)
-
-    def mask(self, window: Window, dtype: torch.dtype) -> Tensor:
-        """Additive attention mask [rows, 1, most_nodes, context], made once per forward.
-
-        Padding attends to its row's whole context: its output is not read, and a softmax over nothing would be nan.
-        """
-        if (window, dtype) not in self._masks:
-            visible = self.slots.new_zeros(*self.nodes.shape, self.slots.shape[1], dtype=torch.bool)
-            for row, row_mask in enumerate(self.row_masks):
-                visible[row, : row_mask.nodes, : row_mask.context] = row_mask.visible(window)
-                visible[row, row_mask.nodes :, : row_mask.context] = True
-            mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)
-            self._masks[window, dtype] = mask[:, None]
-        return self._masks[window, dtype]
+    heads, kv_heads = query.shape[0], keys.shape[0]
+    nodes = _nodes(flat)
+    rows, most_nodes = nodes.shape
+    row_queries = query[:, nodes].transpose(0, 1).reshape(rows, kv_heads, heads // kv_heads * most_nodes, -1)
+    row_keys, row_values = _of_rows(keys, flat), _of_rows(values, flat)
+    mask = flat.once(("mask", params.window, query.dtype), lambda: _mask(flat, params.window, query.dtype))
+    if params.softcap is None and params.sinks is None:
+        key = ("grouped", params.window, query.dtype, heads // kv_heads)
+        grouped = flat.once(key, lambda: mask.repeat(1, 1, heads // kv_heads, 1))
+        out = F.scaled_dot_product_attention(row_queries, row_keys, row_values, attn_mask=grouped, scale=params.scaling)
+    else:
+        out = _weigh((row_queries @ row_keys.mT).reshape(rows, heads, most_nodes, -1), mask, params).to(values.dtype).reshape(
+            rows, kv_heads, heads // kv_heads * most_nodes, -1) @ row_values  # fmt: skip
+    out = out.reshape(rows, heads, most_nodes, -1)
+    row, place = flat.once("places", lambda: _places(flat))
+    return out[row, :, place].transpose(0, 1)
 
 
-def attend_padded(
-    padded: PaddedRows,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    window: Window,
-    scaling: float,
-) -> Tensor:
-    """Write the keys and values of all rows into the KV cache, and attend with one call. Without soft caps and sinks.
+def _places(flat: FlatMask) -> tuple[Tensor, Tensor]:
+    """[nodes] int64 twice, the row and the column of each node in `_nodes`; any for a dead node."""
+    row = flat.rows.clamp(max=flat.num_rows - 1)
+    return row, (torch.arange(len(row), device=row.device) - flat.firsts[row]).clamp(0, flat.most_nodes - 1)
 
-    query: [heads, nodes, dim]; key: [kv_heads, nodes, dim]; value: [kv_heads, nodes, value_dim]. Dead
-        nodes are the last ones.
-    keys, values: [kv_heads, slots, dim] the layer's part of the KV cache.
-    Returns [heads, nodes, value_dim], zeros for dead nodes.
+
+def _nodes(flat: FlatMask) -> Tensor:
+    """[rows, most_nodes] int64, the nodes of each row; what is behind a row's last node is not read."""
+    return flat.once("nodes", lambda: _from(flat.firsts, flat.most_nodes).clamp(max=len(flat.rows) - 1))
+
+
+def _slots(flat: FlatMask) -> Tensor:
+    """[rows, context] int64, the slots of each row; behind its last one any slot."""
+    return flat.once("slots", lambda: _from(flat.starts, flat.context).clamp(max=flat.sink))
+
+
+def _from(firsts: Tensor, count: int) -> Tensor:
+    """[rows, count] int64, `count` numbers from the first of each row. firsts: [rows + 1]."""
+    return firsts[:-1, None] + torch.arange(count, device=firsts.device)
+
+
+def _of_rows(store: Tensor, flat: FlatMask) -> Tensor:
+    """[kv_heads, slots, dim] of the KV cache -> [rows, kv_heads, context, dim]; of one row without a copy."""
+    return store[None, :, flat.seat] if flat.seat is not None else store[:, _slots(flat)].transpose(0, 1)
+
+
+def _mask(flat: FlatMask, window: Window, dtype: torch.dtype) -> Tensor:
+    """Additive attention mask [rows, 1, most_nodes, context].
+
+    Padding attends to all slots: its output is not read, and a softmax over nothing would be nan.
     """
-    num_nodes = len(padded.node_slots)
-    keys.index_copy_(1, padded.node_slots, key[:, :num_nodes])
-    values.index_copy_(1, padded.node_slots, value[:, :num_nodes])
-    heads, groups, (rows, most_nodes) = query.shape[0], query.shape[0] // key.shape[0], padded.nodes.shape
-    row_queries = query[:, padded.nodes].transpose(0, 1).reshape(rows, key.shape[0], groups * most_nodes, -1)
-    mask = padded.mask(window, query.dtype).repeat(1, 1, groups, 1)
-    row_keys, row_values = (store[:, padded.slots].transpose(0, 1) for store in (keys, values))
-    out = F.scaled_dot_product_attention(row_queries, row_keys, row_values, attn_mask=mask, scale=scaling)
-    out = out.reshape(rows, heads, most_nodes, -1)[padded.rows, :, padded.columns]
-    return F.pad(out, (0, 0, 0, 0, 0, query.shape[1] - num_nodes)).transpose(0, 1)
+    nodes = _nodes(flat)
+    is_padding = flat.rows[nodes] != torch.arange(len(nodes), device=nodes.device)[:, None]
+    visible = flat.sees(nodes[..., None], _slots(flat)[:, None], window) | is_padding[..., None]
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -torch.inf)[:, None]
+
+
+def _weigh(scores: Tensor, mask: Tensor, params: AttentionParams) -> Tensor:
+    """The softmax with a soft cap and sinks. scores: [rows, heads, nodes, context], not scaled yet. Returns the same shape."""
+    scores = scores * params.scaling
+    if params.softcap is not None:
+        scores = torch.tanh(scores / params.softcap) * params.softcap
+    scores = scores + mask
+    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    if params.sinks is None:
+        return torch.softmax(scores, -1, dtype=dtype)
+    sinks = params.sinks.reshape(-1, 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.softmax(torch.cat([scores, sinks], -1), -1, dtype=dtype)[..., :-1]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headstart.speculation.tree import Forest
+from headstart.speculation.tree import Forest, count_by_row
 from headstart.target.cache import KVCache
 
 
@@ -100,7 +100,8 @@ def row_masks(forest: Forest, cache: KVCache, seats: Sequence[int]) -> list[RowM
     """The mask of each row of a forest. seats: the seat of each row in the KV cache."""
     masks: list[RowMask] = []
     first = draft = 0
-    for seat, stem, count in zip(seats, forest.stems, forest.counts, strict=True):
+    counts = count_by_row(forest.drafts, len(seats)) if forest.counts is None else forest.counts
+    for seat, stem, count in zip(seats, forest.stems, counts, strict=True):
         last = first + stem + count
         mask = tree_mask(forest.lineage[draft : draft + count, draft : draft + count], stem) if count else None
         slots, length = cache.seating[seat], cache.lengths[seat]

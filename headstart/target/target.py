@@ -7,7 +7,7 @@ This module must not import drafters or the engine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,8 +24,11 @@ from headstart.target.attention import AttentionMetadata, Kernel, Probe, RowsKer
 from headstart.target.cache import KVCache, LayerShape, Seating
 from headstart.target.config import context_length, require_two_tokens, window_of_layer
 from headstart.target.embed_head import EmbedHead
+from headstart.target.flat_mask import FlatMask
+from headstart.target.flat_rows import FlatRows, ForestRows
+from headstart.target.graphs import FlatRunner
 from headstart.target.held_model import HeldModel
-from headstart.target.hidden_states import forward_with_hidden_states
+from headstart.target.hidden_states import logits_and_features
 from headstart.target.kernels import compiled
 from headstart.target.kernels.attention import wide
 from headstart.target.kernels.choice import KernelChoice, choose_kernels, inexact, ungroup
@@ -76,7 +79,8 @@ class Target:
     windows: how far back each layer attends.
     kernel, min_nodes, is_exact: as in `KernelChoice`; torch's attention, 1 and False before `choose_kernels`.
     kernel_choice: what `choose_kernels` chose; None before.
-    pad_rows: whether all rows go into one padded attention call, for devices where a call costs more than the padding.
+    pad_rows: whether all rows go into one attention call, for devices where a call costs more than the padding.
+    flat_runner: how forwards run with `pad_rows`: their attention kernel, and whether they are captured as graphs.
     trust_remote_code: whether Python files beside the weights, or beside a draft model's, may run.
     """
 
@@ -86,6 +90,7 @@ class Target:
         self.model: PreTrainedModel = model
         self.kernel = kernel
         self.pad_rows = model.device.type != "cpu"
+        self.flat_runner = FlatRunner()
         self.min_nodes = 1
         self.trust_remote_code = False
         self.is_exact = False
@@ -201,9 +206,14 @@ class Target:
         """Bytes of one token in the KV cache: keys and values of all layers."""
         return sum(shape.slot_bytes(self.dtype) for shape in self.shapes)
 
+    @property
+    def runner(self) -> FlatRunner | None:
+        """What runs forwards with all rows in one attention call, for a drafter's decoders too; None: row by row."""
+        return self.flat_runner if self.pad_rows else None
+
     def new_cache(self, seating: Seating) -> KVCache:
         """An empty KV cache for these seats. Raises ValueError where the device has no room for it."""
-        return KVCache(self.shapes, seating, self.device, self.dtype)
+        return KVCache(self.shapes, seating, self.device, self.dtype, has_sink=self.pad_rows)
 
     @cached_property
     def embed_head(self) -> EmbedHead:
@@ -232,35 +242,37 @@ class Target:
         seats: the seat of each row.
         taps: layers whose output is wanted; 0 is the first, -1 the last, whose output has the final norm applied.
         """
-        return self.forward(forest.tokens, forest.positions, row_masks(forest, cache, seats), cache, forest.asked, taps)
+        rows = ForestRows.of_forest(forest, cache, seats) if self.pad_rows else row_masks(forest, cache, seats)
+        return self.forward(forest.tokens, forest.positions, rows, cache, forest.asked, taps)
 
     @torch.inference_mode()
     def forward(
-        self, tokens: Tensor, positions: Tensor, masks: Sequence[RowMask], cache: KVCache, asked: Tensor, taps: Sequence[int] = ()
-    ) -> Scored:
+        self, tokens: Tensor, positions: Tensor, rows: Sequence[RowMask] | FlatRows, cache: KVCache, asked: Tensor,
+        taps: Sequence[int] = (),
+    ) -> Scored:  # fmt: skip
         """The forward underneath `score`, also for drafters that grow a tree level by level in their own KV cache.
 
         tokens, positions: [nodes] int64.
-        masks: one per row.
+        rows: the attention mask of each row, or with `pad_rows` the rows as tensors.
         asked: [asked] int64, indices of the nodes whose logits are returned.
         Raises ValueError after `release`.
         """
         if self not in self._held:
             raise ValueError(f"{self.name} was released and no longer attends as a target; make a new Target of it")
-        metadata = AttentionMetadata(masks, cache, self.kernel, self.windows, self.pad_rows)
-        layers = [tap % self.num_layers for tap in taps]
+        layers = tuple(tap % self.num_layers for tap in taps)
+        inputs = {"tokens": tokens, "text_positions": positions, "asked": asked}
+
+        def run(inputs: Mapping[str, Tensor], flat: FlatMask | None, masks: Sequence[RowMask] = ()) -> tuple[Tensor, ...]:
+            metadata = AttentionMetadata(masks, cache, self.kernel, self.windows, flat, self.flat_runner.kernel)
+            return logits_and_features(self.model, layers, inputs["tokens"], inputs["text_positions"], inputs["asked"], metadata)
+
         with self.working(), self._held.attending():
-            out, states = forward_with_hidden_states(
-                self.model,
-                layers,
-                input_ids=tokens[None],
-                position_ids=positions[None],
-                use_cache=False,
-                logits_to_keep=asked,
-                headstart=metadata,
-            )
-        features = torch.cat([states[layer][0] for layer in layers], -1) if taps else None
-        return Scored(out.logits[0], features)
+            if isinstance(rows, FlatRows):
+                sizes = (len(asked), len(tokens))[: 1 + bool(layers)]
+                results = self.flat_runner.run((id(self), layers), cache, rows, inputs, run, sizes)
+            else:
+                results = run(inputs, None, rows)
+        return Scored(results[0], results[1] if layers else None)
 
     # -- the model itself --
 
@@ -271,6 +283,7 @@ class Target:
         same bits, and modules that were in training mode return to it. A second call does nothing.
         """
         self._ungroup()
+        self.flat_runner.clear()
         self._held.release(self.model, self, restore)
         return self.model
 

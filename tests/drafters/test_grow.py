@@ -1,5 +1,6 @@
 """Trees grown level by level, against a search over a dictionary of paths."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -9,7 +10,7 @@ from tables import drafting, make_rows, paths_of
 
 from headstart.drafters.parts.grow import Level, compose, grow
 from headstart.speculation.params import SamplingParams
-from headstart.speculation.planner import Best
+from headstart.speculation.planner import Best, rank_paths
 from headstart.speculation.rows import Rows
 from headstart.speculation.tree import ROOT, Drafts
 
@@ -166,6 +167,9 @@ def test_composed_trees_are_those_grown_from_logits_that_depend_on_the_depth_alo
     by_node, by_depth = grow(rows, logits[0], expand), compose(rows, logits[: max(depths)])
     for name in ("tokens", "parents", "rows", "depths", "chances"):
         assert torch.equal(getattr(by_node, name), getattr(by_depth, name))
+    for drafts in (by_node, by_depth):
+        assert drafts.rank_paths is not None or not is_static
+        assert rank_paths(drafts) == rank_paths(replace(drafts, rank_paths=None))  # as the host remembers and as it counts them
 
 
 @settings(deadline=None)

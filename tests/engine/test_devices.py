@@ -7,6 +7,7 @@ import pytest
 import torch
 from fake_device import fake_device, send
 from heads import KINDS, heads_for
+from recorded_graph import RecordedGraph
 from scripted import asks
 from tiny import ARCHITECTURES, VOCAB, cut, random_model
 from torch import nn
@@ -18,6 +19,7 @@ from headstart.engine.engine import Engine
 from headstart.engine.generate_hook import custom_generate
 from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Best, Chain, StaticTree
+from headstart.target.graphs import FlatRunner
 from headstart.target.target import Target
 
 MODEL = random_model(ARCHITECTURES["llama"](), torch.float64)
@@ -37,7 +39,9 @@ DRAFTERS = {
     "medusa": lambda draft, heads: (heads, Best(nodes=5, depth=3, width=2, beam=2)),
     "hydra++": lambda draft, heads: (heads, Best(nodes=5, depth=3, width=2, beam=2)),
     "eagle3.1, 40 tokens": lambda draft, heads: (heads, Best(nodes=5, depth=3, width=2, beam=2, min_gain=0.1)),
+    "flat": lambda draft, heads: (ModelDrafter(draft), StaticTree.full(2)),
 }
+DRAFTERS |= {name: lambda draft, heads: (heads, Best(nodes=5, depth=3, width=2, beam=2)) for name in KINDS if name not in DRAFTERS}
 CASES = [
     ("all", "coupled", 3, "best"),
     ("all", "coupled", 1, "chain"),
@@ -55,7 +59,10 @@ CASES = [
     ("sampled", "coupled", 3, "hydra++"),
     ("all", "coupled", 3, "eagle3.1, 40 tokens"),
     ("all", "rejection", 3, "hydra++"),
+    ("sampled", "coupled", 3, "flat"),
+    *(("sampled", "coupled", 3, name) for name in KINDS if name not in ("medusa", "hydra++", "eagle3.1, 40 tokens")),
 ]
+ON_GRAPHS = ["none", "chain", "best", "shape", "medusa", "hydra++", "mtp, 3 modules", "eagle3"]
 
 
 def answers(target, draft, heads, distribution, accept, rows, name, device=None):
@@ -71,8 +78,12 @@ def answers(target, draft, heads, distribution, accept, rows, name, device=None)
     return [request.output for request in requests], waits
 
 
-@pytest.mark.parametrize(("distribution", "accept", "rows", "name"), CASES)
-def test_the_device_gives_the_tokens_of_the_host(distribution, accept, rows, name):
+@pytest.mark.parametrize(
+    ("distribution", "accept", "rows", "name", "new_graph"),
+    [*((*case, None) for case in CASES), *(("sampled", "coupled", 3, name, RecordedGraph) for name in ON_GRAPHS)],
+)
+def test_the_device_gives_the_tokens_of_the_host(distribution, accept, rows, name, new_graph):
+    """The host waits once in a round, to read its verdict, with every drafter; forwards run directly or as graphs."""
     on_host = Target(copy.deepcopy(MODEL), check=False), Target(cut(MODEL, 2).release(), check=False)
     heads = heads_for(on_host[0], name) if name in KINDS else nn.Module()
     copies = copy.deepcopy(MODEL), cut(MODEL, 2).release(), heads.clone() if name in KINDS else heads
@@ -80,15 +91,13 @@ def test_the_device_gives_the_tokens_of_the_host(distribution, accept, rows, nam
     with fake_device() as device:
         target, draft = (Target(send(model), check=False) for model in copies[:2])
         assert target.pad_rows
+        for on_device in (target, draft):
+            on_device.flat_runner = FlatRunner(new_graph=new_graph)
         actual, waits = answers(target, draft, send(copies[2]), distribution, accept, rows, name, device)
+        assert (target.flat_runner.num_replayed > 0) == (new_graph is not None)
     assert actual == expected
     if accept != "rejection" and DISTRIBUTIONS[distribution].logprobs is None:
-        allowed = Counter({"down: aten._to_copy": WAITS[name], "aten.bincount": rows > 1})
-        assert all(wait <= allowed for wait in waits[2:]), f"the host waits too often: {waits}"
-
-
-# How many copies to the host a round makes: its verdict, and how many nodes the device chose for each row.
-WAITS = {"none": 1, "lookup": 1, "chain": 1, "best": 2, "shape": 4, "medusa": 2, "hydra++": 2, "eagle3.1, 40 tokens": 2}
+        assert all(wait <= Counter({"down: aten._to_copy": 1}) for wait in waits[2:]), f"the host waits too often: {waits}"
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

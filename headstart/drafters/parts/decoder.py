@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from headstart.drafters.parts.grow import Level
 from headstart.drafters.parts.llama_layer import input_width, is_llama_like, run_layers
 from headstart.target import attention
-from headstart.target.attention import AttentionMetadata, Kernel, Probe, RowsKernel
+from headstart.target.attention import AttentionMetadata, Probe
 from headstart.target.cache import KVCache, LayerShape, Seating
-from headstart.target.kernels.compiled_attention import CompiledAttention
+from headstart.target.flat_mask import FlatMask
+from headstart.target.flat_rows import FlatRows, level_rows, text_rows
+from headstart.target.graphs import FlatRunner
+from headstart.target.layer_attention import attention_for
 from headstart.target.row_mask import RowMask, Window
 
 if TYPE_CHECKING:
@@ -149,17 +152,19 @@ class Memory:
 
     model: of `decoder`; its attention is replaced.
     seating: which slots each seat has.
+    runner: runs all rows in one attention call, as a target's `flat_runner`; None: row by row.
     """
 
-    def __init__(self, model: Any, seating: Seating, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: Any, seating: Seating, device: torch.device, dtype: torch.dtype, runner: FlatRunner | None = None
+    ) -> None:
         shapes, self._windows = memory_shapes(model)
         self._model = model
-        fits = CompiledAttention.fits(shapes, dtype, device)
-        self._kernel: Kernel | RowsKernel = CompiledAttention() if fits else attention.torch_attention
-        self._batched = device.type != "cpu"  # one attention call for all rows: on a GPU a call costs more than padding
+        self._kernel = attention_for(shapes, dtype, device)
+        self._runner = runner
         model.set_attn_implementation(attention.NAME)
         _restore_rope(model, device)
-        self._cache = KVCache(shapes, seating, device, dtype)
+        self._cache = KVCache(shapes, seating, device, dtype, has_sink=runner is not None)
 
     def length(self, seat: int) -> int:
         """Number of entries of a seat, without scratch."""
@@ -172,13 +177,12 @@ class Memory:
         positions: [n].
         seats, lengths: how many of the inputs each seat has.
         """
-        row_masks, first = [], 0
-        for seat, length in zip(seats, lengths, strict=True):
-            num_kept = self.length(seat)
-            slots = torch.arange(num_kept, num_kept + length, device=inputs.device)
-            row_masks.append(RowMask(first, first + length, self._cache.seating[seat].start, num_kept, None, slots))
-            first += length
-        states = self._run(inputs, positions, row_masks)
+        kept = torch.tensor([self.length(seat) for seat in seats])
+        counts = torch.tensor(lengths)
+        shifts = torch.repeat_interleave(kept - counts.cumsum(0) + counts, counts)  # on the host
+        slots = (shifts + torch.arange(len(shifts))).to(inputs.device, non_blocking=True)
+        rows = text_rows(self._cache, seats, lengths, slots, is_flat=self._runner is not None)
+        states = self._run(inputs, positions, rows)
         self._cache.commit(seats, lengths, [()] * len(seats))
         return states
 
@@ -190,13 +194,10 @@ class Memory:
         seats: of the level's rows.
         Returns [rows * width, hidden].
         """
-        width, row_masks = level.width, []
-        for row, seat in enumerate(seats):
-            num_kept = self.length(seat)
-            slots = num_kept - 1 + level.depths
-            start, mask = self._cache.seating[seat].start, level.tree_mask[row]
-            row_masks.append(RowMask(row * width, (row + 1) * width, start, num_kept, mask, slots, level.earlier))
-        return self._run(inputs, positions, row_masks)
+        num_kept = torch.tensor([self.length(seat) for seat in seats]).to(positions.device, non_blocking=True)
+        slots = num_kept[:, None] - 1 + level.depths
+        rows = level_rows(self._cache, seats, level.tree_mask, slots, is_flat=self._runner is not None)
+        return self._run(inputs, positions, rows)
 
     def fork(self, source: int, seat: int, length: int) -> None:
         """Copy the first `length` entries of seat `source` to another seat, or as many as there are."""
@@ -214,13 +215,22 @@ class Memory:
         """Return to a snapshot."""
         self._cache.lengths[:] = lengths
 
-    def _run(self, inputs: Tensor, positions: Tensor, row_masks: Sequence[RowMask]) -> Tensor:
-        metadata = AttentionMetadata(row_masks, self._cache, self._kernel, self._windows, self._batched)
+    def _run(self, inputs: Tensor, positions: Tensor, rows: Sequence[RowMask] | FlatRows) -> Tensor:
+        named = {"inputs": inputs, "text_positions": positions}
+        if self._runner is None or not isinstance(rows, FlatRows):
+            assert not isinstance(rows, FlatRows), "rows as tensors need a runner"
+            return self._states(named, None, rows)[0]
+        return self._runner.run(id(self), self._cache, rows, named, self._states, (len(inputs),))[0]
+
+    def _states(self, named: Mapping[str, Tensor], flat: FlatMask | None, masks: Sequence[RowMask] = ()) -> tuple[Tensor]:
+        """[n, hidden] the decoder's output. With a flat mask this may be captured in a graph."""
+        inputs, positions = named["inputs"][None], named["text_positions"][None]
+        kernel = None if self._runner is None else self._runner.kernel
+        metadata = AttentionMetadata(masks, self._cache, self._kernel, self._windows, flat, kernel)
         if is_llama_like(self._model):
-            return run_layers(self._model, inputs[None], positions[None], metadata)[0]
-        out = self._model(inputs_embeds=inputs[None], position_ids=positions[None], use_cache=False, headstart=metadata)
-        states: Tensor = out.last_hidden_state[0]
-        return states
+            return (run_layers(self._model, inputs, positions, metadata)[0],)
+        out = self._model(inputs_embeds=inputs, position_ids=positions, use_cache=False, headstart=metadata)
+        return (out.last_hidden_state[0],)
 
 
 def _restore_rope(model: Any, device: torch.device) -> None:

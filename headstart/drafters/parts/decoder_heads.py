@@ -56,7 +56,7 @@ class DecoderHeads(Heads):
 
     def attach(self, target: Target, seating: Seating) -> None:
         super().attach(target, seating)
-        self.memories = [Memory(decoder, seating, target.device, target.dtype) for decoder in self.decoders]
+        self.memories = [Memory(decoder, seating, target.device, target.dtype, target.runner) for decoder in self.decoders]
 
     def free(self, seat: int) -> None:
         for memory in self.memories:

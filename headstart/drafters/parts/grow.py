@@ -162,8 +162,9 @@ class _TreeBuilder:
         self.chances: list[Tensor] = []
         self.distributions: list[tuple[Tensor, Tensor]] = []  # lines of `Drafts.distributions` and their content
         self.size = 0
-        # Of a static tree: for each candidate of the last level, the ranks along its path; the same for all rows.
+        # Of a static tree: the ranks along the path of each candidate of the last level, the same for all rows; and of all drafts.
         self.ranks: list[tuple[int, ...]] = []
+        self.rank_paths: list[tuple[int, ...]] = []
         self.run_depths = torch.empty(0, dtype=torch.int64, device=device)
 
     def add_roots(self, drafting: tuple[int, ...], logits: Tensor) -> _Candidates:
@@ -267,6 +268,8 @@ class _TreeBuilder:
         for store, values in ((self.tokens, tokens), (self.parents, parents), (self.chances, chances)):
             store.append(values.reshape(-1))
         self.row_ids.append(row_ids.expand_as(tokens).reshape(-1))
+        if self.rows.plan.parents or not self.size:
+            self.rank_paths += self.ranks * len(tokens)
         indices = torch.arange(self.size, self.size + tokens.numel(), device=self.device).reshape(tokens.shape)
         self.size += tokens.numel()
         return indices
@@ -280,8 +283,7 @@ class _TreeBuilder:
             distributions = first.new_zeros(len(self.rows) + self.size, first.shape[1])
             for lines, distribution in self.distributions:
                 distributions[lines] = distribution
-        sizes = torch.tensor([len(level) for level in self.tokens])
-        depths = torch.arange(1, len(sizes) + 1).repeat_interleave(sizes)
+        depths = torch.arange(1, len(self.tokens) + 1).repeat_interleave(torch.tensor(list(map(len, self.tokens))))
         return Drafts(
             tokens,
             torch.cat(self.parents),
@@ -291,6 +293,7 @@ class _TreeBuilder:
             torch.full_like(tokens, source),
             distributions,
             max_depth=len(self.tokens),
+            rank_paths=tuple(self.rank_paths) if len(self.rank_paths) == self.size else None,
         )
 
 

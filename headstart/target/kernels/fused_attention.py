@@ -68,9 +68,9 @@ class FusedAttention(StandIn):
     def forward(self, hidden_states: Tensor, *args: Any, **inputs: Any) -> Any:
         """[1, nodes, hidden] -> [1, nodes, hidden] and None, as the replaced module."""
         metadata, angles = inputs.get("headstart"), inputs.get("position_embeddings")
-        if not isinstance(metadata, AttentionMetadata) or not isinstance(metadata.kernel, CompiledAttention) or args or not angles:
-            return self._replaced[0](hidden_states, *args, **inputs)
-        return self._attend(metadata, hidden_states, *angles), None
+        if angles and not args and isinstance(metadata, AttentionMetadata) and is_compiled(metadata):
+            return self._attend(metadata, hidden_states, *angles), None
+        return self._replaced[0](hidden_states, *args, **inputs)
 
     def _attend(self, metadata: AttentionMetadata, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         lib = library()
@@ -87,6 +87,11 @@ class FusedAttention(StandIn):
             products.data_ptr(), y.data_ptr(),
         )  # fmt: skip
         return y
+
+
+def is_compiled(metadata: AttentionMetadata) -> bool:
+    """Whether a forward uses the compiled attention."""
+    return metadata.flat is None and isinstance(metadata.kernel, CompiledAttention)
 
 
 def fuse_attention(model: nn.Module) -> int:
