@@ -34,7 +34,7 @@ from worker import Worker
 from headstart.bench.report import cpu_name
 
 TORCH_DTYPES = {"bf16": "bfloat16", "f32": "float32"}
-ENGINES = ("transformers", "ours", "ours, not exact", "llama.cpp")
+ENGINES = ("transformers", "ours, torch's kernels", "ours", "ours, int8", "llama.cpp")
 NODES = (1, 8, 16)
 PEER = "llama.cpp"  # what ratios are to
 
@@ -73,8 +73,9 @@ class Line:
 
 def worker_of(engine: str, folder: Path, dtype: str, arguments: argparse.Namespace) -> Worker:
     """The process that times an engine's passes."""
-    name, exact = ("ours", "off") if engine == "ours, not exact" else (engine, "auto")
-    words = [name, str(folder), "--dtype", TORCH_DTYPES[dtype], "--exact", exact, "--threads", str(arguments.threads)]
+    name, _, variant = engine.partition(", ")
+    words = [name, str(folder), "--dtype", TORCH_DTYPES[dtype], "--threads", str(arguments.threads)]
+    words += ["--weights", "int8"] if variant == "int8" else ["--torch"] if variant else []
     words += ["--context", str(arguments.context), "--repetitions", str(arguments.repetitions)]
     words += ["--nodes", *map(str, arguments.nodes)]
     return Worker("passes.py", words, arguments.threads, arguments.pages)
@@ -86,7 +87,7 @@ def workers(engines: Sequence[str], folder: Path, dtype: str, arguments: argpars
     with ExitStack() as stack:
         running: dict[str, Worker] = {}
         for engine in engines:
-            if engine != PEER and dtype in TORCH_DTYPES:
+            if engine != PEER and dtype in TORCH_DTYPES and (dtype == "bf16" or "int8" not in engine):
                 running[engine] = worker_of(engine, folder, dtype, arguments)
                 stack.callback(running[engine].close)
         yield running

@@ -9,6 +9,7 @@ drafts; that of transformers is a chain of n tokens. `decode` is whole plain dec
 
 import argparse
 import copy
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from headstart.bench import runner
 from headstart.speculation.params import SamplingParams
 from headstart.speculation.tree import ROOT, Drafts, Forest, merge
 from headstart.target.cache import KVCache, Seating
+from headstart.target.kernels.compiled import SWITCH
 from headstart.target.loading import load_model
 from headstart.target.target import Target
 
@@ -140,11 +142,10 @@ def one_round(jobs: Jobs, repetitions: int) -> dict[str, list[float]]:
     return times
 
 
-def jobs_of(engine: str, folder: str, dtype: str, nodes: Sequence[int], context: int, exact: str) -> Jobs:
+def jobs_of(engine: str, folder: str, dtype: str, nodes: Sequence[int], context: int, weights: str) -> Jobs:
     """The jobs of an engine, warmed up."""
     if engine == "ours":
-        is_exact: bool | str = {"auto": "auto", "on": True, "off": False}[exact]
-        jobs = our_jobs(Target.load(folder, dtype=dtype, device="cpu", exact=is_exact), nodes, context)
+        jobs = our_jobs(Target.load(folder, dtype=dtype, device="cpu", weights=weights), nodes, context)
     else:
         jobs = their_jobs(load_model(folder, dtype, "cpu"), nodes, context)
     one_round(jobs, 2)
@@ -160,10 +161,13 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 8, 16])
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--exact", choices=["auto", "on", "off"], default="auto")
+    parser.add_argument("--weights", choices=["stored", "int8"], default="stored")
+    parser.add_argument("--torch", action="store_true", help="ours without the compiled kernels")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    jobs = jobs_of(arguments.engine, arguments.folder, arguments.dtype, arguments.nodes, arguments.context, arguments.exact)
+    if arguments.torch:
+        os.environ[SWITCH] = "torch"
+    jobs = jobs_of(arguments.engine, arguments.folder, arguments.dtype, arguments.nodes, arguments.context, arguments.weights)
     serve("ready", lambda: {"ms": one_round(jobs, arguments.repetitions)})
 
 

@@ -50,6 +50,26 @@ def embedded(request):
     return target, prompts, {temperature: answers(target, None, prompts, temperature) for temperature in TEMPERATURES}
 
 
+def test_with_compiled_kernels_the_number_of_threads_may_change_while_an_answer_is_made(embedded):
+    """Nothing that is chosen again changes a bit: the same seed repeats an answer on any number of threads."""
+    target, prompts, plain = embedded
+    if not target.kernel_choice.is_compiled:
+        pytest.skip("torch's kernels are exact for one number of threads")
+    before = torch.get_num_threads()
+    engine = Engine(target, make("mtp", target), max_rows=3)
+    params = SamplingParams(max_tokens=8, temperature=0.7, logprobs=0, ignore_eos=True)
+    requests = [engine.add(prompt, params, seed=7 + index) for index, prompt in enumerate(prompts)]
+    try:
+        for threads in (1, 2, 3, 1, 2, 4, *[2] * 20):
+            torch.set_num_threads(threads)
+            engine.step()
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert engine.is_idle
+    assert [(request.output, request.logprobs) for request in requests] == plain[0.7]
+
+
 @pytest.mark.parametrize("name", ["lookup", "model", *HEADS])
 def test_by_default_every_drafter_of_the_embedded_model_keeps_every_bit(embedded, name):
     """Tokens and log-probabilities, of one row and of several at once, with prompts cut at other positions."""
