@@ -231,19 +231,19 @@ def against_generate(report: Report, target: Target, tokens: int) -> dict[str, f
     more: dict[str, dict[str, Any]] = {"eager": {}}
     if target.device.type == "cuda":
         more["compiled"] = {"cache_implementation": "static"}
-    with target.original() as model:
-        for name, options in more.items():
-            try:
-                if name == "compiled":
-                    model.forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
-                spent = seconds(
-                    target.device, lambda o=options: model.generate(ids, attention_mask=torch.ones_like(ids), **settings, **o), 3
-                )  # type: ignore[misc]
-                results[name] = tokens / spent
-            except Exception as error:
-                results[name] = f"not measured: {str(error).partition(chr(10))[0][:200]}"
-            finally:
-                vars(model).pop("forward", None)
+    model = target.model
+    for name, options in more.items():
+        try:
+            if name == "compiled":
+                model.forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
+            spent = seconds(
+                target.device, lambda o=options: model.generate(ids, attention_mask=torch.ones_like(ids), **settings, **o), 3
+            )  # type: ignore[misc]
+            results[name] = tokens / spent
+        except Exception as error:
+            results[name] = f"not measured: {str(error).partition(chr(10))[0][:200]}"
+        finally:
+            vars(model).pop("forward", None)
     for name, speed in results.items():
         report.add(f"transformers' generate, {name}: tokens/s", speed if isinstance(speed, str) else f"{speed:.1f}")
     return results

@@ -144,7 +144,7 @@ class Target:
     def choose_kernels(self, exact: bool | str = "auto", *, pack: bool = True, weights: str = "stored") -> None:
         """Choose kernels for this machine.
 
-        The choice depends on the model, the machine and, without compiled kernels, torch's number of threads, which must then be set
+        The choice depends on the model, the machine and, without compiled kernels, torch's number of threads, to be set
         before; never on measured times. `kernel_choice.why_not` says what prevents exactness.
 
         exact: True: equality to the bit; "auto": equality to the bit where a CPU has it; False: the fastest kernels.

@@ -202,7 +202,7 @@ def test_our_forest_is_a_root_and_a_tree_behind_the_context(model_folder):
 
 @pytest.mark.parametrize("engine", ["ours", "transformers"])
 def test_a_round_times_every_pass(engine, model_folder):
-    jobs = passes.jobs_of(engine, str(model_folder), "float32", [1, 4], 16, "auto")
+    jobs = passes.jobs_of(engine, str(model_folder), "float32", [1, 4], 16, "stored")
     times = passes.one_round(jobs, 2)
     names = {"1", "4", "decode"} if engine == "ours" else {"1 dynamic", "1 static", "4 dynamic", "4 static"}
     assert {name: len(samples) for name, samples in times.items()} == {name: 1 if name == "decode" else 2 for name in names}
@@ -225,16 +225,18 @@ def test_a_worker_measures_in_another_process_with_its_own_pages_and_threads(tmp
         worker.Worker(str(script), ["bad"], 1, "huge")
 
 
-def test_an_engine_that_need_not_be_exact_is_told_so(monkeypatch):
+def test_an_engine_is_told_its_weights_and_kernels(monkeypatch):
     monkeypatch.setattr(llama_cpp, "Worker", lambda script, words, *_: words)
     arguments = Namespace(threads=1, pages="default", context=8, repetitions=1, nodes=[1, 2])
-    for engine, name, exact in (
-        ("ours", "ours", "auto"),
-        ("ours, not exact", "ours", "off"),
-        ("transformers", "transformers", "auto"),
+    for engine, name, more in (
+        ("ours", "ours", set()),
+        ("ours, int8", "ours", {"--weights", "int8"}),
+        ("ours, torch's kernels", "ours", {"--torch"}),
+        ("transformers", "transformers", set()),
     ):
         words = llama_cpp.worker_of(engine, Path("m"), "f32", arguments)
-        assert (words[0], words[words.index("--exact") + 1], words[words.index("--dtype") + 1]) == (name, exact, "float32")
+        assert (words[0], words[words.index("--dtype") + 1]) == (name, "float32")
+        assert {"--weights", "int8", "--torch"} & set(words) == more
 
 
 def test_targets_have_the_shape_they_are_named_for(tmp_path):

@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 from headstart.cli import app
 from headstart.engine.engine import Engine
 
-MODEL = {"--model", "--dtype", "--device", "--exact", "--no-exact", "--accept", "--threads", "--trust-remote-code"}
+MODEL = {"--model", "--dtype", "--weights", "--device", "--exact", "--no-exact", "--accept", "--threads", "--trust-remote-code"}
 DRAFTING = {"--drafter", "--planner", "--memory"}
 SAMPLING = {
     "--max-tokens", "--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--presence-penalty",
