@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
 from headstart.target import adapters
 from headstart.text.jsonl import read_object, why
@@ -28,14 +30,18 @@ GENERATION_CONFIG = "generation_config.json"
 MAX_LAYERS = 100_000
 MAX_PATH = 1024  # characters
 
+_KEPT_DIGESTS: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
 
 def digest(model: PreTrainedModel) -> str:
     """Hash of 16 hex digits that distinguishes a fine-tune from its base model.
 
     Covers samples of the weights outside the layers and of the first, the middle and the last layer. Samples are rounded to
     bfloat16, and a packed linear gives its plain weight: the digest depends neither on the dtype in which a model was loaded nor on
-    the kernels that a target has chosen.
+    the kernels that a target has chosen. After `keep_digest` it stays as it was.
     """
+    if model in _KEPT_DIGESTS:
+        return _KEPT_DIGESTS[model]
     sha = hashlib.sha256()
     for name, module in _sampled_modules(model):
         weight: Any = module.weight.T if type(module).__name__ == "Conv1D" else module.weight  # GPT-2's is transposed
@@ -44,6 +50,11 @@ def digest(model: PreTrainedModel) -> str:
         sample = flat[:: max(1, len(flat) // SAMPLES)].to(torch.bfloat16).float()
         sha.update(f"{name} {tuple(weight.shape)}".encode() + sample.cpu().numpy().tobytes())
     return sha.hexdigest()[:16]
+
+
+def keep_digest(model: PreTrainedModel) -> None:
+    """Let the digest be that of the weights now, whatever they are rounded to later: heads for the model still fit it."""
+    _KEPT_DIGESTS[model] = digest(model)
 
 
 def _sampled_modules(model: PreTrainedModel) -> list[tuple[str, Any]]:

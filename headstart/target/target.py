@@ -36,7 +36,7 @@ from headstart.target.kernels.fuse import fuse
 from headstart.target.kernels.fused_attention import fuse_attention
 from headstart.target.kernels.linear import prepack
 from headstart.target.kernels.restore import restore
-from headstart.target.loading import load_model
+from headstart.target.loading import keep_digest, load_model
 from headstart.target.probing import probe_layers
 from headstart.target.row_mask import RowMask, row_masks
 from headstart.target.selfcheck import holds_to_the_bit, self_check
@@ -156,6 +156,8 @@ class Target:
             raise ValueError(f"exact is {exact!r}; it must be True, False or 'auto'")
         if weights not in ("stored", "int8"):
             raise ValueError(f"weights is {weights!r}; it must be 'stored' or 'int8'")
+        if weights == "int8":
+            keep_digest(self.model)
         self._ungroup()
         choice = choose_kernels(self.model, self.heads, self.shapes, exact, pack, weights)
         self._use(choice)
