@@ -111,8 +111,7 @@ static float weigh(const Attention& a, const Query& q, float* scores, int64_t fi
     store(scores + block - first, score);
     top = vmax(top, score);
   }
-  float most = top[0];
-  for (int lane = 1; lane < kLanes; lane++) most = top[lane] > most ? top[lane] : most;
+  float most = largest(top);
   if (a.sinks && a.sinks[q.head] > most) most = a.sinks[q.head];
   for (int64_t block = first; block < last; block += kLanes) {
     Vec weight = exp(load(scores + block - first) - most);
