@@ -134,7 +134,7 @@ static void attend(const Attention& a, const Piece& piece) {
   }
   if (count == 1) shared = 0;
   first -= first % kLanes;  // blocks are the same for every node of a text
-  int64_t length = last - first + kLanes, dim = fixed ? fixed : a.key_dim, wide = fixed ? fixed : a.value_dim;
+  int64_t length = (last - first + kLanes - 1) / kLanes * kLanes, dim = fixed ? fixed : a.key_dim, wide = fixed ? fixed : a.value_dim;
   int64_t most = dim > wide ? dim : wide;
   auto* memory = (float*)headstart::scratch(headstart::kScores, 4 * (count * (length + dim + wide) + 2 * kLanes * most));
   float *scores = memory, *scaled = scores + count * length, *out = scaled + count * dim, *widened = out + count * wide;
