@@ -1,4 +1,4 @@
-"""The compiled kernels of `cpp/`: packed linears, gated MLPs, RMS norms and tree attention for x86 processors with AVX-512.
+"""The packed linears, gated MLPs and RMS norms of the compiled kernels in `cpp/`, for x86 processors with AVX-512.
 
 A row's bits depend on that row only, in every product and every norm, and on its own ancestors in attention: by the way the sums
 are written, for any number of rows and threads. Where the library is not there, and for dtypes and shapes that it does not have,
@@ -8,26 +8,20 @@ the kernels of torch are used. This module must not import models.
 from __future__ import annotations
 
 import ctypes
-import mmap
-import os
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from headstart.target.kernels.cpp.build import build, file_name, find_compiler, is_supported
+from headstart.target.kernels.library import SWITCH, Library, library, working
+from headstart.target.kernels.memory import huge_pages
+
+__all__ = ["DTYPES", "SWITCH", "CompiledPack", "Library", "compiled_mlp", "compiled_norm", "library", "working"]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 BLOCK, GROUP, STEP = 64, 16, 64  # outputs of a block and of a group, bytes of inputs in a step, as in cpp/kernels.hpp
 ACTIVATIONS = {"swish": 1, "gelu_tanh": 2, "gelu": 3}
-HUGE_PAGE = 2**21
-ARENA = 2**26  # bytes of memory that small weights share
-
-SWITCH = "HEADSTART_KERNELS"  # environment variable: "torch" leaves the library out, a level's name chooses that one
+MOST_INPUTS = 2**17  # of an int8 weight
 
 
 class _Linear(ctypes.Structure):
@@ -38,98 +32,6 @@ class _Linear(ctypes.Structure):
         ("inputs", ctypes.c_int64), ("outputs", ctypes.c_int64), ("dtype", ctypes.c_int32), ("is_int8", ctypes.c_int32),
         ("is_gated", ctypes.c_int32), ("activation", ctypes.c_int32),
     )  # fmt: skip
-
-
-class Library:
-    """The loaded library.
-
-    Attributes:
-    level: the instructions that it uses: "amx", "avx512_bf16" or "avx512".
-    """
-
-    def __init__(self, path: Path, level: str | None = None) -> None:
-        """level: which instructions; None: the best that this processor has. Raises OSError where it has none of them."""
-        functions = ctypes.CDLL(str(path))
-        pointer, number = ctypes.c_void_p, ctypes.c_int64
-        self._choose = functions.headstart_choose
-        self._choose.argtypes, self._choose.restype = [ctypes.c_char_p], ctypes.c_char_p
-        self.level = self.use(level)
-        self._local = threading.local()
-        self._set_threads = functions.headstart_threads
-        self.linear, self.mlp, self.norm = functions.headstart_linear, functions.headstart_mlp, functions.headstart_norm
-        self.pack, self.attention = functions.headstart_pack, functions.headstart_attention
-        self.attention_layer = functions.headstart_attention_layer
-        self._set_threads.argtypes = [number]
-        self.linear.argtypes = [pointer, pointer, number, pointer]
-        self.mlp.argtypes = [pointer, pointer, pointer, number, pointer, pointer]
-        self.norm.argtypes = [number, pointer, number, number, pointer, ctypes.c_float, pointer]
-        self.pack.argtypes = [number, pointer, number, number, number, number, pointer, number]
-        self.attention.argtypes = [pointer]
-        self.attention_layer.argtypes = [pointer, pointer, pointer, number, pointer, pointer, pointer, pointer]
-        for function in (
-            self._set_threads, self.linear, self.mlp, self.norm, self.pack, self.attention, self.attention_layer,
-        ):  # fmt: skip
-            function.restype = None
-
-    def use(self, level: str | None) -> str:
-        """Choose the instructions; None: the best ones. Returns their name. Raises OSError where the processor lacks them."""
-        chosen: bytes | None = self._choose(level.encode() if level else None)
-        if chosen is None:
-            raise OSError(f"this processor does not have {level or 'AVX-512'}")
-        self.level = chosen.decode()
-        return self.level
-
-    @contextmanager
-    def working(self) -> Iterator[None]:
-        """A context in which this library has torch's threads, and torch has one: threads of both would wait for each other.
-
-        torch's threads spin for about a millisecond after each operation, on a core that the library needs. Results do not depend
-        on the number of threads. The context may be entered again inside.
-        """
-        depth = getattr(self._local, "depth", 0)
-        threads = torch.get_num_threads()
-        if depth == 0:
-            self._set_threads(threads)
-            torch.set_num_threads(1)
-        self._local.depth = depth + 1
-        try:
-            yield
-        finally:
-            self._local.depth = depth
-            if depth == 0:
-                torch.set_num_threads(threads)
-
-
-@cache
-def library() -> Library | None:
-    """The library, built first where it is missing and a compiler is there; None where it cannot be used."""
-    wanted = os.environ.get(SWITCH, "")
-    if wanted == "torch" or not is_supported():
-        return None
-    try:
-        return Library(_find(), wanted or None)
-    except OSError as error:
-        if wanted:
-            raise ValueError(f"{SWITCH} is {wanted!r}, but {error}; unset it, or set it to 'torch'") from None
-        return None
-
-
-def _find() -> Path:
-    """The library beside its sources, or in the user's cache. Raises OSError where it is in neither and cannot be built."""
-    beside = Path(__file__).parent / "cpp"
-    cached = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "headstart"
-    for folder in (beside, cached):
-        if (folder / file_name()).exists():
-            return folder / file_name()
-    if find_compiler() is None:
-        raise OSError("the compiled kernels are not installed, and there is no C++ compiler to make them with")
-    return build(beside if os.access(beside, os.W_OK) else cached)
-
-
-def working() -> AbstractContextManager[None]:
-    """`Library.working`, where the library is there."""
-    lib = library()
-    return nullcontext() if lib is None else lib.working()
 
 
 class CompiledPack:
@@ -163,6 +65,7 @@ class CompiledPack:
         self.scale: Tensor | None = None
         self.bias: Tensor | None = None
         self._placed_bias: Tensor | None = None
+        self._offsets: Tensor | None = None
         if any(bias is not None for bias in biases):
             filled = [
                 weight.new_zeros(size) if bias is None else bias.detach()
@@ -178,6 +81,9 @@ class CompiledPack:
     def quantise(self) -> None:
         """Round the weights to int8, with one factor per output; for a bf16 pack. An output's largest weight becomes 127."""
         assert self.dtype == torch.bfloat16, "only bf16 weights are rounded to int8"
+        assert self.num_in <= MOST_INPUTS, "sums of so many bytes could exceed 32 bits"
+        if self.scale is not None:
+            return  # they are rounded already, and again would change them
         weights = [self.dense(member).float() for member in range(len(self.sizes))]
         factors = [weight.abs().amax(1).clamp(min=1e-30) / 127 for weight in weights]
         rounded = [(weight / factor[:, None]).round().to(torch.int8) for weight, factor in zip(weights, factors, strict=True)]
@@ -249,7 +155,7 @@ class CompiledPack:
     @property
     def nbytes(self) -> int:
         """Bytes of the packed weight, which is padded, and of what belongs to its outputs."""
-        return sum(part.nbytes for part in (self.packed, self.scale, self.bias) if part is not None)
+        return sum(part.nbytes for part in (self.packed, self.scale, self._offsets, self._placed_bias) if part is not None)
 
 
 def compiled_mlp(gate_up: CompiledPack, down: CompiledPack, x: Tensor) -> Tensor:
@@ -262,39 +168,16 @@ def compiled_mlp(gate_up: CompiledPack, down: CompiledPack, x: Tensor) -> Tensor
 
 
 def compiled_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """[..., width] -> [..., width]: x / rms(x) * weight. weight: [width] float32."""
+    """[..., width] -> [..., width]: x / rms(x) * weight. weight: [width] float32.
+
+    Raises ValueError for an input of another width or device.
+    """
     lib = library()
     assert lib is not None, "the compiled kernels are not there"
+    width = weight.shape[0]
+    if x.shape[-1] != width or not x.is_cpu:
+        raise ValueError(f"an RMS norm of {width} values on the CPU got {x.shape[-1]} on {x.device}")
     x = x.contiguous()
     y = torch.empty_like(x)
-    width = weight.shape[0]
     lib.norm(DTYPES[x.dtype], x.data_ptr(), x.numel() // width, width, weight.data_ptr(), eps, y.data_ptr())
     return y
-
-
-_arena: list[Tensor] = []  # the memory that the next small weight is taken from
-
-
-def huge_pages(count: int, dtype: torch.dtype) -> Tensor:
-    """[count] zeros in memory of 2 MiB pages where the system has them; it is freed with the last tensor that uses it.
-
-    A processor looks up an address in fewer steps with them: products of packed weights are up to a third faster.
-    """
-    num_bytes = -(-count * dtype.itemsize // 4096) * 4096
-    if num_bytes >= ARENA // 4:
-        return _mapped(num_bytes)[: count * dtype.itemsize].view(dtype)
-    if not _arena or len(_arena[0]) < num_bytes:
-        _arena[:] = [_mapped(ARENA)]
-    taken, _arena[0] = _arena[0][:num_bytes], _arena[0][num_bytes:]
-    return taken[: count * dtype.itemsize].view(dtype)
-
-
-def _mapped(num_bytes: int) -> Tensor:
-    """[num_bytes] uint8, from the start of a huge page."""
-    kind = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
-    memory = mmap.mmap(-1, num_bytes + HUGE_PAGE, **kind)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    first = -whole.data_ptr() % HUGE_PAGE
-    return whole[first : first + num_bytes]

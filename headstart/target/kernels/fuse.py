@@ -115,13 +115,14 @@ def _fused_mlp(module: nn.Module) -> GatedMLP | None:
         is_packable(getattr(module, name)) for name in names - {"act_fn"}
     ):
         return None
-    weight, _ = weight_and_bias(module.gate_proj)  # type: ignore[arg-type]
-    if pack_for(weight.dtype) is None:
+    gate, up, down = (weight_and_bias(getattr(module, name))[0] for name in LINEARS)
+    is_plain = gate.shape == up.shape == down.shape[::-1] and gate.dtype == up.dtype == down.dtype
+    if not is_plain or pack_for(gate.dtype) is None:
         return None
     fused = GatedMLP(module, ACTIVATIONS[0])
     for activation in ACTIVATIONS:
         fused.use(activation)
-        if _agree(module, fused, weight.shape[1], weight.dtype, TOLERANCE[weight.dtype]):
+        if _agree(module, fused, gate.shape[1], gate.dtype, TOLERANCE[gate.dtype]):
             fused.take_its_linears()
             return fused
     return None

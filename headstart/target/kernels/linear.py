@@ -197,14 +197,14 @@ def _families(parent: nn.Module) -> Iterator[tuple[str, ...]]:
 
 
 def is_packable(module: nn.Module) -> bool:
-    """Whether this is a linear that can be packed: not subclassed, not hooked, not quantised, on the CPU."""
+    """Whether this is a linear that can be packed: not subclassed, not hooked, not quantised, not empty, on the CPU."""
     if type(module) not in (nn.Linear, Conv1D):  # a subclass (LoRA, quantised) computes something else
         return False
     weight = weight_and_bias(module)[0]
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
     if type(weight.data) is not Tensor:  # quantised: a tensor subclass
         return False
-    return weight.device.type == "cpu" and weight.dtype in TOLERANCE and not hooked
+    return weight.device.type == "cpu" and weight.dtype in TOLERANCE and weight.numel() > 0 and not hooked
 
 
 def _same_input(one: nn.Module, other: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from headstart.target.kernels.compiled import SWITCH, library
+from headstart.target.kernels.library import SWITCH, library
 
 
 @pytest.fixture(params=["compiled", "torch"])
@@ -15,3 +15,17 @@ def kernels(request, monkeypatch):
         pytest.skip("there are no compiled kernels for this processor, or no compiler")
     yield request.param
     library.cache_clear()
+
+
+@pytest.fixture(params=["amx", "avx512_bf16", "avx512"])
+def level(request):
+    """Each set of instructions that this processor has."""
+    lib = library()
+    if lib is None:
+        pytest.skip("there are no compiled kernels for this processor, or no compiler")
+    try:
+        yield lib.use(request.param)
+    except OSError:
+        pytest.skip(f"this processor does not have {request.param}")
+    finally:
+        lib.use(None)

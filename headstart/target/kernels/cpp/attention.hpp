@@ -111,8 +111,7 @@ static float weigh(const Attention& a, const Query& q, float* scores, int64_t fi
     store(scores + block - first, score);
     top = vmax(top, score);
   }
-  float most = top[0];
-  for (int lane = 1; lane < kLanes; lane++) most = top[lane] > most ? top[lane] : most;
+  float most = largest(top);
   if (a.sinks && a.sinks[q.head] > most) most = a.sinks[q.head];
   for (int64_t block = first; block < last; block += kLanes) {
     Vec weight = exp(load(scores + block - first) - most);
@@ -135,7 +134,7 @@ static void attend(const Attention& a, const Piece& piece) {
   }
   if (count == 1) shared = 0;
   first -= first % kLanes;  // blocks are the same for every node of a text
-  int64_t length = last - first + kLanes, dim = fixed ? fixed : a.key_dim, wide = fixed ? fixed : a.value_dim;
+  int64_t length = (last - first + kLanes - 1) / kLanes * kLanes, dim = fixed ? fixed : a.key_dim, wide = fixed ? fixed : a.value_dim;
   int64_t most = dim > wide ? dim : wide;
   auto* memory = (float*)headstart::scratch(headstart::kScores, 4 * (count * (length + dim + wide) + 2 * kLanes * most));
   float *scores = memory, *scaled = scores + count * length, *out = scaled + count * dim, *widened = out + count * wide;

@@ -21,6 +21,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-w")
+HIDDEN = "-Wl,--exclude-libs,ALL"  # the C++ library inside must not serve, or be served by, that of torch
 AVX512 = ("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
 BF16 = (*AVX512, "-mavx512bf16", "-mavx512vnni")
 LEVELS = {
@@ -72,7 +73,7 @@ def build(folder: Path) -> Path:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(_run, ([*command, "-o", out] for command, out in zip(commands.values(), objects, strict=True))))
         made = Path(scratch, target.name)
-        _run([*compiler, "-shared", "-static-libstdc++", "-static-libgcc", *objects, "-o", str(made), "-lpthread"])
+        _run([*compiler, "-shared", "-static-libstdc++", "-static-libgcc", HIDDEN, *objects, "-o", str(made), "-lpthread"])
         made.replace(target)  # at once: another process may be building too
     return target
 

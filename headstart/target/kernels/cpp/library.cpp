@@ -34,7 +34,7 @@ void* scratch(Use use, int64_t bytes) {
   static thread_local Buffers buffers;
   if (bytes > buffers.bytes[use]) {
     free(buffers.memory[use]);
-    buffers.bytes[use] = (bytes + 63) / 64 * 64;
+    buffers.bytes[use] = (bytes + bytes / 2 + 63) / 64 * 64;  // more than is asked for: a context grows a little at a time
     buffers.memory[use] = static_cast<char*>(aligned_alloc(64, buffers.bytes[use]));
     if (!buffers.memory[use]) abort();
   }
@@ -79,7 +79,8 @@ const Level kLevels[] = {{"amx", &headstart_amx, has_amx},
                          {"avx512_bf16", &headstart_avx512_bf16, has_avx512_bf16},
                          {"avx512", &headstart_avx512, has_avx512}};
 
-const Level* current = nullptr;
+std::atomic<const Kernels*> current{nullptr};
+const Kernels& kernels() { return *current.load(std::memory_order_relaxed); }
 
 // Where an input of a packed output is. fp32 weights have one input in a step, others 64 bytes of them, in fours of bytes.
 template <class T>
@@ -132,15 +133,16 @@ EXPORTED const char* headstart_choose(const char* name) {
   for (const Level& level : kLevels)
     if ((!name || strcmp(name, level.name) == 0) && level.is_there()) {
 #if defined(__linux__)
-      if (!current) pthread_atfork(nullptr, nullptr, forget_threads);
+      static const int registered = pthread_atfork(nullptr, nullptr, forget_threads);  // once, whichever thread comes first
+      (void)registered;
 #endif
-      current = &level;
+      current = level.kernels;
       return level.name;
     }
   return nullptr;
 }
 
-EXPORTED void headstart_threads(int64_t threads) { headstart::pool.resize(static_cast<int>(threads)); }
+EXPORTED void headstart_threads(int64_t threads) { headstart::pool.resize(threads); }
 
 // Copy a plain weight [outputs, inputs] of values of some bytes to a packed one, or back. Its outputs go to the packed outputs
 // first, first + 1, ..., first + 15, first + stride, and so on.
@@ -150,27 +152,26 @@ EXPORTED void headstart_pack(int64_t bytes, void* plain, int64_t outputs, int64_
   headstart::pool.run((outputs + 15) / 16, packing);
 }
 
-EXPORTED void headstart_linear(const Linear* linear, const void* x, int64_t rows, void* y) { current->kernels->linear(linear, x, rows, y); }
+EXPORTED void headstart_linear(const Linear* linear, const void* x, int64_t rows, void* y) { kernels().linear(linear, x, rows, y); }
 
 // down(activation(gate(x)) * value(x)); `between` has room for [rows, outputs of `up`].
 EXPORTED void headstart_mlp(const Linear* up, const Linear* down, const void* x, int64_t rows, void* between, void* y) {
-  current->kernels->linear(up, x, rows, between);
-  current->kernels->linear(down, between, rows, y);
+  kernels().linear(up, x, rows, between);
+  kernels().linear(down, between, rows, y);
 }
 
 EXPORTED void headstart_norm(int64_t dtype, const void* x, int64_t rows, int64_t width, const float* weight, float eps, void* y) {
-  current->kernels->norm(static_cast<int32_t>(dtype), x, rows, width, weight, eps, y);
+  kernels().norm(static_cast<int32_t>(dtype), x, rows, width, weight, eps, y);
 }
 
-EXPORTED void headstart_attention(const Attention* attention) { current->kernels->attention(attention); }
+EXPORTED void headstart_attention(const Attention* attention) { kernels().attention(attention); }
 
 // x [nodes, inputs] -> y [nodes, outputs]. Queries, keys and values go to `states` [nodes, outputs of the input product], and the
 // attention's output to `attention->out`. cos, sin: [nodes, rope_width].
 EXPORTED void headstart_attention_layer(const headstart::AttentionLayer* layer, Attention* attention, const void* x, int64_t nodes,
                                         const void* cos, const void* sin, void* states, void* y) {
-  const Kernels& kernels = *current->kernels;
-  kernels.linear(layer->input, x, nodes, states);
-  kernels.prepare(layer, attention, nodes, cos, sin, states);
+  kernels().linear(layer->input, x, nodes, states);
+  kernels().prepare(layer, attention, nodes, cos, sin, states);
   int64_t bytes = attention->dtype == headstart::kBFloat16 ? 2 : 4, width = layer->input->outputs;
   auto* first = static_cast<const char*>(states);
   attention->query = first;
@@ -179,8 +180,8 @@ EXPORTED void headstart_attention_layer(const headstart::AttentionLayer* layer, 
   attention->query_node = attention->key_node = attention->value_node = width;
   attention->query_head = attention->key_head = attention->key_dim;
   attention->value_head = attention->value_dim;
-  kernels.attention(attention);
-  kernels.linear(layer->output, attention->out, nodes, y);
+  kernels().attention(attention);
+  kernels().linear(layer->output, attention->out, nodes, y);
 }
 
 }  // extern "C"

@@ -205,20 +205,27 @@ struct Bytes {
   float* scales;
 };
 
+// The values from `i` on, zeros behind the last one.
+template <class T>
+INLINE Vec load_up_to(const T* x, int64_t i, int64_t width) {
+  return i < width ? load_some(x + i, (int)(width - i < kLanes ? width - i : kLanes)) : Vec{};
+}
+
+// A row with nan or infinity gets the scale nan, and so do all its products.
 template <class T>
 static void split_row(const T* x, int64_t width, int64_t stride, Byte* high, Byte* low, float* scale) {
-  Vec top = {};
+  constexpr float kLargest = 127 * 128, kTiny = 1e-30f;  // a row of smaller values is zero
+  Vec top = {}, nothing = {};
   for (int64_t i = 0; i < width; i += kLanes) {
-    Vec value = load_some(x + i, (int)(width - i < kLanes ? width - i : kLanes));
-    top = vmax(top, vmax(value, -value));
+    Vec value = load_up_to(x, i, width);
+    top = vmax(top, magnitude_of(value));
+    nothing += value * 0.0f;
   }
-  float most = top[0];
-  for (int lane = 1; lane < kLanes; lane++) most = top[lane] > most ? top[lane] : most;
-  *scale = most / 16256.0f;  // 127 * 128
-  float factor = most > 0 ? 16256.0f / most : 0.0f;
+  float most = largest(top);
+  *scale = most / kLargest + sum(nothing);
+  float factor = most > kTiny ? kLargest / most : 0.0f;
   for (int64_t i = 0; i < stride; i += kLanes) {
-    int count = (int)(i >= width ? 0 : width - i < kLanes ? width - i : kLanes);
-    __m512i value = _mm512_cvtps_epi32((__m512)((count ? load_some(x + i, count) : Vec{}) * factor));
+    __m512i value = _mm512_cvtps_epi32((__m512)(load_up_to(x, i, width) * factor));
     __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(value, _mm512_set1_epi32(64)), 7);
     __m512i lower = _mm512_sub_epi32(value, _mm512_slli_epi32(upper, 7));
     __m512i zero = _mm512_set1_epi32(kZero);

@@ -6,7 +6,10 @@
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
+#include <new>
+#include <system_error>
 #include <thread>
+#include <type_traits>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -26,11 +29,11 @@ class Pool {
   using Piece = void (*)(void* context, int64_t piece);
 
   // How many threads work on a job, the caller included. Results do not depend on it.
-  void resize(int threads) { wanted_.store(threads < 1 ? 1 : threads > kMost ? kMost : threads); }
+  void resize(int64_t threads) { wanted_.store(static_cast<int>(threads < 1 ? 1 : threads > kMost ? kMost : threads)); }
 
   int size() const { return wanted_.load(std::memory_order_relaxed); }
 
-  // Run pieces 0 to `pieces` - 1, in any order, and return when all are done.
+  // Run pieces 0 to `pieces` - 1, in any order, and return when all are done. A piece must not throw, and may run others in turn.
   template <class F>
   void run(int64_t pieces, F& piece) {
     using Body = std::remove_reference_t<F>;
@@ -38,8 +41,8 @@ class Pool {
   }
 
   void run(int64_t pieces, Piece piece, void* context) {
-    std::unique_lock<std::mutex> alone(busy_, std::defer_lock);
-    if (size() == 1 || pieces < 2 || pieces > static_cast<int64_t>(kField) || !alone.try_lock()) {
+    bool is_shared = size() > 1 && pieces > 1 && pieces <= static_cast<int64_t>(kField) && !busy_.exchange(true, std::memory_order_acquire);
+    if (!is_shared) {  // few pieces, or another thread's job is running: this thread does its own alone
       for (int64_t number = 0; number < pieces; number++) piece(context, number);
       return;
     }
@@ -55,16 +58,20 @@ class Pool {
     }
     work();
     await(pieces);
+    busy_.store(false, std::memory_order_release);
   }
 
-  // A forked child has none of its parent's threads. They are started again where they are needed.
+  // A forked child has none of its parent's threads. They are started again where they are needed. A job that another thread of the
+  // parent was running is dropped: its caller is not in the child.
   void forget_threads() {
     started_ = 0;
-    new (&busy_) std::mutex;
+    ticket_.store(ticket(job_, 0));
+    busy_.store(false);
+    waiting_.store(false);
+    sleeping_.store(0);
     new (&mutex_) std::mutex;
     new (&wake_) std::condition_variable;
     new (&finish_) std::condition_variable;
-    sleeping_.store(0);
   }
 
  private:
@@ -103,8 +110,13 @@ class Pool {
     waiting_.store(false);
   }
 
+  // Where the system gives no more threads, those that there are do the work.
   void start(int helpers) {
-    for (; started_ < helpers; started_++) std::thread([this, index = started_] { help(index); }).detach();
+    try {
+      for (; started_ < helpers; started_++) std::thread([this, index = started_] { help(index); }).detach();
+    } catch (const std::system_error&) {
+      resize(started_ + 1);
+    }
   }
 
   void help(int index) {
@@ -137,10 +149,10 @@ class Pool {
   std::atomic<Piece> piece_{nullptr};
   std::atomic<void*> context_{nullptr};
   std::atomic<int> wanted_{1}, sleeping_{0};
-  std::atomic<bool> waiting_{false};
-  uint64_t job_ = 0;
+  std::atomic<bool> busy_{false}, waiting_{false};
+  uint64_t job_ = 0;  // this and the next one belong to the thread that set busy_
   int started_ = 0;
-  std::mutex busy_, mutex_;
+  std::mutex mutex_;
   std::condition_variable wake_, finish_;
 };
 

@@ -30,8 +30,11 @@ INLINE void store_raw(void* to, T value) {
 
 INLINE Vec splat(float x) { return Vec{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 INLINE Vec choose(Ints mask, Vec yes, Vec no) { return (Vec)((mask & (Ints)yes) | (~mask & (Ints)no)); }
+// Where one of them is nan, these are `b`.
 INLINE Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
 INLINE Vec vmin(Vec a, Vec b) { return a < b ? a : b; }
+INLINE Vec clamp(Vec x, float low, float high) { return vmin(splat(high), vmax(splat(low), x)); }  // nan stays nan
+INLINE Vec magnitude_of(Vec x) { return (Vec)((Ints)x & 0x7fffffff); }
 
 // Loads and stores of 16 values as floats. bf16 is rounded to nearest, ties to even.
 INLINE Vec load(const float* from) { return load_raw<Vec>(from); }
@@ -75,6 +78,13 @@ INLINE void store_some(T* to, Vec x, int count) {
   memcpy(to, values, sizeof(T) * count);
 }
 
+// The largest of 16 lanes.
+INLINE float largest(Vec x) {
+  float most = x[0];
+  for (int lane = 1; lane < kLanes; lane++) most = x[lane] > most ? x[lane] : most;
+  return most;
+}
+
 // The sum of 16 lanes, always in the same order.
 INLINE float sum(Vec x) {
   float v[kLanes];
@@ -84,12 +94,11 @@ INLINE float sum(Vec x) {
   return v[0];
 }
 
-// e^x by a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes expf): 2 units in the last place; 0 below -87.3.
+// e^x by a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes expf): 2 units in the last place; 0 below -87.3, infinity above 88.4, nan of nan.
 INLINE Vec exp(Vec x) {
-  Vec scaled = vmin(vmax(x, splat(-87.33654f)), splat(88.3762f)) * 1.44269504f;
-  Vec rounded = (scaled + 12582912.0f) - 12582912.0f;
-  Ints power = __builtin_convertvector(rounded, Ints);
-  Vec clipped = vmin(vmax(x, splat(-87.33654f)), splat(88.3762f));
+  Vec clipped = clamp(x, -87.33654f, 89.0f);
+  Vec rounded = (clipped * 1.44269504f + 12582912.0f) - 12582912.0f;
+  Ints power = __builtin_convertvector(rounded, Ints);  // 128 gives the bits of infinity below
   Vec r = clipped - rounded * 0.693359375f;
   r = r + rounded * 2.12194440e-4f;
   Vec p = splat(1.9875691500e-4f);
@@ -104,13 +113,12 @@ INLINE Vec exp(Vec x) {
 }
 INLINE Vec tanh(Vec x) {
   Vec small = x * (1.0f - x * x * (1.0f / 3.0f));
-  Vec e = exp(vmin(vmax(x, splat(-15.0f)), splat(15.0f)) * 2.0f);
-  Vec magnitude = choose(x < Vec{}, -x, x);
-  return choose(magnitude < splat(4e-3f), small, (e - 1.0f) / (e + 1.0f));
+  Vec e = exp(clamp(x, -15.0f, 15.0f) * 2.0f);
+  return choose(magnitude_of(x) < splat(4e-3f), small, (e - 1.0f) / (e + 1.0f));
 }
 // The error function (Abramowitz and Stegun 7.1.26): off by at most 1.5e-7.
 INLINE Vec erf(Vec x) {
-  Vec magnitude = choose(x < Vec{}, -x, x);
+  Vec magnitude = magnitude_of(x);
   Vec t = 1.0f / (1.0f + 0.3275911f * magnitude);
   Vec p = splat(1.061405429f);
   p = p * t - 1.453152027f;
