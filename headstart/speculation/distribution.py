@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -131,7 +132,6 @@ class Truncation:
         self.sampling = sampling
         self.scaled = (logits - logits.amax(-1, keepdim=True)).div_(sampling.divisors)  # [n, vocab], best at 0
         self.mass = self.scaled.exp()
-        self.index = torch.arange(logits.shape[-1], device=logits.device)
         total = self.mass.sum(-1, dtype=torch.float64)
         if sampling.max_top_k:
             top = self.mass.topk(min(sampling.max_top_k, logits.shape[-1]), -1).values.cumsum(-1, dtype=torch.float64)
@@ -139,16 +139,45 @@ class Truncation:
             total = torch.where(sampling.top_k > 0, top.gather(-1, last).squeeze(-1), total)
         self.limit = sampling.top_p * total  # [n], bound of the mass of larger logits
 
+    @cached_property
+    def index(self) -> Tensor:
+        """[vocab] int64, the index of each token."""
+        return torch.arange(self.scaled.shape[-1], device=self.scaled.device)
+
     def admits(self, candidates: Tensor) -> Tensor:
-        """[n] bool: whether the candidate of each line is inside. candidates: [n] indices into vocab."""
-        score = self.scaled.gather(-1, candidates[:, None])
-        larger = (self.scaled > score).logical_or_((self.scaled == score).logical_and_(self.index < candidates[:, None]))
-        is_in = (self.mass * larger).sum(-1, dtype=torch.float64) < self.limit
+        """Whether candidates are inside: bool of their shape. candidates: [n] or [n, k] indices into vocab."""
+        lines = candidates.reshape(len(self.mass), -1)
+        score = self.scaled.gather(-1, lines)
+        before, count = self._larger_on_host(lines, score) if lines.device.type == "cpu" else self._larger(lines, score)
+        is_in = before < self.limit[:, None]
         if self.sampling.max_top_k:
-            is_in &= (self.sampling.top_k == 0) | (larger.sum(-1) < self.sampling.top_k)
+            is_in &= (self.sampling.top_k == 0)[:, None] | (count < self.sampling.top_k[:, None])
         if self.sampling.has_min_p:
-            is_in &= score.squeeze(-1).exp() >= self.sampling.min_p
-        return is_in
+            is_in &= score.exp() >= self.sampling.min_p[:, None]
+        return is_in.reshape(candidates.shape)
+
+    def _larger(self, candidates: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
+        """[n, k] mass, and number if there is a top-k, of the logits that are larger than each candidate's, which is `score`."""
+        scaled, candidates, score = self.scaled[:, None], candidates[..., None], score[..., None]
+        larger = (scaled > score).logical_or_((scaled == score).logical_and_(self.index < candidates))
+        return (self.mass[:, None] * larger).sum(-1, dtype=torch.float64), larger.sum(-1)
+
+    def _larger_on_host(self, candidates: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
+        """The same from the logits that are not smaller than a line's last candidate only: on a host, few operations count.
+
+        A line's masses are added in the order of the vocabulary, whatever the other candidates and lines.
+        """
+        vocab, chosen, lowest = self.mass.shape[1], candidates.numpy(), score.numpy()
+        scaled = self.scaled.numpy()
+        found = np.flatnonzero(~(scaled < lowest.min(-1, keepdims=True)))  # in no line nothing, nan or not
+        lines = found // vocab
+        values, ids, lowest = scaled.reshape(-1)[found, None], (found - lines * vocab)[:, None], lowest[lines]
+        larger = (values > lowest) | ((values == lowest) & (ids < chosen[lines]))
+        firsts = np.searchsorted(lines, np.arange(len(chosen)))
+        mass = self.mass.numpy().reshape(-1)[found, None] * larger
+        before = np.add.reduceat(mass, firsts, dtype=np.float64)
+        count = np.add.reduceat(larger, firsts, dtype=np.int64) if self.sampling.max_top_k else before
+        return torch.from_numpy(before), torch.from_numpy(count)
 
     def members(self) -> Tensor:
         """[n, vocab] bool: `admits` of every token, by the same arithmetic. Costs a sort."""

@@ -166,8 +166,7 @@ class Rows:
         chances = torch.exp(best.values / divisor - torch.logsumexp(scores / divisor, -1, keepdim=True))
         tokens = best.indices if ids is None else ids[best.indices]
         if self.sampling.is_truncated:
-            truncation = Truncation(logits, sampling)
-            is_inside = torch.stack([truncation.admits(child) for child in best.indices.T], -1)
+            is_inside = Truncation(logits, sampling).admits(best.indices)
             chances = chances * (is_inside | sampling.is_greedy[:, None])
         return Choice(tokens, chances.float(), None)
 

@@ -1,5 +1,7 @@
 """Truncation and penalties against the logits processors of transformers, and `Truncation` against `warp`."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -63,6 +65,11 @@ def test_admitting_one_token_agrees_with_the_full_distribution(params, seed, kin
     sampling = SamplingTensors.of([params], [0])
     truncation = Truncation(logits, sampling)
     admitted = torch.stack([truncation.admits(torch.full((4,), token)) for token in range(VOCAB)], -1)
+    together = torch.arange(VOCAB).expand(4, -1)
+    assert torch.equal(truncation.admits(together), admitted)
+    on_device, on_host = (larger(together, truncation.scaled) for larger in (truncation._larger, truncation._larger_on_host))
+    assert torch.allclose(on_device[0], on_host[0], rtol=1e-14, atol=0)
+    assert not params.top_k or torch.equal(on_device[1], on_host[1])
     distribution = warp(logits, sampling)
     matters = truncation.scaled > -80  # tokens without mass in float32 are never candidates
     assert torch.equal(admitted[matters], truncation.members()[matters])
@@ -106,3 +113,9 @@ def test_a_new_request_replaces_the_history_of_its_seat():
     history.start(0, [4])
     assert history.seen[0].nonzero().flatten().tolist() == [4]
     assert history.written.sum() == 0
+
+
+def test_lines_of_nan_admit_nothing_and_do_not_raise():
+    sampling = SamplingTensors.of([SamplingParams(temperature=1.0, top_p=0.5)], [0])
+    logits = torch.tensor([[math.nan] * 4, [2.0, 0.0, 0.0, 0.0]])
+    assert Truncation(logits, sampling).admits(torch.tensor([[0, 1], [0, 1]])).tolist() == [[False, False], [True, False]]
