@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from headstart.speculation.calibration import Calibration
-from headstart.speculation.noise import signed
+from headstart.speculation.noise import NoiseOfTexts, signed
 from headstart.speculation.params import SamplingParams
 
 
@@ -35,6 +35,7 @@ class SamplingTensors:
     max_top_k: the largest top_k of these rows, 0 for none.
     has_min_p: whether some of these rows has min_p.
     has_penalties: whether some row has penalties.
+    noise: of the rows' seeds, kept from round to round.
     """
 
     temperature: Tensor
@@ -52,6 +53,7 @@ class SamplingTensors:
     max_top_k: int
     has_min_p: bool
     has_penalties: bool
+    noise: NoiseOfTexts = field(default_factory=NoiseOfTexts)
     _by_level: dict[int, tuple[Calibration, Tensor]] = field(default_factory=dict, init=False)  # calibration temperatures
 
     @cached_property

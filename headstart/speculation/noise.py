@@ -7,6 +7,7 @@ in the last digit.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MIX_2 = 0x94D049BB133111EB - 2**64
 _MASK = 2**64 - 1
+
+BLOCK_VALUES, MOST_BLOCKS = 2**15, 8  # values of a block of `NoiseOfTexts`, which a processor's cache holds, and blocks per text
 
 
 def draw_seed() -> int:
@@ -79,6 +82,34 @@ def gumbel(keys: Tensor, ids: Tensor) -> Tensor:
     """
     w = uniform_bits(keys, ids).to(torch.float32).add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
     return w.neg_().log1p_().neg_().log_().neg_()
+
+
+class NoiseOfTexts:
+    """Gumbel noise of several seeds by position, made for a block of positions at a time and kept for later rounds.
+
+    A round asks for positions that an earlier round drafted in vain, and making many positions at once takes little longer than
+    making one.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: dict[tuple[int, int], Tensor] = {}  # by seed and first position: [1, vocab] per position
+
+    def at(self, places: Sequence[tuple[int, int]], vocab: int, device: torch.device) -> Tensor:
+        """[places, vocab] noise of each (seed, position)."""
+        count = max(1, min(8, BLOCK_VALUES // vocab))
+        wanted = [((seed, position - position % count), position % count) for seed, position in places]
+        missing = [block for block in dict.fromkeys(block for block, _ in wanted) if block not in self._blocks]
+        if missing:
+            self._make(missing, count, vocab, device)
+        lines = [self._blocks[block][index : index + 1] for block, index in wanted]
+        while len(self._blocks) > MOST_BLOCKS * len(places):
+            del self._blocks[next(iter(self._blocks))]  # the oldest
+        return lines[0] if len(lines) == 1 else torch.cat(lines)
+
+    def _make(self, blocks: Sequence[tuple[int, int]], count: int, vocab: int, device: torch.device) -> None:
+        keys = [[noise_key(seed, position)] for seed, first in blocks for position in range(first, first + count)]
+        noise = gumbel(torch.tensor(keys).to(device, non_blocking=True), torch.arange(vocab, device=device))
+        self._blocks.update(zip(blocks, noise.split(count), strict=True))
 
 
 def signed(seed: int) -> int:

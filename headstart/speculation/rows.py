@@ -16,7 +16,7 @@ from torch import Tensor
 
 from headstart.speculation.calibration import UNFITTED, Calibration
 from headstart.speculation.distribution import History, SamplingTensors, Truncation, penalise, warp
-from headstart.speculation.noise import gumbel, noise_key, noise_keys
+from headstart.speculation.noise import gumbel, noise_keys
 from headstart.speculation.planner import Plan
 
 
@@ -93,12 +93,10 @@ class Rows:
         return torch.tensor(self.root_positions).to(self.sampling.seeds.device, non_blocking=True)
 
     def noise(self, level: int) -> Tensor:
-        """[rows, vocab] Gumbel noise of the position `level` after each root. Computed once per round, for drafters and target."""
+        """[rows, vocab] Gumbel noise of the position `level` after each root. Computed once, for drafters and target."""
         if level not in self._noise:
-            roots = zip(self.sampling.host_seeds, self.root_positions, strict=True)
-            keys = [[noise_key(seed, position + level)] for seed, position in roots]
-            device = self.sampling.seeds.device
-            self._noise[level] = gumbel(torch.tensor(keys).to(device, non_blocking=True), torch.arange(self.vocab, device=device))
+            places = [(seed, root + level) for seed, root in zip(self.sampling.host_seeds, self.root_positions, strict=True)]
+            self._noise[level] = self.sampling.noise.at(places, self.vocab, self.sampling.seeds.device)
         return self._noise[level]
 
     def adjust(self, logits: Tensor, paths: Paths, ids: Tensor | None = None) -> Tensor:

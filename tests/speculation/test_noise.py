@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
-from headstart.speculation.noise import gumbel, mix, noise_key, noise_keys, signed, uniform, uniform_bits
+from headstart.speculation.noise import MOST_BLOCKS, NoiseOfTexts, gumbel, mix, noise_key, noise_keys, signed, uniform, uniform_bits
 
 EDGE_SEEDS = (0, 1, -1, 2**63 - 1, 2**63, 2**64 - 1)
 TOKENS = torch.arange(4096)
@@ -98,6 +98,19 @@ def test_noise_is_the_same_bits_in_any_batch_order_and_shape():
     assert torch.equal(gumbel(noise_keys(seeds, positions)[:, None], some), together[:, some])
     alone = [gumbel(noise_keys(seeds[row : row + 1], positions[row]), TOKENS[token]) for row, token in ((3, 5), (11, 4095))]
     assert [float(value) for value in alone] == [float(together[3, 5]), float(together[11, 4095])]
+
+
+@pytest.mark.parametrize("vocab", [5, 1000, 4096, 4099, 40_000])
+def test_noise_that_is_kept_is_that_of_each_seed_and_position_alone(vocab):
+    """As rounds that draft in vain ask for it; for two texts with one seed, and until some is lost."""
+    kept = NoiseOfTexts()
+    for root in (0, 1, 2, 9, 10, 200, 3):
+        for level in (1, 2, 3):
+            places = [(7, root + level), (2**64 - 1, 3 * root + level), (7, root + level)]
+            alone = [gumbel(torch.tensor([[noise_key(*place)]]), torch.arange(vocab)) for place in places]
+            assert torch.equal(kept.at(places, vocab, torch.device("cpu")), torch.cat(alone))
+            assert torch.equal(kept.at(places[1:2], vocab, torch.device("cpu")), alone[1])
+    assert len(kept._blocks) <= 3 * MOST_BLOCKS
 
 
 @pytest.mark.parametrize("seed", EDGE_SEEDS)
