@@ -150,7 +150,8 @@ class Truncation:
         """Whether candidates are inside: bool of their shape. candidates: [n] or [n, k] indices into vocab."""
         lines = candidates.reshape(len(self.mass), -1)
         score = self.scaled.gather(-1, lines)
-        before, count = self._larger_on_host(lines, score) if lines.device.type == "cpu" else self._larger(lines, score)
+        is_sparse = lines.device.type == "cpu" and lines.shape[1] > 1  # for one candidate, picking logits takes longer
+        before, count = self._larger_on_host(lines, score) if is_sparse else self._larger(lines, score)
         is_in = before < self.limit[:, None]
         if self.sampling.max_top_k:
             is_in &= (self.sampling.top_k == 0)[:, None] | (count < self.sampling.top_k[:, None])
