@@ -5,7 +5,7 @@
 Prompts are decoded while the functions of a round are wrapped. A clock charges the time between their calls and returns to the
 innermost one that runs, so the parts of a round add up to the whole; the cost of the clock is seen beside the same rounds without
 it. Inside `propose`, `layers` are the drafter's own modules, `project` is the LM head, `noise` the target's noise (which
-verification needs as well), `choose` the rest of `Rows.choose`, `tree` the bookkeeping of `headstart.drafters.parts.grow`, and
+verification needs as well), `choose` the rest of `Rows.choose`, `tree` the bookkeeping of `headstart.drafters.parts`, and
 `walk` everything else: embeddings, positions, what a method computes between its modules. For a drafter that is no torch module,
 layers and LM head are part of `walk`. Numbers are medians over the rounds that drafted the most common shape; `x` counts target
 forwards of one node, as in plain decoding. With one thread, times are processor time, which other programs hardly disturb; with
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 import headstart
 from headstart.bench import report, runner, suites
 from headstart.bench.tasks import encode_tasks
-from headstart.drafters.parts import grow
+from headstart.drafters.parts import grow, host_tree
 from headstart.engine import engine as rounds
 from headstart.engine.engine import Engine
 from headstart.speculation.params import SamplingParams
@@ -151,7 +151,8 @@ def watched(clock: Clock, engine: Engine, modules: Sequence[tuple[nn.Module, str
         clock.round.nodes = len(forest)
         return score(forest, *args, **kwargs)
 
-    bookkeeping = [name for name, method in vars(grow._TreeBuilder).items() if callable(method) and not name.startswith("_")]
+    trees = (grow._TreeBuilder, host_tree.HostTree)
+    bookkeeping = [(tree, name) for tree in trees for name in vars(tree) if callable(getattr(tree, name)) and name[0] != "_"]
     wraps: list[Wrap] = [
         (engine, "step", "host"),
         (engine.drafter, "propose", "propose"),
@@ -163,7 +164,7 @@ def watched(clock: Clock, engine: Engine, modules: Sequence[tuple[nn.Module, str
         (rounds, "verify", "verify"),
         (Rows, "noise", "noise"),
         (Rows, "choose", "choose"),
-        *((grow._TreeBuilder, name, "tree") for name in bookkeeping),
+        *((tree, name, "tree") for tree, name in bookkeeping),
     ]
     with ExitStack() as stack:
         stack.enter_context(patch.object(Rows, "choose", recorded_choose))

@@ -15,6 +15,8 @@ from headstart.drafters.medusa import Medusa, MedusaConfig
 from headstart.drafters.mtp import Mtp, MtpConfig
 from headstart.drafters.mtp_parallel import ParallelConfig, ParallelMtp
 from headstart.drafters.parts.heads import Heads
+from headstart.speculation.distribution import SamplingTensors
+from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Plan
 from headstart.speculation.rows import Choice
 from headstart.target.target import Target
@@ -70,6 +72,7 @@ class Forced:
     root_positions: tuple[int, ...]
     depths: tuple[int, ...]
     plan: ClassVar = Plan(depth=64, width=1, beam=1, nodes=10**6)
+    sampling: ClassVar = SamplingTensors.of([SamplingParams()], [0])
     logits: dict = field(default_factory=dict)
 
     def __post_init__(self):

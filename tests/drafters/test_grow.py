@@ -8,9 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tables import drafting, make_rows, paths_of
 
-from headstart.drafters.parts.grow import Level, compose, grow
+from headstart.drafters.parts.grow import Level, compose, grow, grow_on_device
+from headstart.drafters.parts.host_tree import grow_on_host
+from headstart.speculation.calibration import UNFITTED
+from headstart.speculation.distribution import History
 from headstart.speculation.params import SamplingParams
-from headstart.speculation.planner import Best, rank_paths
+from headstart.speculation.planner import Best, Plan, StaticTree, rank_paths
 from headstart.speculation.rows import Rows
 from headstart.speculation.tree import ROOT, Drafts
 
@@ -73,6 +76,34 @@ def test_trees_are_those_of_a_naive_search(depths, width, beam, seed):
             assert actual.keys() == expected.keys()
         for path in actual.keys() & expected.keys():
             assert abs(actual[path] - expected[path]) < 1e-5
+
+
+PLANS = [
+    Plan(4, 3, 2, 99),
+    StaticTree(((0,), (1,), (0, 0), (0, 1), (1, 0), (0, 1, 0), (0, 1, 1))).plan([1]),
+    StaticTree.full(2, 2, 1).plan([1]),
+]
+
+
+@settings(deadline=None)
+@given(DEPTHS, st.sampled_from(PLANS), st.sampled_from(["shared", "fresh"]), st.booleans(), st.integers(0, 999))
+def test_the_tree_grown_on_the_host_is_the_tree_grown_on_a_device(depths, plan, noise_rule, has_penalties, seed):
+    params = [replace(kind, presence_penalty=0.5 * has_penalties) for kind in KINDS[: len(depths)]]
+    rows = make_rows(params, range(seed, seed + len(depths)), VOCAB, depths=depths, noise_rule=noise_rule)
+    rows = replace(rows, plan=plan, depths=tuple(min(depth, plan.depth) for depth in depths))
+    if has_penalties:
+        rows.history = History(len(depths), VOCAB, "cpu")
+
+    def expand(level: Level) -> torch.Tensor:
+        levels.append(level)
+        return TABLE[level.tokens[:, :1].expand_as(level.tokens), level.tokens].reshape(-1, VOCAB)
+
+    grown = []
+    for way in (grow_on_host, grow_on_device):
+        levels: list[Level] = []
+        drafts = way(rows, TABLE[0, 0].expand(len(rows.drafting), -1), expand, None, 3, UNFITTED, 4)
+        grown.append(({**vars(drafts), "max_depth": 0}, [vars(level) for level in levels]))
+    torch.testing.assert_close(*grown, rtol=0, atol=0)
 
 
 @settings(deadline=None)

@@ -52,8 +52,9 @@ class Expansion:
 
         offset: position of a seat's first entry.
         """
-        lengths = torch.tensor([memory.length(seat) for seat in self._seats_of(level)]).to(level.tokens.device, non_blocking=True)
-        return (lengths[:, None] + (offset + self.depth - 1)).expand(-1, level.width).flatten()
+        shift = offset + self.depth - 1
+        positions = [memory.length(seat) + shift for seat in self._seats_of(level) for _ in range(level.width)]
+        return torch.tensor(positions).to(level.tokens.device, non_blocking=True)
 
     def read(self, level: Level, memory: Memory, inputs: Tensor, positions: Tensor) -> Tensor:
         """Run a decoder over a level's nodes: [rows, nodes per row, input width] -> [rows, nodes per row, hidden]."""

@@ -60,7 +60,7 @@ def grow(
 ) -> Drafts:
     """Candidates behind the root of every row that drafts; how deep and wide, `rows.depths` and `rows.plan` say.
 
-    A row stops early where another level cannot pay. On CPU only: on a GPU this would cost a host synchronisation.
+    On a CPU, a row stops early where another level cannot pay; on a GPU this would cost a host synchronisation.
 
     logits: [drafting rows, vocab] after each root, in the order of the rows.
     expand: runs one level and returns the logits after each of its nodes.
@@ -69,10 +69,22 @@ def grow(
     calibration: turns the drafter's probabilities into chances (acceptance probabilities).
     deepest: the deepest level that the drafter can reach; None: no limit.
     """
+    most = min(rows.max_depth, deepest or rows.max_depth)
+    if logits.device.type == "cpu":
+        from headstart.drafters.parts.host_tree import grow_on_host
+
+        return grow_on_host(rows, logits, expand, ids, source, calibration, most)
+    return grow_on_device(rows, logits, expand, ids, source, calibration, most)
+
+
+def grow_on_device(
+    rows: Rows, logits: Tensor, expand: Expand, ids: Tensor | None, source: int, calibration: Calibration, deepest: int
+) -> Drafts:
+    """As `grow`, with tensor operations only, none of which waits for the device."""
     builder = _TreeBuilder(rows, ids, logits.device, calibration)
     candidates = builder.add_roots(rows.drafting, logits)
-    for depth in range(1, min(rows.max_depth, deepest or rows.max_depth)):
-        if not (active_rows := builder.active_rows(candidates, depth)):
+    for depth in range(1, deepest):
+        if not (active_rows := builder.unfinished_rows(candidates, depth)):
             break
         beam = builder.select_beam(candidates, active_rows, depth)
         candidates = builder.expand(beam, builder.choose_per_node(beam, depth, expand(beam.level)))
@@ -181,29 +193,6 @@ class _TreeBuilder:
     def unfinished_rows(self, candidates: _Candidates, depth: int) -> list[int]:
         """Indices of the candidates' rows that may draft deeper than `depth`."""
         return [index for index, row in enumerate(candidates.rows) if self.rows.depths[row] > depth]
-
-    def active_rows(self, candidates: _Candidates, depth: int) -> list[int]:
-        """Indices of the candidates' rows for which another level pays."""
-        unfinished = self.unfinished_rows(candidates, depth)
-        accepts_all = self.rows.plan.min_gain == 0 and self.size < self.rows.plan.nodes
-        if accepts_all or self.rows.plan.parents or self.device.type != "cpu":
-            return unfinished
-        pays = self._pays(candidates.chances).tolist()
-        return [index for index in unfinished if pays[index]]
-
-    def _pays(self, chances: Tensor) -> Tensor:
-        """[rows] bool: whether the beam promises `min_gain`, and a child of it may be among the drafts that are verified.
-
-        No child has a better chance than its parent, so a level below the worst of the verified drafts changes nothing.
-
-        chances: [rows, size].
-        """
-        best = chances.topk(min(self.rows.plan.beam, chances.shape[1]), -1).values
-        pays = best.sum(-1) >= self.rows.plan.min_gain
-        if self.size < self.rows.plan.nodes:
-            return pays
-        last = torch.cat(self.chances).topk(self.rows.plan.nodes).values[-1]
-        return pays & (best[:, 0] > last)
 
     def select_beam(self, candidates: _Candidates, active_rows: Sequence[int], depth: int) -> _Beam:
         """The nodes of each active row that are expanded."""
