@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from headstart.drafters.mtp import Mtp, MtpConfig
 from headstart.drafters.mtp_parallel import ParallelConfig, ParallelMtp
+from headstart.drafters.parts import llama_layer
 from headstart.drafters.parts.decoder import block_of, decoder, norm_like, slot_bytes, unrolled
 from headstart.drafters.parts.llama_layer import Wide, llama_block, llama_block_of, widened, without_norms
 from headstart.drafters.parts.losses import Batch
@@ -159,3 +160,17 @@ def test_a_llama_block_can_be_made_for_any_target(family):
     assert unrolled(wide, torch.randn(1, 5, 128), 0, torch.arange(5), None).shape == (1, 5, 64)
     if family in ("llama", "qwen3"):
         assert [block[name] for name in ("num_key_value_heads", "head_dim")] == [config.num_key_value_heads, config.head_dim]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rope", [{"rope_type": "default"}, {"rope_type": "linear", "factor": 2.0}])
+def test_the_angles_of_a_table_have_the_bits_of_those_computed_for_each_forward(dtype, rope, monkeypatch):
+    module = decoder({**llama_block(64), "rope_parameters": {"rope_theta": 1e4, **rope}}, 64).rotary_emb
+    table, x = llama_layer.RopeTable(module), torch.zeros(1, 1, 64, dtype=dtype)
+    for places in ([0], [7, 7, 7], range(500, 530), [3, 2000]):
+        positions = torch.tensor([[*places]])
+        for kept, computed in zip(table(x, positions), module(x, positions), strict=True):
+            assert torch.equal(kept, computed)
+    monkeypatch.setattr(llama_layer, "MOST_POSITIONS", 4096)
+    assert torch.equal(table(x, torch.tensor([[5000]]))[0], module(x, torch.tensor([[5000]]))[0])
+    assert len(table._tables[0]) == 2048

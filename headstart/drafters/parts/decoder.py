@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from headstart.drafters.parts.grow import Level
-from headstart.drafters.parts.llama_layer import input_width, is_llama_like, run_layers
+from headstart.drafters.parts.llama_layer import STEADY, RopeTable, input_width, is_llama_like, run_layers
 from headstart.target import attention
 from headstart.target.attention import AttentionMetadata, Probe
 from headstart.target.cache import KVCache, LayerShape, Seating
@@ -194,8 +194,11 @@ class Memory:
         seats: of the level's rows.
         Returns [rows * width, hidden].
         """
-        num_kept = torch.tensor([self.length(seat) for seat in seats]).to(positions.device, non_blocking=True)
-        slots = num_kept[:, None] - 1 + level.depths
+        lengths = [self.length(seat) for seat in seats]
+        if len(lengths) == 1:
+            slots = (level.depths + (lengths[0] - 1))[None]
+        else:
+            slots = torch.tensor(lengths).to(positions.device, non_blocking=True)[:, None] - 1 + level.depths
         rows = level_rows(self._cache, seats, level.tree_mask, slots, is_flat=self._runner is not None)
         return self._run(inputs, positions, rows)
 
@@ -238,4 +241,6 @@ def _restore_rope(model: Any, device: torch.device) -> None:
     for name, module in list(model.named_modules()):
         if module._non_persistent_buffers_set and any(buffer.is_floating_point() for buffer in module.buffers(recurse=False)):
             parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, type(module)(model.config).to(device))
+            made = type(module)(model.config).to(device)
+            is_steady = device.type == "cpu" and is_llama_like(model) and getattr(made, "rope_type", "") in STEADY
+            setattr(model.get_submodule(parent), attribute, RopeTable(made) if is_steady else made)

@@ -52,9 +52,10 @@ class Expansion:
 
         offset: position of a seat's first entry.
         """
-        shift = offset + self.depth - 1
-        positions = [memory.length(seat) + shift for seat in self._seats_of(level) for _ in range(level.width)]
-        return torch.tensor(positions).to(level.tokens.device, non_blocking=True)
+        firsts = [memory.length(seat) + offset + self.depth - 1 for seat in self._seats_of(level)]
+        if len(firsts) == 1:
+            return torch.full((level.width,), firsts[0], device=level.tokens.device)
+        return torch.tensor(firsts).to(level.tokens.device, non_blocking=True).repeat_interleave(level.width)
 
     def read(self, level: Level, memory: Memory, inputs: Tensor, positions: Tensor) -> Tensor:
         """Run a decoder over a level's nodes: [rows, nodes per row, input width] -> [rows, nodes per row, hidden]."""

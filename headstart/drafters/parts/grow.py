@@ -117,6 +117,8 @@ def states_of_parents(states: Tensor, rows: tuple[int, ...], level: Level) -> Te
     if level.rows != rows:
         indices = torch.tensor([rows.index(row) for row in level.rows])
         states = states[indices.to(states.device, non_blocking=True)]
+    if len(states) == 1:
+        return states.index_select(1, level.parents[0])
     return _select_nodes(states, level.parents)
 
 

@@ -23,6 +23,7 @@ LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
 _SIZES = (
     "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "rms_norm_eps", "max_position_embeddings",
 )  # fmt: skip
+MOST_POSITIONS = 2**15  # of a table of cosines and sines
 STEADY = ("default", "linear", "llama3", "yarn")  # RoPE types whose frequencies do not depend on the positions in a forward
 
 
@@ -153,12 +154,52 @@ def run_layers(model: Any, inputs: Tensor, positions: Tensor, metadata: Attentio
 
     positions: [1, n].
     """
-    cos_and_sin = model.rotary_emb(inputs, positions)
+    named = {"position_ids": positions, "position_embeddings": model.rotary_emb(inputs, positions), "headstart": metadata}
     for layer in model.layers:
         # Families differ in which of these have a default; the mask, which is in `metadata`, has none in Qwen's and Mistral's.
-        inputs = layer(inputs, attention_mask=None, position_ids=positions, position_embeddings=cos_and_sin, headstart=metadata)
+        inputs = layer(inputs, attention_mask=None, **named) if isinstance(layer, Wide) else _run_layer(layer, inputs, named)
     states: Tensor = model.norm(inputs)
     return states
+
+
+def _run_layer(layer: Any, states: Tensor, attention_inputs: Mapping[str, Any]) -> Tensor:
+    """[1, n, hidden] -> [1, n, hidden], as the layer's `forward`."""
+    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(states), attention_mask=None, **attention_inputs)
+    states = states + attended
+    result: Tensor = states + layer.mlp(layer.post_attention_layernorm(states))
+    return result
+
+
+class RopeTable(nn.Module):
+    """The cosines and sines of a rotary embedding, computed once for each position; for the CPU.
+
+    module: of a type in `STEADY`.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self._tables: tuple[Tensor, Tensor] | None = None  # [positions, head dim] each
+
+    def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """[1, n] positions -> [1, n, head dim] cosines, and sines, in the dtype of `x`."""
+        try:
+            return self._read(x, positions)
+        except IndexError:
+            size = 1 << int(positions.max()).bit_length()
+            if size > MOST_POSITIONS:
+                angles: tuple[Tensor, Tensor] = self.module(x, positions)
+                return angles
+        cos, sin = self.module(x, torch.arange(max(size, 512))[None])
+        self._tables = cos[0], sin[0]
+        return self._read(x, positions)
+
+    def _read(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Raises IndexError where the tables lack a position."""
+        if self._tables is None or self._tables[0].dtype is not x.dtype:
+            raise IndexError
+        cos, sin = self._tables
+        return nn.functional.embedding(positions, cos), nn.functional.embedding(positions, sin)
 
 
 def input_width(model: Any) -> int:
