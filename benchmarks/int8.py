@@ -22,7 +22,8 @@ import headstart
 from headstart.bench.suites import load_cases
 from headstart.speculation.tree import Drafts, merge
 from headstart.target.cache import Seating
-from headstart.target.kernels.compiled import CompiledPack, library
+from headstart.target.kernels.compiled import CompiledPack
+from headstart.target.kernels.library import library
 from headstart.target.row_mask import row_masks
 from headstart.target.target import Target
 

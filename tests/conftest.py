@@ -8,7 +8,7 @@ import pytest
 from accelerate.state import AcceleratorState
 from folders import TEXT, write_model
 
-from headstart.target.kernels.compiled import SWITCH, library
+from headstart.target.kernels.library import SWITCH, library
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ from headstart.bench import runner
 from headstart.speculation.params import SamplingParams
 from headstart.speculation.tree import ROOT, Drafts, Forest, merge
 from headstart.target.cache import KVCache, Seating
-from headstart.target.kernels.compiled import SWITCH
+from headstart.target.kernels.library import SWITCH
 from headstart.target.loading import load_model
 from headstart.target.target import Target
 

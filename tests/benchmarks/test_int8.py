@@ -10,7 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import int8
 
-from headstart.target.kernels.compiled import library
+from headstart.target.kernels.library import library
 from headstart.target.loading import digest, embedded
 from headstart.target.target import Target
 

@@ -8,10 +8,10 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Llama
 
 from headstart.target.attention import AttentionMetadata, AttentionParams, reference_attention
 from headstart.target.cache import KVCache, LayerShape, Seating
-from headstart.target.kernels.compiled import library
 from headstart.target.kernels.compiled_attention import CompiledAttention
 from headstart.target.kernels.fuse import fuse
 from headstart.target.kernels.fused_attention import FusedAttention, fuse_attention
+from headstart.target.kernels.library import library
 from headstart.target.kernels.linear import prepack
 from headstart.target.kernels.restore import restore
 from headstart.target.row_mask import RowMask, Window
