@@ -29,7 +29,7 @@ from headstart.target.flat_rows import FlatRows, ForestRows
 from headstart.target.graphs import FlatRunner
 from headstart.target.held_model import HeldModel
 from headstart.target.hidden_states import logits_and_features
-from headstart.target.kernels import compiled
+from headstart.target.kernels import library
 from headstart.target.kernels.attention import wide
 from headstart.target.kernels.choice import KernelChoice, choose_kernels, inexact, ungroup
 from headstart.target.kernels.fuse import fuse
@@ -232,7 +232,7 @@ class Target:
     def working(self) -> AbstractContextManager[None]:
         """The context in which a round runs, see `Library.working`. `forward` enters it too."""
         is_compiled = self.kernel_choice is not None and self.kernel_choice.is_compiled
-        return compiled.working() if is_compiled else nullcontext()
+        return library.working() if is_compiled else nullcontext()
 
     # -- scoring --
 

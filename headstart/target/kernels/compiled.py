@@ -13,10 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from headstart.target.kernels.library import SWITCH, Library, library, working
+from headstart.target.kernels.library import library
 from headstart.target.kernels.memory import huge_pages
-
-__all__ = ["DTYPES", "SWITCH", "CompiledPack", "Library", "compiled_mlp", "compiled_norm", "library", "working"]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 BLOCK, GROUP, STEP = 64, 16, 64  # outputs of a block and of a group, bytes of inputs in a step, as in cpp/kernels.hpp

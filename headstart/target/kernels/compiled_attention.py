@@ -17,7 +17,8 @@ from torch import Tensor
 
 from headstart.target.attention import AttentionMetadata, AttentionParams, RowsKernel
 from headstart.target.cache import LayerShape
-from headstart.target.kernels.compiled import DTYPES, library
+from headstart.target.kernels.compiled import DTYPES
+from headstart.target.kernels.library import library
 from headstart.target.row_mask import RowMask, Window
 
 LANES = 16  # widths of keys and values are multiples of this

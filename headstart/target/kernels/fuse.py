@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from headstart.target.kernels.compiled import DTYPES, CompiledPack, compiled_mlp, compiled_norm, library
+from headstart.target.kernels.compiled import DTYPES, CompiledPack, compiled_mlp, compiled_norm
+from headstart.target.kernels.library import library
 from headstart.target.kernels.linear import TOLERANCE, Pack, PackedLinear, is_packable, pack_for, weight_and_bias
 from headstart.target.kernels.onednn import OneDnnPack
 from headstart.target.kernels.restore import StandIn

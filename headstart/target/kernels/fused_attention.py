@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from headstart.target import attention
 from headstart.target.attention import AttentionMetadata, AttentionParams, RowsKernel
 from headstart.target.cache import KVCache, LayerShape, Seating
-from headstart.target.kernels.compiled import CompiledPack, library
+from headstart.target.kernels.compiled import CompiledPack
 from headstart.target.kernels.compiled_attention import CompiledAttention, prepare
 from headstart.target.kernels.fuse import RMSNorm
+from headstart.target.kernels.library import library
 from headstart.target.kernels.linear import TOLERANCE, PackedLinear
 from headstart.target.kernels.restore import StandIn
 from headstart.target.row_mask import RowMask, Window

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from headstart.target.kernels.compiled import DTYPES, CompiledPack, library
+from headstart.target.kernels.compiled import DTYPES, CompiledPack
+from headstart.target.kernels.library import library
 from headstart.target.kernels.onednn import OneDnnPack
 from headstart.target.kernels.restore import ReplacedLinear, StandIn, remember
 
