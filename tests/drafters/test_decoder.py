@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from headstart.drafters.mtp import Mtp, MtpConfig
 from headstart.drafters.mtp_parallel import ParallelConfig, ParallelMtp
 from headstart.drafters.parts import llama_layer
-from headstart.drafters.parts.decoder import block_of, decoder, norm_like, slot_bytes, unrolled
+from headstart.drafters.parts.decoder import Memory, block_of, decoder, norm_like, slot_bytes, unrolled
 from headstart.drafters.parts.llama_layer import Wide, llama_block, llama_block_of, widened, without_norms
 from headstart.drafters.parts.losses import Batch
 from headstart.speculation.tree import Kept
@@ -174,3 +174,15 @@ def test_the_angles_of_a_table_have_the_bits_of_those_computed_for_each_forward(
     monkeypatch.setattr(llama_layer, "MOST_POSITIONS", 4096)
     assert torch.equal(table(x, torch.tensor([[5000]]))[0], module(x, torch.tensor([[5000]]))[0])
     assert len(table._tables[0]) == 2048
+
+
+def test_a_decoder_that_is_used_again_keeps_one_table_of_angles():
+    model = decoder(llama_block(64), 64)
+    for _ in range(3):
+        Memory(model, Seating(1, 8), torch.device("cpu"), torch.float32)
+    assert sum(isinstance(module, llama_layer.RopeTable) for module in model.modules()) == 1
+    positions = torch.arange(5)[None]
+    for table, own in zip(
+        model.rotary_emb(torch.zeros(1), position_ids=positions), model.rotary_emb.module(torch.zeros(1), positions), strict=True
+    ):
+        assert torch.equal(table, own)

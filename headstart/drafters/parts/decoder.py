@@ -239,6 +239,10 @@ class Memory:
 def _restore_rope(model: Any, device: torch.device) -> None:
     """Make the RoPE modules anew: their frequencies are float32 in any precision, and casting a model rounds them."""
     for name, module in list(model.named_modules()):
+        if isinstance(module, RopeTable):  # of an earlier target
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, module.module)
+    for name, module in list(model.named_modules()):
         if module._non_persistent_buffers_set and any(buffer.is_floating_point() for buffer in module.buffers(recurse=False)):
             parent, _, attribute = name.rpartition(".")
             made = type(module)(model.config).to(device)

@@ -181,18 +181,18 @@ class RopeTable(nn.Module):
         self.module = module
         self._tables: tuple[Tensor, Tensor] | None = None  # [positions, head dim] each
 
-    def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """[1, n] positions -> [1, n, head dim] cosines, and sines, in the dtype of `x`."""
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """[rows, n] position_ids -> [rows, n, head dim] cosines, and sines, in the dtype of `x`."""
         try:
-            return self._read(x, positions)
+            return self._read(x, position_ids)
         except IndexError:
-            size = 1 << int(positions.max()).bit_length()
+            size = 1 << int(position_ids.max()).bit_length()
             if size > MOST_POSITIONS:
-                angles: tuple[Tensor, Tensor] = self.module(x, positions)
+                angles: tuple[Tensor, Tensor] = self.module(x, position_ids)
                 return angles
         cos, sin = self.module(x, torch.arange(max(size, 512))[None])
         self._tables = cos[0], sin[0]
-        return self._read(x, positions)
+        return self._read(x, position_ids)
 
     def _read(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Raises IndexError where the tables lack a position."""

@@ -69,7 +69,9 @@ class FusedAttention(StandIn):
     def forward(self, hidden_states: Tensor, *args: Any, **inputs: Any) -> Any:
         """[1, nodes, hidden] -> [1, nodes, hidden] and None, as the replaced module."""
         metadata, angles = inputs.get("headstart"), inputs.get("position_embeddings")
-        if angles and not args and isinstance(metadata, AttentionMetadata) and is_compiled(metadata):
+        # Another width is that of a partial rotary embedding, which the comparison does not see.
+        is_whole = angles is not None and angles[0].shape[-1] == self._shape[2] and angles[0].dtype is hidden_states.dtype
+        if is_whole and angles and not args and isinstance(metadata, AttentionMetadata) and is_compiled(metadata):
             return self._attend(metadata, hidden_states, *angles), None
         return self._replaced[0](hidden_states, *args, **inputs)
 

@@ -192,3 +192,16 @@ def test_a_fused_module_serves_the_models_own_attention():
         expected = model(ids, use_cache=False).logits
         fuse_attention(model)
         assert torch.equal(model(ids, use_cache=False).logits, expected)
+
+
+def test_angles_of_another_width_go_to_the_replaced_module(monkeypatch):
+    """A partial rotary embedding rotates some values of a head only; reading as many angles as values would read too far."""
+    model = packed(LlamaConfig(**SIZES))
+    fuse_attention(model)
+    fused, passed = model.model.layers[0].self_attn, []
+    monkeypatch.setattr(fused.original(), "forward", lambda *_, **inputs: passed.append(inputs["position_embeddings"]))
+    cache = cache_of(LayerShape(4, 16, 16), [SLOTS], torch.float32)
+    metadata = AttentionMetadata([RowMask(0, 3, 0, 0, None, torch.arange(3))], cache, CompiledAttention(), [Window()])
+    for angles in (torch.zeros(1, 3, 8), torch.zeros(1, 3, 16, dtype=torch.bfloat16)):
+        fused(torch.zeros(1, 3, 64), position_embeddings=(angles, angles), headstart=metadata)
+    assert len(passed) == 2
