@@ -179,6 +179,7 @@ def machine(target: Target) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(target.device) if target.device.type == "cuda" else "cpu",
+        "kernels": target.instructions or "torch",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),

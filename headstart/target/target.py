@@ -189,7 +189,13 @@ class Target:
     def __repr__(self) -> str:
         why_not = self.kernel_choice.why_not if self.kernel_choice else "its kernels were not chosen, see `choose_kernels`"
         promise = "exact to the bit" if self.is_exact else f"exact up to near ties: {why_not}"
-        return f"Target({self.name!r}, {str(self.dtype).removeprefix('torch.')} on {self.device}, {promise})"
+        kernels = f", {self.instructions} kernels" if self.instructions else ""
+        return f"Target({self.name!r}, {str(self.dtype).removeprefix('torch.')} on {self.device}{kernels}, {promise})"
+
+    @property
+    def instructions(self) -> str | None:
+        """The processor's instructions that the compiled kernels use, such as "amx"; None with torch's kernels."""
+        return self.kernel_choice.instructions if self.kernel_choice else None
 
     @property
     def device(self) -> torch.device:

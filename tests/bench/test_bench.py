@@ -286,7 +286,7 @@ RUN_FIELDS = {
     "run", "tokens", "seconds", "tokens_per_second", "speed_up", "median_speed_up", "decode_speed_up", "tau", "acceptance",
     "forward", "nodes", "shares", "loops", "differing", "near_ties", "splits", "identical", "is_lossy", "temperature", "kinds",
 }  # fmt: skip
-MACHINE_FIELDS = {"cpu", "cores", "threads", "device", "python", "torch", "transformers", "headstart", "command"}
+MACHINE_FIELDS = {"cpu", "cores", "threads", "device", "kernels", "python", "torch", "transformers", "headstart", "command"}
 
 
 def test_bench_prints_a_table_and_writes_json_to_out(model_folder, draft_folder, tmp_path):

@@ -15,6 +15,7 @@ from headstart.speculation.params import SamplingParams
 from headstart.target import target as target_module
 from headstart.target.kernels import choice
 from headstart.target.kernels.attention import ordered, wide
+from headstart.target.kernels.library import library
 from headstart.target.loading import load_model
 from headstart.target.target import Target
 from headstart.target.tokenizer_loading import load_tokenizer
@@ -222,3 +223,13 @@ def test_inside_generate_impossible_exactness_is_an_error_only_where_it_was_dema
     with pytest.raises(ValueError, match="exact is 'always'"):
         model.generate(PROMPT, max_new_tokens=8, custom_generate=headstart.custom_generate, exact="always")
     assert torch.equal(model.generate(PROMPT, max_new_tokens=8), expected)
+
+
+@pytest.mark.skipif(library() is None, reason="there are no compiled kernels for this processor, or no compiler")
+@pytest.mark.parametrize(("name", "exact"), [("llama", "auto"), ("llama", False), ("mixtral", "auto")])
+def test_a_target_names_the_instructions_of_its_kernels_whether_exact_or_not(name, exact):
+    target = Target(random_model(ARCHITECTURES[name](), torch.float32))
+    assert target.instructions is None
+    target.choose_kernels(exact)
+    assert target.instructions == library().level
+    assert f"on cpu, {library().level} kernels" in repr(target)

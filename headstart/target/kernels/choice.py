@@ -20,6 +20,7 @@ from headstart.target.kernels.compiled_attention import CompiledAttention
 from headstart.target.kernels.fuse import fuse
 from headstart.target.kernels.fused_attention import fuse_attention
 from headstart.target.kernels.invariance import Kind, RowRange, kind_of, row_ranges
+from headstart.target.kernels.library import library
 from headstart.target.kernels.linear import PackedLinear, is_all_compiled, prepack, quantise
 from headstart.target.kernels.onednn import OneDnnPack, joined, row_groups
 
@@ -44,6 +45,12 @@ class KernelChoice:
     why_not: str | None = None
     is_compiled: bool = False
     grouped: tuple[nn.Module, ...] = ()
+
+    @property
+    def instructions(self) -> str | None:
+        """The instructions that the compiled attention uses, such as "amx"; None with torch's attention."""
+        lib = library() if isinstance(self.kernel, CompiledAttention) else None
+        return None if lib is None else lib.level
 
 
 def choose_kernels(
@@ -71,15 +78,17 @@ def choose_kernels(
     if weights == "int8":
         quantise(model)
     compiled = CompiledAttention() if CompiledAttention.fits(shapes, parameter.dtype, parameter.device) else None
-    is_compiled = compiled is not None and is_all_compiled(model)
+    fastest, is_compiled = compiled or torch_attention, compiled is not None and is_all_compiled(model)
     if exact is False:
-        return KernelChoice(compiled or torch_attention, 1, False, "exact=False was asked for", is_compiled)
+        return inexact(exact, "exact=False was asked for", fastest, is_compiled)
     if parameter.device.type != "cpu" or parameter.dtype not in EXACT_DTYPES:
         dtype = str(parameter.dtype).removeprefix("torch.")
-        return inexact(exact, f"it is for CPU in bfloat16 or float32, and the model is in {dtype} on {parameter.device.type}")
+        why_not = f"it is for CPU in bfloat16 or float32, and the model is in {dtype} on {parameter.device.type}"
+        return inexact(exact, why_not, fastest, is_compiled)
     ranges = row_ranges(model.modules())
     if ranges is None:
-        return inexact(exact, "in linears or experts of this model, the bits of a row depend on the other rows")
+        why_not = "in linears or experts of this model, the bits of a row depend on the other rows"
+        return inexact(exact, why_not, fastest, is_compiled)
     min_nodes = max((row_range.least for row_range in ranges.values()), default=1)
     if compiled:
         return KernelChoice(compiled, min_nodes, True, is_compiled=is_compiled, grouped=_group(model, ranges))
@@ -88,15 +97,17 @@ def choose_kernels(
     return KernelChoice(ordered if is_proof else wide, min_nodes, True, grouped=_group(model, ranges))
 
 
-def inexact(exact: bool | str, why_not: str) -> KernelChoice:
+def inexact(
+    exact: bool | str, why_not: str, kernel: Kernel | RowsKernel = torch_attention, is_compiled: bool = False
+) -> KernelChoice:
     """The choice of kernels without exactness.
 
-    exact: as for `choose_kernels`. why_not: what prevents exactness.
+    exact: as for `choose_kernels`. why_not: what prevents exactness. kernel, is_compiled: as in `KernelChoice`.
     Raises ValueError where exact is True.
     """
     if exact is True:
         raise ValueError(f"exact=True is not available: {why_not}; leave exact at its default, or see docs/concepts.md")
-    return KernelChoice(torch_attention, 1, False, why_not=why_not)
+    return KernelChoice(kernel, 1, False, why_not, is_compiled)
 
 
 def ungroup(kernel_choice: KernelChoice) -> None:

@@ -1,6 +1,6 @@
 """The library of compiled kernels: where it is found or built, which instructions it uses, and its threads.
 
-What each function takes is said in `cpp/library.cpp` and `cpp/kernels.hpp`.
+What each function takes stands in `cpp/library.cpp` and `cpp/kernels.hpp`.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
@@ -42,7 +43,8 @@ class Library:
         self.attention_layer = self._function("attention_layer", "pppnpppp")
         self._set_threads = self._function("threads", "n")
         self._lock, self._local = threading.Lock(), threading.local()
-        self._num_working = self._threads = 0
+        self._threads = 0
+        self._working: set[int] = set()  # threads inside `working`
 
     def _function(self, name: str, kinds: str) -> Callable[..., None]:
         """A function of the library that returns nothing. kinds: of its arguments, a letter of `KINDS` each."""
@@ -69,29 +71,33 @@ class Library:
         on the number of threads. The context may be entered again inside, and by several threads at once.
         """
         depth = getattr(self._local, "depth", 0)
-        if depth == 0:
-            self._take_threads()
-        self._local.depth = depth + 1
         try:
-            yield
-        finally:
-            self._local.depth = depth
-            if depth == 0:
-                self._give_threads_back()
+            try:
+                if depth == 0:
+                    self._take_threads()
+                self._local.depth = depth + 1
+                yield
+            finally:
+                self._leave(depth)
+        finally:  # again: an interruption may come at the first statement of the other one
+            self._leave(depth)
 
     def _take_threads(self) -> None:
         with self._lock:
             threads = torch.get_num_threads()  # always: the first call in a thread gives it the number that is set for all
-            if self._num_working == 0:  # while others work, it is 1
+            if not self._working - {threading.get_ident()}:  # while others work, it is 1
                 self._threads = threads
                 self._set_threads(threads)
-            self._num_working += 1
+            self._working.add(threading.get_ident())
             torch.set_num_threads(1)  # of the calling thread, and of threads to come
 
-    def _give_threads_back(self) -> None:
+    def _leave(self, depth: int) -> None:
+        """Return to a depth. Outside of all contexts, torch has its threads again. May be called twice."""
+        self._local.depth = depth
         with self._lock:
-            self._num_working -= 1
-            torch.set_num_threads(self._threads)
+            if depth == 0 and threading.get_ident() in self._working:
+                torch.set_num_threads(self._threads)
+                self._working.discard(threading.get_ident())
 
 
 @cache
@@ -117,7 +123,12 @@ def _find() -> Path:
             return folder / file_name()
     if find_compiler() is None:
         raise OSError("the compiled kernels are not installed, and there is no C++ compiler to make them with")
-    return build(beside if os.access(beside, os.W_OK) else cached)
+    try:
+        return build(beside if os.access(beside, os.W_OK) else cached)
+    except OSError as error:
+        message = f"the compiled kernels cannot be built, so torch's are used: {error}; {SWITCH}=torch leaves them out"
+        warnings.warn(message, stacklevel=3)
+        raise
 
 
 def working() -> AbstractContextManager[None]:
