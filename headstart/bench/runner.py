@@ -15,6 +15,7 @@ from headstart.bench.replay import Replay
 from headstart.engine.drafter_loading import make, resolve_planner
 from headstart.engine.engine import Engine
 from headstart.engine.memory import request_bytes
+from headstart.engine.planning import planner_for
 from headstart.engine.scheduler import Request
 from headstart.engine.stats import Stats
 from headstart.speculation.noise import mix
@@ -137,6 +138,7 @@ def read_spec(spec: str, temperature: float, model: str | None) -> tuple[str, Pl
 def _run(setup: Setup, spec: str) -> Run:
     name, planner = read_spec(spec, setup.params.temperature, setup.target.name)
     drafter = None if spec == PLAIN else make(name, setup.target)
+    planner = planner_for(setup.target, drafter, planner, parse_rule(setup.accept))
     longest = max(len(task.prompt) + setup.params_of(index).max_tokens for index, task in enumerate(setup.tasks))
     memory = request_bytes(setup.target, drafter, planner, longest)
     replay = Replay(parse_rule(setup.accept)) if setup.is_replay else None

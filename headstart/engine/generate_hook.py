@@ -26,9 +26,11 @@ from headstart.engine.generate_settings import (
     not_supported,
     stops_and_limit,
 )
+from headstart.engine.planning import planner_for
 from headstart.engine.scheduler import Request
 from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Planner
+from headstart.speculation.rules import parse_rule
 from headstart.target.cache import Seating
 from headstart.target.target import Target
 
@@ -119,6 +121,7 @@ def _generate(
         if not call:
             streamer.put(input_ids.cpu())  # `generate` has done so where it is the caller
     with _LoadedDrafters.of(model).lend(model, drafter, exact) as (target, lent):
+        planner = planner_for(target, lent, planner, parse_rule("coupled"))
         engine = Engine(target, lent, planner, max_rows=min(8, len(prompts)))
         seeds = torch.randint(0, 2**62, (len(prompts),)).tolist() if params.temperature else [0] * len(prompts)
         requests = [engine.add(ids, params, seed=seed, stop_ids=stops) for ids, seed in zip(prompts, seeds, strict=True)]

@@ -14,11 +14,13 @@ from headstart.drafters import Drafter
 from headstart.engine.answers import Answer, Answering
 from headstart.engine.drafter_loading import EMBEDDED_METHOD, built_in_heads, is_embedded, make, read_planner
 from headstart.engine.engine import Engine
+from headstart.engine.planning import planner_for
 from headstart.engine.scheduler import Request
 from headstart.engine.stats import Stats
 from headstart.speculation.noise import draw_seed, mix
 from headstart.speculation.params import SamplingParams, SamplingSettings, read_settings
 from headstart.speculation.planner import Planner
+from headstart.speculation.rules import parse_rule
 from headstart.target.loading import check_folder, embedded
 from headstart.target.target import Target
 from headstart.target.tokenizer_loading import load_tokenizer
@@ -180,7 +182,8 @@ def load(
         "lookup", "model:PATH" (a draft model), a folder of heads or their `owner/name` on the hub, a method's name for heads that
         come with the model, a drafter object, or None: plain decoding.
     planner: how much to speculate: a planner object, a string such as "chain:5" or "tree:8" (the tree measured for temperature 0),
-        or None: the drafter's own.
+        or None: by the measured cost of rounds on this machine, and by what the drafter was right about so far (`Adaptive`);
+        with another acceptance rule than "coupled" the drafter's own.
     tokenizer: None: the one in the model's folder.
     device: such as "cpu" or "cuda:0"; "auto": CUDA where torch sees a GPU, else the CPU.
     dtype: of weights and KV cache; "auto": the one in which the weights are stored.
@@ -216,6 +219,7 @@ def load(
     try:
         if isinstance(drafter, str):
             drafter = _best_drafter(model, target) if drafter == "auto" else make(drafter, target)
+        planner = planner_for(target, drafter, planner, parse_rule(accept))
         return LLM(Engine(target, drafter, planner, max_rows=max_rows, memory=memory, accept=accept), tokenizer)
     except BaseException:
         target.release()  # a model object goes back to the caller as it was
