@@ -9,7 +9,7 @@ from typing import NamedTuple
 from headstart.bench.recorded import Recording, Tree
 from headstart.speculation.cost import CostModel
 from headstart.speculation.outcome import LearningPlanner, Load, Outcome
-from headstart.speculation.planner import NO_DRAFTS, Plan, Planner
+from headstart.speculation.planner import NO_DRAFTS, Plan, Planner, paying_rows
 from headstart.speculation.tree import ROOT, Drafts
 from headstart.speculation.trust import Trust, correct
 
@@ -155,14 +155,16 @@ def grow(rows: Sequence[_Row], depths: Sequence[int], plan: Plan, odds: Sequence
         depth += 1
         width = max(map(len, beams.values()))
         if cost.draft is not None:
-            grown.seconds += cost.draft.first if depth == 1 else cost.draft.level(width * len(beams))
-        next_beams = {}
+            grown.seconds += cost.draft.first_of(len(beams)) if depth == 1 else cost.draft.level(width * len(beams))
+        chosen: dict[int, list[Candidate]] = {}
         for row, beam in beams.items():
-            candidates = _children(grown, row, rows[row].tree, beam, plan.width, odds[row], depth)
-            chosen = _beam(candidates, plan)
-            if chosen and depths[row] > depth and sum(one.chance for one in chosen) >= plan.min_gain:
-                next_beams[row] = chosen
-        beams = next_beams
+            best = _beam(_children(grown, row, rows[row].tree, beam, plan.width, odds[row], depth), plan)
+            if best and depths[row] > depth and sum(one.chance for one in best) >= plan.min_gain:
+                chosen[row] = best
+        if plan.level_prices:
+            gains = [sum(one.chance for one in best) for best in chosen.values()]
+            chosen = {row: chosen[row] for row in (list(chosen)[index] for index in paying_rows(gains, plan.level_prices))}
+        beams = chosen
     grown.depth = depth
     return grown
 

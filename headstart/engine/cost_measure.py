@@ -240,4 +240,6 @@ def _draft_cost(target: Target, drafter: Drafter, prompt: int, until: float) -> 
         return FREE
     first = samples[settings[0]].draft
     levels = monotone([max(0.0, (samples[setting].draft - first) / (_DEPTH - 1)) for setting in settings[1:]])
-    return DraftCost(first, beams, levels)
+    several = _medians(_Bench(target, drafter, 4, prompt, 4 * 8 + 4), [Setting(4, 1)], until)
+    row_seconds = max(0.0, (several[Setting(4, 1)].draft - first) / 3) if several else 0.0
+    return DraftCost(first, beams, levels, row_seconds)

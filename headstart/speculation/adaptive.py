@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from headstart.speculation.calibration import UNFITTED, Calibration, Table
-from headstart.speculation.cost import CostModel
+from headstart.speculation.cost import CostModel, DraftCost
 from headstart.speculation.outcome import Load, Outcome
 from headstart.speculation.planner import NO_DRAFTS, Plan
 from headstart.speculation.shape import Limits, Shape, best_shape, fastest_shape, forward_seconds
@@ -117,15 +117,23 @@ class Adaptive:
             return NO_DRAFTS
         shape = self._shape(num_drafting)
         if self._load.is_on_host:  # the forecast may err: whether drafting pays, the rounds show
-            level = self._scaled_cost.drafting(2, shape.beam or 1, num_drafting) - self._scaled_cost.drafting(1, 1)
-            threshold = self.rate * (level / num_drafting + self._node_seconds) / max(0.05, self._deeper.value)
+            limits, beam = self.limits, max(1, shape.beam)
             return Plan(
-                self.limits.depth, self.limits.width, max(1, shape.beam), self.limits.nodes * num_drafting, min_gain=threshold
+                limits.depth, limits.width, beam, limits.nodes * num_drafting, level_prices=self._level_prices(beam, num_drafting)
             )
         if not shape.depth:
             return NO_DRAFTS
         nodes = 1 << max(0, shape.nodes * num_drafting - 1).bit_length()
         return Plan(shape.depth, self.limits.width, shape.beam, nodes)
+
+    def _level_prices(self, beam: int, num_drafting: int) -> tuple[float, ...]:
+        """What another level must promise, for one, two, ... rows: kept tokens of its parents, not of their children."""
+        draft = self.cost.draft
+        if draft is None:
+            return ()
+        factor = self.rate / max(0.05, self._deeper.value)
+        levels = ((draft.level(beam * count) * self.draft_scale, count) for count in range(1, num_drafting + 1))
+        return tuple(factor * (seconds + count * self._node_seconds) for seconds, count in levels)
 
     def prune(self, drafts: Drafts, plan: Plan, num_rows: int) -> Drafts:
         if not len(drafts):
@@ -183,8 +191,9 @@ class Adaptive:
         draft = self.cost.draft
         if draft is None or self.draft_scale == 1.0:
             return self.cost
+        first, row_seconds = draft.first * self.draft_scale, draft.row_seconds * self.draft_scale
         seconds = tuple(value * self.draft_scale for value in draft.seconds)
-        return replace(self.cost, draft=replace(draft, first=draft.first * self.draft_scale, seconds=seconds))
+        return replace(self.cost, draft=DraftCost(first, draft.widths, seconds, row_seconds))
 
     def _table(self, temperature: float) -> Table:
         """[depth][rank] acceptance rates at a sampling temperature."""

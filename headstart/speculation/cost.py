@@ -24,16 +24,23 @@ class DraftCost:
     first: of the first level, which a round with drafts always has, and of reading what the round before kept.
     widths: ascending numbers of nodes that a further level runs at once, over all rows.
     seconds: of a further level, for each of `widths`.
+    row_seconds: of the first level, more for each row after the first.
     Raises ValueError where these are no costs.
     """
 
     first: float
     widths: tuple[int, ...]
     seconds: tuple[float, ...]
+    row_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         _check(self.widths, self.seconds, "widths")
-        require(0 <= self.first < math.inf, "first", self.first, "seconds")
+        for name in ("first", "row_seconds"):
+            require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "seconds")
+
+    def first_of(self, rows: int) -> float:
+        """Seconds of the first level of so many rows."""
+        return self.first + (rows - 1) * self.row_seconds
 
     def level(self, nodes: int) -> float:
         """Seconds of a further level that runs `nodes` nodes at once."""
@@ -41,7 +48,7 @@ class DraftCost:
 
     def seconds_of(self, depth: int, beam: int, rows: int = 1) -> float:
         """Seconds of drafting `depth` levels with `beam` parents per level and row; 0 for none."""
-        return self.first + (depth - 1) * self.level(beam * rows) if depth else 0.0
+        return self.first_of(rows) + (depth - 1) * self.level(beam * rows) if depth else 0.0
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,8 @@ class CostModel:
         values = {**content}
         draft = values.pop("draft", None)
         if draft is not None:
-            draft = DraftCost(float(draft["first"]), tuple(map(int, draft["widths"])), tuple(map(float, draft["seconds"])))
+            widths, levels = tuple(map(int, draft["widths"])), tuple(map(float, draft["seconds"]))
+            draft = DraftCost(float(draft["first"]), widths, levels, float(draft.get("row_seconds", 0)))
         nodes, seconds = tuple(map(int, values.pop("nodes"))), tuple(map(float, values.pop("seconds")))
         return cls(nodes, seconds, draft=draft, **{name: float(value) for name, value in values.items()})
 

@@ -25,6 +25,8 @@ class Plan:
     nodes: most drafts verified, over all rows.
     parents: paths of ranks of the nodes to expand, for a static tree; empty: expand the most probable nodes.
     min_gain: expected kept tokens that another level must add, or the row's tree ends there; 0: no limit.
+    level_prices: tokens that the time of another level would give otherwise, where one, two, ... rows go deeper; (): no limit.
+        On CPU only, as `min_gain`.
     """
 
     depth: int
@@ -33,6 +35,7 @@ class Plan:
     nodes: int
     parents: frozenset[tuple[int, ...]] = frozenset()
     min_gain: float = 0.0
+    level_prices: tuple[float, ...] = ()
 
 
 NO_DRAFTS = Plan(depth=0, width=0, beam=0, nodes=0)  # of a round in which no row drafts
@@ -192,6 +195,22 @@ class CalibratedTree:
 
     def __post_init__(self) -> None:
         require(self.nodes >= 1, "nodes", self.nodes, "at least 1")
+
+
+def paying_rows(gains: Sequence[float], prices: Sequence[float]) -> list[int]:
+    """The rows for which another level is run: those that are worth most together, beyond its price; ascending.
+
+    gains: per row, the kept tokens that the level promises.
+    prices: of a level with one, two, ... rows.
+    """
+    order = sorted(range(len(gains)), key=lambda row: -gains[row])
+    best, best_value, gain = 0, 0.0, 0.0
+    for count, row in enumerate(order, 1):
+        gain += gains[row]
+        value = gain - prices[min(count, len(prices)) - 1]
+        if value > best_value:
+            best, best_value = count, value
+    return sorted(order[:best])
 
 
 def rank_paths(drafts: Drafts) -> list[tuple[int, ...]]:

@@ -99,7 +99,7 @@ def test_on_a_device_depth_and_nodes_are_chosen_before_drafting_in_powers_of_two
     plan = planner_of(is_on_host=False).plan([9])
     assert 1 <= plan.depth <= LIMITS.depth
     assert plan.nodes & (plan.nodes - 1) == 0
-    assert plan.min_gain == 0
+    assert not plan.level_prices
     crowd = planner_of(32, is_on_host=False).plan([9] * 32)
     assert crowd.nodes / 32 < plan.nodes
 
@@ -123,7 +123,7 @@ def test_a_row_has_no_more_drafts_than_slots():
 def test_a_deeper_level_must_promise_more_than_its_time_gives_otherwise():
     cheap = planner_of(cost=CostModel((1, 64), (1.0, 1.1), draft=DraftCost(0.01, (1, 8), (0.01, 0.01))))
     costly = planner_of(cost=CostModel((1, 64), (1.0, 1.1), draft=DraftCost(0.01, (1, 8), (0.5, 0.5))))
-    assert cheap.plan([9]).min_gain < 0.1 < costly.plan([9]).min_gain
+    assert cheap.plan([9]).level_prices[0] < 0.1 < costly.plan([9]).level_prices[0]
 
 
 def test_the_cost_follows_the_measured_rounds():
