@@ -20,13 +20,13 @@ from headstart.engine.scheduler import Request
 from headstart.engine.stats import Stats
 from headstart.speculation.noise import mix
 from headstart.speculation.params import SamplingParams
-from headstart.speculation.planner import CalibratedTree, Planner, parse
+from headstart.speculation.planner import Auto, CalibratedTree, Planner, parse
 from headstart.speculation.rules import parse_rule
 from headstart.target.target import Target
 
 PLAIN = "plain"
 CLEAN = 0.02  # fraction of its time that a clean sample may have waited for a processor
-PLANNERS = ("chain", "best", "full", "tree")
+PLANNERS = ("auto", "chain", "best", "full", "tree")
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def prepare(setup: Setup, specs: Sequence[str]) -> list[Run]:
     return [_run(setup, PLAIN), *(_run(setup, spec) for spec in specs)]
 
 
-def split_spec(spec: str) -> tuple[str, Planner | CalibratedTree | None]:
+def split_spec(spec: str) -> tuple[str, Planner | CalibratedTree | Auto | None]:
     """`model:PATH@chain:4` into the drafter and its planner; a path may hold an @ of its own."""
     drafter, at, planner = spec.rpartition("@")
     if at and planner.partition(":")[0] in PLANNERS:
@@ -124,7 +124,7 @@ def split_spec(spec: str) -> tuple[str, Planner | CalibratedTree | None]:
     return spec, None
 
 
-def read_spec(spec: str, temperature: float, model: str | None) -> tuple[str, Planner | None]:
+def read_spec(spec: str, temperature: float, model: str | None) -> tuple[str, Planner | Auto | None]:
     """The drafter of a run and its planner at a temperature, None for the drafter's own.
 
     model: the target, by name; None: the embedded model.

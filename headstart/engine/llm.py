@@ -200,7 +200,7 @@ def load(
 
     Raises ValueError, in one sentence, for a path or a setting that is wrong.
     """
-    planner = read_planner(planner, drafter, model)
+    chosen = read_planner(planner, drafter, model)
     source: Any = embedded("target") if model is None else model
     if isinstance(source, str | Path):
         check_folder(source)
@@ -219,8 +219,8 @@ def load(
     try:
         if isinstance(drafter, str):
             drafter = _best_drafter(model, target) if drafter == "auto" else make(drafter, target)
-        planner = planner_for(target, drafter, planner, parse_rule(accept))
-        return LLM(Engine(target, drafter, planner, max_rows=max_rows, memory=memory, accept=accept), tokenizer)
+        engine_planner = planner_for(target, drafter, chosen, parse_rule(accept))
+        return LLM(Engine(target, drafter, engine_planner, max_rows=max_rows, memory=memory, accept=accept), tokenizer)
     except BaseException:
         target.release()  # a model object goes back to the caller as it was
         raise

@@ -16,7 +16,7 @@ from headstart.engine.cost_measure import measure_cost
 from headstart.speculation.adaptive import MOST_NODES, Adaptive
 from headstart.speculation.calibration import UNFITTED, Calibration
 from headstart.speculation.cost import CostModel
-from headstart.speculation.planner import Planner
+from headstart.speculation.planner import Auto, Planner
 from headstart.speculation.shape import Limits, fastest_shape
 from headstart.speculation.verify import Rule
 from headstart.target.loading import digest
@@ -26,14 +26,21 @@ SECONDS = 1.0  # that measuring may take where no measurement is kept
 _WIDEST = 32  # parents per level, at most
 
 
-def planner_for(target: Target, drafter: Drafter | None, planner: Planner | None, rule: Rule) -> Planner | None:
+def planner_for(target: Target, drafter: Drafter | None, planner: Planner | Auto | None, rule: Rule) -> Planner | None:
     """The planner of an engine.
 
     planner: what the user chose; None: nothing. Then it is `Adaptive` where the text does not depend on what is drafted, and the
         drafter's own elsewhere: the same seed must repeat an answer, whatever was measured.
+    Raises ValueError where `Adaptive` is asked for and the text would depend on it.
     """
-    if planner is not None or drafter is None or rule.noise != "shared":
-        return planner
+    does_fit = rule.noise == "shared"
+    if isinstance(planner, Auto) and not does_fit:
+        raise ValueError(
+            "planner auto depends on measured times, and only with the acceptance rule coupled does the text not depend on the "
+            "planner; name another planner such as chain:5, or leave the rule at coupled"
+        )
+    if drafter is None or not (isinstance(planner, Auto) or (planner is None and does_fit)):
+        return None if isinstance(planner, Auto) else planner
     return adaptive(target, drafter)
 
 

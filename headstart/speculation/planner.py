@@ -197,6 +197,11 @@ class CalibratedTree:
         require(self.nodes >= 1, "nodes", self.nodes, "at least 1")
 
 
+@dataclass(frozen=True)
+class Auto:
+    """Stands for `headstart.speculation.adaptive.Adaptive`, which needs the cost of rounds; not a planner itself."""
+
+
 def paying_rows(gains: Sequence[float], prices: Sequence[float]) -> list[int]:
     """The rows for which another level is run: those that are worth most together, beyond its price; ascending.
 
@@ -227,12 +232,14 @@ def rank_paths(drafts: Drafts) -> list[tuple[int, ...]]:
     return paths
 
 
-def parse(spec: str) -> Planner | CalibratedTree:
-    """The planner that a text describes: `chain:5`, `best:nodes=15,depth=6,width=4,beam=4`, `full:3,2,1` or `tree:32`.
+def parse(spec: str) -> Planner | CalibratedTree | Auto:
+    """The planner that a text describes: `auto`, `chain:5`, `best:nodes=15,depth=6,width=4,beam=4`, `full:3,2,1` or `tree:32`.
 
     Settings not given have their defaults; `full` and `tree` need theirs. Raises ValueError for any other text.
     """
     name, _, argument = spec.partition(":")
+    if spec == "auto":
+        return Auto()
     try:
         if name == "chain":
             return Chain(int(argument)) if argument else Chain()
@@ -253,4 +260,4 @@ def parse(spec: str) -> Planner | CalibratedTree:
     raise ValueError(f"planner {spec!r} is unknown; {_SYNTAX}")
 
 
-_SYNTAX = "write chain:DEPTH, best:nodes=15,depth=6,width=4,beam=4, full:3,2,1 (children per level) or tree:32 (calibrated)"
+_SYNTAX = "write auto, chain:DEPTH, best:nodes=15,depth=6,width=4,beam=4, full:3,2,1 (children per level) or tree:32 (calibrated)"
