@@ -4,11 +4,11 @@
 
 Weights go to the leading corner of larger ones; the other rows and columns are zeros, and so are the other channels of every hidden
 state. Attention heads keep their size, and there are more of them. RMS norms average over the width, so their weights shrink by
-sqrt(old / new) and their eps by old / new. With `--layers`, each layer of the source is followed by as many layers of zeros as it
-takes, which add nothing and cost the same: layer `i` becomes layer `i * layers / old layers`. A forward reads every zero, so it costs
-what it costs in a trained model of that size, and a drafter's level has its share of it. Heads for the source are widened by
-`pad_heads.py`. Nothing is written unless the logits are the same in float32; in bf16 they differ by the rounding of the norms'
-weights. Numbers measured with such a target must be labelled "padded".
+sqrt(old / new) and their eps by old / new. With `--layers`, each layer of the source is followed by layers of zeros, which add
+nothing and cost the same: layer `i` becomes layer `i * layers / old layers`. A forward reads every zero, so it costs what it costs
+in a trained model of that size, and a drafter's level has its share of it. Heads for the source are widened by `pad_heads.py`.
+Nothing is written unless the logits are the same in float32; in bf16 they differ by the rounding of the norms' weights. Numbers
+measured with such a target must be labelled "padded".
 """
 
 import argparse
