@@ -3,13 +3,13 @@
     python benchmarks/plain_pass.py MODEL [--dtype bfloat16] [--nodes 1 16] [--context 256] [--passes 40]
 
 A pass scores a root, or a root and a tree of drafts, behind `--context` committed tokens. It is measured with the compiled kernels
-and then, in a process of its own, with torch's (`HEADSTART_KERNELS=torch`; set by the user, only those are measured).
+and then, in a process of its own, with torch's (`HEADSTART_KERNELS=torch`). Where `HEADSTART_KERNELS` is set, only with those.
 
 The parts are milliseconds inside the functions of the compiled library; `rest` is transformers' Python, operations of torch and the
 forest. A fused attention layer is one call, so its parts are not seen from outside: further passes make its two products alone,
 and what is missing then is attention, with the rotary embedding and the writing of the cache. Other passes run attention layers as
 modules of transformers, and leave torch its own threads. All kinds of passes run in turn. `read` is the time in which torch adds up
-as many bytes as the packed weights have.
+as many bytes as the packed weights have. Where other processes used more than a tenth of a processor, measure again.
 
 Beside a busy process: passes alone and beside a Python process that only counts, in turn; ratios are to the median alone.
 """
@@ -30,6 +30,7 @@ from unittest.mock import patch
 import torch
 
 sys.path.append(str(Path(__file__).parent / "peers"))
+from llama_bench import Others
 from passes import filled, forest_of, milliseconds
 
 from headstart.bench.report import cpu_name
@@ -87,12 +88,12 @@ def products_alone(lib: Library) -> AbstractContextManager[object]:
 
 
 def variants(lib: Library) -> dict[str, Callable[[], AbstractContextManager[object]]]:
-    """The kinds of passes: what each runs in."""
+    """The kinds of passes: what each runs in. The last ones leave no thread of torch awake."""
     return {
-        "as it is": nullcontext,
-        "products alone": lambda: products_alone(lib),
         "attention layers as modules": lambda: patch.object(fused_attention, "is_compiled", lambda metadata: False),
         "torch with threads of its own": lambda: patch.object(Target, "working", lambda target: nullcontext()),
+        "products alone": lambda: products_alone(lib),
+        "as it is": nullcontext,
     }
 
 
@@ -116,14 +117,12 @@ def split(times: Times, products: float) -> Times:
 
 
 def parts(target: Target, lib: Library, job: Callable[[], object], count: int) -> dict[str, Times]:
-    """Medians of the parts of each kind of pass, and of reading the weights."""
+    """Medians of the parts of each kind of pass."""
     kinds = variants(lib)
-    weights = huge_pages(packed_bytes(target.model) // 4, torch.float32).fill_(1.0)
-    every: dict[str, list[Times]] = {name: [] for name in [*kinds, "read"]}
+    every: dict[str, list[Times]] = {name: [] for name in kinds}
     for turn in range(WARM_UP + count):
         for name, variant in kinds.items():
             every[name].append(one_pass(lib, job, variant))
-        every["read"].append({"whole": milliseconds(weights.sum)})
         if turn < WARM_UP:
             every = {name: [] for name in every}
     found = {name: medians(passes) for name, passes in every.items()}
@@ -176,15 +175,18 @@ def beside_another(job: Callable[[], object], count: int) -> tuple[Summary, Summ
 # -- printing ---------------------------------------------------------------------------------------------------------------
 
 
-def show_parts(nodes: int, found: dict[str, Times], num_bytes: int) -> None:
+def reading(num_bytes: int, count: int) -> float:
+    """Milliseconds in which torch adds up this many bytes of float32, the median."""
+    weights = huge_pages(num_bytes // 4, torch.float32).fill_(1.0)
+    return median(milliseconds(weights.sum) for _ in range(count))
+
+
+def show_parts(nodes: int, found: dict[str, Times]) -> None:
     """Print the parts as a Markdown table."""
-    read = found["read"]["whole"]
     shown = [part for part in PARTS if part != "attention layers"]
     print(f"\n| {nodes} node{'s' * (nodes > 1)}, ms | {' | '.join(shown)} |\n|---{'|---' * len(shown)}|")
     for name, times in found.items():
-        if name != "read":
-            print(f"| {name} | {' | '.join(f'{times[part]:.1f}' for part in shown)} |")
-    print(f"\nread: {num_bytes / 1e6:.0f} MB in {read:.1f} ms, {num_bytes / read / 1e6:.0f} GB/s")
+        print(f"| {name} | {' | '.join(f'{times[part]:.1f}' for part in shown)} |")
 
 
 def show_busy(rows: Sequence[tuple[int, Summary, Summary]]) -> None:
@@ -218,7 +220,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(str(error))
     measure(target, arguments)
-    if target.instructions:
+    if target.instructions and SWITCH not in os.environ:
         repeat("torch")
 
 
@@ -235,10 +237,15 @@ def measure(target: Target, arguments: argparse.Namespace) -> None:
           f"{torch.get_num_threads()} threads, torch {torch.__version__}")  # fmt: skip
     cache, seat = filled(target, arguments.context, max(arguments.nodes))
     jobs = {nodes: job_of(target, cache, seat, nodes, arguments.context) for nodes in arguments.nodes}
-    for nodes, job in jobs.items():
+    with Others() as others:
+        for nodes, job in jobs.items():
+            if lib:
+                show_parts(nodes, parts(target, lib, job, arguments.passes))
         if lib:
-            show_parts(nodes, parts(target, lib, job, arguments.passes), packed_bytes(target.model))
-    show_busy([(nodes, *beside_another(job, arguments.passes)) for nodes, job in jobs.items()])
+            num_bytes, read = packed_bytes(target.model), reading(packed_bytes(target.model), 9)
+            print(f"\nread: {num_bytes / 1e6:.0f} MB in {read:.1f} ms, {num_bytes / read / 1e6:.0f} GB/s")
+        show_busy([(nodes, *beside_another(job, arguments.passes)) for nodes, job in jobs.items()])
+    print(f"\nother processes used {others.cores or 0:.2f} processors meanwhile")
 
 
 if __name__ == "__main__":
