@@ -154,7 +154,7 @@ def busy_process() -> Iterator[None]:
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None
-            process.stdout.readline()  # it has begun
+            process.stdout.readline()  # it runs
             yield
         finally:
             process.kill()
@@ -230,7 +230,7 @@ def job_of(target: Target, cache: KVCache, seat: int, nodes: int, context: int) 
 
 
 def measure(target: Target, arguments: argparse.Namespace) -> None:
-    """Measure and print what is said above, with the kernels of this process."""
+    """Measure and print parts, and times beside a busy process, with the kernels of this process."""
     lib = library() if target.instructions else None
     kernels = f"compiled kernels ({target.instructions})" if lib else "torch's kernels"
     print(f"\n{Path(arguments.model).name}, {arguments.dtype}, {kernels}, {arguments.context} tokens before; {cpu_name()}, "
