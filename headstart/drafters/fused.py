@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from headstart.drafters import Drafter, Restorable
-from headstart.speculation.fuse import Proposal, fuse
+from headstart.speculation.checks import require
+from headstart.speculation.fuse import Proposal, Union
 from headstart.speculation.planner import Best, Plan, Planner
 from headstart.speculation.rows import Rows
 from headstart.speculation.tree import Drafts, Kept
@@ -43,14 +44,16 @@ class Fused:
     `Drafts.sources` numbers the drafters in the order of `parts`. Drafts are on the CPU: where a part drafts on a GPU, a round has
     one more host synchronisation. Each part drafts as its own planner says, but no deeper and wider than the round's plan.
 
-    parts: at least two drafters. A part with taps must be `Restorable`.
+    parts: at least two drafters, the cheapest first. A part with taps must be `Restorable`.
+    enough: kept tokens that earlier parts must promise for a row, so that the later ones do not draft for it in this round.
 
-    Raises ValueError for fewer parts, for two of one name, and for a part that has taps and is not `Restorable`.
+    Raises ValueError for fewer parts, for two of one name, for a part that has taps and is not `Restorable`, and unless `enough` is
+    positive.
     """
 
     refused_noise = "fresh"  # where the chances of drawn children depend on another source's, their selection is not exact
 
-    def __init__(self, parts: Sequence[Drafter]) -> None:
+    def __init__(self, parts: Sequence[Drafter], enough: float = 2.0) -> None:
         names = [part.name for part in parts]
         if len(parts) < 2 or len({*names}) < len(names):
             raise ValueError(f"drafters {' and '.join(names) or 'none'} cannot be joined; name at least two, each once")
@@ -60,7 +63,9 @@ class Fused:
                     f"drafter {part.name} reads the target's hidden states and cannot return to an earlier state, so it cannot be "
                     "joined with others; give it the methods snapshot and restore"
                 )
+        require(enough > 0, "enough", enough, "positive")
         self.parts = tuple(parts)
+        self.enough = enough
         self.name = "+".join(names)
         self.taps: tuple[int, ...] = tuple(dict.fromkeys(tap for part in parts for tap in part.taps))
         self.planner: Planner = _planner([part.planner.plan([1]) for part in parts])
@@ -101,15 +106,22 @@ class Fused:
     def propose(self, rows: Rows) -> Drafts:
         """The parts' drafts, joined, on the CPU."""
         self._tell_again(None)
-        proposals = [Proposal.of(self._propose_part(part, rows)) for part in self.parts]
+        union, proposals = Union(), []
+        for source, (part, trust) in enumerate(zip(self.parts, self._trusts, strict=True)):
+            open_rows = _without(rows, union.promised(len(rows)), self.enough) if source else rows
+            proposals.append(self._propose_part(part, open_rows))
+            union.add(source, proposals[-1], [trust.odds(seat) for seat in rows.seats])
         for row in rows.drafting:
             self._proposed[rows.seats[row]] = _Proposed(row, rows.root_positions[row], proposals)
-        odds = [[trust.odds(seat) for seat in rows.seats] for trust in self._trusts]
-        return fuse(proposals, odds, rows.plan.width, _most_drafts(rows.plan))
+        return union.drafts(rows.plan.width, _most_drafts(rows.plan))
 
-    def _propose_part(self, part: Drafter, rows: Rows) -> Drafts:
+    def _propose_part(self, part: Drafter, rows: Rows) -> Proposal:
+        if not rows.drafting:
+            return Proposal.of(Drafts.none())
         plan = _plan_of(part, rows)
-        return part.propose(replace(rows, depths=tuple(min(depth, plan.depth) for depth in rows.depths), plan=plan))
+        drafts = part.propose(replace(rows, depths=tuple(min(depth, plan.depth) for depth in rows.depths), plan=plan))
+        # A static tree is pruned by ranks, not by chances.
+        return Proposal.of(drafts, len(rows), None if rows.plan.parents else rows.plan.nodes)
 
     def _learn(self, kept: Kept) -> None:
         for seat, text, start in zip(kept.seats, kept.texts, kept.starts, strict=True):
@@ -194,6 +206,13 @@ class Fused:
                 if text:
                     part.extend(Kept((seat,), (tuple(text),), (0,), (0,), (0,), None, device))
             self._untold.discard(seat)
+
+
+def _without(rows: Rows, promised: Sequence[float], enough: float) -> Rows:
+    """The rows, of which those do not draft that were promised enough kept tokens."""
+    if max(promised) < enough:
+        return rows
+    return replace(rows, depths=tuple(0 if sure >= enough else depth for depth, sure in zip(rows.depths, promised, strict=True)))
 
 
 def _plan_of(part: Drafter, rows: Rows) -> Plan:

@@ -32,10 +32,19 @@ class Proposal:
     mass: dict[int, float]
 
     @classmethod
-    def of(cls, drafts: Drafts) -> Proposal:
-        """The proposal that these drafts are. One host synchronisation where they are on a GPU."""
+    def of(cls, drafts: Drafts, num_rows: int = 1, most: int | None = None) -> Proposal:
+        """The proposal that these drafts are. One host synchronisation where they are on a GPU.
+
+        num_rows: of the round.
+        most: drafts that are read, the likeliest; None: all.
+        """
         if len(drafts) == 0:
             return cls([], [], [], {})
+        drafts = replace(drafts, distributions=None)
+        if most is not None and len(drafts) > most:
+            # No child has a higher chance than its parent, and a stable sort keeps the order of equals: no parent is missing.
+            best = torch.sort(drafts.chances, descending=True, stable=True).indices[:most]
+            drafts = drafts.take(best.sort().values, num_rows)
         if drafts.tokens.device.type != "cpu":
             drafts = _on_host(drafts)
         path_chances, parents, rows = drafts.chances.tolist(), drafts.parents.tolist(), drafts.rows.tolist()
@@ -77,16 +86,18 @@ class Proposal:
 
 
 def _on_host(drafts: Drafts) -> Drafts:
-    """The drafts without their distributions, on the CPU, in one copy for all integers and one for the chances."""
-    tokens, parents, rows, depths, sources = torch.stack(
-        [drafts.tokens, drafts.parents, drafts.rows, drafts.depths, drafts.sources]
-    ).cpu()
-    return Drafts(tokens, parents, rows, depths, drafts.chances.cpu(), sources, max_depth=drafts.max_depth)
+    """The drafts on the CPU, in one copy: a chance is exact in 64 bits, as are the integers."""
+    integers = (drafts.tokens, drafts.parents, drafts.rows, drafts.depths, drafts.sources)
+    flat = torch.stack([*integers, drafts.chances.float().view(torch.int32).long()]).cpu()
+    return Drafts(flat[0], flat[1], flat[2], flat[3], flat[5].int().view(torch.float32), flat[4], max_depth=drafts.max_depth)
 
 
 @dataclass
-class _Union:
-    """The drafts of all sources added so far; a parent precedes its children.
+class Union:
+    """The union of the trees of the sources added so far; a parent precedes its children.
+
+    Two sources that propose the same token after the same parent give one draft, whose children are those of both. Its chance is
+    the larger one: sources agree because they read the same text, so their errors are not independent.
 
     tokens, depths, chances, sources: per draft.
     parents: per draft, as in `Proposal`.
@@ -100,8 +111,9 @@ class _Union:
     indices: dict[tuple[int, int], int] = field(default_factory=dict)  # by parent and token
 
     def add(self, source: int, proposal: Proposal, odds: Sequence[float]) -> None:
-        """Add the drafts of a source. A draft that is there already keeps the larger of its chances.
+        """Add the drafts of a source.
 
+        source: its number. Of two sources, a draft has that with the larger chance, of equal ones the first.
         odds: per row of the round, the odds ratio that corrects the sum of the chances of a node's children.
         """
         places: list[int] = []  # of the proposal's drafts, here
@@ -142,34 +154,31 @@ class _Union:
             rows.append(-1 - parent if parent < 0 else rows[parent])
         return result, rows
 
+    def promised(self, num_rows: int) -> list[float]:
+        """Per row of the round, the expected number of kept drafts."""
+        result = [0.0] * num_rows
+        for chance, row in zip(*self.path_chances(), strict=True):
+            result[row] += chance
+        return result
 
-def fuse(proposals: Sequence[Proposal], odds: Sequence[Sequence[float]], width: int, size: int) -> Drafts:
-    """The union of the trees of several sources, on the CPU, row after row; siblings are sorted, the likeliest first.
+    def drafts(self, width: int, size: int) -> Drafts:
+        """The union on the CPU, row after row, each with its likeliest drafts first, so that siblings are sorted, too.
 
-    Two sources that propose the same token after the same parent give one draft, whose children are those of both. Its chance is
-    the larger one: sources agree because they read the same text, so their errors are not independent. `Drafts.sources` has the
-    source with the larger chance, of equal ones the first.
-
-    proposals: per source.
-    odds: per source and row of the round, the odds ratio by which the source's chances are corrected.
-    width: most children of a node, the likeliest; those left out take their descendants with them.
-    size: most drafts of a row, the likeliest.
-    """
-    union = _Union()
-    for source, (proposal, ratios) in enumerate(zip(proposals, odds, strict=True)):
-        union.add(source, proposal, ratios)
-    chances, rows = union.path_chances()
-    chosen = _likeliest(union.parents, chances, rows, width, size)
-    depths = [union.depths[index] for index in chosen]
-    places = {index: place for place, index in enumerate(chosen)}
-    drafts = Drafts.of(
-        [union.tokens[index] for index in chosen],
-        [places.get(union.parents[index], ROOT) for index in chosen],
-        [rows[index] for index in chosen],
-        depths,
-        [chances[index] for index in chosen],
-    )
-    return replace(drafts, sources=torch.tensor([union.sources[index] for index in chosen], dtype=torch.int64))
+        width: most children of a node, the likeliest; those left out take their descendants with them.
+        size: most drafts of a row, the likeliest.
+        """
+        chances, rows = self.path_chances()
+        chosen = _likeliest(self.parents, chances, rows, width, size)
+        depths = [self.depths[index] for index in chosen]
+        places = {index: place for place, index in enumerate(chosen)}
+        drafts = Drafts.of(
+            [self.tokens[index] for index in chosen],
+            [places.get(self.parents[index], ROOT) for index in chosen],
+            [rows[index] for index in chosen],
+            depths,
+            [chances[index] for index in chosen],
+        )
+        return replace(drafts, sources=torch.tensor([self.sources[index] for index in chosen], dtype=torch.int64))
 
 
 def _likeliest(parents: Sequence[int], chances: Sequence[float], rows: Sequence[int], width: int, size: int) -> list[int]:
