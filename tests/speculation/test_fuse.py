@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from headstart.speculation.fuse import Proposal, Union
+from headstart.speculation.fuse import Proposal, Union, _on_host
 from headstart.speculation.tree import ROOT, Drafts
 
 ALL = 1000
@@ -158,3 +158,11 @@ def test_of_many_drafts_the_likeliest_are_read():
     proposal = Proposal.of(drafts, 2, most=3)
     assert (proposal.tokens, proposal.parents) == ([1, 3, 4], [-1, -2, 1])
     assert proposal.chances == pytest.approx([0.5, 0.6, 0.5])
+
+
+@given(TREES)
+def test_drafts_come_to_the_host_in_one_copy_unchanged(sources):
+    for drafts in sources:
+        copied = _on_host(drafts)
+        for name in ("tokens", "parents", "rows", "depths", "chances", "sources"):
+            assert getattr(copied, name).tolist() == getattr(drafts, name).tolist()
