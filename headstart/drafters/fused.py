@@ -108,7 +108,7 @@ class Fused:
         self._tell_again(None)
         union, proposals = Union(), []
         for source, (part, trust) in enumerate(zip(self.parts, self._trusts, strict=True)):
-            open_rows = _without(rows, union.promised(len(rows)), self.enough) if source else rows
+            open_rows = _without(rows, union.expected(len(rows)), self.enough) if source else rows
             proposals.append(self._propose_part(part, open_rows))
             union.add(source, proposals[-1], [trust.odds(seat) for seat in rows.seats])
         for row in rows.drafting:
@@ -208,11 +208,11 @@ class Fused:
             self._untold.discard(seat)
 
 
-def _without(rows: Rows, promised: Sequence[float], enough: float) -> Rows:
-    """The rows, of which those do not draft that were promised enough kept tokens."""
-    if max(promised) < enough:
+def _without(rows: Rows, expected: Sequence[float], enough: float) -> Rows:
+    """The rows, of which those do not draft that expect enough kept tokens already."""
+    if max(expected) < enough:
         return rows
-    return replace(rows, depths=tuple(0 if sure >= enough else depth for depth, sure in zip(rows.depths, promised, strict=True)))
+    return replace(rows, depths=tuple(0 if count >= enough else depth for depth, count in zip(rows.depths, expected, strict=True)))
 
 
 def _plan_of(part: Drafter, rows: Rows) -> Plan:

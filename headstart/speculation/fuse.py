@@ -118,16 +118,16 @@ class Union:
         odds: per row of the round, the odds ratio that corrects the sum of the chances of a node's children.
         """
         places: list[int] = []  # of the proposal's drafts, here
-        row_of: dict[int, int] = {}
+        rows: list[int] = []
         factors: dict[int, float] = {}
         tokens, depths, chances, indices = self.tokens, self.depths, self.chances, self.indices
-        for index, (token, old_parent) in enumerate(zip(proposal.tokens, proposal.parents, strict=True)):
-            row = row_of[index] = -1 - old_parent if old_parent < 0 else row_of[old_parent]
-            parent = old_parent if old_parent < 0 else places[old_parent]
+        for token, old_parent, own in zip(proposal.tokens, proposal.parents, proposal.chances, strict=True):
+            row, parent = (-1 - old_parent, old_parent) if old_parent < 0 else (rows[old_parent], places[old_parent])
+            rows.append(row)
             if old_parent not in factors:
                 total = proposal.mass[old_parent]
                 factors[old_parent] = correct(total, odds[row]) / total if total > 0 else 0.0
-            chance = min(1.0, proposal.chances[index] * factors[old_parent])
+            chance = min(1.0, own * factors[old_parent])
             place = indices.setdefault((parent, token), len(tokens))
             places.append(place)
             if place == len(tokens):
@@ -155,7 +155,7 @@ class Union:
             rows.append(-1 - parent if parent < 0 else rows[parent])
         return result, rows
 
-    def promised(self, num_rows: int) -> list[float]:
+    def expected(self, num_rows: int) -> list[float]:
         """Per row of the round, the expected number of kept drafts."""
         result = [0.0] * num_rows
         for chance, row in zip(*self.path_chances(), strict=True):
@@ -185,11 +185,12 @@ class Union:
 def _likeliest(parents: Sequence[int], chances: Sequence[float], rows: Sequence[int], width: int, size: int) -> list[int]:
     """The drafts within `width` and `size`, sorted by row, then likeliest first, so that parents precede children."""
     # No child has a higher chance than its parent and none precedes it here, so a stable sort keeps this order among equals.
-    order = sorted(range(len(chances)), key=lambda index: (rows[index], -chances[index]))
+    order = sorted(range(len(chances)), key=chances.__getitem__, reverse=True)
+    order.sort(key=rows.__getitem__)
     num_children: dict[int, int] = {}
     num_drafts: dict[int, int] = {}
     chosen: list[int] = []
-    is_chosen = set(chosen)
+    is_chosen: set[int] = set()
     for index in order:
         parent, row = parents[index], rows[index]
         children, count = num_children.get(parent, 0), num_drafts.get(row, 0)

@@ -145,12 +145,12 @@ def test_sources_without_drafts_are_no_obstacle():
     assert len(joined(Drafts.none(), Drafts.none())) == 0
 
 
-def test_a_union_promises_the_sum_of_its_chances_per_row():
+def test_a_union_expects_the_sum_of_its_chances_per_row():
     union = Union()
-    assert union.promised(2) == [0.0, 0.0]
+    assert union.expected(2) == [0.0, 0.0]
     union.add(0, Proposal.of(Drafts.of([1, 2, 3], [ROOT, 0, ROOT], [0, 0, 1], [1, 2, 1], [0.5, 0.25, 0.1])), [1.0, 1.0])
     union.add(1, Proposal.of(Drafts.of([1, 9], [ROOT, 0], [0, 0], [1, 2], [0.25, 0.125])), [1.0, 1.0])
-    assert union.promised(2) == pytest.approx([0.5 + 0.25 + 0.25, 0.1])
+    assert union.expected(2) == pytest.approx([0.5 + 0.25 + 0.25, 0.1])
 
 
 def test_of_many_drafts_the_likeliest_are_read():
