@@ -181,6 +181,18 @@ def read_planner(planner: object, drafter: str | Drafter | None, model: object, 
     return resolve_planner(cast("Planner | CalibratedTree | Auto", planner), cast("str", drafter), temperature, model)
 
 
+def split_parts(spec: str) -> list[str]:
+    """The parts of `lookup+./heads`; a plus in the name of a folder that exists separates nothing."""
+    words, parts = spec.split("+"), []
+    while words:
+        ends = range(len(words), 1, -1)
+        joined = (end for end in ends if Path("+".join(words[:end]).removeprefix("model:")).is_dir())
+        end = next(joined, 1)
+        parts.append("+".join(words[:end]))
+        words = words[end:]
+    return parts
+
+
 def names() -> Sequence[str]:
     """The names of all drafters, third parties' included, sorted."""
     return sorted({*_MAKERS, *METHODS, *(entry.name for entry in entry_points(group="headstart.drafters"))})
@@ -191,12 +203,16 @@ def make(spec: str, target: Target) -> Drafter:
 
     spec: a folder of heads, a method (its heads that come with the target), `NAME` or `NAME:ARGUMENT` of an installed drafter, or
         the `owner/name` of heads on the hub. The first of these that exists counts: a folder hides everything else, and a name
-        without a slash is never looked up on the hub.
+        without a slash is never looked up on the hub. Several with a plus between them are joined into one drafter.
 
     Raises ValueError for a drafter that is unknown or cannot be loaded.
     """
     if Path(spec).is_dir():
         return heads_in(spec, target)
+    if len(parts := split_parts(spec)) > 1:
+        from headstart.drafters.fused import Fused
+
+        return Fused([make(part, target) for part in parts])
     if spec in METHODS:
         return _heads_of_target(spec, target)
     name, _, argument = spec.partition(":")

@@ -71,6 +71,11 @@ class Engine:
         self.planner = planner or (drafter.planner if drafter else None)
         self.learning = Learning(self.planner, is_on_host=target.device.type == "cpu")
         self.rule = accept if isinstance(accept, Rule) else parse_rule(accept)
+        if drafter and getattr(drafter, "refused_noise", None) == self.rule.noise:
+            raise ValueError(
+                f"drafter {drafter.name} joins drafts of several sources, which is not exact with accept='rejection'; take "
+                "accept='coupled', or one of these drafters alone"
+            )
         headroom = headroom_slots(target, drafter, planner, max_rows)
         self.slot_bytes = slot_bytes(target, drafter)
         self.seating = Seating(max_rows, num_slots(target.context + headroom, max_rows, memory, self.slot_bytes))
