@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from headstart.drafters import Drafter, Restorable
+from headstart.speculation.calibration import UNFITTED, Calibration
 from headstart.speculation.checks import require
 from headstart.speculation.fuse import Proposal, Union
 from headstart.speculation.planner import Best, Plan, Planner
@@ -51,6 +52,7 @@ class Fused:
     positive.
     """
 
+    corrects_chances = True  # by records of its own, part by part
     refused_noise = "fresh"  # where the chances of drawn children depend on another source's, their selection is not exact
 
     def __init__(self, parts: Sequence[Drafter], enough: float = 2.0) -> None:
@@ -69,6 +71,7 @@ class Fused:
         self.name = "+".join(names)
         self.taps: tuple[int, ...] = tuple(dict.fromkeys(tap for part in parts for tap in part.taps))
         self.planner: Planner = _planner([part.planner.plan([1]) for part in parts])
+        self.calibration: Calibration = next((part.calibration for part in parts if hasattr(part, "calibration")), UNFITTED)
         self._trusts = [Trust() for _ in parts]
         self._proposed: dict[int, _Proposed] = {}  # by seat
         # Parts that cannot return to an earlier state get their texts again.
@@ -227,7 +230,8 @@ def _plan_of(part: Drafter, rows: Rows) -> Plan:
         width=min(own.width, plan.width),
         beam=min(own.beam, plan.beam),
         nodes=min(own.nodes, plan.nodes),
-        min_gain=max(own.min_gain, plan.min_gain),
+        min_gain=own.min_gain if not plan.level_prices else 0.0,
+        level_prices=plan.level_prices,
     )
 
 

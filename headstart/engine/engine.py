@@ -14,7 +14,7 @@ from itertools import count
 import torch
 
 from headstart.drafters import Drafter
-from headstart.engine.admission import check_prompt
+from headstart.engine.admission import check_prompt, check_rule
 from headstart.engine.drafter_state import DrafterState
 from headstart.engine.events import Event, EventQueue
 from headstart.engine.exclusive import Exclusive
@@ -69,13 +69,9 @@ class Engine:
         self.target = target
         self.drafter = drafter
         self.planner = planner or (drafter.planner if drafter else None)
-        self.learning = Learning(self.planner, is_on_host=target.device.type == "cpu")
+        self.learning = Learning(self.planner, not getattr(drafter, "corrects_chances", False), target.device.type == "cpu")
         self.rule = accept if isinstance(accept, Rule) else parse_rule(accept)
-        if drafter and getattr(drafter, "refused_noise", None) == self.rule.noise:
-            raise ValueError(
-                f"drafter {drafter.name} joins drafts of several sources, which is not exact with accept='rejection'; take "
-                "accept='coupled', or one of these drafters alone"
-            )
+        check_rule(drafter, self.rule)
         headroom = headroom_slots(target, drafter, planner, max_rows)
         self.slot_bytes = slot_bytes(target, drafter)
         self.seating = Seating(max_rows, num_slots(target.context + headroom, max_rows, memory, self.slot_bytes))

@@ -21,11 +21,13 @@ class Learning:
     With any other planner no method does anything. What was learned in a round that fails stays: it changes speeds only.
 
     planner: of the engine.
+    corrects: whether chances are corrected; not those of a drafter that does so itself.
     is_on_host: whether asking for a tensor's values costs no host synchronisation.
     """
 
-    def __init__(self, planner: Planner | None, is_on_host: bool) -> None:
+    def __init__(self, planner: Planner | None, corrects: bool, is_on_host: bool) -> None:
         self._planner: LearningPlanner | None = planner if isinstance(planner, LearningPlanner) else None
+        self._corrects = corrects and self._planner is not None
         self._is_on_host = is_on_host
         self._trust = Trust()
 
@@ -48,7 +50,7 @@ class Learning:
 
     def odds(self, seats: Sequence[int]) -> tuple[float, ...]:
         """Per row, the factor that corrects the odds of its chances; () where none is corrected."""
-        odds = tuple(self._trust.odds(seat) for seat in seats) if self._planner is not None else ()
+        odds = tuple(self._trust.odds(seat) for seat in seats) if self._corrects else ()
         return odds if any(factor != 1 for factor in odds) else ()
 
     def learn(self, rows: Rows, drafts: Drafts, verdict: Verdict, seconds: Mapping[str, float]) -> None:

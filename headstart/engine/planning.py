@@ -48,10 +48,10 @@ def adaptive(target: Target, drafter: Drafter, cost: CostModel | None = None) ->
     """The adaptive planner of a drafter on a target. cost: None: the kept one, or measured now."""
     cost = cost or cost_of(target, drafter)
     calibration: Calibration = getattr(drafter, "calibration", UNFITTED)
-    return Adaptive(cost, _limits(drafter, cost, calibration), calibration)
+    return Adaptive(cost, limits_of(drafter, cost, calibration), calibration)
 
 
-def _limits(drafter: Drafter, cost: CostModel, calibration: Calibration) -> Limits:
+def limits_of(drafter: Drafter, cost: CostModel, calibration: Calibration) -> Limits:
     """The largest trees that a drafter may grow: its own planner's, and more where passes are so expensive that they pay."""
     usual = drafter.planner.plan([2**20])
     depth = int(getattr(drafter, "depth", 2 * usual.depth))
