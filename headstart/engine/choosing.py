@@ -48,7 +48,8 @@ def choose_drafter(model: object, target: Target, rule: Rule, specs: Sequence[st
 def _is_light(target: Target, fused: Drafter, best: Drafter) -> bool:
     """Whether looking up and joining takes a small part of a round; for small models it does not."""
     cost, alone = cost_of(target, fused), cost_of(target, best)
-    assert cost.draft is not None and alone.draft is not None, "the cost of a drafter has its drafting"
+    assert cost.draft is not None, "the cost of a drafter has its drafting"
+    assert alone.draft is not None, "the cost of a drafter has its drafting"
     return cost.draft.first - alone.draft.first <= _LIGHT * alone.plain()
 
 
