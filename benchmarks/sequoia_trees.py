@@ -24,7 +24,8 @@ from rich.table import Table as Lines
 from torch import Tensor
 
 from headstart.engine.drafter_loading import folder_of
-from headstart.speculation.calibration import Ranks, Table, expected_tau, load_plan, sparse_tree, walk
+from headstart.speculation.calibration import Ranks, Table, expected_tau, sparse_tree, walk
+from headstart.speculation.heads_plan import load_plan
 from headstart.speculation.planner import StaticTree
 from headstart.speculation.sequoia import Sequoia
 

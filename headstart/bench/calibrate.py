@@ -20,16 +20,8 @@ from headstart.engine.engine import Engine
 from headstart.engine.memory import request_bytes
 from headstart.engine.scheduler import Request
 from headstart.engine.stats import Stats
-from headstart.speculation.calibration import (
-    UNFITTED,
-    Calibration,
-    HeadsPlan,
-    Tree,
-    acceptance,
-    expected_calibration_error,
-    sparse_tree,
-    walk,
-)
+from headstart.speculation.calibration import UNFITTED, Calibration, acceptance, expected_calibration_error, sparse_tree, walk
+from headstart.speculation.heads_plan import HeadsPlan, Tree
 from headstart.speculation.noise import mix
 from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Chain, Planner, StaticTree

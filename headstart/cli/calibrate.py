@@ -39,7 +39,7 @@ def calibrate(
     from headstart.bench.suites import load_cases
     from headstart.bench.tasks import encode_tasks
     from headstart.engine.drafter_loading import heads_in
-    from headstart.speculation.calibration import save_plan
+    from headstart.speculation.heads_plan import save_plan
 
     if model.accept != "coupled":
         raise ValueError(f"--accept is {model.accept}; calibration measures the coupled acceptance rule, so leave it out")

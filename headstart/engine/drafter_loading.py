@@ -53,7 +53,7 @@ def heads_in(folder: str | Path, target: Target) -> Heads:
     Raises ValueError where they are damaged or made for another target.
     """
     from headstart.formats import describe_target, load
-    from headstart.speculation.calibration import load_plan
+    from headstart.speculation.heads_plan import load_plan
 
     heads = load(Path(folder), describe_target(target.model, _tokenizer_of(target)))
     plan = load_plan(Path(folder))
@@ -140,7 +140,7 @@ def resolve_planner(
 
     Raises ValueError for a drafter without measured trees.
     """
-    from headstart.speculation.calibration import load_plan
+    from headstart.speculation.heads_plan import load_plan
 
     if not isinstance(planner, CalibratedTree):
         return planner

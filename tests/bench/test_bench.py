@@ -17,7 +17,8 @@ from headstart.cli import app
 from headstart.engine.engine import Engine
 from headstart.engine.stats import Stats
 from headstart.formats import describe_target, save
-from headstart.speculation.calibration import UNFITTED, HeadsPlan, Tree, save_plan
+from headstart.speculation.calibration import UNFITTED
+from headstart.speculation.heads_plan import HeadsPlan, Tree, save_plan
 from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Best, CalibratedTree, Chain, StaticTree
 from headstart.speculation.rules import RULES

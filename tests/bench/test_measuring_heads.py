@@ -17,7 +17,8 @@ from headstart.drafters.hydra import Hydra, HydraConfig, HydraPlus, HydraPlusCon
 from headstart.drafters.medusa import Medusa, MedusaConfig
 from headstart.engine.drafter_loading import heads_in
 from headstart.formats.model_card import with_section
-from headstart.speculation.calibration import load_plan, walk
+from headstart.speculation.calibration import walk
+from headstart.speculation.heads_plan import load_plan
 from headstart.speculation.planner import Chain, StaticTree
 from headstart.target.target import Target
 
