@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -122,6 +122,7 @@ class CalibrationResult:
     chain: tau (acceptance length) of a chain of the drafter's depth, replayed from the ranks.
     chain_measured: the same by decoding.
     trees: the best static tree by its number of drafts.
+    texts: ranks of every answer, as `walk` takes them.
     """
 
     temperature: float
@@ -132,6 +133,7 @@ class CalibrationResult:
     chain: float
     chain_measured: float
     trees: dict[int, Tree]
+    texts: tuple[Tensor, ...] = field(default=(), repr=False)
 
 
 def calibrate(
@@ -228,6 +230,7 @@ def _measure(
         chain=walk(ranks, chain),
         chain_measured=tau,
         trees={size: _tree(table, size, ranks) for size in sizes},
+        texts=tuple(ranks),
     )
 
 

@@ -114,7 +114,7 @@ class DraftShape:
         own = {id(weight): weight.numel() for weight in heads.parameters()}
         outputs = [{id(weight) for weight in heads.output_head(depth).weights if id(weight) in own} for depth in range(heads.depth)]
         body = sum(count for key, count in own.items() if key not in set().union(*outputs))
-        modules = getattr(heads.config, "num_heads", None) or getattr(heads.config, "num_modules", 1)
+        modules = int(getattr(heads.config, "num_heads", None) or getattr(heads.config, "num_modules", None) or 1)
         output = max(sum(own[key] for key in keys) for keys in outputs)
         if output < heads.hidden:  # at most a norm: the LM head is the target's
             output += heads.hidden * heads.vocab

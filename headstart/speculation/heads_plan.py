@@ -80,8 +80,8 @@ class HeadsPlan:
         nearest = min(self.trees, key=lambda measured: abs(measured - temperature), default=None)
         by_size = {} if nearest is None else self.trees[nearest]
         if nodes not in by_size:
-            sizes = ", ".join(f"tree:{size}" for size in sorted(by_size))
-            raise ValueError(f"no tree of {nodes} drafts was measured; there are {sizes or 'none, so calibrate the heads again'}")
+            sizes = ", ".join(f"tree:{size}" for size in sorted(by_size)) or "none, so measure the heads with `headstart tune`"
+            raise ValueError(f"no tree of {nodes} drafts was measured; there are {sizes}")
         return StaticTree(by_size[nodes].paths)
 
 

@@ -381,7 +381,7 @@ def test_prompts_that_exceed_the_context_are_left_out_and_counted(model_folder, 
         (("--temperatures", "nan"), "0 or positive"),
         (("--by-kind",), "give --prompts again"),
         (("--prompts", "stories", "--prompts", "stories"), "two prompt sets are called 'stories'"),
-        (("--run", "lookup@tree:8"), "headstart calibrate"),
+        (("--run", "lookup@tree:8"), "headstart tune"),
         (("--run", "lookup@tree:"), "tree:32 (calibrated)"),
     ],
 )
