@@ -91,7 +91,8 @@ class Observed:
         """Candidates: chains, and Sequoia's choice if every level had so many parents."""
         yield from (chain(depth) for depth in range(1, len(self.table) + 1))
         context = round(rows * self.length)
-        forward = [cost.forward(rows * (1 + nodes), rows, context) + cost.host_seconds for nodes in range(MOST_NODES + 1)]
+        sizes = [rows * (1 + nodes) for nodes in range(MOST_NODES + 1)]
+        forward = [cost.forward(size, rows, context) + cost.host(size, rows) for size in sizes]
         for beam in BEAMS:
             drafting = [cost.drafting(depth, beam, rows) for depth in range(len(self.table) + 1)]
             if paths := self.programme.choose(forward, drafting).paths:
@@ -99,8 +100,8 @@ class Observed:
 
     def _seconds(self, cost: CostModel, paths: tuple[Ranks, ...], rows: int) -> float:
         """Seconds of a round in which every row has this tree."""
-        context = round(rows * self.length)
-        return cost.forward(rows * (1 + len(paths)), rows, context) + cost.host_seconds + drafting_seconds(cost, paths, rows)
+        size, context = rows * (1 + len(paths)), round(rows * self.length)
+        return cost.forward(size, rows, context) + cost.host(size, rows) + drafting_seconds(cost, paths, rows)
 
     def chain_lengths(self, cost: CostModel, most_rows: int) -> tuple[int, ...]:
         """For 1, 2, ... rows, the length of the chain with the most expected tokens per second; 0: plain decoding."""

@@ -75,6 +75,8 @@ def _cost_table(cost: CostModel, title: str) -> Table:
             if width in (1, 4, 8, 16):
                 table.add_row(f"further level of {_counted(width, 'node')}", _ms(seconds), f"{seconds / cost.seconds[0]:.2f}")
     table.add_row("rest of a round", _ms(cost.host_seconds), "")
+    table.add_row("rest of a round, more per request", _ms(cost.host_row_seconds), "")
+    table.add_row("rest of a round, more per node", _ms(cost.host_node_seconds), "")
     table.add_row("1,000 tokens of context", _ms(1000 * cost.context_seconds), "")
     return table
 
