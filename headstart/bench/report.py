@@ -24,6 +24,7 @@ import headstart
 from headstart.bench.identity import Split, find_split
 from headstart.bench.loops import loop_share
 from headstart.bench.runner import PLAIN, Sample, Setup
+from headstart.engine.machine import cpu_name
 from headstart.engine.stats import Stats
 from headstart.speculation.rules import parse_rule
 from headstart.target.target import Target
@@ -186,13 +187,6 @@ def machine(target: Target) -> dict[str, Any]:
         "headstart": headstart.__version__,
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
-
-
-def cpu_name() -> str:
-    """The processor's model name."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def labels(setup: Setup) -> list[str]:

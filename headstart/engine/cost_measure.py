@@ -6,7 +6,7 @@ Must not import the module of any one drafter.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -202,15 +202,19 @@ def measure_cost(target: Target, drafter: Drafter | None = None, seconds: float 
     measured = {setting.nodes: sample for setting, sample in forwards.items()}
     nodes = tuple(sorted(measured))
     passes = monotone([measured[size].forward for size in nodes])
-    host = median(measured[size].host for size in nodes)
+    least, most = measured[nodes[0]].host, measured[nodes[-1]].host
+    host_node_seconds = max(0.0, most - least) / max(1, nodes[-1] - nodes[0])
+    row_seconds, host_row_seconds = _row_seconds(target, measured, passes, prompt, began + 0.7 * seconds)
     middle = nodes[min(2, len(nodes) - 1)]
     return CostModel(
         nodes=nodes,
         seconds=passes,
         context_seconds=_context_seconds(target, measured[middle].forward, middle, prompt, began + 0.6 * seconds),
-        row_seconds=_row_seconds(target, nodes, passes, prompt, began + 0.7 * seconds),
+        row_seconds=row_seconds,
         draft=_draft_cost(target, drafter, prompt, began + seconds) if drafter is not None else None,
-        host_seconds=host,
+        host_seconds=least,
+        host_row_seconds=host_row_seconds,
+        host_node_seconds=host_node_seconds,
     )
 
 
@@ -223,12 +227,18 @@ def _context_seconds(target: Target, short: float, nodes: int, prompt: int, unti
     return max(0.0, (next(iter(long.values())).forward - short) / (longer - prompt))
 
 
-def _row_seconds(target: Target, nodes: Sequence[int], passes: Sequence[float], prompt: int, until: float) -> float:
-    """Seconds of a forward for each row after the first, beyond those of its nodes."""
-    if 4 not in nodes:
-        return 0.0
-    several = _medians(_Bench(target, None, 4, prompt, 4), [Setting(4)], until)
-    return max(0.0, (next(iter(several.values())).forward - passes[list(nodes).index(4)]) / 3)
+def _row_seconds(
+    target: Target, measured: Mapping[int, Sample], passes: Sequence[float], prompt: int, until: float
+) -> tuple[float, float]:
+    """Seconds of a forward, and of a round's remaining parts, for each row after the first, beyond those of its nodes.
+
+    measured: rounds of one row, by nodes. passes: their forwards, monotone.
+    """
+    if 4 not in measured:
+        return 0.0, 0.0
+    several = next(iter(_medians(_Bench(target, None, 4, prompt, 4), [Setting(4)], until).values()))
+    forward, host = passes[sorted(measured).index(4)], measured[4].host
+    return max(0.0, (several.forward - forward) / 3), max(0.0, (several.host - host) / 3)
 
 
 def _draft_cost(target: Target, drafter: Drafter, prompt: int, until: float) -> DraftCost:

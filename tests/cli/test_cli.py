@@ -48,7 +48,9 @@ FROZEN = {
     "inspect": {"--device", "--model", "--probe", "--trust-remote-code", "--json"},
     "distill": MODEL | DRAFTING | DISTILL | {"--json"},
     "import": {"--target", "--out", "--taps", "--trust-remote-code", "--json"},
-    "calibrate": MODEL | {"--prompts", "--limit", "--max-tokens", "--temperature", "--seed", "--raw", "--chat", "--json"},
+    "tune": MODEL
+    | {"--prompts", "--limit", "--max-tokens", "--temperature", "--rows", "--decode", "--no-decode", "--hardware", "--seed"}
+    | {"--raw", "--chat", "--json"},
     "bench": MODEL
     | SAMPLING
     | {
@@ -318,7 +320,7 @@ def test_inspect_refuses_a_folder_without_a_model(broken, folder):
         (("--planner", "chain:x"), "cannot be read"),
         (("--planner", "chain:0"), "depth is 0; it must be at least 1"),
         (("--planner", "best:leaves=3"), "none of nodes, depth"),
-        (("--planner", "tree:8"), "measure a folder of heads with `headstart calibrate"),
+        (("--planner", "tree:8"), "measure a folder of heads with `headstart tune"),
         (("--drafter", "lookup", "--planner", "tree:8"), "drafter 'lookup' has none"),
         (("--planner", "tree:0"), "nodes is 0; it must be at least 1"),
         (("--device", "abacus"), "device 'abacus' is not supported"),
