@@ -1,0 +1,221 @@
+"""Which plots a page has: a card for each that the results have data for, with a panel for each temperature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from headstart.bench.html import plots
+from headstart.bench.html.series import Series
+from headstart.bench.html.svg import PARTS, VARIABLES, to_svg
+from headstart.bench.html.values import interval, number
+from headstart.bench.runner import PLAIN
+
+Rows = Sequence[Mapping[str, Any]]
+Looks = Mapping[str, Series]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot of a card. caption: what distinguishes it from the other plots of the card, or empty."""
+
+    svg: Markup
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Card:
+    """Plots that belong together.
+
+    name: for links.
+    title: what is seen.
+    text: how to read it, in one or two sentences.
+    panels: at least one.
+    legend: the runs whose names are not in the plots themselves.
+    parts: names and CSS colors of what is no run.
+    """
+
+    name: str
+    title: str
+    text: str
+    panels: Sequence[Panel]
+    legend: Sequence[Series] = ()
+    parts: Sequence[tuple[str, str]] = ()
+
+
+def all_cards(result: Mapping[str, Any], looks: Looks) -> list[Card]:
+    """Every plot that there is data for, in the order of the page."""
+    cards = (_speed_ups, _acceptance, _lengths, _times, _throughput, _latency, _cost, _training)
+    return [card for make in cards if (card := make(result, looks)) is not None]
+
+
+# -- by temperature ----------------------------------------------------------------------------------------------------------
+
+
+def _panels(name: str, rows: Rows, draw: Callable[[Rows], Figure | None]) -> list[Panel]:
+    """A panel for each temperature that there is something to draw for."""
+    temperatures = list(dict.fromkeys(row.get("temperature") for row in rows))
+    panels = []
+    for index, temperature in enumerate(temperatures):
+        figure = draw([row for row in rows if row.get("temperature") == temperature])
+        if figure is not None:
+            panels.append(_panel(figure, f"{name}-{index}", f"temperature {temperature:g}" if len(temperatures) > 1 else ""))
+    return panels
+
+
+def _panel(figure: Figure, name: str, caption: str = "") -> Panel:
+    return Panel(Markup(to_svg(figure, name)), caption)  # noqa: S704 - matplotlib escapes every text
+
+
+def _legend(looks: Looks, runs: Iterable[str]) -> list[Series]:
+    """The series of these runs, in the order of the results."""
+    shown = {*runs}
+    return [look for run, look in looks.items() if run in shown]
+
+
+def _drafted(result: Mapping[str, Any]) -> Rows:
+    return [row for row in result["runs"] if row["run"] != PLAIN]
+
+
+def _speed_ups(result: Mapping[str, Any], looks: Looks) -> Card | None:
+    rows = _drafted(result)
+    sets = list(dict.fromkeys(kind for row in rows for kind in row.get("kinds") or ()))
+    is_grouped = len(sets) > 1
+
+    def draw(some: Rows) -> Figure | None:
+        numbers = [(row, kind, row["kinds"].get(kind) or {}) for kind in sets for row in some if row.get("kinds")]
+        alone = [(row, None, row) for row in some]
+        dots = [
+            plots.Dot(looks[row["run"]], value, interval(values), kind)
+            for row, kind, values in (numbers if is_grouped else alone)
+            if (value := number(values, "speed_up")) is not None
+        ]
+        return plots.speed_ups(dots) if dots else None
+
+    panels = _panels("speed-up", rows, draw)
+    has_intervals = any(interval(values) for row in rows for values in (row, *(row.get("kinds") or {}).values()))
+    text = "Tokens per second of a run over those of plain decoding, on the same prompts. Right of the dashed line is faster."
+    if has_intervals:
+        text += " The bar is the interval, from resampling the prompts."
+    title = "Speed-up by prompt set" if is_grouped else "Speed-up"
+    return Card("speed-up", title, text, panels, _legend(looks, [row["run"] for row in rows]) if is_grouped else ()) if panels else None
+
+
+def _acceptance(result: Mapping[str, Any], looks: Looks) -> Card | None:
+    rows = [row for row in _drafted(result) if row.get("acceptance")]
+    panels = _panels(
+        "acceptance", rows, lambda some: plots.acceptance({looks[row["run"]]: row["acceptance"][: plots.MAX_LENGTH] for row in some})
+    )
+    text = "How often a draft at this depth is accepted, where the draft before it was."
+    return Card("acceptance", "Acceptance rate by depth", text, panels, _legend(looks, [r["run"] for r in rows])) if panels else None
+
+
+def _lengths(result: Mapping[str, Any], looks: Looks) -> Card | None:
+    rows = [row for row in _drafted(result) if sum(row.get("lengths") or ())]
+    panels = _panels(
+        "lengths",
+        rows,
+        lambda some: plots.lengths([(looks[row["run"]], row["lengths"], number(row, "tau")) for row in some]),
+    )
+    text = "How many tokens one forward of the target gives, as shares of all forwards. The mean is tau, the acceptance length."
+    return Card("lengths", "Acceptance lengths", text, panels) if panels else None
+
+
+def _times(result: Mapping[str, Any], looks: Looks) -> Card | None:
+    rows = [row for row in result["runs"] if sum((row.get("shares") or {}).values()) and number(row, "decode_speed_up")]
+    names = ("forward of the target", "drafting", "verification and the rest")
+
+    def draw(some: Rows) -> Figure:
+        return plots.times([plots.Bar(looks[row["run"]], 1 / row["decode_speed_up"], _parts(row["shares"])) for row in some])
+
+    text = (
+        "Time per token after the first one, relative to plain decoding, and what it is spent on. "
+        "A drafter pays where its bar ends left of the dashed line."
+    )
+    parts = [(name, f"var({VARIABLES[color]})") for name, color in zip(names, PARTS, strict=True)]
+    panels = _panels("times", rows, draw)
+    return Card("times", "Where the time goes", text, panels, parts=parts) if panels else None
+
+
+def _parts(shares: Mapping[str, float]) -> tuple[float, float, float]:
+    """The shares of the target's forward, of drafting, and of everything else."""
+    forward, draft = shares.get("score", 0.0), shares.get("draft", 0.0)
+    return forward, draft, max(0.0, sum(shares.values()) - forward - draft)
+
+
+# -- by rows, nodes and tokens ---------------------------------------------------------------------------------------------
+
+
+def _throughput(result: Mapping[str, Any], looks: Looks) -> Card | None:
+    text = "Tokens per second of all rows together, where more rows are decoded at once."
+    return _by_rows(result, looks, ("throughput", "Throughput by concurrency", text, "tokens per second"), ("tokens_per_second",))
+
+
+def _latency(result: Mapping[str, Any], looks: Looks) -> Card | None:
+    text = "The time that 99 of 100 tokens take at most. It says how evenly a row's text appears."
+    names = ("latency", "P99 time per token by concurrency", text, "P99 per token (ms)")
+    return _by_rows(result, looks, names, ("token_ms", "p99"))
+
+
+def _by_rows(result: Mapping[str, Any], looks: Looks, names: tuple[str, str, str, str], field: tuple[str, ...]) -> Card | None:
+    name, title, text, unit = names
+    known = [row for row in result.get("concurrency") or () if number(row, *field) is not None and number(row, "rows")]
+
+    def draw(some: Rows) -> Figure:
+        points: dict[Series, list[tuple[float, float]]] = {}
+        for row in sorted(some, key=lambda row: row["rows"]):
+            points.setdefault(looks[row["run"]], []).append((row["rows"], number(row, *field) or 0.0))
+        return plots.by_rows(points, unit)
+
+    panels = _panels(name, known, draw)
+    return Card(name, title, text, panels, _legend(looks, [row["run"] for row in known])) if panels else None
+
+
+def _cost(result: Mapping[str, Any], looks: Looks) -> Card | None:
+    measured = result.get("cost") or {}
+    curve = [pair for pair in zip(measured.get("nodes") or (), measured.get("ms") or (), strict=False) if pair[0] > 0]
+    if not curve:
+        return None
+    points: dict[Series, list[tuple[float, float]]] = {}
+    for point in measured.get("operating_points") or ():
+        if number(point, "nodes") and number(point, "ms") is not None:
+            points.setdefault(looks[point["run"]], []).append((point["nodes"], point["ms"]))
+    text = "Time of one forward of the target by the number of nodes that it scores."
+    if points:
+        text += " The markers are what each run chose, on average."
+    panels = [_panel(plots.cost(curve, points), "cost")]
+    return Card("cost", "What a forward costs", text, panels, _legend(looks, [look.run for look in points]))
+
+
+def _training(result: Mapping[str, Any], looks: Looks) -> Card | None:
+    curves = []
+    for heads in result.get("heads") or ():
+        curve, look = heads.get("curve") or (), of_heads(heads, looks)
+        training, held_out = _points(curve, "tau"), _points(curve, "held_out_tau")
+        if look is not None and len(training) + len(held_out) > 1:
+            curves.append(plots.Curve(look, training, held_out))
+    if not curves:
+        return None
+    text = (
+        "Tokens per forward that a chain of each heads' best drafts would give, over their training: "
+        "thin lines on the training texts, markers on held-out texts."
+    )
+    legend = _legend(looks, [curve.series.run for curve in curves])
+    return Card("training", "Acceptance length over training", text, [_panel(plots.training(curves), "training")], legend)
+
+
+def _points(curve: Rows, name: str) -> list[tuple[float, float]]:
+    pairs = [(number(point, "tokens"), number(point, name)) for point in curve]
+    return [(tokens, tau) for tokens, tau in pairs if tokens is not None and tau is not None]
+
+
+def of_heads(heads: Mapping[str, Any], looks: Looks) -> Series | None:
+    """The series of the first run that used these heads, or None. heads: an entry of the results' `heads`."""
+    folder = str(heads.get("folder", ""))
+    names = {folder, Path(folder).name}
+    return next((look for run, look in looks.items() if run.partition("@")[0].rstrip("/") in names), None)

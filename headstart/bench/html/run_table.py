@@ -1,0 +1,184 @@
+"""The table of runs: a column for every quantity that at least one run has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from headstart.bench.html.series import Series
+from headstart.bench.html.values import NONE, factor, interval, milliseconds, number, percent, size, span
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One value of one run.
+
+    text: as shown.
+    note: shown smaller below it, or empty.
+    order: the number to sort by, or the text.
+    is_best: whether no other run of this temperature is better.
+    """
+
+    text: str
+    note: str = ""
+    order: float | str = ""
+    is_best: bool = False
+
+
+@dataclass(frozen=True)
+class Column:
+    """A quantity of the runs.
+
+    group: heading above several columns.
+    title: heading of this one.
+    hint: what it is, in one sentence.
+    cell: of one run, None where the run lacks it.
+    best: max or min where one value is better than another.
+    """
+
+    group: str
+    title: str
+    hint: str
+    cell: Callable[[Mapping[str, Any]], Cell | None]
+    best: Callable[[Sequence[float]], float] | None = None
+
+
+def _numeric(write: Callable[[float], str], *names: str) -> Callable[[Mapping[str, Any]], Cell | None]:
+    def cell(row: Mapping[str, Any]) -> Cell | None:
+        value = number(row, *names)
+        return None if value is None else Cell(write(value), order=value)
+
+    return cell
+
+
+def _with_interval(write: Callable[[float], str], name: str, interval_name: str) -> Callable[[Mapping[str, Any]], Cell | None]:
+    def cell(row: Mapping[str, Any]) -> Cell | None:
+        value, ends = number(row, name), interval(row, interval_name)
+        return None if value is None else Cell(write(value), span(ends) if ends else "", value)
+
+    return cell
+
+
+def _identical(row: Mapping[str, Any]) -> Cell | None:
+    words = row.get("identical")
+    return None if words is None else Cell(str(words), order=str(words))
+
+
+COLUMNS = (
+    Column("speed", "tokens/s", "Tokens per second over all prompts.", _numeric(lambda v: f"{v:,.1f}", "tokens_per_second"), max),
+    Column("speed", "speed-up", "Over plain decoding, with its interval.", _with_interval(factor, "speed_up", "interval"), max),
+    Column(
+        "speculation",
+        "tau",
+        "Acceptance length: tokens per forward of the target.",
+        _with_interval(lambda value: f"{value:.2f}", "tau", "tau_interval"),
+    ),
+    Column("speculation", "forward", "Verification cost: time of a forward over one of plain decoding.", _numeric(factor, "forward")),
+    Column("speculation", "drafting", "Share of the time that drafting takes.", _numeric(percent, "shares", "draft")),
+    Column("time per token", "P50", "Half of the tokens take at most this long.", _numeric(milliseconds, "token_ms", "p50"), min),
+    Column("time per token", "P90", "90 of 100 tokens take at most this long.", _numeric(milliseconds, "token_ms", "p90"), min),
+    Column("time per token", "P99", "99 of 100 tokens take at most this long.", _numeric(milliseconds, "token_ms", "p99"), min),
+    Column(
+        "first token",
+        "after",
+        "Time to first token.",
+        _numeric(lambda value: milliseconds(1000 * value), "time_to_first_token"),
+    ),
+    Column("memory", "heads", "Of the drafter's weights.", _numeric(size, "memory", "heads")),
+    Column("memory", "cache", "Of the KV cache.", _numeric(size, "memory", "cache")),
+    Column("text", "identical", "Whether the text is plain decoding's.", _identical),
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One run. series: its look. temperature, prompt_set: empty where there is one only. cells: as many as there are columns."""
+
+    series: Series
+    temperature: str
+    prompt_set: str
+    cells: Sequence[Cell]
+
+
+@dataclass(frozen=True)
+class RunTable:
+    """columns: those with a value. groups: headings with the number of columns below each. lines: one per run."""
+
+    columns: Sequence[Column]
+    groups: Sequence[tuple[str, int]]
+    lines: Sequence[Line]
+
+    @property
+    def has_temperatures(self) -> bool:
+        """Whether the runs differ in temperature."""
+        return any(line.temperature for line in self.lines)
+
+
+def run_table(result: Mapping[str, Any], looks: Mapping[str, Series]) -> RunTable:
+    """The numbers over all prompts."""
+    return _table([(row, row, "") for row in result["runs"]], looks)
+
+
+def table_by_set(result: Mapping[str, Any], looks: Mapping[str, Series]) -> RunTable | None:
+    """The numbers by prompt set; None where there is one set only."""
+    rows = result["runs"]
+    sets = list(dict.fromkeys(kind for row in rows for kind in row.get("kinds") or ()))
+    parts = [(row, numbers, kind) for kind in sets for row in rows if (numbers := (row.get("kinds") or {}).get(kind))]
+    return _table(parts, looks) if len(sets) > 1 else None
+
+
+def _table(parts: Sequence[tuple[Mapping[str, Any], Mapping[str, Any], str]], looks: Mapping[str, Series]) -> RunTable:
+    """parts: the run, its numbers, and the prompt set that they are of."""
+    cells = [[column.cell(numbers) for column in COLUMNS] for _, numbers, _ in parts]
+    known = [index for index in range(len(COLUMNS)) if any(line[index] is not None for line in cells)]
+    columns = [COLUMNS[index] for index in known]
+    keys = [(row.get("temperature"), kind) for row, _, kind in parts]
+    several = len({temperature for temperature, _ in keys}) > 1
+    lines = [
+        Line(
+            looks[row["run"]],
+            f"{row['temperature']:g}" if several else "",
+            kind,
+            [_marked(cells, keys, line, index) for index in known],
+        )
+        for line, (row, _, kind) in enumerate(parts)
+    ]
+    return RunTable(columns, [(name, len([*some])) for name, some in groupby(columns, lambda column: column.group)], lines)
+
+
+def _marked(cells: Sequence[Sequence[Cell | None]], keys: Sequence[object], line: int, index: int) -> Cell:
+    """A cell, marked where it is the best of its column among the runs of the same key."""
+    cell, best = cells[line][index], COLUMNS[index].best
+    if cell is None:
+        return Cell(NONE)
+    rivals = [
+        other.order
+        for some, key in zip(cells, keys, strict=True)
+        if key == keys[line] and (other := some[index]) is not None and isinstance(other.order, float | int)
+    ]
+    is_best = best is not None and len(rivals) > 1 and cell.order == best(rivals)
+    return Cell(cell.text, cell.note, cell.order, is_best)
+
+
+HEADS_COLUMNS = ("heads", "method", "parameters", "size", "training tokens", "training", "held-out top-1 by depth", "held-out tau")
+
+
+def heads_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """The texts of the table of heads, one list per folder, in the order of `HEADS_COLUMNS`."""
+    writers: tuple[tuple[str, Callable[[float], str]], ...] = (
+        ("parameters", lambda value: f"{value:,.0f}"),
+        ("megabytes", lambda value: size(1e6 * value)),
+        ("tokens", lambda value: f"{value:,.0f}"),
+        ("minutes", lambda value: f"{value:.1f} min"),
+    )
+    rows = []
+    for heads in result.get("heads") or ():
+        numbers = [NONE if (value := number(heads, name)) is None else write(value) for name, write in writers]
+        top1 = "  ".join(f"{share:.2f}" for share in heads.get("top1") or ()) or NONE
+        tau = number(heads, "tau")
+        names = [Path(str(heads.get("folder", ""))).name, str(heads.get("method", ""))]
+        rows.append([*names, *numbers, top1, NONE if tau is None else f"{tau:.2f}"])
+    return rows
