@@ -40,17 +40,17 @@ def html_page(result: dict[str, Any]) -> str:
     """The text of the page. Raises ValueError where matplotlib or jinja2 is missing."""
     environment = _environment()
     from headstart.bench.html import run_table, sentences
-    from headstart.bench.html.cards import all_cards
+    from headstart.bench.html.cards import all_cards, in_columns
     from headstart.bench.html.series import all_series
     from headstart.bench.html.svg import drawing
 
     looks = all_series(result)
     with drawing():
-        cards = all_cards(result, looks)
+        columns = in_columns(all_cards(result, looks))
     return environment.get_template("page.html.jinja").render(
         result=result,
         looks=looks,
-        cards=cards,
+        columns=columns,
         table=run_table.run_table(result, looks),
         table_by_set=run_table.table_by_set(result, looks),
         heads=run_table.heads_rows(result),

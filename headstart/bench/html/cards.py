@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 
 from headstart.bench.html import plots
 from headstart.bench.html.series import Series
-from headstart.bench.html.svg import PARTS, VARIABLES, to_svg
+from headstart.bench.html.svg import HUES, PARTS, VARIABLES, to_svg
 from headstart.bench.html.values import interval, number
 from headstart.bench.runner import PLAIN
 
@@ -22,9 +23,15 @@ Looks = Mapping[str, Series]
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot of a card. caption: what distinguishes it from the other plots of the card, or empty."""
+    """One plot of a card.
+
+    svg: its element.
+    height: in CSS pixels, where it is `svg.WIDTH` wide.
+    caption: what distinguishes it from the other plots of the card, or empty.
+    """
 
     svg: Markup
+    height: float
     caption: str = ""
 
 
@@ -47,11 +54,25 @@ class Card:
     legend: Sequence[Series] = ()
     parts: Sequence[tuple[str, str]] = ()
 
+    @property
+    def height(self) -> float:
+        """Roughly, in CSS pixels."""
+        return 130 + 7 * len(self.legend) + sum(panel.height + 40 * bool(panel.caption) for panel in self.panels)
+
 
 def all_cards(result: Mapping[str, Any], looks: Looks) -> list[Card]:
     """Every plot that there is data for, in the order of the page."""
     cards = (_speed_ups, _acceptance, _lengths, _times, _throughput, _latency, _cost, _training)
     return [card for make in cards if (card := make(result, looks)) is not None]
+
+
+def in_columns(cards: Sequence[Card]) -> list[list[tuple[int, Card]]]:
+    """The cards with their numbers, in two columns of about the same height; the first card is in the first column."""
+    numbered, half = [*enumerate(cards)], sum(card.height for card in cards) / 2
+    rest = (chosen for count in range(len(cards)) for chosen in combinations(numbered[1:], count))
+    sides = [(*numbered[:1], *chosen) for chosen in rest]
+    left = min(sides, key=lambda side: abs(half - sum(card.height for _, card in side)), default=())
+    return [column for column in ([*left], [pair for pair in numbered if pair not in left]) if column]
 
 
 # -- by temperature ----------------------------------------------------------------------------------------------------------
@@ -69,7 +90,7 @@ def _panels(name: str, rows: Rows, draw: Callable[[Rows], Figure | None]) -> lis
 
 
 def _panel(figure: Figure, name: str, caption: str = "") -> Panel:
-    return Panel(Markup(to_svg(figure, name)), caption)  # noqa: S704 - matplotlib escapes every text
+    return Panel(Markup(to_svg(figure, name)), 72 * figure.get_figheight(), caption)  # matplotlib escapes every text
 
 
 def _legend(looks: Looks, runs: Iterable[str]) -> list[Series]:
@@ -101,7 +122,7 @@ def _speed_ups(result: Mapping[str, Any], looks: Looks) -> Card | None:
     has_intervals = any(interval(values) for row in rows for values in (row, *(row.get("kinds") or {}).values()))
     text = "Tokens per second of a run over those of plain decoding, on the same prompts. Right of the dashed line is faster."
     if has_intervals:
-        text += " The bar is the interval, from resampling the prompts."
+        text += " The bar is the 95 % confidence interval over prompts."
     title = "Speed-up by prompt set" if is_grouped else "Speed-up"
     return Card("speed-up", title, text, panels, _legend(looks, [row["run"] for row in rows]) if is_grouped else ()) if panels else None
 
@@ -128,24 +149,23 @@ def _lengths(result: Mapping[str, Any], looks: Looks) -> Card | None:
 
 def _times(result: Mapping[str, Any], looks: Looks) -> Card | None:
     rows = [row for row in result["runs"] if sum((row.get("shares") or {}).values()) and number(row, "decode_speed_up")]
-    names = ("forward of the target", "drafting", "verification and the rest")
+    hues = ", ".join(f"var({VARIABLES[color]})" for color in HUES[:4])
+    parts = [
+        ("forward of the target", f"var({VARIABLES[PARTS[0]]})"),
+        ("drafting, in the color of the run", f"linear-gradient(90deg, {hues})"),
+        ("verification and the rest", f"var({VARIABLES[PARTS[1]]})"),
+    ]
 
     def draw(some: Rows) -> Figure:
-        return plots.times([plots.Bar(looks[row["run"]], 1 / row["decode_speed_up"], _parts(row["shares"])) for row in some])
+        bars = [(row, 1 / row["decode_speed_up"], row["shares"]) for row in some]
+        return plots.times([plots.Bar(looks[row["run"]], time, shares["score"], shares["draft"]) for row, time, shares in bars])
 
     text = (
         "Time per token after the first one, relative to plain decoding, and what it is spent on. "
         "A drafter pays where its bar ends left of the dashed line."
     )
-    parts = [(name, f"var({VARIABLES[color]})") for name, color in zip(names, PARTS, strict=True)]
     panels = _panels("times", rows, draw)
     return Card("times", "Where the time goes", text, panels, parts=parts) if panels else None
-
-
-def _parts(shares: Mapping[str, float]) -> tuple[float, float, float]:
-    """The shares of the target's forward, of drafting, and of everything else."""
-    forward, draft = shares.get("score", 0.0), shares.get("draft", 0.0)
-    return forward, draft, max(0.0, sum(shares.values()) - forward - draft)
 
 
 # -- by rows, nodes and tokens ---------------------------------------------------------------------------------------------
@@ -181,15 +201,13 @@ def _cost(result: Mapping[str, Any], looks: Looks) -> Card | None:
     curve = [pair for pair in zip(measured.get("nodes") or (), measured.get("ms") or (), strict=False) if pair[0] > 0]
     if not curve:
         return None
-    points: dict[Series, list[tuple[float, float]]] = {}
-    for point in measured.get("operating_points") or ():
-        if number(point, "nodes") and number(point, "ms") is not None:
-            points.setdefault(looks[point["run"]], []).append((point["nodes"], point["ms"]))
+    known = [point for point in measured.get("operating_points") or () if number(point, "nodes") and number(point, "ms")]
+    points = [(point["nodes"], point["ms"], looks[point["run"]]) for point in known]
     text = "Time of one forward of the target by the number of nodes that it scores."
     if points:
-        text += " The markers are what each run chose, on average."
+        text += " The markers on and above the line are what each run chose, on average."
     panels = [_panel(plots.cost(curve, points), "cost")]
-    return Card("cost", "What a forward costs", text, panels, _legend(looks, [look.run for look in points]))
+    return Card("cost", "What a forward costs", text, panels, _legend(looks, [look.run for *_, look in points]))
 
 
 def _training(result: Mapping[str, Any], looks: Looks) -> Card | None:

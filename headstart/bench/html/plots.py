@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import count
+from math import log2
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.transforms import ScaledTranslation
 
 from headstart.bench.html.series import Series
 from headstart.bench.html.svg import INK, MUTED, PAPER, PARTS, new_figure, only_lines_across, only_lines_up
 from headstart.bench.html.values import factor, percent
 
 MAX_LENGTH = 12  # of the histograms; longer ones are counted in the last bar
-LABEL = 11  # size of names, in pixels
+LABEL = 12  # size of names, in pixels
 
 
 # -- one dot per run ---------------------------------------------------------------------------------------------------------
@@ -33,11 +36,13 @@ class Dot:
 def speed_ups(dots: Sequence[Dot]) -> Figure:
     """Dots with intervals, from top to bottom: under the name of their prompt set, or each under the name of its run."""
     headings, heights, bottom = _rows(dots)
+    is_alone = all(dot.group is None for dot in dots)
     figure, axes = new_figure(bottom + 52)
     axes = axes[0, 0]
     only_lines_up(axes)
     for text, y in headings:
-        axes.text(0, y, text, transform=axes.get_yaxis_transform(), fontsize=LABEL, va="center", color=INK)
+        weight = "normal" if is_alone else "bold"
+        axes.text(0, y, text, transform=axes.get_yaxis_transform(), fontsize=LABEL, va="center", color=INK, fontweight=weight)
     for dot, y in zip(dots, heights, strict=True):
         _dot(axes, dot, y)
     ends = [end for dot in dots for end in (dot.value, *(dot.ends or ()))]
@@ -45,7 +50,7 @@ def speed_ups(dots: Sequence[Dot]) -> Figure:
     room = 0.06 * (high - low or 1.0)
     axes.axvline(1.0, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
     axes.set(xlim=(low - room, high + room), ylim=(bottom, 0), xlabel="speed-up over plain decoding (×)")
-    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     return figure
 
 
@@ -56,11 +61,11 @@ def _rows(dots: Sequence[Dot]) -> tuple[list[tuple[str, float]], list[float], fl
     y, group = 0.0, None
     for dot in dots:
         if dot.group is None or dot.group != group:
-            y += 12 if heights else 6
+            y += 16 if heights else 6
             headings.append((dot.group or dot.series.label, y + 4))
-            y += 6 if dot.group is None else 8
+            y += 5 if dot.group is None else 6
             group = dot.group
-        y += 15
+        y += 16
         heights.append(y)
     return headings, heights, y + 12
 
@@ -80,24 +85,26 @@ def _dot(axes: Axes, dot: Dot, y: float) -> None:
 
 @dataclass(frozen=True)
 class Bar:
-    """The time of a run relative to plain decoding's, and the shares of that time that its parts take."""
+    """The time of a run relative to plain decoding's, and the shares of it that the target's forward and drafting take."""
 
     series: Series
     time: float
-    shares: Sequence[float] = field(default_factory=tuple)
+    forward: float
+    draft: float
 
 
 def times(bars: Sequence[Bar]) -> Figure:
-    """One bar per run, divided into its parts, under the name of the run."""
+    """One bar per run under its name: the target's forward, drafting in the color of the run, and the rest."""
     figure, axes = new_figure(38 * len(bars) + 54)
     axes = axes[0, 0]
     only_lines_up(axes)
     for index, bar in enumerate(bars):
         y, left = 38 * index + 8, 0.0
         axes.text(0, y, bar.series.label, transform=axes.get_yaxis_transform(), fontsize=LABEL, va="center", color=INK)
-        for share, color in zip(bar.shares, PARTS, strict=True):
+        rest = max(0.0, 1 - bar.forward - bar.draft)
+        for share, color in ((bar.forward, PARTS[0]), (bar.draft, bar.series.color), (rest, PARTS[1])):
             width = share * bar.time
-            axes.barh(y + 16, width, height=12, left=left, color=color, edgecolor=PAPER, linewidth=0.8, gid=bar.series.css_class)
+            axes.barh(y + 16, width, height=12, left=left, color=color, gid=bar.series.css_class)
             left += width
     axes.axvline(1.0, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
     axes.set(xlim=(0, 1.04 * max(1.0, *(bar.time for bar in bars))), ylim=(38 * len(bars), 0))
@@ -108,7 +115,7 @@ def times(bars: Sequence[Bar]) -> Figure:
 def lengths(counts: Sequence[tuple[Series, Sequence[float], float | None]]) -> Figure:
     """A histogram for each run: of the tokens per forward, as a share of the forwards, with the mean where it is known."""
     rows = (len(counts) + 1) // 2
-    figure, axes = new_figure(112 * rows + 30, rows, 2, sharex=True, sharey=True)
+    figure, axes = new_figure(118 * rows + 32, rows, 2, sharex=True, sharey=True)
     longest = min(MAX_LENGTH, max(len(numbers) for _, numbers, _ in counts))
     for axis, (look, numbers, mean) in zip(axes.flat, counts, strict=False):
         shares = _shares(numbers, longest)
@@ -126,7 +133,7 @@ def lengths(counts: Sequence[tuple[Series, Sequence[float], float | None]]) -> F
     axes[0, 0].yaxis.set_major_formatter(FuncFormatter(lambda share, _: percent(share)))
     axes[0, 0].yaxis.set_major_locator(MaxNLocator(3))
     _length_ticks(axes[0, 0], longest, any(len(numbers) > longest for _, numbers, _ in counts))
-    figure.supxlabel("tokens per forward of the target", fontsize=12, color=MUTED)
+    figure.supxlabel("tokens per forward of the target", fontsize=13, color=MUTED)
     return figure
 
 
@@ -158,19 +165,33 @@ def acceptance(lines: Mapping[Series, Sequence[float]]) -> Figure:
     return figure
 
 
-def cost(curve: Points, points: Mapping[Series, Points]) -> Figure:
-    """The time of a forward by its number of nodes, with the operating points of the runs."""
+def cost(curve: Points, points: Sequence[tuple[float, float, Series]]) -> Figure:
+    """The time of a forward by its number of nodes.
+
+    points: nodes and time of each run's forwards. Those that would hide each other are drawn above each other.
+    """
     figure, axes = new_figure(300)
     axes = axes[0, 0]
     only_lines_across(axes)
     axes.plot(*zip(*curve, strict=True), color=MUTED, marker="o", markersize=4)
-    for look, places in points.items():
-        look.plot(axes, *zip(*places, strict=True), linestyle="none", markersize=9.5, clip_on=False, zorder=3)  # type: ignore[arg-type]
-    nodes = [x for x, _ in curve] + [x for places in points.values() for x, _ in places]
-    _doubling(axes, nodes)
+    _doubling(axes, [x for x, _ in curve] + [x for x, _, _ in points])
+    for (x, y, look), level in zip(points, _levels([log2(x) for x, _, _ in points], axes), strict=True):
+        above = ScaledTranslation(0, 13 * level / 72, figure.dpi_scale_trans)
+        look.plot(axes, [x], [y], transform=axes.transData + above, linestyle="none", markersize=9, zorder=3)
     axes.set(xlabel="nodes in one forward", ylabel="time of the forward (ms)")
     axes.set_ylim(bottom=0)
     return figure
+
+
+def _levels(places: Sequence[float], axes: Axes) -> list[int]:
+    """For each point, how many points it has to be lifted over. places: logarithms of the horizontal coordinates."""
+    low, high = axes.get_xlim()
+    apart = 0.035 * (log2(high) - log2(low))
+    levels: list[int] = []
+    for index, place in enumerate(places):
+        taken = {level for other, level in zip(places[:index], levels, strict=True) if abs(place - other) < apart}
+        levels.append(next(level for level in count() if level not in taken))
+    return levels
 
 
 def by_rows(lines: Mapping[Series, Points], unit: str) -> Figure:

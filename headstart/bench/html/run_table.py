@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from headstart.bench.html.series import Series
-from headstart.bench.html.values import NONE, factor, interval, milliseconds, number, percent, size, span
+from headstart.bench.html.values import NONE, digits, factor, interval, megabytes, number, percent, span
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,11 @@ class Column:
     cell: Callable[[Mapping[str, Any]], Cell | None]
     best: Callable[[Sequence[float]], float] | None = None
 
+    @property
+    def css_class(self) -> str:
+        """The class of its cells."""
+        return "words" if self.group == "text" else "number"
+
 
 def _numeric(write: Callable[[float], str], *names: str) -> Callable[[Mapping[str, Any]], Cell | None]:
     def cell(row: Mapping[str, Any]) -> Cell | None:
@@ -57,7 +62,8 @@ def _numeric(write: Callable[[float], str], *names: str) -> Callable[[Mapping[st
 def _with_interval(write: Callable[[float], str], name: str, interval_name: str) -> Callable[[Mapping[str, Any]], Cell | None]:
     def cell(row: Mapping[str, Any]) -> Cell | None:
         value, ends = number(row, name), interval(row, interval_name)
-        return None if value is None else Cell(write(value), span(ends) if ends else "", value)
+        has_width = ends is not None and ends[0] < ends[1]
+        return None if value is None else Cell(write(value), span(ends) if ends and has_width else "", value)
 
     return cell
 
@@ -69,7 +75,8 @@ def _identical(row: Mapping[str, Any]) -> Cell | None:
 
 COLUMNS = (
     Column("speed", "tokens/s", "Tokens per second over all prompts.", _numeric(lambda v: f"{v:,.1f}", "tokens_per_second"), max),
-    Column("speed", "speed-up", "Over plain decoding, with its interval.", _with_interval(factor, "speed_up", "interval"), max),
+    Column("speed", "speed-up", "Over plain decoding, with its 95 % confidence interval.", _with_interval(factor, "speed_up", "interval"), max),
+    Column("text", "identical", "Whether the text is plain decoding's.", _identical),
     Column(
         "speculation",
         "tau",
@@ -78,18 +85,12 @@ COLUMNS = (
     ),
     Column("speculation", "forward", "Verification cost: time of a forward over one of plain decoding.", _numeric(factor, "forward")),
     Column("speculation", "drafting", "Share of the time that drafting takes.", _numeric(percent, "shares", "draft")),
-    Column("time per token", "P50", "Half of the tokens take at most this long.", _numeric(milliseconds, "token_ms", "p50"), min),
-    Column("time per token", "P90", "90 of 100 tokens take at most this long.", _numeric(milliseconds, "token_ms", "p90"), min),
-    Column("time per token", "P99", "99 of 100 tokens take at most this long.", _numeric(milliseconds, "token_ms", "p99"), min),
-    Column(
-        "first token",
-        "after",
-        "Time to first token.",
-        _numeric(lambda value: milliseconds(1000 * value), "time_to_first_token"),
-    ),
-    Column("memory", "heads", "Of the drafter's weights.", _numeric(size, "memory", "heads")),
-    Column("memory", "cache", "Of the KV cache.", _numeric(size, "memory", "cache")),
-    Column("text", "identical", "Whether the text is plain decoding's.", _identical),
+    Column("ms per token", "P50", "Half of the tokens take at most this long.", _numeric(digits, "token_ms", "p50"), min),
+    Column("ms per token", "P90", "90 of 100 tokens take at most this long.", _numeric(digits, "token_ms", "p90"), min),
+    Column("ms per token", "P99", "99 of 100 tokens take at most this long.", _numeric(digits, "token_ms", "p99"), min),
+    Column("ms to", "first token", "The median over answers.", _numeric(lambda value: digits(1000 * value), "time_to_first_token")),
+    Column("memory in MB", "heads", "Of the drafter's weights.", _numeric(megabytes, "memory", "heads")),
+    Column("memory in MB", "cache", "Of the KV cache.", _numeric(megabytes, "memory", "cache")),
 )
 
 
@@ -112,6 +113,11 @@ class RunTable:
     lines: Sequence[Line]
 
     @property
+    def firsts(self) -> list[Column]:
+        """The first column of each group."""
+        return [next(some) for _, some in groupby(self.columns, lambda column: column.group)]
+
+    @property
     def has_temperatures(self) -> bool:
         """Whether the runs differ in temperature."""
         return any(line.temperature for line in self.lines)
@@ -132,7 +138,7 @@ def table_by_set(result: Mapping[str, Any], looks: Mapping[str, Series]) -> RunT
 
 def _table(parts: Sequence[tuple[Mapping[str, Any], Mapping[str, Any], str]], looks: Mapping[str, Series]) -> RunTable:
     """parts: the run, its numbers, and the prompt set that they are of."""
-    cells = [[column.cell(numbers) for column in COLUMNS] for _, numbers, _ in parts]
+    cells = [[None if _is_foreign(row, column) else column.cell(numbers) for column in COLUMNS] for row, numbers, _ in parts]
     known = [index for index in range(len(COLUMNS)) if any(line[index] is not None for line in cells)]
     columns = [COLUMNS[index] for index in known]
     keys = [(row.get("temperature"), kind) for row, _, kind in parts]
@@ -149,6 +155,11 @@ def _table(parts: Sequence[tuple[Mapping[str, Any], Mapping[str, Any], str]], lo
     return RunTable(columns, [(name, len([*some])) for name, some in groupby(columns, lambda column: column.group)], lines)
 
 
+def _is_foreign(row: Mapping[str, Any], column: Column) -> bool:
+    """Whether a run is a peer and the column is of this package's own rounds and memory."""
+    return bool(row.get("is_peer")) and column.group in ("speculation", "memory in MB")
+
+
 def _marked(cells: Sequence[Sequence[Cell | None]], keys: Sequence[object], line: int, index: int) -> Cell:
     """A cell, marked where it is the best of its column among the runs of the same key."""
     cell, best = cells[line][index], COLUMNS[index].best
@@ -163,16 +174,16 @@ def _marked(cells: Sequence[Sequence[Cell | None]], keys: Sequence[object], line
     return Cell(cell.text, cell.note, cell.order, is_best)
 
 
-HEADS_COLUMNS = ("heads", "method", "parameters", "size", "training tokens", "training", "held-out top-1 by depth", "held-out tau")
+HEADS_COLUMNS = ("heads", "method", "parameters", "MB", "training tokens", "minutes", "held-out top-1 by depth", "held-out tau")
 
 
 def heads_rows(result: Mapping[str, Any]) -> list[list[str]]:
     """The texts of the table of heads, one list per folder, in the order of `HEADS_COLUMNS`."""
     writers: tuple[tuple[str, Callable[[float], str]], ...] = (
         ("parameters", lambda value: f"{value:,.0f}"),
-        ("megabytes", lambda value: size(1e6 * value)),
+        ("megabytes", lambda value: megabytes(1e6 * value)),
         ("tokens", lambda value: f"{value:,.0f}"),
-        ("minutes", lambda value: f"{value:.1f} min"),
+        ("minutes", lambda value: f"{value:.1f}"),
     )
     rows = []
     for heads in result.get("heads") or ():

@@ -21,7 +21,7 @@ LABELS = {
 TERMS = (
     ("plain decoding", "one token per forward of the target, by the same engine in the same process; every run is compared with it"),
     ("speed-up", "tokens per second of a run over those of plain decoding"),
-    ("interval", "where the speed-up would lie for other prompts of the same kind, found by resampling the prompts"),
+    ("interval", "95 % confidence interval: where the speed-up would lie for other prompts of the same kind, found by resampling them"),
     ("tau, acceptance length", "tokens that one forward of the target gives, on average"),
     ("acceptance rate by depth", "how often a draft is accepted, where the draft before it was; the first draft has depth 1"),
     ("verification cost", "time of a forward that scores all drafts over the time of a forward of plain decoding"),

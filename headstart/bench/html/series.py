@@ -37,6 +37,7 @@ class Series:
     color: stand-in for a role, see `headstart.bench.html.svg`.
     marker: one of `MARKERS`.
     is_peer: another program's; drawn with hollow markers.
+    is_dashed: its color is that of an earlier run, too.
     """
 
     run: str
@@ -45,6 +46,7 @@ class Series:
     color: str
     marker: str
     is_peer: bool = False
+    is_dashed: bool = False
 
     @property
     def css_class(self) -> str:
@@ -64,7 +66,8 @@ class Series:
     def plot(self, axes: Axes, x: Sequence[float], y: Sequence[float], **options: Any) -> Line2D:
         """Draw a line with markers."""
         face = PAPER if self.is_peer else self.color
-        look = {"color": self.color, "marker": self.marker, "markerfacecolor": face, "markeredgewidth": 1.4 if self.is_peer else 0}
+        look = {"color": self.color, "marker": self.marker, "markerfacecolor": face, "clip_on": False}
+        look |= {"linestyle": (0, (5, 2)) if self.is_dashed else "-", "markeredgewidth": 1.4 if self.is_peer else 0}
         return axes.plot(x, y, gid=self.css_class, **(look | options))[0]
 
 
@@ -79,5 +82,5 @@ def all_series(result: Mapping[str, Any]) -> dict[str, Series]:
     for index, name in enumerate(names[1:]):
         label = short(name) if shown[short(name)] == 1 else name
         marker = markers[(index + index // NUM_HUES) % len(markers)]
-        series[name] = Series(name, label, index + 1, HUES[index % NUM_HUES], marker, runs.get(name, False))
+        series[name] = Series(name, label, index + 1, HUES[index % NUM_HUES], marker, runs.get(name, False), index >= NUM_HUES)
     return series

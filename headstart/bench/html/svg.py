@@ -17,8 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 WIDTH = 440  # of every plot, in CSS pixels
-NUM_HUES = 7
-NUM_PARTS = 3
+NUM_HUES = 8
+NUM_PARTS = 2
 
 # Stand-ins: #0aRRNN, where RR is the kind of role and NN its number.
 INK, MUTED, GRID, PAPER = "#0a0001", "#0a0002", "#0a0003", "#0a0004"
@@ -34,10 +34,10 @@ SETTINGS: dict[str, Any] = {
     "svg.fonttype": "none",  # text can be selected and takes the page's font
     "text.parse_math": False,  # a dollar sign in a name is a dollar sign
     "font.family": ["DejaVu Sans"],  # for the layout; wider than the fonts of most pages
-    "font.size": 12,
+    "font.size": 13,
     "text.color": INK,
     "axes.labelcolor": MUTED,
-    "axes.labelsize": 12,
+    "axes.labelsize": 13,
     "axes.edgecolor": GRID,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -49,8 +49,8 @@ SETTINGS: dict[str, Any] = {
     "ytick.color": GRID,
     "xtick.labelcolor": MUTED,
     "ytick.labelcolor": MUTED,
-    "xtick.labelsize": 12,
-    "ytick.labelsize": 12,
+    "xtick.labelsize": 13,
+    "ytick.labelsize": 13,
     "lines.linewidth": 1.8,
     "lines.markersize": 6.5,
     "axes.unicode_minus": True,
@@ -69,7 +69,7 @@ def drawing() -> Iterator[None]:
 def new_figure(height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
     """A figure of the usual width, and an array of its axes, [rows, columns]. height: in CSS pixels."""
     figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
-    figure.get_layout_engine().set(w_pad=2 / 72, h_pad=2 / 72, wspace=0.04, hspace=0.04)  # type: ignore[union-attr, call-arg]
+    figure.get_layout_engine().set(w_pad=2 / 72, h_pad=2 / 72, wspace=0.04, hspace=0.08)  # type: ignore[union-attr, call-arg]
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 

@@ -50,18 +50,9 @@ def digits(value: float) -> str:
     return f"{value:,.{min(places, 6)}f}"
 
 
-def milliseconds(value: float) -> str:
-    """A time in milliseconds."""
-    return f"{digits(value)} ms"
-
-
-def size(count: float) -> str:
-    """A number of bytes, as 1.4 MB."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{digits(count)} {unit}"
-        count /= 1000
-    return f"{digits(count)} GB"
+def megabytes(num_bytes: float) -> str:
+    """A number of bytes in megabytes."""
+    return digits(num_bytes / 1e6)
 
 
 def count(value: float, singular: str) -> str:
