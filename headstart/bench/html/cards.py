@@ -108,17 +108,17 @@ def _speed_ups(result: Mapping[str, Any], looks: Looks) -> Card | None:
     sets = list(dict.fromkeys(kind for row in rows for kind in row.get("kinds") or ()))
     is_grouped = len(sets) > 1
 
-    def draw(some: Rows) -> Figure | None:
+    def dots_of(some: Rows) -> list[plots.Dot]:
         numbers = [(row, kind, row["kinds"].get(kind) or {}) for kind in sets for row in some if row.get("kinds")]
         alone = [(row, None, row) for row in some]
-        dots = [
+        return [
             plots.Dot(looks[row["run"]], value, interval(values), kind)
             for row, kind, values in (numbers if is_grouped else alone)
             if (value := number(values, "speed_up")) is not None
         ]
-        return plots.speed_ups(dots) if dots else None
 
-    panels = _panels("speed-up", rows, draw)
+    ends = plots.limits(dots_of(rows))
+    panels = _panels("speed-up", rows, lambda some: plots.speed_ups(dots, ends) if (dots := dots_of(some)) else None)
     has_intervals = any(interval(values) for row in rows for values in (row, *(row.get("kinds") or {}).values()))
     text = "Tokens per second of a run over those of plain decoding, on the same prompts. Right of the dashed line is faster."
     if has_intervals:

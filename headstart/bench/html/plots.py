@@ -33,23 +33,30 @@ class Dot:
     group: str | None = None
 
 
-def speed_ups(dots: Sequence[Dot]) -> Figure:
-    """Dots with intervals, from top to bottom: under the name of their prompt set, or each under the name of its run."""
+def limits(dots: Sequence[Dot]) -> tuple[float, float]:
+    """The ends of an axis that shows these dots with their intervals, and 1."""
+    ends = [end for dot in dots for end in (dot.value, *(dot.ends or ()))]
+    low, high = min([*ends, 1.0]), max([*ends, 1.0])
+    room = 0.06 * (high - low or 1.0)
+    return low - room, high + room
+
+
+def speed_ups(dots: Sequence[Dot], ends: tuple[float, float]) -> Figure:
+    """Dots with intervals, from top to bottom: under the name of their prompt set, or each under the name of its run.
+
+    ends: of the horizontal axis.
+    """
     headings, heights, bottom = _rows(dots)
     is_alone = all(dot.group is None for dot in dots)
     figure, axes = new_figure(bottom + 52)
     axes = axes[0, 0]
     only_lines_up(axes)
     for text, y in headings:
-        weight = "normal" if is_alone else "bold"
-        axes.text(0, y, text, transform=axes.get_yaxis_transform(), fontsize=LABEL, va="center", color=INK, fontweight=weight)
+        _heading(axes, text, y, "normal" if is_alone else "bold")
     for dot, y in zip(dots, heights, strict=True):
         _dot(axes, dot, y)
-    ends = [end for dot in dots for end in (dot.value, *(dot.ends or ()))]
-    low, high = min([*ends, 1.0]), max([*ends, 1.0])
-    room = 0.06 * (high - low or 1.0)
     axes.axvline(1.0, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
-    axes.set(xlim=(low - room, high + room), ylim=(bottom, 0), xlabel="speed-up over plain decoding (×)")
+    axes.set(xlim=ends, ylim=(bottom, 0), xlabel="speed-up over plain decoding (×)")
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     return figure
 
@@ -80,6 +87,17 @@ def _dot(axes: Axes, dot: Dot, y: float) -> None:
     )
 
 
+def _heading(axes: Axes, text: str, y: float, weight: str) -> None:
+    """A name at the left, over the grid. y: from the top, in pixels."""
+    place = {"transform": axes.get_yaxis_transform(), "va": "center", "in_layout": False}
+    ground = {"facecolor": PAPER, "edgecolor": "none", "pad": 1}
+    axes.text(0, y, _cut(text, 52), fontsize=LABEL, color=INK, fontweight=weight, bbox=ground, **place)
+
+
+def _cut(name: str, longest: int) -> str:
+    return name if len(name) <= longest else f"{name[: longest - 1]}…"
+
+
 # -- bars --------------------------------------------------------------------------------------------------------------------
 
 
@@ -100,7 +118,7 @@ def times(bars: Sequence[Bar]) -> Figure:
     only_lines_up(axes)
     for index, bar in enumerate(bars):
         y, left = 38 * index + 8, 0.0
-        axes.text(0, y, bar.series.label, transform=axes.get_yaxis_transform(), fontsize=LABEL, va="center", color=INK)
+        _heading(axes, bar.series.label, y, "normal")
         rest = max(0.0, 1 - bar.forward - bar.draft)
         for share, color in ((bar.forward, PARTS[0]), (bar.draft, bar.series.color), (rest, PARTS[1])):
             width = share * bar.time
@@ -122,8 +140,7 @@ def lengths(counts: Sequence[tuple[Series, Sequence[float], float | None]]) -> F
         face = PAPER if look.is_peer else look.color
         for length, share in enumerate(shares, 1):
             axis.bar(length, share, width=0.78, color=face, edgecolor=look.color, linewidth=1.0, gid=look.css_class)
-        name = look.label if len(look.label) < 26 else f"{look.label[:24]}…"
-        axis.set_title(name, fontsize=LABEL, loc="left", color=INK, pad=4)
+        axis.set_title(_cut(look.label, 25), fontsize=LABEL, loc="left", color=INK, pad=4)
         if mean is not None:
             axis.text(1, 0.97, f"mean {mean:.2f}", transform=axis.transAxes, ha="right", va="top", fontsize=LABEL, color=MUTED)
         only_lines_across(axis)

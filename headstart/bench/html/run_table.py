@@ -96,31 +96,32 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Line:
-    """One run. series: its look. temperature, prompt_set: empty where there is one only. cells: as many as there are columns."""
+    """One run. series: its look. cells: as many as there are columns."""
 
     series: Series
-    temperature: str
-    prompt_set: str
     cells: Sequence[Cell]
 
 
 @dataclass(frozen=True)
 class RunTable:
-    """columns: those with a value. groups: headings with the number of columns below each. lines: one per run."""
+    """A table of runs.
+
+    columns: those with a value.
+    sections: headings with the runs below each; the heading is empty where there is one section only.
+    """
 
     columns: Sequence[Column]
-    groups: Sequence[tuple[str, int]]
-    lines: Sequence[Line]
+    sections: Sequence[tuple[str, Sequence[Line]]]
+
+    @property
+    def groups(self) -> list[tuple[str, int]]:
+        """Headings with the number of columns below each."""
+        return [(name, len([*some])) for name, some in groupby(self.columns, lambda column: column.group)]
 
     @property
     def firsts(self) -> list[Column]:
         """The first column of each group."""
         return [next(some) for _, some in groupby(self.columns, lambda column: column.group)]
-
-    @property
-    def has_temperatures(self) -> bool:
-        """Whether the runs differ in temperature."""
-        return any(line.temperature for line in self.lines)
 
 
 def run_table(result: Mapping[str, Any], looks: Mapping[str, Series]) -> RunTable:
@@ -141,18 +142,16 @@ def _table(parts: Sequence[tuple[Mapping[str, Any], Mapping[str, Any], str]], lo
     cells = [[None if _is_foreign(row, column) else column.cell(numbers) for column in COLUMNS] for row, numbers, _ in parts]
     known = [index for index in range(len(COLUMNS)) if any(line[index] is not None for line in cells)]
     columns = [COLUMNS[index] for index in known]
-    keys = [(row.get("temperature"), kind) for row, _, kind in parts]
-    several = len({temperature for temperature, _ in keys}) > 1
-    lines = [
-        Line(
-            looks[row["run"]],
-            f"{row['temperature']:g}" if several else "",
-            kind,
-            [_marked(cells, keys, line, index) for index in known],
-        )
-        for line, (row, _, kind) in enumerate(parts)
-    ]
-    return RunTable(columns, [(name, len([*some])) for name, some in groupby(columns, lambda column: column.group)], lines)
+    keys = [(kind, row["temperature"]) for row, _, kind in parts]
+    sections: dict[tuple[str, float], list[Line]] = {key: [] for key in keys}
+    for line, (row, _, _) in enumerate(parts):
+        sections[keys[line]].append(Line(looks[row["run"]], [_marked(cells, keys, line, index) for index in known]))
+    has_temperatures = len({temperature for _, temperature in keys}) > 1
+    return RunTable(columns, [(_heading(*key, has_temperatures), lines) for key, lines in sections.items()])
+
+
+def _heading(prompt_set: str, temperature: float, has_temperatures: bool) -> str:
+    return ", ".join(filter(None, (prompt_set, f"temperature {temperature:g}" if has_temperatures else "")))
 
 
 def _is_foreign(row: Mapping[str, Any], column: Column) -> bool:

@@ -78,13 +78,14 @@ def finding(result: Mapping[str, Any], looks: Mapping[str, Series]) -> str:
     best = _best(result)
     if best is None:
         return ""
-    name, speed_up, ends = looks[best["run"]].label, best["speed_up"], interval(best)
+    name, speed_up, ends = looks[best["run"]].label + _where(result, best), best["speed_up"], interval(best)
     if speed_up <= 1:
         return f"No run is faster than plain decoding; the closest is {name} with {factor(speed_up)}. {_advice(best)}"
     sentence = f"{name} is {factor(speed_up)} as fast as plain decoding"
     if ends is not None and ends[0] <= 1:
-        return f"{sentence}, but its interval, {span(ends)}, contains 1: more prompts would tell."
-    slower = sum(1 for row in _drafted(result) if (number(row, "speed_up") or 1) < 1)
+        return f"{sentence}, but its interval, {span(ends)}, contains 1: it takes more prompts to tell."
+    rivals = [row for row in _drafted(result) if row["temperature"] == best["temperature"]]
+    slower = sum(1 for row in rivals if (number(row, "speed_up") or 1) < 1)
     rest = f" {count(slower, 'run')} {'is' if slower == 1 else 'are'} slower than plain decoding." if slower else ""
     return f"{sentence}{f' (interval {span(ends)})' if ends else ''}.{rest}"
 
@@ -109,14 +110,18 @@ def _best(result: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return max(known, key=lambda row: float(row["speed_up"]), default=None)
 
 
+def _where(result: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """At which temperature, where there are several."""
+    return f" at temperature {row['temperature']:g}" if len(_temperatures(result)) > 1 else ""
+
+
 def tiles(result: Mapping[str, Any], looks: Mapping[str, Series]) -> list[Tile]:
     """The numbers of the fastest run beside those of plain decoding."""
     best = _best(result)
     if best is None:
         return []
-    where = f" at temperature {best['temperature']:g}" if len(_temperatures(result)) > 1 else ""
     plain = next((row for row in result["runs"] if row["run"] == PLAIN and row["temperature"] == best["temperature"]), {})
-    known = [Tile("speed-up", factor(best["speed_up"]), f"{looks[best['run']].label}{where}")]
+    known = [Tile("speed-up", factor(best["speed_up"]), looks[best["run"]].label + _where(result, best))]
     pairs = (
         ("tokens per second", number(best, "tokens_per_second"), number(plain, "tokens_per_second"), ""),
         ("tokens per forward", number(best, "tau"), number(plain, "tau"), ""),
