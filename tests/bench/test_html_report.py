@@ -52,7 +52,9 @@ def example():
         "num_samples": 36,
         "clean_share": 0.75,
         "runs": [run("plain", 1.0, acceptance=[], lengths=[60]), run(names[1], 1.5), run(names[2], 0.5)],
-        "heads": [{"folder": "heads/medusa", "method": "medusa", "parameters": 1234, "megabytes": 0.5, "top1": [0.5], "curve": curve}],
+        "heads": [
+            {"folder": "heads/medusa", "method": "medusa", "parameters": 1234, "megabytes": 0.5, "top1": [0.5], "curve": curve}
+        ],
         "concurrency": [
             {"run": name, "temperature": 0.0, "rows": rows, "tokens_per_second": 90.0 * rows, "token_ms": {"p99": 9.0 + rows}}
             for name in names
@@ -98,7 +100,17 @@ def not_drawn(monkeypatch):
 
 def test_a_page_shows_every_run_with_its_numbers_and_every_plot(page):
     read = Page(page)
-    for words in ("lookup", "medusa@chain:2", "1.50×", "1.25 to 1.75", "150.0", "2.25 to 2.75", "32.1", "A Processor", "bench --html"):
+    for words in (
+        "lookup",
+        "medusa@chain:2",
+        "1.50×",
+        "1.25 to 1.75",
+        "150.0",
+        "2.25 to 2.75",
+        "32.1",
+        "A Processor",
+        "bench --html",
+    ):
         assert words in read.text, words
     assert [name for name in CARDS if name not in read.ids] == []
     assert "padded The target is widened with zeros" in read.text

@@ -93,9 +93,9 @@ def _panel(figure: Figure, name: str, caption: str = "") -> Panel:
     return Panel(Markup(to_svg(figure, name)), 72 * figure.get_figheight(), caption)  # matplotlib escapes every text
 
 
-def _legend(looks: Looks, runs: Iterable[str]) -> list[Series]:
-    """The series of these runs, in the order of the results."""
-    shown = {*runs}
+def _legend(looks: Looks, rows: Iterable[Mapping[str, Any]]) -> list[Series]:
+    """The series of the runs of these rows, in the order of the results."""
+    shown = {row["run"] for row in rows}
     return [look for run, look in looks.items() if run in shown]
 
 
@@ -107,33 +107,35 @@ def _speed_ups(result: Mapping[str, Any], looks: Looks) -> Card | None:
     rows = _drafted(result)
     sets = list(dict.fromkeys(kind for row in rows for kind in row.get("kinds") or ()))
     is_grouped = len(sets) > 1
-
-    def dots_of(some: Rows) -> list[plots.Dot]:
-        numbers = [(row, kind, row["kinds"].get(kind) or {}) for kind in sets for row in some if row.get("kinds")]
-        alone = [(row, None, row) for row in some]
-        return [
-            plots.Dot(looks[row["run"]], value, interval(values), kind)
-            for row, kind, values in (numbers if is_grouped else alone)
-            if (value := number(values, "speed_up")) is not None
-        ]
-
-    ends = plots.limits(dots_of(rows))
-    panels = _panels("speed-up", rows, lambda some: plots.speed_ups(dots, ends) if (dots := dots_of(some)) else None)
-    has_intervals = any(interval(values) for row in rows for values in (row, *(row.get("kinds") or {}).values()))
+    ends = plots.limits(_dots(rows, sets, looks))
+    panels = _panels("speed-up", rows, lambda some: plots.speed_ups(dots, ends) if (dots := _dots(some, sets, looks)) else None)
     text = "Tokens per second of a run over those of plain decoding, on the same prompts. Right of the dashed line is faster."
-    if has_intervals:
+    if any(interval(values) for row in rows for values in (row, *(row.get("kinds") or {}).values())):
         text += " The bar is the 95 % confidence interval over prompts."
-    title = "Speed-up by prompt set" if is_grouped else "Speed-up"
-    return Card("speed-up", title, text, panels, _legend(looks, [row["run"] for row in rows]) if is_grouped else ()) if panels else None
+    title, legend = ("Speed-up by prompt set", _legend(looks, rows)) if is_grouped else ("Speed-up", [])
+    return Card("speed-up", title, text, panels, legend) if panels else None
+
+
+def _dots(rows: Rows, sets: Sequence[str], looks: Looks) -> list[plots.Dot]:
+    """A dot per row and prompt set, or per row where there are no several sets."""
+    by_set = [(row, kind, (row.get("kinds") or {}).get(kind) or {}) for kind in sets for row in rows]
+    known = by_set if len(sets) > 1 else [(row, None, row) for row in rows]
+    return [
+        plots.Dot(looks[row["run"]], value, interval(numbers), kind)
+        for row, kind, numbers in known
+        if (value := number(numbers, "speed_up")) is not None
+    ]
 
 
 def _acceptance(result: Mapping[str, Any], looks: Looks) -> Card | None:
     rows = [row for row in _drafted(result) if row.get("acceptance")]
-    panels = _panels(
-        "acceptance", rows, lambda some: plots.acceptance({looks[row["run"]]: row["acceptance"][: plots.MAX_LENGTH] for row in some})
-    )
+
+    def draw(some: Rows) -> Figure:
+        return plots.acceptance({looks[row["run"]]: row["acceptance"][: plots.MAX_LENGTH] for row in some})
+
+    panels = _panels("acceptance", rows, draw)
     text = "How often a draft at this depth is accepted, where the draft before it was."
-    return Card("acceptance", "Acceptance rate by depth", text, panels, _legend(looks, [r["run"] for r in rows])) if panels else None
+    return Card("acceptance", "Acceptance rate by depth", text, panels, _legend(looks, rows)) if panels else None
 
 
 def _lengths(result: Mapping[str, Any], looks: Looks) -> Card | None:
@@ -193,7 +195,7 @@ def _by_rows(result: Mapping[str, Any], looks: Looks, names: tuple[str, str, str
         return plots.by_rows(points, unit)
 
     panels = _panels(name, known, draw)
-    return Card(name, title, text, panels, _legend(looks, [row["run"] for row in known])) if panels else None
+    return Card(name, title, text, panels, _legend(looks, known)) if panels else None
 
 
 def _cost(result: Mapping[str, Any], looks: Looks) -> Card | None:
@@ -207,7 +209,7 @@ def _cost(result: Mapping[str, Any], looks: Looks) -> Card | None:
     if points:
         text += " The markers on and above the line are what each run chose, on average."
     panels = [_panel(plots.cost(curve, points), "cost")]
-    return Card("cost", "What a forward costs", text, panels, _legend(looks, [look.run for *_, look in points]))
+    return Card("cost", "What a forward costs", text, panels, _legend(looks, known))
 
 
 def _training(result: Mapping[str, Any], looks: Looks) -> Card | None:
@@ -223,8 +225,8 @@ def _training(result: Mapping[str, Any], looks: Looks) -> Card | None:
         "Tokens per forward that a chain of each heads' best drafts would give, over their training: "
         "thin lines on the training texts, markers on held-out texts."
     )
-    legend = _legend(looks, [curve.series.run for curve in curves])
-    return Card("training", "Acceptance length over training", text, [_panel(plots.training(curves), "training")], legend)
+    panels = [_panel(plots.training(curves), "training")]
+    return Card("training", "Acceptance length over training", text, panels, [curve.series for curve in curves])
 
 
 def _points(curve: Rows, name: str) -> list[tuple[float, float]]:

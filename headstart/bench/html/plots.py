@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from math import log2
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -89,7 +90,7 @@ def _dot(axes: Axes, dot: Dot, y: float) -> None:
 
 def _heading(axes: Axes, text: str, y: float, weight: str) -> None:
     """A name at the left, over the grid. y: from the top, in pixels."""
-    place = {"transform": axes.get_yaxis_transform(), "va": "center", "in_layout": False}
+    place: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center", "in_layout": False}
     ground = {"facecolor": PAPER, "edgecolor": "none", "pad": 1}
     axes.text(0, y, _cut(text, 52), fontsize=LABEL, color=INK, fontweight=weight, bbox=ground, **place)
 

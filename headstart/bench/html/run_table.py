@@ -75,7 +75,13 @@ def _identical(row: Mapping[str, Any]) -> Cell | None:
 
 COLUMNS = (
     Column("speed", "tokens/s", "Tokens per second over all prompts.", _numeric(lambda v: f"{v:,.1f}", "tokens_per_second"), max),
-    Column("speed", "speed-up", "Over plain decoding, with its 95 % confidence interval.", _with_interval(factor, "speed_up", "interval"), max),
+    Column(
+        "speed",
+        "speed-up",
+        "Over plain decoding, with its 95 % confidence interval.",
+        _with_interval(factor, "speed_up", "interval"),
+        max,
+    ),
     Column("text", "identical", "Whether the text is plain decoding's.", _identical),
     Column(
         "speculation",
@@ -83,7 +89,9 @@ COLUMNS = (
         "Acceptance length: tokens per forward of the target.",
         _with_interval(lambda value: f"{value:.2f}", "tau", "tau_interval"),
     ),
-    Column("speculation", "forward", "Verification cost: time of a forward over one of plain decoding.", _numeric(factor, "forward")),
+    Column(
+        "speculation", "forward", "Verification cost: time of a forward over one of plain decoding.", _numeric(factor, "forward")
+    ),
     Column("speculation", "drafting", "Share of the time that drafting takes.", _numeric(percent, "shares", "draft")),
     Column("ms per token", "P50", "Half of the tokens take at most this long.", _numeric(digits, "token_ms", "p50"), min),
     Column("ms per token", "P90", "90 of 100 tokens take at most this long.", _numeric(digits, "token_ms", "p90"), min),

@@ -19,9 +19,15 @@ LABELS = {
     "peers": "Runs marked “peer” are other programs, with the same weights and prompts.",
 }
 TERMS = (
-    ("plain decoding", "one token per forward of the target, by the same engine in the same process; every run is compared with it"),
+    (
+        "plain decoding",
+        "one token per forward of the target, by the same engine in the same process; every run is compared with it",
+    ),
     ("speed-up", "tokens per second of a run over those of plain decoding"),
-    ("interval", "95 % confidence interval: where the speed-up would lie for other prompts of the same kind, found by resampling them"),
+    (
+        "interval",
+        "95 % confidence interval: where the speed-up would lie for other prompts of the same kind, found by resampling them",
+    ),
     ("tau, acceptance length", "tokens that one forward of the target gives, on average"),
     ("acceptance rate by depth", "how often a draft is accepted, where the draft before it was; the first draft has depth 1"),
     ("verification cost", "time of a forward that scores all drafts over the time of a forward of plain decoding"),
@@ -120,7 +126,9 @@ def tiles(result: Mapping[str, Any], looks: Mapping[str, Series]) -> list[Tile]:
     best = _best(result)
     if best is None:
         return []
-    plain = next((row for row in result["runs"] if row["run"] == PLAIN and row["temperature"] == best["temperature"]), {})
+    plain: Mapping[str, Any] = next(
+        (row for row in result["runs"] if row["run"] == PLAIN and row["temperature"] == best["temperature"]), {}
+    )
     known = [Tile("speed-up", factor(best["speed_up"]), looks[best["run"]].label + _where(result, best))]
     pairs = (
         ("tokens per second", number(best, "tokens_per_second"), number(plain, "tokens_per_second"), ""),
@@ -172,4 +180,6 @@ def cleanness(result: Mapping[str, Any]) -> str:
     if share is None:
         return "How long samples waited for a processor is unknown on this system."
     among = f" {count(samples, 'sample')}" if samples is not None else " the samples"
-    return f"{percent(share)} of{among} waited at most 2 % of their time for a processor; medians are of these where there are some."
+    return (
+        f"{percent(share)} of{among} waited at most 2 % of their time for a processor; medians are of these where there are some."
+    )

@@ -66,7 +66,7 @@ class Series:
     def plot(self, axes: Axes, x: Sequence[float], y: Sequence[float], **options: Any) -> Line2D:
         """Draw a line with markers."""
         face = PAPER if self.is_peer else self.color
-        look = {"color": self.color, "marker": self.marker, "markerfacecolor": face, "clip_on": False}
+        look: dict[str, Any] = {"color": self.color, "marker": self.marker, "markerfacecolor": face, "clip_on": False}
         look |= {"linestyle": (0, (5, 2)) if self.is_dashed else "-", "markeredgewidth": 1.4 if self.is_peer else 0}
         return axes.plot(x, y, gid=self.css_class, **(look | options))[0]
 
