@@ -16,7 +16,7 @@ LABELS = {
     "replay": "The target runs at full cost, but the prompts' reference answers are emitted.",
     "padded": "The target is widened with zeros: the text of a small model at the cost of a large one.",
     "lossy": "The acceptance rule changes the distribution of the text: it is not the target's alone.",
-    "peers": "Runs marked “peer” are other programs, with the same weights and prompts.",
+    "peers": "Runs marked “peer” are another library's decoding, with the same weights and prompts.",
 }
 TERMS = (
     (

@@ -36,7 +36,7 @@ class Series:
     number: counts the runs from 0; plain decoding is one of them.
     color: stand-in for a role, see `headstart.bench.html.svg`.
     marker: one of `MARKERS`.
-    is_peer: another program's; drawn with hollow markers.
+    is_peer: another library's; drawn with hollow markers.
     is_dashed: its color is that of an earlier run, too.
     """
 

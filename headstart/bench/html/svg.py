@@ -60,7 +60,7 @@ SETTINGS: dict[str, Any] = {
 @contextmanager
 def drawing() -> Iterator[None]:
     """A context in which figures have the report's look; the settings of other figures do not change."""
-    settings: dict[str, Any] = {**matplotlib.rcParamsDefault} | SETTINGS
+    settings: Any = {**matplotlib.rcParamsDefault} | SETTINGS
     with matplotlib.rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the page's fonts have it
         warnings.filterwarnings("ignore", message="constrained_layout not applied")
