@@ -181,7 +181,7 @@ def test_peers_and_lossy_runs_are_labelled():
     result["runs"].append(run("transformers", 0.75, is_peer=True, tau=1.0))
     result["runs"][1]["is_lossy"] = True
     read = Page(html_page(result))
-    assert "transformers peer" in read.text
+    assert "transformers peer 75.0 0.75× 0.50 to 1.00 yes 1.00 2.25 to 2.75 – – 4.00" in read.text  # its forwards are not timed
     assert "peers Runs marked" in read.text
     assert "lossy The acceptance rule changes" in read.text
 

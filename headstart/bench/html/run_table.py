@@ -163,8 +163,8 @@ def _heading(prompt_set: str, temperature: float, has_temperatures: bool) -> str
 
 
 def _is_foreign(row: Mapping[str, Any], column: Column) -> bool:
-    """Whether a run is a peer and the column is of this package's own rounds and memory."""
-    return bool(row.get("is_peer")) and column.group in ("speculation", "memory in MB")
+    """Whether a run is a peer, whose rounds are not timed, and the column is of such times."""
+    return bool(row.get("is_peer")) and column.title in ("forward", "drafting")
 
 
 def _marked(cells: Sequence[Sequence[Cell | None]], keys: Sequence[object], line: int, index: int) -> Cell:
