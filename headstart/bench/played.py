@@ -162,8 +162,9 @@ def grow(rows: Sequence[_Row], depths: Sequence[int], plan: Plan, odds: Sequence
             if best and depths[row] > depth and sum(one.chance for one in best) >= plan.min_gain:
                 chosen[row] = best
         if plan.level_prices:
-            gains = [sum(one.chance for one in best) for best in chosen.values()]
-            chosen = {row: chosen[row] for row in (list(chosen)[index] for index in paying_rows(gains, plan.level_prices))}
+            chances = [[one.chance for one in best] for best in chosen.values()]
+            paying = paying_rows(chances, depth, plan.level_prices)
+            chosen = {row: chosen[row] for row in (list(chosen)[index] for index in paying)}
         beams = chosen
     grown.depth = depth
     return grown

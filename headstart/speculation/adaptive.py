@@ -22,7 +22,7 @@ from headstart.speculation.tree import Drafts
 
 MOST_NODES = 512  # drafts per row, at most
 _MEMORY = 32.0  # rounds that an average remembers
-_PATIENCE = 4.0  # rounds that must have shown a loss before drafting pauses
+_PATIENCE = 4.0  # rounds of a row that must have shown a loss before drafting pauses
 _TOLERANCE = 0.005  # a loss of so many tokens per row and round is none
 _PAUSES = (4, 64)  # rounds without drafting after a loss: at first, at most
 _DEEPER = 0.7  # how often a kept draft's child is kept, before any round has shown it
@@ -131,9 +131,8 @@ class Adaptive:
         draft = self.cost.draft
         if draft is None:
             return ()
-        factor = self.rate / max(0.05, self._deeper.value)
         levels = ((draft.level(beam * count) * self.draft_scale, count) for count in range(1, num_drafting + 1))
-        return tuple(factor * (seconds + count * self._node_seconds) for seconds, count in levels)
+        return tuple(self.rate * (seconds + count * self._node_seconds) for seconds, count in levels)
 
     def prune(self, drafts: Drafts, plan: Plan, num_rows: int) -> Drafts:
         if not len(drafts):
@@ -171,7 +170,9 @@ class Adaptive:
             load = self._load
             shape = fastest_shape(self.cost, self._table(load.temperature), self.limits, num_rows, load.context)
             seconds = shape.seconds / self.cost.plain(num_rows, load.context)
-            self._regimes[num_rows] = _Regime(_Average(1 + shape.gain, 4.0), _Average(seconds, 4.0), _Average())
+            regime = _Regime(_Average(1 + shape.gain, 4.0), _Average(seconds, 4.0), _Average())
+            regime.pause = 0 if shape.depth else _PAUSES[0]
+            self._regimes[num_rows] = regime
         return self._regimes[num_rows]
 
     @property
@@ -251,11 +252,13 @@ class Adaptive:
         regime.profit.add(profit)
         if profit >= -_TOLERANCE:
             regime.next_pause = _PAUSES[0]
-        if regime.profit.value < -_TOLERANCE and regime.profit.weight >= _PATIENCE:
+        num_rows = len(self._load.stems)
+        if regime.profit.value < -_TOLERANCE and regime.profit.weight * num_rows >= _PATIENCE:
             regime.pause, regime.next_pause = regime.next_pause, min(2 * regime.next_pause, _PAUSES[1])
-            regime.profit.weight = _PATIENCE - 1  # one round will tell
+            regime.profit.weight = _PATIENCE / num_rows - 1 if num_rows < _PATIENCE else 0.0  # one round will tell
             self._shapes.clear()
 
     def restart(self) -> None:
-        for regime in self._regimes.values():
+        regime = self._regimes.get(1)  # among several rows, one more says little about the others
+        if regime is not None:
             regime.pause, regime.next_pause = 0, _PAUSES[0]

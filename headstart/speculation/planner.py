@@ -202,12 +202,16 @@ class Auto:
     """Stands for `headstart.speculation.adaptive.Adaptive`, which needs the cost of rounds; not a planner itself."""
 
 
-def paying_rows(gains: Sequence[float], prices: Sequence[float]) -> list[int]:
+def paying_rows(beams: Sequence[Sequence[float]], depth: int, prices: Sequence[float]) -> list[int]:
     """The rows for which another level is run: those that are worth most together, beyond its price; ascending.
 
-    gains: per row, the kept tokens that the level promises.
+    Below a node of chance p at this depth, a child is expected to be kept as often as the nodes above it were: p^(1/depth).
+
+    beams: per row, the chances of the nodes that would be run.
+    depth: of these nodes.
     prices: of a level with one, two, ... rows.
     """
+    gains = [sum(chance ** (1 + 1 / depth) for chance in beam) for beam in beams]
     order = sorted(range(len(gains)), key=lambda row: -gains[row])
     best, best_value, gain = 0, 0.0, 0.0
     for count, row in enumerate(order, 1):

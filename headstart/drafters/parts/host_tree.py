@@ -104,8 +104,8 @@ class HostTree:
             pays = self._pays(best.values)
             lines = [line for line in lines if pays[line]]
         if plan.level_prices:
-            gains = best.values.sum(-1).tolist()
-            lines = [lines[index] for index in paying_rows([gains[line] for line in lines], plan.level_prices)]
+            beams = best.values.tolist()
+            lines = [lines[index] for index in paying_rows([beams[line] for line in lines], depth, plan.level_prices)]
         indices = best.indices.tolist()
         return {line: sorted(indices[line]) for line in lines}
 
