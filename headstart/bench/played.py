@@ -155,7 +155,7 @@ def grow(rows: Sequence[_Row], depths: Sequence[int], plan: Plan, odds: Sequence
         depth += 1
         width = max(map(len, beams.values()))
         if cost.draft is not None:
-            grown.seconds += cost.draft.first_of(len(beams)) if depth == 1 else cost.draft.level(width * len(beams))
+            grown.seconds += cost.draft.first_of(len(beams)) if depth == 1 else cost.draft.level(width * len(beams), len(beams))
         chosen: dict[int, list[Candidate]] = {}
         for row, beam in beams.items():
             best = _beam(_children(grown, row, rows[row].tree, beam, plan.width, odds[row], depth), plan)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from headstart.speculation.calibration import UNFITTED, Calibration, Table
-from headstart.speculation.cost import CostModel, DraftCost
+from headstart.speculation.cost import CostModel
 from headstart.speculation.outcome import Load, Outcome
 from headstart.speculation.planner import NO_DRAFTS, Plan
 from headstart.speculation.shape import Limits, Shape, best_shape, fastest_shape, round_seconds
@@ -132,7 +132,7 @@ class Adaptive:
         if draft is None:
             return ()
         factor = self.rate / max(0.05, self._deeper.value)
-        levels = ((draft.level(beam * count) * self.draft_scale, count) for count in range(1, num_drafting + 1))
+        levels = ((draft.level(beam * count, count) * self.draft_scale, count) for count in range(1, num_drafting + 1))
         return tuple(factor * (seconds + count * self._node_seconds) for seconds, count in levels)
 
     def prune(self, drafts: Drafts, plan: Plan, num_rows: int) -> Drafts:
@@ -191,9 +191,7 @@ class Adaptive:
         draft = self.cost.draft
         if draft is None or self.draft_scale == 1.0:
             return self.cost
-        first, row_seconds = draft.first * self.draft_scale, draft.row_seconds * self.draft_scale
-        seconds = tuple(value * self.draft_scale for value in draft.seconds)
-        return replace(self.cost, draft=DraftCost(first, draft.widths, seconds, row_seconds))
+        return replace(self.cost, draft=draft.scaled(self.draft_scale))
 
     def _table(self, temperature: float) -> Table:
         """[depth][rank] acceptance rates at a sampling temperature."""
