@@ -117,7 +117,7 @@ class Observed:
 def drafting_seconds(cost: CostModel, paths: Iterable[Ranks], rows: int) -> float:
     """Seconds of drafting a static tree in every row: after the first level, each runs the nodes that have children."""
     parents = Counter(len(path) for path in {path[:-1] for path in paths})
-    levels = (cost.draft.level(count * rows) for depth, count in parents.items() if depth) if cost.draft else ()
+    levels = (cost.draft.level(count * rows, rows) for depth, count in parents.items() if depth) if cost.draft else ()
     return (cost.drafting(1, 1, rows) if parents else 0.0) + sum(levels)
 
 

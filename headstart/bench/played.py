@@ -113,8 +113,7 @@ def _round(rows: list[_Row], planner: Planner, cost: CostModel, trust: Trust, re
     if isinstance(planner, LearningPlanner):
         num_drafting = sum(depth > 0 for depth in depths)
         gain = float(drafts.chances.sum())
-        num_deeper, num_held = sum(max(0, len(p) - 1) for p in predicted), sum(max(0, kept - 1) for kept in held)
-        planner.learn(Outcome(num_drafting, grown.depth, len(drafts), gain, num_deeper, num_held, grown.seconds, forward))
+        planner.learn(Outcome(num_drafting, grown.depth, len(drafts), gain, grown.seconds, forward))
 
 
 def _verdict(
@@ -155,7 +154,7 @@ def grow(rows: Sequence[_Row], depths: Sequence[int], plan: Plan, odds: Sequence
         depth += 1
         width = max(map(len, beams.values()))
         if cost.draft is not None:
-            grown.seconds += cost.draft.first_of(len(beams)) if depth == 1 else cost.draft.level(width * len(beams))
+            grown.seconds += cost.draft.first_of(len(beams)) if depth == 1 else cost.draft.level(width * len(beams), len(beams))
         chosen: dict[int, list[Candidate]] = {}
         for row, beam in beams.items():
             best = _beam(_children(grown, row, rows[row].tree, beam, plan.width, odds[row], depth), plan)

@@ -258,6 +258,8 @@ def _draft_cost(target: Target, drafter: Drafter, prompt: int, until: float) -> 
     samples = _medians(_Bench(target, drafter, 1, prompt, 8 + 64 * _DEPTH), settings, until)
     first = samples[settings[0]].draft
     levels = monotone([max(0.0, (samples[setting].draft - first) / (_DEPTH - 1)) for setting in settings[1:]])
-    several = _medians(_Bench(target, drafter, 4, prompt, 4 * 8 + 4), [Setting(4, 1)], until)
-    row_seconds = max(0.0, (several[Setting(4, 1)].draft - first) / 3)
-    return DraftCost(first, beams, levels, row_seconds)
+    shallow, deep = Setting(4, 1), Setting(4, _DEPTH, 2)
+    several = _medians(_Bench(target, drafter, 4, prompt, 4 * 8 * _DEPTH), [shallow, deep], until)
+    row_seconds = max(0.0, (several[shallow].draft - first) / 3)
+    level = (several[deep].draft - several[shallow].draft) / (_DEPTH - 1)
+    return DraftCost(first, beams, levels, row_seconds, max(0.0, (level - levels[-1]) / 3))

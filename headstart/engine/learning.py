@@ -69,8 +69,6 @@ class Learning:
             depth=drafts.max_depth,
             num_drafts=len(drafts),
             gain=verdict.gain,
-            num_deeper=sum(max(0, len(predicted) - 1) for predicted in verdict.predicted),
-            num_deeper_held=sum(max(0, len(kept) - 1) for kept in verdict.kept),
             draft_seconds=seconds["draft"],
             forward_seconds=seconds["score"],
         )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from headstart.speculation.calibration import UNFITTED, Calibration, Table
-from headstart.speculation.cost import CostModel, DraftCost
+from headstart.speculation.cost import CostModel
 from headstart.speculation.outcome import Load, Outcome
 from headstart.speculation.planner import NO_DRAFTS, Plan
 from headstart.speculation.shape import Limits, Shape, best_shape, fastest_shape, round_seconds
@@ -25,7 +25,6 @@ _MEMORY = 32.0  # rounds that an average remembers
 _PATIENCE = 4.0  # rounds of a row that must have shown a loss before drafting pauses
 _TOLERANCE = 0.005  # a loss of so many tokens per row and round is none
 _PAUSES = (4, 64)  # rounds without drafting after a loss: at first, at most
-_DEEPER = 0.7  # how often a kept draft's child is kept, before any round has shown it
 _MOST_TABLES = 64  # temperatures whose tables are kept
 _CONFIRMED = 64  # rounds after which a shape is chosen anew, since costs move
 
@@ -89,7 +88,6 @@ class Adaptive:
         self._regimes: dict[int, _Regime] = {}
         self._shapes: dict[tuple[int, int, int], tuple[int, Shape]] = {}
         self._round = 0
-        self._deeper = _Average(_DEEPER, 8.0)  # how often a kept draft's child is kept, too
         self._plan = NO_DRAFTS
 
     def __repr__(self) -> str:
@@ -131,7 +129,7 @@ class Adaptive:
         draft = self.cost.draft
         if draft is None:
             return ()
-        levels = ((draft.level(beam * count) * self.draft_scale, count) for count in range(1, num_drafting + 1))
+        levels = ((draft.level(beam * count, count) * self.draft_scale, count) for count in range(1, num_drafting + 1))
         return tuple(self.rate * (seconds + count * self._node_seconds) for seconds, count in levels)
 
     def prune(self, drafts: Drafts, plan: Plan, num_rows: int) -> Drafts:
@@ -192,9 +190,7 @@ class Adaptive:
         draft = self.cost.draft
         if draft is None or self.draft_scale == 1.0:
             return self.cost
-        first, row_seconds = draft.first * self.draft_scale, draft.row_seconds * self.draft_scale
-        seconds = tuple(value * self.draft_scale for value in draft.seconds)
-        return replace(self.cost, draft=DraftCost(first, draft.widths, seconds, row_seconds))
+        return replace(self.cost, draft=draft.scaled(self.draft_scale))
 
     def _table(self, temperature: float) -> Table:
         """[depth][rank] acceptance rates at a sampling temperature."""
@@ -235,8 +231,6 @@ class Adaptive:
         regime = self._regime
         if outcome.num_drafting:
             self._judge(regime, (outcome.gain - self.rate * more) / num_rows)
-        for number in range(outcome.num_deeper):
-            self._deeper.add(float(number < outcome.num_deeper_held))
         regime.tokens.add(1 + outcome.gain / num_rows)
         regime.seconds.add(1 + more / base)
 

@@ -25,6 +25,7 @@ class DraftCost:
     widths: ascending numbers of nodes that a further level runs at once, over all rows.
     seconds: of a further level, for each of `widths`.
     row_seconds: of the first level, more for each row after the first.
+    level_row_seconds: of a further level, more for each row after the first.
     Raises ValueError where these are no costs.
     """
 
@@ -32,23 +33,29 @@ class DraftCost:
     widths: tuple[int, ...]
     seconds: tuple[float, ...]
     row_seconds: float = 0.0
+    level_row_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         _check(self.widths, self.seconds, "widths")
-        for name in ("first", "row_seconds"):
+        for name in ("first", "row_seconds", "level_row_seconds"):
             require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "seconds")
 
     def first_of(self, rows: int) -> float:
         """Seconds of the first level of so many rows."""
         return self.first + (rows - 1) * self.row_seconds
 
-    def level(self, nodes: int) -> float:
-        """Seconds of a further level that runs `nodes` nodes at once."""
-        return interpolated(self.widths, self.seconds, nodes)
+    def level(self, nodes: int, rows: int = 1) -> float:
+        """Seconds of a further level that runs `nodes` nodes of so many rows at once."""
+        return interpolated(self.widths, self.seconds, nodes) + (rows - 1) * self.level_row_seconds
+
+    def scaled(self, factor: float) -> DraftCost:
+        """The same, all of it so many times as long."""
+        seconds = tuple(value * factor for value in self.seconds)
+        return DraftCost(self.first * factor, self.widths, seconds, self.row_seconds * factor, self.level_row_seconds * factor)
 
     def seconds_of(self, depth: int, beam: int, rows: int = 1) -> float:
         """Seconds of drafting `depth` levels with `beam` parents per level and row; 0 for none."""
-        return self.first_of(rows) + (depth - 1) * self.level(beam * rows) if depth else 0.0
+        return self.first_of(rows) + (depth - 1) * self.level(beam * rows, rows) if depth else 0.0
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,8 @@ class CostModel:
         draft = values.pop("draft", None)
         if draft is not None:
             widths, levels = tuple(map(int, draft["widths"])), tuple(map(float, draft["seconds"]))
-            draft = DraftCost(float(draft["first"]), widths, levels, float(draft.get("row_seconds", 0)))
+            by_row = (float(draft.get(name, 0)) for name in ("row_seconds", "level_row_seconds"))
+            draft = DraftCost(float(draft["first"]), widths, levels, *by_row)
         nodes, seconds = tuple(map(int, values.pop("nodes"))), tuple(map(float, values.pop("seconds")))
         return cls(nodes, seconds, draft=draft, **{name: float(value) for name, value in values.items()})
 

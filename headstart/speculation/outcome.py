@@ -40,7 +40,6 @@ class Outcome:
     depth: levels drafted.
     num_drafts: drafts verified.
     gain: sum of their chances: the kept drafts that were expected.
-    num_deeper: kept drafts that had children among the verified drafts. num_deeper_held: those that had a kept one.
     draft_seconds, forward_seconds: of drafting, and of the target forward.
     """
 
@@ -48,8 +47,6 @@ class Outcome:
     depth: int
     num_drafts: int
     gain: float
-    num_deeper: int
-    num_deeper_held: int
     draft_seconds: float
     forward_seconds: float
 

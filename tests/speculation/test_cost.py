@@ -36,6 +36,9 @@ def test_drafting_costs_its_first_level_and_each_further_one_by_what_it_runs():
     assert draft.seconds_of(0, 4) == 0
     assert draft.seconds_of(1, 4) == 3
     assert draft.seconds_of(3, 2, rows=4) == 3 + 2 * 8
+    by_row = DraftCost(3.0, (1, 8), (1.0, 8.0), 0.5, 0.25)
+    assert by_row.seconds_of(3, 2, rows=4) == 3 + 3 * 0.5 + 2 * (8 + 3 * 0.25)
+    assert by_row.scaled(2).seconds_of(3, 2, rows=4) == 2 * by_row.seconds_of(3, 2, rows=4)
 
 
 @given(SECONDS)
