@@ -61,7 +61,8 @@ class Peer:
         torch.manual_seed(params.seed or 0)
         began = time.perf_counter()
         with streamer.forwards_of(self.model):
-            output = self.model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **settings)
+            generate: Any = self.model.generate
+            output = generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **settings)
         seconds, delay = time.perf_counter() - began, watch.delay()
         tokens, first = tuple(output[0, ids.shape[1] :].tolist()), streamer.arrivals[0] - began
         return Sample(self.name, task, tokens, seconds, first, Stats.of(streamer.parts[1:]), delay, first, streamer.bursts)
@@ -121,7 +122,8 @@ def _loaded(path: str, target: Target) -> PreTrainedModel:
     """A model as transformers loads it, in the target's dtype and on its device, without sampling settings of its own."""
     from transformers import GenerationConfig
 
-    model = load_model(path, target.dtype, str(target.device), target.trust_remote_code).eval()
+    model = load_model(path, target.dtype, str(target.device), target.trust_remote_code)
+    model.eval()
     require_two_tokens(getattr(model.config.get_text_config(), "max_position_embeddings", None), path)
     model.generation_config = GenerationConfig()
     return model

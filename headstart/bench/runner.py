@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 from headstart.bench import peers
 from headstart.bench.replay import Replay
@@ -127,7 +128,8 @@ def with_rows(setup: Setup, runs: Iterable[AnyRun]) -> list[Run]:
 def measure(setup: Setup, runs: Sequence[AnyRun], repeat: int = 1, on_progress: Callable[[], None] = lambda: None) -> list[Sample]:
     """All samples: per repetition and prompt, plain decoding first, then each run. The first prompt warms up every run, unmeasured.
 
-    With several rows each run answers all prompts, then the next run does.
+    With several rows each run answers all prompts, then the next run does. Peers answer after all others in each repetition, so
+    that another library's threads and copy of the weights do not disturb ours.
 
     repeat: samples per prompt and run.
     on_progress: called after each answer.
@@ -139,13 +141,14 @@ def measure(setup: Setup, runs: Sequence[AnyRun], repeat: int = 1, on_progress: 
     for run in runs:
         for _ in run.answers(setup, tasks[: setup.rows]):
             on_progress()
+    groups = [run for run in runs if isinstance(run, Run)], [run for run in runs if not isinstance(run, Run)]
+    parts = [tasks] if setup.rows > 1 else [[task] for task in tasks]
     samples: list[Sample] = []
-    for number in range(repeat):
-        for some in [tasks] if setup.rows > 1 else [[task] for task in tasks]:
-            for run in runs:
-                for sample in run.answers(setup, some):
-                    samples.append(replace(sample, repeat=number))
-                    on_progress()
+    for number, group, part in product(range(repeat), groups, parts):
+        for run in group:
+            for sample in run.answers(setup, part):
+                samples.append(replace(sample, repeat=number))
+                on_progress()
     return samples
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from headstart.bench.concurrency import Load
 from headstart.bench.results import Row
 
+NAME = 24  # characters of a run that are kept in one line
 NUM_DEPTHS = 6  # acceptance rates and lengths of rounds that are shown
 
 
@@ -59,7 +60,6 @@ _SHORT: tuple[Column, ...] = (
 _LONG: tuple[Column, ...] = (
     *_SHORT[:3],
     ("95 % over\nprompts", lambda row: _range(row.interval)),
-    ("median over\nprompts", lambda row: f"{row.median_speed_up:.2f}x"),
     ("after first\ntoken", lambda row: f"{row.decode_speed_up:.2f}x"),
     _SHORT[3],
     ("acceptance rate\nby depth", lambda row: _rates(row.acceptance)),
@@ -94,13 +94,14 @@ def table_of_times(rows: Sequence[Row]) -> Table:
 def _table(rows: Sequence[Row], title: str, columns: Sequence[Column]) -> Table:
     run, *rest = columns
     columns = (run, *([_TEMPERATURE] if len({row.temperature for row in rows}) > 1 else []), *rest)
-    return _filled(title, [name for name, _ in columns], ([write(row) for _, write in columns] for row in rows))
+    return _filled(title, [name for name, _ in columns], [[write(row) for _, write in columns] for row in rows])
 
 
-def _filled(title: str, names: Sequence[str], lines: Iterator[list[str]]) -> Table:
+def _filled(title: str, names: Sequence[str], lines: Sequence[list[str]]) -> Table:
     result = Table(title=title, title_justify="left")
     for name in names:
-        result.add_column(name, justify="left" if name in _LEFT else "right", overflow="fold")
+        width = min(NAME, max(len(line[0]) for line in lines)) if name == "run" and lines else None
+        result.add_column(name, justify="left" if name in _LEFT else "right", overflow="fold", min_width=width)
     for line in lines:
         result.add_row(*line)
     return result
@@ -109,12 +110,12 @@ def _filled(title: str, names: Sequence[str], lines: Iterator[list[str]]) -> Tab
 def table_by_kind(rows: Sequence[Row]) -> Table:
     """One line per run, temperature and prompt set."""
     names = ("run", "prompts", "T", "tokens/s", "speed-up", "95 % over\nprompts", "tau (acceptance\nlength)", "tau, 95 %")
-    lines = (
+    lines = [
         [short(row.run), f"{kind} ({numbers['num_prompts']})", f"{row.temperature:g}", f"{numbers['tokens_per_second']:.1f}",
          f"{numbers['speed_up']:.2f}x", _range(numbers["interval"]), f"{numbers['tau']:.2f}", _range(numbers["tau_interval"])]
         for row in rows
         for kind, numbers in row.kinds.items()
-    )  # fmt: skip
+    ]  # fmt: skip
     return _filled("by prompt set", names, lines)
 
 
@@ -122,11 +123,11 @@ def table_of_loads(loads: Sequence[Load]) -> Table:
     """One line per run, temperature and number of rows."""
     names = ("run", "T", "rows", "tokens/s", "speed-up", "ms per token\nP50", "P90", "P99")
     plain = {(load.temperature, load.rows): load.tokens_per_second for load in reversed(loads)}  # the first run is plain decoding
-    lines = (
+    lines = [
         [short(load.run), f"{load.temperature:g}", str(load.rows), f"{load.tokens_per_second:.1f}",
          f"{load.tokens_per_second / plain[load.temperature, load.rows]:.2f}x", *_milliseconds(load.token_ms)]
         for load in loads
-    )  # fmt: skip
+    ]  # fmt: skip
     return _filled("throughput by the number of requests at once", names, lines)
 
 

@@ -21,8 +21,9 @@ def weight_bytes(drafter: Drafter | None, target: Target) -> int:
     foreign = {tensor.data_ptr() for tensor in target.model.parameters()}
     tensors = (tensor for module in modules.values() for tensor in (*module.parameters(False), *module.buffers(False)))
     by_address = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
-    packs = {id(pack): pack.nbytes for module in modules.values() if hasattr(pack := getattr(module, "pack", None), "nbytes")}
-    return sum(size for address, size in by_address.items() if address not in foreign) + sum(packs.values())
+    packs: dict[int, Any] = {id(module.pack): module.pack for module in modules.values() if hasattr(module, "pack")}
+    sizes = (size for address, size in by_address.items() if address not in foreign)
+    return sum(sizes) + sum(int(pack.nbytes) for pack in packs.values())
 
 
 def _modules(drafter: Any) -> Iterator[nn.Module]:
