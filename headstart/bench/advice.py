@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from headstart.bench.concurrency import Load
 from headstart.bench.results import Row
+from headstart.bench.samples import PLAIN
 from headstart.bench.tables import short
 
 FEW = 0.35  # acceptance rate of the first draft below which a drafter rarely pays
@@ -16,6 +18,21 @@ def advice(rows: Sequence[Row], num_rows: int = 1) -> Iterator[str]:
     for row in rows:
         if not row.is_peer and row.speed_up < 1:
             yield f"{_slower(row)} {'; '.join(_remedies(row, num_rows))}"
+
+
+def advice_on_loads(loads: Sequence[Load]) -> Iterator[str]:
+    """One sentence for each run that is slower than plain decoding at some number of rows. loads: plain decoding's too."""
+    plain = {(load.temperature, load.rows): load.tokens_per_second for load in loads if load.run == PLAIN}
+    slow: dict[tuple[str, float], list[str]] = {}
+    for load in loads:
+        ratio = load.tokens_per_second / plain[load.temperature, load.rows]
+        if ratio < 1:
+            slow.setdefault((load.run, load.temperature), []).append(f"{load.rows} rows ({ratio:.2f}x)")
+    for (run, temperature), where in slow.items():
+        yield (
+            f"{short(run)} at temperature {temperature:g} is slower than plain decoding at {', '.join(where)}: draft fewer nodes "
+            "there, or nothing"
+        )
 
 
 def _slower(row: Row) -> str:

@@ -141,8 +141,8 @@ def measure(setup: Setup, runs: Sequence[AnyRun], repeat: int = 1, on_progress: 
     for run in runs:
         for _ in run.answers(setup, tasks[: setup.rows]):
             on_progress()
-    groups = [run for run in runs if isinstance(run, Run)], [run for run in runs if not isinstance(run, Run)]
-    parts = [tasks] if setup.rows > 1 else [[task] for task in tasks]
+    groups: list[list[AnyRun]] = [[run for run in runs if isinstance(run, Run) is is_ours] for is_ours in (True, False)]
+    parts: list[Sequence[int]] = [tasks] if setup.rows > 1 else [[task] for task in tasks]
     samples: list[Sample] = []
     for number, group, part in product(range(repeat), groups, parts):
         for run in group:

@@ -41,7 +41,8 @@ def _print_tables(title: str, rows: "Sequence[Row]", result: dict[str, Any], by_
 
 def _sentences(rows: "Sequence[Row]", result: dict[str, Any]) -> Iterator[str]:
     """What the tables do not say: disturbed samples, prompts left out, differences, peers, slow runs, and the machine."""
-    from headstart.bench.advice import advice
+    from headstart.bench.advice import advice, advice_on_loads
+    from headstart.bench.concurrency import Load
 
     settings, share = result["settings"], result["clean_share"]
     clean = "unknown on this system" if share is None else f"{share:.0%} of {result['num_samples']}"
@@ -53,6 +54,7 @@ def _sentences(rows: "Sequence[Row]", result: dict[str, Any]) -> Iterator[str]:
             yield f"{row.run} at temperature {row.temperature:g} differs at {split}"
     yield from _about_peers(rows, settings)
     yield from advice(rows, settings["rows"])
+    yield from advice_on_loads([Load(**load) for load in result["concurrency"]])
     machine = result["machine"]
     versions = ", ".join(f"{name} {machine[name]}" for name in ("python", "torch", "transformers", "headstart"))
     kernels = f"{machine['threads']} threads of {machine['cores']} cores, {machine['kernels']} kernels"

@@ -10,7 +10,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from headstart.bench import report
-from headstart.bench.advice import advice
+from headstart.bench.advice import advice, advice_on_loads
+from headstart.bench.concurrency import Load
 from headstart.bench.results import Row
 from headstart.cli import app
 
@@ -171,6 +172,13 @@ def test_a_run_slower_than_plain_decoding_is_said_with_what_would_help(numbers, 
     (sentence,) = advice([row(**numbers)])
     assert sentence.startswith("heads@chain:4 at temperature 0 is slower than plain decoding")
     assert words in sentence
+
+
+def test_a_run_that_is_slow_at_some_number_of_rows_is_said():
+    rates = {("plain", 1): 10.0, ("heads", 1): 12.0, ("plain", 4): 30.0, ("heads", 4): 27.0}
+    loads = [Load(name, 0.7, rows, rate, {}) for (name, rows), rate in rates.items()]
+    (sentence,) = advice_on_loads(loads)
+    assert sentence.startswith("heads at temperature 0.7 is slower than plain decoding at 4 rows (0.90x): ")
 
 
 def test_no_advice_is_given_for_faster_runs_and_for_peers():
