@@ -87,7 +87,7 @@ class Row:
 
 
 def rows(setup: Setup, samples: Sequence[Sample], memory: Mapping[str, Mapping[str, int]] | None = None) -> list[Row]:
-    """One row per run, plain decoding first. memory: of each run, in bytes, as in `Row`; None: not known."""
+    """One row per run, plain decoding first and peers last. memory: of each run, in bytes, as in `Row`; None: not known."""
     names = list(dict.fromkeys(sample.run for sample in samples))
     per_task = {name: by_task([sample for sample in samples if sample.run == name]) for name in names}
     known = memory or {}

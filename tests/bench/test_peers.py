@@ -72,7 +72,9 @@ def test_a_sampled_peer_is_not_compared(setup):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         samples = runner.measure(warm, runs, repeat=2)
-    assert [row.identical for row in results.rows(warm, samples)] == ["yes", "n/a", "yes"]
+    identical = {row.run: row.identical for row in results.rows(warm, samples)}
+    assert identical == {"plain": "yes", "lookup": "yes", "transformers": "n/a"}
+    assert [sample.run for sample in samples] == ["plain", "lookup", "transformers"] * 2  # peers last, in each repetition
     drawn = [sample.tokens for sample in samples if sample.run == "transformers"]
     assert drawn[0] == drawn[1]  # seeded
 
