@@ -118,8 +118,8 @@ def _encode(llm: LLM, case: Case, is_message: bool, is_replay: bool) -> Task:
 
 
 def _messages(case: Case) -> list[dict[str, str]]:
-    said = [(role, text) for turn in case.history for role, text in zip(("user", "assistant"), turn, strict=True)]
-    return [{"role": role, "content": text} for role, text in [*said, ("user", case.prompt)]]
+    before = [(role, text) for turn in case.history for role, text in zip(("user", "assistant"), turn, strict=True)]
+    return [{"role": role, "content": text} for role, text in [*before, ("user", case.prompt)]]
 
 
 def _text(case: Case) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from headstart.cli import bench_output
 from headstart.cli.bench_options import MeasuringOptions
-from headstart.cli.measuring import Measured, available_drafters, measure_all, title_of
+from headstart.cli.measuring import Measurement, available_drafters, measure_all, title_of
 from headstart.cli.options import Json, ModelOptions, SamplingOptions, waiting
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _settings(
     } | {name: value for name, value in vars(params).items() if name not in ("n", "logprobs", "temperature")}
 
 
-def _write(measuring: MeasuringOptions, result: dict[str, Any], measured: "Sequence[Measured]", llm: "LLM") -> None:
+def _write(measuring: MeasuringOptions, result: dict[str, Any], measured: "Sequence[Measurement]", llm: "LLM") -> None:
     """The files that were asked for. Raises ValueError for one that cannot be written, with the measurements in the message."""
     from headstart.bench.samples import as_line
     from headstart.text.tokenizer import decode

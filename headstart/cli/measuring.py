@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """What was measured at one temperature.
 
     samples: of all runs.
@@ -46,7 +46,7 @@ def measure(setup: "Setup", runs: Sequence[str], repeat: int) -> "list[Sample]":
     return measure_all([setup], runs, repeat)[0].samples
 
 
-def measure_all(setups: "Sequence[Setup]", runs: Sequence[str], repeat: int, levels: Sequence[int] = ()) -> list[Measured]:
+def measure_all(setups: "Sequence[Setup]", runs: Sequence[str], repeat: int, levels: Sequence[int] = ()) -> list[Measurement]:
     """All samples of plain decoding and of each run, with one progress bar, which estimates the time that is left.
 
     setups: alike but for their temperature.
@@ -63,13 +63,15 @@ def _num_answers(setup: "Setup", runs: Sequence[str], repeat: int, levels: Seque
     return runner.num_answers(setup, 1 + len(runs), repeat) + concurrency.num_answers(setup, num_engines, levels, repeat)
 
 
-def _measure(setup: "Setup", runs: Sequence[str], repeat: int, levels: Sequence[int], on_progress: Callable[[], None]) -> Measured:
+def _measure(
+    setup: "Setup", runs: Sequence[str], repeat: int, levels: Sequence[int], on_progress: Callable[[], None]
+) -> Measurement:
     from headstart.bench import concurrency, runner
 
     prepared = runner.prepare(setup, runs)
     samples = runner.measure(setup, prepared, repeat, on_progress)
     loads = concurrency.sweep(setup, prepared, levels, repeat, on_progress)
-    return Measured(setup, samples, {run.name: run.memory for run in prepared}, loads)
+    return Measurement(setup, samples, {run.name: run.memory for run in prepared}, loads)
 
 
 def title_of(setups: "Sequence[Setup]", model: ModelOptions) -> str:
