@@ -8,7 +8,7 @@ concatenated vectors (Hydra, MTP, EAGLE), the columns of each vector move to its
 their weights shrink by sqrt(old / new) and their eps by old / new. The target may be deeper as well: each of its layers is then
 followed by layers that add nothing, layer `i` of the source is layer `i * times`, and its output is that of the last added layer
 behind it, which is the one that EAGLE-3 and parallel MTP heads read instead. Nothing is written unless the logits are the same.
-Numbers measured with such heads must be labelled "padded".
+Such targets are made by `pad_target.py`. Numbers measured with such heads must be labelled "padded".
 """
 
 import argparse

@@ -1,4 +1,6 @@
-"""One small tree behind each of two texts, and a target's scores of it."""
+"""Small trees: one behind each of two texts with a target's scores of it, and random ones."""
+
+from hypothesis import strategies as st
 
 from headstart.speculation.tree import ROOT, Drafts, merge
 from headstart.target.cache import Seating
@@ -28,3 +30,19 @@ def score(target, stems, taps=(), num_nodes=0):
     """The target's scores of `forest_of(stems)`, stems included in the one forward."""
     cache, seats = fresh_cache(target, stems)
     return target.score(forest_of(stems, num_nodes), cache, seats, taps)
+
+
+NODES = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2), st.sampled_from([0.25, 0.5, 0.75, 1.0])), min_size=1, max_size=10)
+
+
+def drafts_of(nodes: list[tuple[int, int, float]]) -> Drafts:
+    """Random trees of three rows; a chance is that of the parent times a share, so many are equal."""
+    parents, rows, depths, chances = [], [], [], []
+    for back, row, share in nodes:
+        before = [node for node, other in enumerate(rows) if other == row]
+        parent = before[-back] if 0 < back <= len(before) else ROOT
+        parents.append(parent)
+        rows.append(row)
+        depths.append(1 if parent == ROOT else depths[parent] + 1)
+        chances.append(share * (1 if parent == ROOT else chances[parent]))
+    return Drafts.of(range(len(nodes)), parents, rows, depths, chances)

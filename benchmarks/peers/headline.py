@@ -5,7 +5,8 @@
 Milliseconds per token after the first one, medians over rounds; a round runs all prompts through every run in turn, and
 llama-bench. Answers end where they begin to repeat themselves. llama-bench feeds single tokens behind as many as there are in the
 middle of an answer, and samples nothing. All run with the same number of threads, and all weights may lie in 2 MiB pages unless
-`--pages default` is given. The planner `own` is that of the heads.
+`--pages default` is given. The planner `own` is that of the heads. TARGET and HEADS are made by `pad_target.py` and `pad_heads.py`
+in the folder above, from the embedded model; the README beside this file has the commands.
 """
 
 import argparse

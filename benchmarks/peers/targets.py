@@ -3,7 +3,8 @@
     python benchmarks/peers/targets.py OUT [--shapes 111M 430M deep]
 
 Writes OUT/NAME, a Hugging Face folder in bfloat16, for every shape. Embedding and LM head are tied, heads have 64 channels, and the
-vocabulary has 8192 tokens. The time of a pass does not depend on what the weights say, so random ones do.
+vocabulary has 8192 tokens. The time of a pass does not depend on what the weights say, so random ones do. A target of such a
+size whose text and acceptance are those of a trained model is made by `benchmarks/pad_target.py`.
 """
 
 import argparse

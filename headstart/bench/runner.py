@@ -21,9 +21,10 @@ from headstart.drafters import Drafter
 from headstart.engine.drafter_loading import make, resolve_planner
 from headstart.engine.engine import Engine
 from headstart.engine.memory import headroom_slots, slot_bytes
+from headstart.engine.planning import planner_for
 from headstart.engine.scheduler import Request
 from headstart.engine.stats import Stats
-from headstart.speculation.planner import CalibratedTree, Planner, parse
+from headstart.speculation.planner import Auto, CalibratedTree, Planner, parse
 from headstart.speculation.rules import parse_rule
 
 __all__ = [
@@ -31,7 +32,7 @@ __all__ = [
     "waiting_seconds", "with_rows",
 ]  # fmt: skip
 
-PLANNERS = ("chain", "best", "full", "tree")
+PLANNERS = ("auto", "chain", "best", "full", "tree")
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def prepare(setup: Setup, specs: Sequence[str]) -> list[AnyRun]:
     return [_run(setup, spec) for spec in (PLAIN, *specs)]
 
 
-def split_spec(spec: str) -> tuple[str, Planner | CalibratedTree | None]:
+def split_spec(spec: str) -> tuple[str, Planner | CalibratedTree | Auto | None]:
     """`model:PATH@chain:4` into the drafter and its planner; a path may hold an @ of its own."""
     drafter, at, planner = spec.rpartition("@")
     if at and planner.partition(":")[0] in PLANNERS:
@@ -83,7 +84,7 @@ def split_spec(spec: str) -> tuple[str, Planner | CalibratedTree | None]:
     return spec, None
 
 
-def read_spec(spec: str, temperature: float, model: str | None) -> tuple[str, Planner | None]:
+def read_spec(spec: str, temperature: float, model: str | None) -> tuple[str, Planner | Auto | None]:
     """The drafter of a run and its planner at a temperature, None for the drafter's own.
 
     model: the target, by name; None: the embedded model.
@@ -98,14 +99,16 @@ def read_spec(spec: str, temperature: float, model: str | None) -> tuple[str, Pl
 
 
 def _run(setup: Setup, spec: str) -> AnyRun:
-    name, planner = read_spec(spec, setup.params.temperature, setup.target.name)
+    name = read_spec(spec, setup.params.temperature, setup.target.name)[0]
     if peers.is_peer(name):
         return peers.load(name, setup)
     drafter = None if spec == PLAIN else make(name, setup.target)
-    return _with_engine(setup, spec, drafter, planner, weight_bytes(drafter, setup.target))
+    return _with_engine(setup, spec, drafter, weight_bytes(drafter, setup.target))
 
 
-def _with_engine(setup: Setup, name: str, drafter: Drafter | None, planner: Planner | None, num_bytes: int) -> Run:
+def _with_engine(setup: Setup, name: str, drafter: Drafter | None, num_bytes: int) -> Run:
+    chosen = read_spec(name, setup.params.temperature, setup.target.name)[1]
+    planner = planner_for(setup.target, drafter, chosen, parse_rule(setup.accept))
     slots = setup.longest + headroom_slots(setup.target, drafter, planner, setup.rows)
     memory = setup.rows * slots * slot_bytes(setup.target, drafter)
     replay = Replay(parse_rule(setup.accept)) if setup.is_replay else None
@@ -117,9 +120,12 @@ def _with_engine(setup: Setup, name: str, drafter: Drafter | None, planner: Plan
 
 
 def with_rows(setup: Setup, runs: Iterable[AnyRun]) -> list[Run]:
-    """The runs with new engines for `setup.rows`, and the same drafters, which no longer serve the old ones. Peers are left out."""
+    """The runs with new engines and planners for `setup.rows`, and the same drafters, which no longer serve the old engines.
+
+    Peers are left out.
+    """
     engines = [run for run in runs if isinstance(run, Run)]
-    return [_with_engine(setup, run.name, run.engine.drafter, run.engine.planner, run.memory["heads"]) for run in engines]
+    return [_with_engine(setup, run.name, run.engine.drafter, run.memory["heads"]) for run in engines]
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------------

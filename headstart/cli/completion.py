@@ -9,7 +9,7 @@ from pathlib import Path
 
 METHODS = ("eagle", "eagle3", "hydra", "hydra++", "medusa", "mtp", "mtp-parallel")
 DRAFTERS = ("auto", "lookup", "model:", "none")
-PLANNERS = ("chain:5", "full:3,2,1", "best:nodes=15,depth=6,width=4,beam=4", "tree:8", "tree:16", "tree:32", "tree:64")
+PLANNERS = ("auto", "chain:5", "full:3,2,1", "best:nodes=15,depth=6,width=4,beam=4", "tree:8", "tree:16", "tree:32", "tree:64")
 
 
 def methods(incomplete: str) -> list[str]:

@@ -127,8 +127,8 @@ class DraftingOptions:
     planner: Annotated[
         str | None,
         typer.Option(
-            help="Shape of the draft: chain:5, full:3,2,1, best:nodes=15,depth=6,width=4,beam=4; calibrated heads: tree:32.",
-            show_default="the drafter's",
+            help="How much to draft: auto (by measured cost), chain:5, full:3,2,1, best:nodes=15,depth=6,width=4,beam=4; tree:32.",
+            show_default="auto with --accept coupled, else the drafter's",
             rich_help_panel=_MODEL,
             autocompletion=complete.planners,
         ),

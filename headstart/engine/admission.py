@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from headstart.drafters import Drafter
 from headstart.speculation.params import SamplingParams
+from headstart.speculation.verify import Rule
 from headstart.target.target import Target
 
 
@@ -35,3 +37,12 @@ def _way_out(num_prompt: int, limit: int) -> str:
     if num_prompt < limit:
         return f"lower max_tokens to {limit - num_prompt}"
     return f"shorten the prompt to less than {limit} tokens"
+
+
+def check_rule(drafter: Drafter | None, rule: Rule) -> None:
+    """Raise ValueError for an acceptance rule under which a drafter would not be exact."""
+    if drafter is not None and getattr(drafter, "refused_noise", None) == rule.noise:
+        raise ValueError(
+            f"drafter {drafter.name} joins drafts of several sources, which is not exact with accept='rejection'; take "
+            "accept='coupled', or one of these drafters alone"
+        )

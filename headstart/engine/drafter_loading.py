@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 from headstart.drafters import Drafter
 from headstart.drafters.registry import METHODS
 from headstart.formats import hub
-from headstart.speculation.planner import CalibratedTree, Planner, parse
+from headstart.speculation.planner import Auto, CalibratedTree, Planner, parse
 from headstart.target.loading import embedded
 
 if TYPE_CHECKING:
@@ -131,8 +131,8 @@ def _heads_of_target(name: str, target: Target) -> Heads:
 
 
 def resolve_planner(
-    planner: Planner | CalibratedTree | None, drafter: str | None, temperature: float, model: object
-) -> Planner | None:
+    planner: Planner | CalibratedTree | Auto | None, drafter: str | None, temperature: float, model: object
+) -> Planner | Auto | None:
     """The planner with a calibrated tree replaced by the tree measured at the temperature nearest to `temperature`.
 
     drafter: the `spec` of `make`, or "auto".
@@ -154,8 +154,8 @@ def resolve_planner(
     return plan.static_tree(planner.nodes, temperature)
 
 
-def read_planner(planner: object, drafter: str | Drafter | None, model: object, temperature: float = 0.0) -> Planner | None:
-    """The planner that an argument means; None: the drafter's own.
+def read_planner(planner: object, drafter: str | Drafter | None, model: object, temperature: float = 0.0) -> Planner | Auto | None:
+    """The planner that an argument means; None: the default.
 
     planner: a planner object, a string as `parse` reads it, or None.
     drafter: the `spec` of `make`, "auto", or a drafter object.
@@ -176,9 +176,21 @@ def read_planner(planner: object, drafter: str | Drafter | None, model: object, 
             f"planner tree:{planner.nodes} needs trees that were measured, and a drafter object does not say where its own are; "
             "name the folder of the heads as the drafter, or another planner"
         )
-    if not isinstance(planner, CalibratedTree) and not all(hasattr(planner, name) for name in ("headroom", "plan", "prune")):
+    if not isinstance(planner, CalibratedTree | Auto) and not all(hasattr(planner, name) for name in ("headroom", "plan", "prune")):
         raise ValueError(f"planner is {planner!r}; it must be a planner, a string such as 'chain:5', or None")
-    return resolve_planner(cast("Planner | CalibratedTree", planner), cast("str", drafter), temperature, model)
+    return resolve_planner(cast("Planner | CalibratedTree | Auto", planner), cast("str", drafter), temperature, model)
+
+
+def split_parts(spec: str) -> list[str]:
+    """The parts of `lookup+./heads`; a plus in the name of a folder that exists separates nothing."""
+    words, parts = spec.split("+"), []
+    while words:
+        ends = range(len(words), 1, -1)
+        joined = (end for end in ends if Path("+".join(words[:end]).removeprefix("model:")).is_dir())
+        end = next(joined, 1)
+        parts.append("+".join(words[:end]))
+        words = words[end:]
+    return parts
 
 
 def names() -> Sequence[str]:
@@ -191,12 +203,16 @@ def make(spec: str, target: Target) -> Drafter:
 
     spec: a folder of heads, a method (its heads that come with the target), `NAME` or `NAME:ARGUMENT` of an installed drafter, or
         the `owner/name` of heads on the hub. The first of these that exists counts: a folder hides everything else, and a name
-        without a slash is never looked up on the hub.
+        without a slash is never looked up on the hub. Several with a plus between them are joined into one drafter.
 
     Raises ValueError for a drafter that is unknown or cannot be loaded.
     """
     if Path(spec).is_dir():
         return heads_in(spec, target)
+    if len(parts := split_parts(spec)) > 1:
+        from headstart.drafters.fused import Fused
+
+        return Fused([make(part, target) for part in parts])
     if spec in METHODS:
         return _heads_of_target(spec, target)
     name, _, argument = spec.partition(":")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -16,9 +17,11 @@ from headstart.target.target import Scored
 class DrafterState:
     """Tells a drafter what becomes certain in each seat, and returns it to the state before a round that failed.
 
-    Without a drafter (None) no method does anything.
+    Without a drafter (None) no method does anything. What was kept waits until the drafter drafts next: in rounds of plain
+    decoding it costs nothing.
+
     device: of the target.
-    chunk: tokens told at once where a text is told again.
+    chunk: tokens told at once where a text is told again, and most tokens that wait.
     """
 
     def __init__(self, drafter: Drafter | None, device: torch.device, chunk: int) -> None:
@@ -29,11 +32,14 @@ class DrafterState:
         self._snapshot: object = None  # of a restorable drafter, before the round
         self._num_failed = 0  # rounds that failed since the last one that counted
         self._stale_seats: set[int] = set()  # the drafter may hold a text there that is not the next occupant's
+        self._unread: tuple[Kept, ...] = ()  # what the drafter was not told yet
+        self._unread_before: tuple[Kept, ...] = ()  # the same, before the round
 
     # -- before and after a round --
 
     def begin(self) -> None:
         """Remember what the drafter knows, before a round."""
+        self._unread_before = self._unread
         if self._restorable is not None:
             self._snapshot = self._restorable.snapshot()
 
@@ -54,6 +60,9 @@ class DrafterState:
         if self._drafter is not None:
             if self._restorable is not None:
                 self._restorable.restore(self._snapshot)
+                self._unread = self._unread_before
+            else:
+                self._unread = ()  # it is told everything again
             for request in requests:
                 request.is_lost = self._restorable is None
                 request.drafts &= self._num_failed == 0 and (self._restorable is not None or not self._drafter.taps)
@@ -77,12 +86,14 @@ class DrafterState:
         if self._drafter is not None and request.drafts:
             assert leader.seat is not None, "the leader has no seat"
             assert request.seat is not None, "the follower has no seat"
+            self.tell()
             self._drafter.fork(leader.seat, request.seat, length)
 
     def free(self, request: Request) -> None:
         """Forget the text of a request that leaves its seat."""
         if self._drafter is None or request.seat is None:
             return
+        self._unread = tuple(rest for kept in self._unread if (rest := without(kept, request.seat)) is not None)
         if request.drafts:
             self._drafter.free(request.seat)
             self._stale_seats.discard(request.seat)
@@ -92,7 +103,8 @@ class DrafterState:
     # -- during a round --
 
     def remind(self, turns: Sequence[Turn]) -> None:
-        """Tell the drafter again the texts that it lost in a round that failed."""
+        """Tell the drafter what it needs to draft: what was kept since, and again the texts that it lost in a round that failed."""
+        self.tell()
         for request in (turn.request for turn in turns if turn.request.is_lost and turn.request.drafts):
             if self._drafter is None or request.seat is None:
                 continue
@@ -104,12 +116,78 @@ class DrafterState:
             request.is_lost = False
 
     def follow(self, turns: Sequence[Turn], forest: Forest, scored: Scored, verdict: Verdict) -> None:
-        """Tell the drafter what became certain in a round, for the rows that it drafts for."""
+        """Take what became certain in a round, for the rows that it drafts for, to tell it to the drafter."""
         if self._drafter is None:
             return
         kept = kept_of(turns, forest, scored, verdict)
         if kept.seats:
+            self._unread = (*self._unread, kept)
+            if sum(sum(one.lengths) for one in self._unread) >= self._chunk:
+                self.tell()
+
+    def tell(self) -> None:
+        """Tell the drafter what it was not told yet."""
+        if self._drafter is not None and self._unread:
+            kept = joined(self._unread)
+            self._unread = ()
             self._drafter.extend(kept)
+
+
+class _Piece(NamedTuple):
+    """What became certain in one seat in one round.
+
+    text, start, tried, held: as in `Kept`.
+    line: of its first token in the features of all rounds.
+    """
+
+    text: tuple[int, ...]
+    start: int
+    tried: int
+    held: int
+    line: int
+
+
+def joined(parts: Sequence[Kept]) -> Kept:
+    """What became certain in several rounds, one after the other, as if it had been one round."""
+    if len(parts) == 1:
+        return parts[0]
+    by_seat: dict[int, list[_Piece]] = {}
+    line = 0
+    for part in parts:
+        for row, seat in enumerate(part.seats):
+            by_seat.setdefault(seat, []).append(_Piece(part.texts[row], part.starts[row], part.tried[row], part.held[row], line))
+            line += part.lengths[row]
+    of_seats = list(by_seat.values())
+    features = None
+    if parts[0].features is not None:
+        lines = [piece.line + index for pieces in of_seats for piece in pieces for index in range(len(piece.text) - 1)]
+        features = torch.cat([part.features for part in parts if part.features is not None])
+        features = features[torch.tensor(lines, dtype=torch.int64).to(features.device, non_blocking=True)]
+    return Kept(
+        seats=tuple(by_seat),
+        texts=tuple((*(t for piece in pieces for t in piece.text[:-1]), pieces[-1].text[-1]) for pieces in of_seats),
+        starts=tuple(pieces[0].start for pieces in of_seats),
+        tried=tuple(pieces[-1].tried for pieces in of_seats),
+        held=tuple(pieces[-1].held for pieces in of_seats),
+        features=features,
+        device=parts[0].device,
+    )
+
+
+def without(kept: Kept, seat: int) -> Kept | None:
+    """What became certain in the other seats; None where that is nothing."""
+    rows = [row for row, other in enumerate(kept.seats) if other != seat]
+    if len(rows) == len(kept.seats):
+        return kept
+    if not rows:
+        return None
+    features = kept.features
+    if features is not None:
+        first = kept.seats.index(seat)
+        start = sum(kept.lengths[:first])
+        features = torch.cat([features[:start], features[start + kept.lengths[first] :]])
+    fields = {name: tuple(getattr(kept, name)[row] for row in rows) for name in ("seats", "texts", "starts", "tried", "held")}
+    return Kept(**fields, features=features, device=kept.device)
 
 
 def kept_of(turns: Sequence[Turn], forest: Forest, scored: Scored, verdict: Verdict) -> Kept:

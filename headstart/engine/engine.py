@@ -14,10 +14,11 @@ from itertools import count
 import torch
 
 from headstart.drafters import Drafter
-from headstart.engine.admission import check_prompt
+from headstart.engine.admission import check_prompt, check_rule
 from headstart.engine.drafter_state import DrafterState
 from headstart.engine.events import Event, EventQueue
 from headstart.engine.exclusive import Exclusive
+from headstart.engine.learning import Learning
 from headstart.engine.memory import headroom_slots, num_slots, slot_bytes
 from headstart.engine.scheduler import Request, Scheduler, Stream, Turn
 from headstart.engine.state import EngineState
@@ -68,7 +69,9 @@ class Engine:
         self.target = target
         self.drafter = drafter
         self.planner = planner or (drafter.planner if drafter else None)
+        self.learning = Learning(self.planner, not getattr(drafter, "corrects_chances", False), target.device.type == "cpu")
         self.rule = accept if isinstance(accept, Rule) else parse_rule(accept)
+        check_rule(drafter, self.rule)
         headroom = headroom_slots(target, drafter, planner, max_rows)
         self.slot_bytes = slot_bytes(target, drafter)
         self.seating = Seating(max_rows, num_slots(target.context + headroom, max_rows, memory, self.slot_bytes))
@@ -219,14 +222,14 @@ class Engine:
         seconds = dict.fromkeys(("draft", "score", "verify", "commit", "host"), 0.0)
         for request in self.scheduler.admit():
             self.state.seat(request)
+            self.learning.start(request)
         turns = self.scheduler.turns()
         if not turns:
             return
         seats = [turn.request.seat for turn in turns if turn.request.seat is not None]
         rows = self._rows(turns, seats)
         with clock(seconds, "draft"):
-            self.state.drafter.remind(turns)
-            drafts = self._draft(rows)
+            drafts = self._draft(turns, rows)
         with clock(seconds, "host"):
             forest = merge(
                 [turn.stem for turn in turns],
@@ -244,6 +247,7 @@ class Engine:
             self.cache.commit(seats, forest.stems, verdict.kept)
         with clock(seconds, "draft"):
             self.state.drafter.follow(turns, forest, scored, verdict)
+        self.learning.learn(rows, drafts, verdict, seconds)
         emitted = self._emit(turns, scored, verdict)
         seconds["host"] += time.perf_counter() - began - sum(seconds.values())
         for turn, part in zip(turns, parts_of(forest, verdict, emitted, seconds), strict=True):
@@ -252,6 +256,7 @@ class Engine:
 
     def _rows(self, turns: Sequence[Turn], seats: Sequence[int]) -> Rows:
         requests = [turn.request for turn in turns]
+        self.learning.see(turns)
         limits = [self._depth_limit(turn) for turn in turns] if self.drafter else [0] * len(turns)
         plan = self.planner.plan(limits) if self.planner and any(limits) else NO_DRAFTS
         return Rows(
@@ -264,6 +269,7 @@ class Engine:
             vocab=self.target.vocab,
             noise_rule=self.rule.noise,
             history=self.history,
+            odds=self.learning.odds(seats),
         )
 
     def _depth_limit(self, turn: Turn) -> int:
@@ -281,9 +287,10 @@ class Engine:
             self._sampling = key, sampling
         return self._sampling[1]
 
-    def _draft(self, rows: Rows) -> Drafts:
+    def _draft(self, turns: Sequence[Turn], rows: Rows) -> Drafts:
         if not rows.drafting or self.drafter is None or self.planner is None:
             return Drafts.none(self.target.device)
+        self.state.drafter.remind(turns)
         drafts = self.drafter.propose(rows)
         return self.planner.prune(drafts, rows.plan, len(rows))
 

@@ -26,9 +26,11 @@ from headstart.engine.generate_settings import (
     not_supported,
     stops_and_limit,
 )
+from headstart.engine.planning import planner_for
 from headstart.engine.scheduler import Request
 from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Planner
+from headstart.speculation.rules import parse_rule
 from headstart.target.cache import Seating
 from headstart.target.target import Target
 
@@ -110,7 +112,7 @@ def _generate(
     prompts = _unpadded(input_ids, rest.get("attention_mask"), rest.get("position_ids"))
     stops, limit = stops_and_limit(model, config, stopping_criteria)
     params = _sampling_params(config, input_ids.shape[1], limit)
-    planner = read_planner(planner, drafter, model, params.temperature)
+    chosen = read_planner(planner, drafter, model, params.temperature)
     if not call and (config.num_return_sequences or 1) > 1:
         raise not_supported("num_return_sequences in a direct call", "repeat the rows of input_ids instead")
     if streamer is not None:
@@ -119,7 +121,7 @@ def _generate(
         if not call:
             streamer.put(input_ids.cpu())  # `generate` has done so where it is the caller
     with _LoadedDrafters.of(model).lend(model, drafter, exact) as (target, lent):
-        engine = Engine(target, lent, planner, max_rows=min(8, len(prompts)))
+        engine = Engine(target, lent, planner_for(target, lent, chosen, parse_rule("coupled")), max_rows=min(8, len(prompts)))
         seeds = torch.randint(0, 2**62, (len(prompts),)).tolist() if params.temperature else [0] * len(prompts)
         requests = [engine.add(ids, params, seed=seed, stop_ids=stops) for ids, seed in zip(prompts, seeds, strict=True)]
         for event in engine.run():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -12,13 +11,17 @@ import torch
 
 from headstart.drafters import Drafter
 from headstart.engine.answers import Answer, Answering
-from headstart.engine.drafter_loading import EMBEDDED_METHOD, built_in_heads, is_embedded, make, read_planner
+from headstart.engine.choosing import choose_drafter
+from headstart.engine.drafter_loading import make, read_planner
 from headstart.engine.engine import Engine
+from headstart.engine.planning import planner_for
 from headstart.engine.scheduler import Request
 from headstart.engine.stats import Stats
 from headstart.speculation.noise import draw_seed, mix
 from headstart.speculation.params import SamplingParams, SamplingSettings, read_settings
 from headstart.speculation.planner import Planner
+from headstart.speculation.rules import parse_rule
+from headstart.speculation.verify import Rule
 from headstart.target.loading import check_folder, embedded
 from headstart.target.target import Target
 from headstart.target.tokenizer_loading import load_tokenizer
@@ -176,11 +179,13 @@ def load(
     `with headstart.load(...) as llm:` block.
 
     model: a folder, a hub id, a transformers model object (then with its `tokenizer`), or None: the embedded model.
-    drafter: "auto" (for the embedded model its MTP heads; for any other the MTP modules or heads in its own files, else lookup),
-        "lookup", "model:PATH" (a draft model), a folder of heads or their `owner/name` on the hub, a method's name for heads that
+    drafter: "auto" (of the heads in the model's own files or in folders beside them, those of highest expected speed, joined with
+        lookup; else lookup alone), "auto:NAME,NAME" (the same, of these drafters), "lookup", "lookup+NAME" (both in one tree),
+        "model:PATH" (a draft model), a folder of heads or their `owner/name` on the hub, a method's name for heads that
         come with the model, a drafter object, or None: plain decoding.
     planner: how much to speculate: a planner object, a string such as "chain:5" or "tree:8" (the tree measured for temperature 0),
-        or None: the drafter's own.
+        or None: by the measured cost of rounds on this machine, and by what the drafter was right about so far (`Adaptive`);
+        with another acceptance rule than "coupled" the drafter's own.
     tokenizer: None: the one in the model's folder.
     device: such as "cpu" or "cuda:0"; "auto": CUDA where torch sees a GPU, else the CPU.
     dtype: of weights and KV cache; "auto": the one in which the weights are stored.
@@ -197,7 +202,7 @@ def load(
 
     Raises ValueError, in one sentence, for a path or a setting that is wrong.
     """
-    planner = read_planner(planner, drafter, model)
+    chosen, rule = read_planner(planner, drafter, model), parse_rule(accept)
     source: Any = embedded("target") if model is None else model
     if isinstance(source, str | Path):
         check_folder(source)
@@ -215,22 +220,20 @@ def load(
         target.choose_kernels(exact)
     try:
         if isinstance(drafter, str):
-            drafter = _best_drafter(model, target) if drafter == "auto" else make(drafter, target)
-        return LLM(Engine(target, drafter, planner, max_rows=max_rows, memory=memory, accept=accept), tokenizer)
+            drafter = _drafter(drafter, model, target, rule)
+        engine_planner = planner_for(target, drafter, chosen, rule)
+        return LLM(Engine(target, drafter, engine_planner, max_rows=max_rows, memory=memory, accept=accept), tokenizer)
     except BaseException:
         target.release()  # a model object goes back to the caller as it was
         raise
 
 
-def _best_drafter(model: object, target: Target) -> Drafter:
-    """What `drafter="auto"` means: MTP for the embedded model, else the heads in the model's files, else lookup."""
-    if is_embedded(model):
-        return make(EMBEDDED_METHOD, target)
-    try:
-        return built_in_heads(target) or make("lookup", target)
-    except ValueError as error:
-        warnings.warn(f"{error}; drafting by lookup instead", stacklevel=3)
-        return make("lookup", target)
+def _drafter(spec: str, model: object, target: Target, rule: Rule) -> Drafter:
+    """The drafter that a user names."""
+    name, _, specs = spec.partition(":")
+    if name != "auto":
+        return make(spec, target)
+    return choose_drafter(model, target, rule, specs.split(",") if specs else ())
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

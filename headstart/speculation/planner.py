@@ -25,6 +25,8 @@ class Plan:
     nodes: most drafts verified, over all rows.
     parents: paths of ranks of the nodes to expand, for a static tree; empty: expand the most probable nodes.
     min_gain: expected kept tokens that another level must add, or the row's tree ends there; 0: no limit.
+    level_prices: tokens that the time of another level would give otherwise, where one, two, ... rows go deeper; (): no limit.
+        On CPU only, as `min_gain`.
     """
 
     depth: int
@@ -33,6 +35,7 @@ class Plan:
     nodes: int
     parents: frozenset[tuple[int, ...]] = frozenset()
     min_gain: float = 0.0
+    level_prices: tuple[float, ...] = ()
 
 
 NO_DRAFTS = Plan(depth=0, width=0, beam=0, nodes=0)  # of a round in which no row drafts
@@ -194,6 +197,27 @@ class CalibratedTree:
         require(self.nodes >= 1, "nodes", self.nodes, "at least 1")
 
 
+@dataclass(frozen=True)
+class Auto:
+    """Stands for `headstart.speculation.adaptive.Adaptive`, which needs the cost of rounds; not a planner itself."""
+
+
+def paying_rows(gains: Sequence[float], prices: Sequence[float]) -> list[int]:
+    """The rows for which another level is run: those that are worth most together, beyond its price; ascending.
+
+    gains: per row, the kept tokens that the level promises.
+    prices: of a level with one, two, ... rows.
+    """
+    order = sorted(range(len(gains)), key=lambda row: -gains[row])
+    best, best_value, gain = 0, 0.0, 0.0
+    for count, row in enumerate(order, 1):
+        gain += gains[row]
+        value = gain - prices[min(count, len(prices)) - 1]
+        if value > best_value:
+            best, best_value = count, value
+    return sorted(order[:best])
+
+
 def rank_paths(drafts: Drafts) -> list[tuple[int, ...]]:
     """Per draft, its path of ranks: which child of which child of the root it is, in the order proposed. On the host."""
     if drafts.rank_paths is not None:
@@ -208,12 +232,14 @@ def rank_paths(drafts: Drafts) -> list[tuple[int, ...]]:
     return paths
 
 
-def parse(spec: str) -> Planner | CalibratedTree:
-    """The planner that a text describes: `chain:5`, `best:nodes=15,depth=6,width=4,beam=4`, `full:3,2,1` or `tree:32`.
+def parse(spec: str) -> Planner | CalibratedTree | Auto:
+    """The planner that a text describes: `auto`, `chain:5`, `best:nodes=15,depth=6,width=4,beam=4`, `full:3,2,1` or `tree:32`.
 
     Settings not given have their defaults; `full` and `tree` need theirs. Raises ValueError for any other text.
     """
     name, _, argument = spec.partition(":")
+    if spec == "auto":
+        return Auto()
     try:
         if name == "chain":
             return Chain(int(argument)) if argument else Chain()
@@ -234,4 +260,4 @@ def parse(spec: str) -> Planner | CalibratedTree:
     raise ValueError(f"planner {spec!r} is unknown; {_SYNTAX}")
 
 
-_SYNTAX = "write chain:DEPTH, best:nodes=15,depth=6,width=4,beam=4, full:3,2,1 (children per level) or tree:32 (calibrated)"
+_SYNTAX = "write auto, chain:DEPTH, best:nodes=15,depth=6,width=4,beam=4, full:3,2,1 (children per level) or tree:32 (calibrated)"

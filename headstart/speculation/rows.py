@@ -60,6 +60,7 @@ class Rows:
     vocab: number of logits of the target.
     noise_rule: "shared" for `coupled`, "fresh" for `rejection`, "none" for `typical`.
     history: token counts of the seats; needed only where a row has penalties.
+    odds: per row, the factor on the odds of a child's chance by which earlier rounds correct it; (): none are corrected.
     """
 
     seats: tuple[int, ...]
@@ -71,6 +72,7 @@ class Rows:
     vocab: int
     noise_rule: str = "shared"
     history: History | None = None
+    odds: tuple[float, ...] = ()
     _noise: dict[int, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -166,7 +168,19 @@ class Rows:
         if self.sampling.is_truncated:
             is_inside = Truncation(logits, sampling).admits(best.indices)
             chances = chances * (is_inside | sampling.is_greedy[:, None])
-        return Choice(tokens, chances.float(), None)
+        return Choice(tokens, self._corrected(chances.float(), paths.rows), None)
+
+    def _corrected(self, chances: Tensor, rows: Tensor) -> Tensor:
+        """Chances [n, k] with their odds, p / (1 - p), multiplied by those of their rows [n]."""
+        if not self.odds:
+            return chances
+        odds = self._odds if len(self) == 1 else self._odds[rows]
+        return chances * odds / (1 + chances * (odds - 1))
+
+    @cached_property
+    def _odds(self) -> Tensor:
+        """[rows, 1] `odds`, on the device of the sampling settings."""
+        return torch.tensor(self.odds)[:, None].to(self.sampling.seeds.device, non_blocking=True)
 
     def _draw(
         self, logits: Tensor, level: int, paths: Paths, sampling: SamplingTensors, ranks: Tensor, ids: Tensor | None

@@ -19,6 +19,8 @@ from headstart.speculation.device_forest import asked_indices
 from headstart.speculation.rows import Rows
 from headstart.speculation.tree import ROOT, Forest
 
+_UNIT = 2**24  # chances travel to the host as integers of this unit, in the same copy as the tokens
+
 
 class Decisions(NamedTuple):
     """What a rule decides.
@@ -105,6 +107,9 @@ class Verdict:
     asked: per row, the index of the asked node that decided each emitted token.
     tried: per row, the depth of its deepest draft.
     counts: per row, the number of its drafts.
+    predicted: per row, for each level below which a draft could be kept, the summed chances (acceptance probabilities) of the kept
+        path's children, given the path; as many as drafts were kept, and one more where the last one had children.
+    gain: sum of all drafts' chances, the kept drafts that were expected.
     """
 
     emitted: tuple[tuple[int, ...], ...]
@@ -112,6 +117,8 @@ class Verdict:
     asked: tuple[tuple[int, ...], ...]
     tried: tuple[int, ...]
     counts: tuple[int, ...]
+    predicted: tuple[tuple[float, ...], ...] = ()
+    gain: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -151,33 +158,41 @@ def alive(forest: Forest, ok: Tensor) -> Tensor:
 def _verdict(forest: Forest, decisions: Decisions) -> Verdict | None:
     """The verdict of a rule's decisions; None where a token on a kept path is uncertain. One copy to the host."""
     drafts = forest.drafts
-    parts = [*decisions, drafts.parents, drafts.depths]
+    parts = [*decisions, drafts.parents, drafts.depths, (drafts.chances * _UNIT).to(torch.int64)]
     if forest.counts is None:
         parts.append(drafts.rows)
     flat = torch.cat(parts).tolist()
-    tokens, ok, is_sure, parents, depths, *rows = _cut(flat, *map(len, parts))
+    tokens, ok, is_sure, parents, depths, chances, *rows = _cut(flat, *map(len, parts))
     counts = _counts(forest, rows[0]) if forest.counts is None else forest.counts
     emitted: list[tuple[int, ...]] = []
     kept: list[tuple[int, ...]] = []
     asked: list[tuple[int, ...]] = []
     tried: list[int] = []
+    predicted: list[tuple[float, ...]] = []
     first, root = 0, 0  # the row's first draft among the drafts, and its root among the asked nodes
     for count, is_asked in zip(counts, forest.ends_at_root, strict=True):
-        alive_drafts = {ROOT}
+        alive_drafts = {ROOT: 0}  # and the level of their children, from 0
         path = []
+        masses = [0.0] * (max(depths[first : first + count], default=0) + 1)
         for draft in range(first, first + count):  # parents precede children
-            if ok[draft] and parents[draft] in alive_drafts:
-                alive_drafts.add(draft)
-                path.append(draft - first)
+            level = alive_drafts.get(parents[draft])
+            if level is not None:
+                parent_chance = chances[parents[draft]] if level else _UNIT
+                masses[level] += chances[draft] / max(1, parent_chance)
+                if ok[draft]:
+                    alive_drafts[draft] = level + 1
+                    path.append(draft - first)
         nodes = [root, *(root + 1 + draft for draft in path)] if is_asked else []
         if not all(is_sure[node] for node in nodes):
             return None
         emitted.append(tuple(tokens[node] for node in nodes))
         kept.append(tuple(path))
         asked.append(tuple(nodes))
-        tried.append(max(depths[first : first + count], default=0))
+        tried.append(len(masses) - 1)
+        predicted.append(tuple(masses[: len(path) + (masses[len(path)] > 0)]))
         first, root = first + count, root + count + is_asked
-    return Verdict(tuple(emitted), tuple(kept), tuple(asked), tuple(tried), counts)
+    gain = sum(chances) / _UNIT
+    return Verdict(tuple(emitted), tuple(kept), tuple(asked), tuple(tried), counts, tuple(predicted), gain)
 
 
 def _cut(values: list[int], *sizes: int) -> Iterator[list[int]]:

@@ -1,17 +1,14 @@
 """benchmarks/pad_heads.py: heads widened with zeros propose the same drafts as the small ones."""
 
 import json
-import math
-import re
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from folders import write_model
 from heads import KINDS, heads_for
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from headstart.engine.drafter_loading import heads_in
 from headstart.engine.engine import Engine
@@ -21,39 +18,28 @@ from headstart.speculation.params import SamplingParams
 from headstart.target.target import Target
 from headstart.target.tokenizer_loading import load_tokenizer
 
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+from pad_target import pad_target
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "pad_heads.py"
-HIDDEN, WIDE = 32, 64
+WIDE, LAYERS = 64, 2
 
 
-def write_padded(folder: Path, model_folder: Path, times: int) -> Path:
-    """The tiny model, twice as wide, its hidden states and as many zeros; and `times` as deep, with layers that add nothing."""
-    write_model(folder)  # for the tokenizer
-    small = AutoModelForCausalLM.from_pretrained(model_folder)
-    config = AutoConfig.from_pretrained(model_folder)
-    config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads = WIDE, 128, 4, 2
-    config.num_hidden_layers *= times
-    config.rms_norm_eps *= HIDDEN / WIDE
-    large = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for name, weight in large.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                weight.zero_()  # what an added layer keeps
-        for name, corner in small.named_parameters():
-            weight = large.get_parameter(re.sub(r"(?<=layers\.)\d+", lambda number: str(int(number[0]) * times), name))
-            corner = corner * (math.sqrt(HIDDEN / WIDE) if "norm" in name else 1)
-            weight.zero_()[tuple(map(slice, corner.shape))] = corner
-    large.save_pretrained(folder)
+def padded(folder: Path, model_folder: Path, times: int) -> Path:
+    """The tiny model, twice as wide, and `times` as deep."""
+    pad_target(model_folder, folder, WIDE, 128, LAYERS * times)
     return folder
 
 
 @pytest.fixture(scope="module")
 def padded_folder(model_folder, tmp_path_factory):
-    return write_padded(tmp_path_factory.mktemp("padded") / "target", model_folder, times=1)
+    return padded(tmp_path_factory.mktemp("padded") / "target", model_folder, 1)
 
 
 @pytest.fixture(scope="module")
 def deep_folder(model_folder, tmp_path_factory):
-    return write_padded(tmp_path_factory.mktemp("deep") / "target", model_folder, times=3)
+    return padded(tmp_path_factory.mktemp("deep") / "target", model_folder, 3)
 
 
 def saved(folder: Path, kind: str, model_folder: Path) -> Path:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_trees import NODES, drafts_of
 from tables import drafting, make_rows
 
 from headstart.drafters.parts.grow import Level, grow
@@ -15,20 +16,6 @@ from headstart.speculation.tree import ROOT, Drafts
 
 VOCAB = 5
 TABLE = torch.randn(VOCAB, VOCAB, VOCAB, generator=torch.Generator().manual_seed(0))
-NODES = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2), st.sampled_from([0.25, 0.5, 0.75, 1.0])), min_size=1, max_size=10)
-
-
-def drafts_of(nodes: list[tuple[int, int, float]]) -> Drafts:
-    """Random trees of three rows; a chance is that of the parent times a share, so many are equal."""
-    parents, rows, depths, chances = [], [], [], []
-    for back, row, share in nodes:
-        before = [node for node, other in enumerate(rows) if other == row]
-        parent = before[-back] if 0 < back <= len(before) else ROOT
-        parents.append(parent)
-        rows.append(row)
-        depths.append(1 if parent == ROOT else depths[parent] + 1)
-        chances.append(share * (1 if parent == ROOT else chances[parent]))
-    return Drafts.of(range(len(nodes)), parents, rows, depths, chances)
 
 
 @given(NODES, st.integers(1, 5))

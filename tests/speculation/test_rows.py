@@ -1,6 +1,7 @@
 """What the rows of a round choose from a drafter's logits and decide from the target's."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tables import make_rows, paths_of
 from headstart.speculation.calibration import Calibration
 from headstart.speculation.distribution import History, SamplingTensors, warp
 from headstart.speculation.params import SamplingParams
+from headstart.speculation.trust import correct
 
 ROOT_LEVEL = range(1)
 
@@ -225,3 +227,15 @@ def test_a_position_that_is_drafted_again_has_other_noise():
     logits = torch.zeros(1, VOCAB).expand(100, -1)
     one, other = before.choose(logits, 2, paths_of([0] * 100), 1), after.choose(logits, 1, paths_of([0] * 100), 1)
     assert int((one.tokens == other.tokens).sum()) < 15
+
+
+def test_a_rows_odds_correct_the_chances_of_its_children_and_leave_their_order():
+    logits, parents = random_logits(3), paths_of([0, 1, 1])
+    params = [SamplingParams(temperature=0.7), SamplingParams()]
+    usual = make_rows(params, [1, 2], VOCAB).choose(logits, 1, parents, 3)
+    rows = replace(make_rows(params, [1, 2], VOCAB), odds=(4.0, 0.25))
+    corrected = rows.choose(logits, 1, parents, 3)
+    assert torch.equal(corrected.tokens, usual.tokens)
+    for line, odds in enumerate((4.0, 0.25, 0.25)):
+        for before, after in zip(usual.chances[line].tolist(), corrected.chances[line].tolist(), strict=True):
+            assert after == pytest.approx(correct(before, odds), rel=1e-5)

@@ -1,5 +1,7 @@
 """Verification and the coupled rule, compared with a naive walk from the root."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -153,3 +155,26 @@ def test_penalties_count_the_ancestors_of_a_node():
     logits = torch.tensor([0.5, 1.0, 0.0, -1.0]).expand(4, -1)
     for rule in RULES.values():
         assert verify(forest_of(drafts, [[3]]), logits, rows, rule).emitted == ((1, 0, 2),)
+
+
+@given(NODES, st.integers(0, 999))
+def test_a_verdict_sums_the_chances_of_the_kept_paths_children_level_by_level(nodes, seed):
+    drafts = drafts_of(nodes)
+    noise = torch.Generator().manual_seed(seed)
+    shares = (0.1 + 0.8 * torch.rand(len(drafts), generator=noise)).tolist()
+    totals: list[float] = []
+    for share, parent in zip(shares, drafts.parents.tolist(), strict=True):
+        totals.append(share * (1 if parent == ROOT else totals[parent]))
+    drafts = replace(drafts, chances=torch.tensor(totals))
+    forest = merge([[1]] * 4, [0] * 4, [True] * 4, drafts)
+    logits = torch.randn(forest.num_asked, VOCAB, generator=noise)
+    verdict = verify(forest, logits, make_rows([SamplingParams()] * 4, range(4), VOCAB), RULES["coupled"])
+    assert verdict.gain == pytest.approx(sum(totals), abs=1e-4)
+    for row, (kept, predicted) in enumerate(zip(verdict.kept, verdict.predicted, strict=True)):
+        own = [node for node in range(len(drafts)) if drafts.rows[node] == row]
+        expected = []
+        for parent in [ROOT, *(own[draft] for draft in kept)]:
+            children = [node for node in own if drafts.parents[node] == parent]
+            if children:
+                expected.append(sum(shares[child] for child in children))
+        assert predicted == pytest.approx(expected, abs=1e-4)

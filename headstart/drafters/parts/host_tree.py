@@ -15,6 +15,7 @@ from torch import Tensor
 
 from headstart.drafters.parts.grow import Expand, Level
 from headstart.speculation.calibration import Calibration
+from headstart.speculation.planner import paying_rows
 from headstart.speculation.rows import Choice, Paths, Rows
 from headstart.speculation.tree import ROOT, Drafts
 
@@ -102,6 +103,9 @@ class HostTree:
         if plan.min_gain or len(self.tokens) >= plan.nodes:
             pays = self._pays(best.values)
             lines = [line for line in lines if pays[line]]
+        if plan.level_prices:
+            gains = best.values.sum(-1).tolist()
+            lines = [lines[index] for index in paying_rows([gains[line] for line in lines], plan.level_prices)]
         indices = best.indices.tolist()
         return {line: sorted(indices[line]) for line in lines}
 

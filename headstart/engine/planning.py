@@ -1,0 +1,121 @@
+"""The planner of a drafter whose user chooses none: `Adaptive`, with the cost of rounds as it was measured on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headstart.drafters import Drafter
+from headstart.engine.cost_measure import measure_cost
+from headstart.speculation.adaptive import MOST_NODES, Adaptive
+from headstart.speculation.calibration import UNFITTED, Calibration
+from headstart.speculation.cost import CostModel
+from headstart.speculation.planner import Auto, Planner
+from headstart.speculation.shape import Limits, fastest_shape
+from headstart.speculation.verify import Rule
+from headstart.target.loading import digest
+from headstart.target.target import Target
+
+SECONDS = 1.0  # that measuring may take where no measurement is kept
+_WIDEST = 32  # parents per level, at most
+
+
+def planner_for(target: Target, drafter: Drafter | None, planner: Planner | Auto | None, rule: Rule) -> Planner | None:
+    """The planner of an engine.
+
+    planner: what the user chose; None: nothing. Then it is `Adaptive` where the text does not depend on what is drafted, and the
+        drafter's own elsewhere: the same seed must repeat an answer, whatever was measured.
+    Raises ValueError where `Adaptive` is asked for and the text would depend on it.
+    """
+    does_fit = rule.noise == "shared"
+    if isinstance(planner, Auto) and not does_fit:
+        raise ValueError(
+            "planner auto depends on measured times, and only with the acceptance rule coupled does the text not depend on the "
+            "planner; name another planner such as chain:5, or leave the rule at coupled"
+        )
+    if drafter is None or not (isinstance(planner, Auto) or (planner is None and does_fit)):
+        return None if isinstance(planner, Auto) else planner
+    return adaptive(target, drafter)
+
+
+def adaptive(target: Target, drafter: Drafter, cost: CostModel | None = None) -> Adaptive:
+    """The adaptive planner of a drafter on a target. cost: None: the kept one, or measured now."""
+    cost = cost or cost_of(target, drafter)
+    calibration: Calibration = getattr(drafter, "calibration", UNFITTED)
+    return Adaptive(cost, limits_of(drafter, cost, calibration), calibration)
+
+
+def limits_of(drafter: Drafter, cost: CostModel, calibration: Calibration) -> Limits:
+    """The largest trees that a drafter may grow: its own planner's, and more where passes are so expensive that they pay."""
+    usual = drafter.planner.plan([2**20])
+    depth = int(getattr(drafter, "depth", 2 * usual.depth))
+    most = Limits(depth, usual.width, _WIDEST, MOST_NODES)
+    table = [calibration.of_ranks(torch.zeros(1), level, most.width)[0].tolist() for level in range(1, depth + 1)]
+    beam = max(usual.beam, min(_WIDEST, 2 * fastest_shape(cost, table, most).beam))
+    return Limits(depth, usual.width, beam, MOST_NODES)
+
+
+# -- kept measurements ------------------------------------------------------------------------------------------------------
+
+
+def machine_key(target: Target, drafter: Drafter | None) -> dict[str, Any]:
+    """All that a measured cost depends on."""
+    device = (
+        torch.cuda.get_device_name(target.device) if target.device.type == "cuda" else platform.processor() or platform.machine()
+    )
+    return {
+        "model": f"{digest(target.model)} {target.num_layers} layers",
+        "drafter": f"{drafter.name} {_size(drafter)}" if drafter else "none",
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "device": device,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "kernels": target.instructions or "torch",
+    }
+
+
+def _size(drafter: Drafter) -> int:
+    """Number of parameters of a drafter; 0 for one without."""
+    return sum(weight.numel() for weight in drafter.parameters()) if isinstance(drafter, torch.nn.Module) else 0
+
+
+def cost_of(target: Target, drafter: Drafter | None) -> CostModel:
+    """The cost of rounds on this machine: measured once for each `machine_key`, and kept in the user's cache."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "headstart" / "costs"
+    key = machine_key(target, drafter)
+    path = folder / f"{_name(key)}.json"
+    cost = _read(path, key)
+    if cost is None:
+        cost = measure_cost(target, drafter, SECONDS)
+        _write(path, key, cost)
+    return cost
+
+
+def _name(key: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _read(path: Path, key: dict[str, Any]) -> CostModel | None:
+    """The cost in a file; None where there is none, or one that cannot be read: it is measured anew."""
+    try:
+        content = json.loads(path.read_text())
+        return CostModel.from_dict(content["cost"]) if content["key"] == key else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _write(path: Path, key: dict[str, Any], cost: CostModel) -> None:
+    """Keep a cost. Where the folder cannot be written, the next process measures again."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps({"key": key, "cost": cost.as_dict()}, indent=1))
+        temporary.replace(path)
+    except OSError:
+        pass

@@ -1,0 +1,261 @@
+"""The planner that decides each round's speculation by measured cost and estimated chances.
+
+A draft is verified where its chance (acceptance probability) is worth more than its share of the forward: where it beats the tokens
+that the same time gives otherwise. Must not import models or drafters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from headstart.speculation.calibration import UNFITTED, Calibration, Table
+from headstart.speculation.cost import CostModel, DraftCost
+from headstart.speculation.outcome import Load, Outcome
+from headstart.speculation.planner import NO_DRAFTS, Plan
+from headstart.speculation.shape import Limits, Shape, best_shape, fastest_shape, forward_seconds
+from headstart.speculation.tree import Drafts
+
+MOST_NODES = 512  # drafts per row, at most
+_MEMORY = 32.0  # rounds that an average remembers
+_PATIENCE = 4.0  # rounds that must have shown a loss before drafting pauses
+_TOLERANCE = 0.005  # a loss of so many tokens per row and round is none
+_PAUSES = (4, 64)  # rounds without drafting after a loss: at first, at most
+_DEEPER = 0.7  # how often a kept draft's child is kept, before any round has shown it
+_MOST_TABLES = 64  # temperatures whose tables are kept
+_CONFIRMED = 64  # rounds after which a shape is chosen anew, since costs move
+
+
+@dataclass
+class _Average:
+    """An exponential average that begins as a plain one."""
+
+    value: float = 0.0
+    weight: float = 0.0
+
+    def add(self, value: float) -> None:
+        self.weight = min(self.weight + 1, _MEMORY)
+        self.value += (value - self.value) / self.weight
+
+
+@dataclass
+class _Regime:
+    """What was seen with one number of rows.
+
+    tokens: expected tokens per row and round.
+    seconds: of a round, as a ratio to those of plain decoding.
+    profit: tokens per row and round by which drafting beat the same time spent otherwise.
+    pause: rounds left without drafting. next_pause: how many the next pause has.
+    """
+
+    tokens: _Average
+    seconds: _Average
+    profit: _Average
+    pause: int = 0
+    next_pause: int = _PAUSES[0]
+
+    @property
+    def speed_up(self) -> float:
+        """Tokens per second, as a ratio to plain decoding's; at least 1, which is always to be had."""
+        return max(1.0, self.tokens.value / self.seconds.value)
+
+
+class Adaptive:
+    """Chooses depth, beam and nodes of each round for the most expected tokens per second. Never drafts where it does not pay.
+
+    Before drafting: whether to draft at all, and the beam, by what the drafter's ranks promise and by the profit of the last
+    rounds. On a CPU, between levels: a row goes deeper where its best candidates promise more than a level costs, and after
+    drafting the drafts are verified that are worth it. On a GPU, where this would cost a host synchronisation, depth and number
+    of nodes are chosen before drafting.
+
+    cost: of the machine and the target; refined by every round.
+    limits: of the trees.
+    calibration: acceptance rates by rank, for what is decided before drafting.
+    """
+
+    def __init__(self, cost: CostModel, limits: Limits, calibration: Calibration = UNFITTED) -> None:
+        self.cost = cost
+        self.calibration = calibration
+        self.draft_scale = 1.0  # drafting's seconds now, as a ratio to the measured ones
+        self._widest = limits
+        self._tables: dict[float, Table] = {}
+        wanted = fastest_shape(cost, self._table(0.0), replace(limits, nodes=MOST_NODES)).nodes
+        self.limits = replace(limits, nodes=min(limits.nodes, max(16, 2 ** math.ceil(math.log2(max(1, 2 * wanted))))))
+        self._load = Load((1,), (), 0.0, True)
+        self._regimes: dict[int, _Regime] = {}
+        self._shapes: dict[tuple[int, int, int], tuple[int, Shape]] = {}
+        self._round = 0
+        self._deeper = _Average(_DEEPER, 8.0)  # how often a kept draft's child is kept, too
+        self._plan = NO_DRAFTS
+
+    def __repr__(self) -> str:
+        return f"Adaptive({self.limits})"
+
+    # -- planning --
+
+    def headroom(self, max_rows: int) -> int:
+        drafted = self.limits.width * (1 + (self.limits.depth - 1) * self.limits.beam)
+        return 1 + max(min(drafted, self.limits.nodes), self.limits.beam * (self.limits.depth - 1))
+
+    def see(self, load: Load) -> None:
+        """Take notice of the next round's rows, before `plan`."""
+        self._load = load
+        self._round += 1
+
+    def plan(self, depths: Sequence[int]) -> Plan:
+        self._plan = self._next_plan(sum(depth > 0 for depth in depths))
+        return self._plan
+
+    def _next_plan(self, num_drafting: int) -> Plan:
+        regime = self._regime
+        if regime.pause:
+            regime.pause -= 1
+            return NO_DRAFTS
+        shape = self._shape(num_drafting)
+        if self._load.is_on_host:  # the forecast may err: whether drafting pays, the rounds show
+            limits, beam = self.limits, max(1, shape.beam)
+            return Plan(
+                limits.depth, limits.width, beam, limits.nodes * num_drafting, level_prices=self._level_prices(beam, num_drafting)
+            )
+        if not shape.depth:
+            return NO_DRAFTS
+        nodes = 1 << max(0, shape.nodes * num_drafting - 1).bit_length()
+        return Plan(shape.depth, self.limits.width, shape.beam, nodes)
+
+    def _level_prices(self, beam: int, num_drafting: int) -> tuple[float, ...]:
+        """What another level must promise, for one, two, ... rows: kept tokens of its parents, not of their children."""
+        draft = self.cost.draft
+        if draft is None:
+            return ()
+        factor = self.rate / max(0.05, self._deeper.value)
+        levels = ((draft.level(beam * count) * self.draft_scale, count) for count in range(1, num_drafting + 1))
+        return tuple(factor * (seconds + count * self._node_seconds) for seconds, count in levels)
+
+    def prune(self, drafts: Drafts, plan: Plan, num_rows: int) -> Drafts:
+        if not len(drafts):
+            return drafts
+        ordered = torch.sort(drafts.chances, descending=True, stable=True)
+        count = min(plan.nodes, len(drafts))
+        if drafts.chances.device.type == "cpu":
+            values = ordered.values[:count].double().cumsum(0) - self._prices(count)
+            count = int(values.argmax()) + 1 if count and float(values.max()) > 0 else 0
+        # No child has a higher chance than its parent, and a stable sort keeps the order of equals: no parent is missing.
+        drafts = drafts.take(ordered.indices[:count].sort().values, num_rows) if count < len(drafts) else drafts
+        return self._capped(drafts, num_rows).by_row(num_rows)
+
+    def _prices(self, count: int) -> Tensor:
+        """[count] tokens that the time of one, two, ... more nodes would give otherwise."""
+        load = self._load
+        seconds = forward_seconds(self.cost, load.num_stems, 1, count, len(load.stems), load.context)
+        return torch.from_numpy((seconds[1:] - seconds[0]) * self.rate)
+
+    def _capped(self, drafts: Drafts, num_rows: int) -> Drafts:
+        """At most `limits.nodes` drafts of each row, for which there are slots."""
+        if len(drafts) <= self.limits.nodes:
+            return drafts
+        order = torch.sort(drafts.chances, descending=True, stable=True).indices
+        same_row = drafts.rows[order][:, None] == drafts.rows[order][None]
+        place = torch.tril(same_row).sum(1)  # among its row's drafts, the best is 1
+        return drafts.take(order[place <= self.limits.nodes].sort().values, num_rows)
+
+    # -- what is known --
+
+    @property
+    def _regime(self) -> _Regime:
+        num_rows = len(self._load.stems)
+        if num_rows not in self._regimes:
+            load = self._load
+            shape = fastest_shape(self.cost, self._table(load.temperature), self.limits, num_rows, load.context)
+            seconds = shape.seconds / self.cost.plain(num_rows, load.context)
+            self._regimes[num_rows] = _Regime(_Average(1 + shape.gain, 4.0), _Average(seconds, 4.0), _Average())
+        return self._regimes[num_rows]
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second that this number of rows gives now, over all rows; at least plain decoding's."""
+        num_rows = len(self._load.stems)
+        return self._regime.speed_up * num_rows / self.cost.plain(num_rows, self._load.context)
+
+    @property
+    def _node_seconds(self) -> float:
+        """Seconds of one more node in a forest with one draft per row."""
+        nodes = self._load.num_stems + len(self._load.stems)
+        return self.cost.forward(nodes + 1) - self.cost.forward(nodes)
+
+    @property
+    def _scaled_cost(self) -> CostModel:
+        draft = self.cost.draft
+        if draft is None or self.draft_scale == 1.0:
+            return self.cost
+        first, row_seconds = draft.first * self.draft_scale, draft.row_seconds * self.draft_scale
+        seconds = tuple(value * self.draft_scale for value in draft.seconds)
+        return replace(self.cost, draft=DraftCost(first, draft.widths, seconds, row_seconds))
+
+    def _table(self, temperature: float) -> Table:
+        """[depth][rank] acceptance rates at a sampling temperature."""
+        if temperature not in self._tables:
+            if len(self._tables) > _MOST_TABLES:
+                self._tables.clear()
+            limits, at = self._widest, torch.tensor([temperature])
+            self._tables[temperature] = [
+                self.calibration.of_ranks(at, level, limits.width)[0].tolist() for level in range(1, limits.depth + 1)
+            ]
+        return self._tables[temperature]
+
+    def _shape(self, num_drafting: int) -> Shape:
+        """The shape to draft; kept for some rounds, since choosing takes milliseconds."""
+        load = self._load
+        key = (num_drafting, round(10 * load.temperature), round(2 * math.log2(1 + load.context)))
+        kept = self._shapes.get(key)
+        if kept is None or self._round - kept[0] > _CONFIRMED:
+            shape = best_shape(
+                self._scaled_cost, self._table(load.temperature), self.limits, max(1, num_drafting), load.context, self.rate
+            )
+            kept = self._shapes[key] = self._round, shape
+        return kept[1]
+
+    # -- learning --
+
+    def learn(self, outcome: Outcome) -> None:
+        """Take notice of the round that `see` announced."""
+        load, cost = self._load, self.cost
+        num_rows = len(load.stems)
+        if load.is_on_host and outcome.forward_seconds:
+            self.cost = cost.refined(load.num_stems + outcome.num_drafts, num_rows, load.context, outcome.forward_seconds)
+        if load.num_stems > num_rows:  # prompts: not a round of decoding
+            return
+        drafting = self._draft_seconds(outcome)
+        base = cost.plain(num_rows, load.context)
+        more = cost.forward(load.num_stems + outcome.num_drafts, num_rows, load.context) + cost.host_seconds - base + drafting
+        regime = self._regime
+        if outcome.num_drafting:
+            self._judge(regime, (outcome.gain - self.rate * more) / num_rows)
+        for number in range(outcome.num_deeper):
+            self._deeper.add(float(number < outcome.num_deeper_held))
+        regime.tokens.add(1 + outcome.gain / num_rows)
+        regime.seconds.add(1 + more / base)
+
+    def _draft_seconds(self, outcome: Outcome) -> float:
+        """What the drafting of a round costs, by the model, which takes notice of what it did cost."""
+        expected = self.cost.drafting(outcome.depth, self._plan.beam, outcome.num_drafting) if outcome.num_drafting else 0.0
+        if expected and outcome.draft_seconds < 3 * expected * self.draft_scale:
+            self.draft_scale += 0.05 * (outcome.draft_seconds / expected - self.draft_scale)
+        return expected * self.draft_scale
+
+    def _judge(self, regime: _Regime, profit: float) -> None:
+        """Pause drafting where the last rounds lost by it."""
+        regime.profit.add(profit)
+        if profit >= -_TOLERANCE:
+            regime.next_pause = _PAUSES[0]
+        if regime.profit.value < -_TOLERANCE and regime.profit.weight >= _PATIENCE:
+            regime.pause, regime.next_pause = regime.next_pause, min(2 * regime.next_pause, _PAUSES[1])
+            regime.profit.weight = _PATIENCE - 1  # one round will tell
+            self._shapes.clear()
+
+    def restart(self) -> None:
+        for regime in self._regimes.values():
+            regime.pause, regime.next_pause = 0, _PAUSES[0]

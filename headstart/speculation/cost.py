@@ -1,0 +1,165 @@
+"""What a round costs: seconds of a target forward and of drafting, as functions of their sizes, on one machine.
+
+Measured by `headstart.engine.cost_measure`. Must not import models or drafters.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from headstart.speculation.checks import require
+
+_STEP = 0.05  # weight of one timed forward in a refined cost
+_DISTURBED = 3.0  # a forward that took so many times its cost says nothing about its size
+
+
+@dataclass(frozen=True)
+class DraftCost:
+    """Seconds of drafting.
+
+    first: of the first level, which a round with drafts always has, and of reading what the round before kept.
+    widths: ascending numbers of nodes that a further level runs at once, over all rows.
+    seconds: of a further level, for each of `widths`.
+    row_seconds: of the first level, more for each row after the first.
+    Raises ValueError where these are no costs.
+    """
+
+    first: float
+    widths: tuple[int, ...]
+    seconds: tuple[float, ...]
+    row_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(self.widths, self.seconds, "widths")
+        for name in ("first", "row_seconds"):
+            require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "seconds")
+
+    def first_of(self, rows: int) -> float:
+        """Seconds of the first level of so many rows."""
+        return self.first + (rows - 1) * self.row_seconds
+
+    def level(self, nodes: int) -> float:
+        """Seconds of a further level that runs `nodes` nodes at once."""
+        return interpolated(self.widths, self.seconds, nodes)
+
+    def seconds_of(self, depth: int, beam: int, rows: int = 1) -> float:
+        """Seconds of drafting `depth` levels with `beam` parents per level and row; 0 for none."""
+        return self.first_of(rows) + (depth - 1) * self.level(beam * rows) if depth else 0.0
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Seconds of a round's parts.
+
+    nodes: ascending sizes of the measured forests.
+    seconds: of a target forward of each size, of one row with a short text.
+    context_seconds: more for each token of context, over all rows.
+    row_seconds: more for each row after the first.
+    draft: of drafting; None: without a drafter.
+    host_seconds: of a round's remaining parts.
+    Raises ValueError where these are no costs.
+    """
+
+    nodes: tuple[int, ...]
+    seconds: tuple[float, ...]
+    context_seconds: float = 0.0
+    row_seconds: float = 0.0
+    draft: DraftCost | None = None
+    host_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check(self.nodes, self.seconds, "nodes")
+        for name in ("context_seconds", "row_seconds", "host_seconds"):
+            require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "seconds")
+
+    def forward(self, nodes: int, rows: int = 1, context: int = 0) -> float:
+        """Seconds of a target forward over `nodes` nodes of `rows` rows, whose contexts have `context` tokens in all."""
+        return interpolated(self.nodes, self.seconds, nodes) + (rows - 1) * self.row_seconds + context * self.context_seconds
+
+    def plain(self, rows: int = 1, context: int = 0) -> float:
+        """Seconds of a round of plain decoding."""
+        return self.forward(rows, rows, context) + self.host_seconds
+
+    def drafting(self, depth: int, beam: int, rows: int = 1) -> float:
+        """Seconds of drafting `depth` levels; 0 without a drafter."""
+        return self.draft.seconds_of(depth, beam, rows) if self.draft else 0.0
+
+    def refined(self, nodes: int, rows: int, context: int, seconds: float) -> CostModel:
+        """The model after another timed forward. One that took `_DISTURBED` times its cost changes nothing."""
+        expected = self.forward(nodes, rows, context)
+        if not 0 < seconds < _DISTURBED * expected:
+            return self
+        ratio = seconds / expected
+        # A part of the surprise is the machine's at this moment, and holds for every size; the rest is this size's.
+        common = 1 + _STEP * (ratio - 1)
+        own = (1 + _STEP / 4 * weight * (ratio - 1) for weight in _weights(self.nodes, nodes))
+        moved = [value * common * factor for value, factor in zip(self.seconds, own, strict=True)]
+        context_seconds, row_seconds = self.context_seconds * common, self.row_seconds * common
+        return replace(self, seconds=monotone(moved), context_seconds=context_seconds, row_seconds=row_seconds)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The model as a dict for JSON, which `from_dict` reads."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> CostModel:
+        """The model that `as_dict` wrote. Raises ValueError or TypeError for anything else."""
+        values = {**content}
+        draft = values.pop("draft", None)
+        if draft is not None:
+            widths, levels = tuple(map(int, draft["widths"])), tuple(map(float, draft["seconds"]))
+            draft = DraftCost(float(draft["first"]), widths, levels, float(draft.get("row_seconds", 0)))
+        nodes, seconds = tuple(map(int, values.pop("nodes"))), tuple(map(float, values.pop("seconds")))
+        return cls(nodes, seconds, draft=draft, **{name: float(value) for name, value in values.items()})
+
+
+def _check(sizes: Sequence[int], seconds: Sequence[float], name: str) -> None:
+    """Raise ValueError where the sizes are not ascending and positive, or the seconds are not one per size, positive or zero."""
+    require(len(sizes) > 0 and sizes[0] >= 1 and list(sizes) == sorted({*sizes}), name, sizes, "ascending from at least 1")
+    require(len(seconds) == len(sizes), "seconds", seconds, f"given for each of {len(sizes)} {name}")
+    require(all(0 <= value < math.inf for value in seconds), "seconds", seconds, "positive")
+
+
+def interpolated(sizes: Sequence[int], seconds: Sequence[float], size: float) -> float:
+    """Piecewise linear through (size, seconds): constant below the first size, with the last piece's slope above the last.
+
+    A single measured size costs in proportion above it.
+    """
+    if size <= sizes[0]:
+        return seconds[0]
+    index = min(bisect_right(sizes, size), len(sizes) - 1)
+    if index == 0:
+        return seconds[0] * size / sizes[0]
+    slope = (seconds[index] - seconds[index - 1]) / (sizes[index] - sizes[index - 1])
+    return seconds[index - 1] + slope * (size - sizes[index - 1])
+
+
+def _weights(sizes: Sequence[int], size: int) -> list[float]:
+    """How much each measured size has a part in the cost of `size`; at most two do."""
+    weights = [0.0] * len(sizes)
+    right = bisect_right(sizes, size)
+    if right in (0, len(sizes)):
+        weights[min(right, len(sizes) - 1)] = 1.0
+        return weights
+    weights[right] = (size - sizes[right - 1]) / (sizes[right] - sizes[right - 1])
+    weights[right - 1] = 1 - weights[right]
+    return weights
+
+
+def monotone(values: Sequence[float]) -> tuple[float, ...]:
+    """The non-decreasing values with the least squared distance: isotonic regression by pooling adjacent violators."""
+    blocks: list[tuple[float, int]] = []  # mean, size
+    for value in values:
+        mean, size = value, 1
+        while blocks and blocks[-1][0] > mean:
+            before, count = blocks.pop()
+            mean, size = (before * count + mean * size) / (count + size), count + size
+        blocks.append((mean, size))
+    return tuple(mean for mean, size in blocks for _ in range(size))
+
+
+FREE = DraftCost(0.0, (1,), (0.0,))  # of a drafter that runs no model

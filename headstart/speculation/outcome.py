@@ -1,0 +1,71 @@
+"""What a planner that learns is told of each round. Must not import models or drafters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+
+@dataclass(frozen=True)
+class Load:
+    """The rows of the next round.
+
+    stems: per row, the number of stem nodes.
+    contexts: per row, the number of tokens in the cache.
+    temperature: mean sampling temperature of the rows.
+    is_on_host: whether asking for a tensor's values costs no host synchronisation.
+    """
+
+    stems: tuple[int, ...]
+    contexts: tuple[int, ...]
+    temperature: float
+    is_on_host: bool
+
+    @property
+    def num_stems(self) -> int:
+        """Stem nodes of all rows."""
+        return sum(self.stems)
+
+    @property
+    def context(self) -> int:
+        """Tokens in the cache, of all rows."""
+        return sum(self.contexts)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a round did.
+
+    num_drafting: rows that could draft; 0: the drafter was not asked.
+    depth: levels drafted.
+    num_drafts: drafts verified.
+    gain: sum of their chances: the kept drafts that were expected.
+    num_deeper: kept drafts that had children among the verified drafts. num_deeper_held: those that had a kept one.
+    draft_seconds, forward_seconds: of drafting, and of the target forward.
+    """
+
+    num_drafting: int
+    depth: int
+    num_drafts: int
+    gain: float
+    num_deeper: int
+    num_deeper_held: int
+    draft_seconds: float
+    forward_seconds: float
+
+
+@runtime_checkable
+class LearningPlanner(Protocol):
+    """A planner that learns from the rounds."""
+
+    def see(self, load: Load) -> None:
+        """Take notice of the next round's rows, before `plan`."""
+        ...
+
+    def learn(self, outcome: Outcome) -> None:
+        """Take notice of the round that `see` announced."""
+        ...
+
+    def restart(self) -> None:
+        """Forget that drafting did not pay: there is a new request."""
+        ...

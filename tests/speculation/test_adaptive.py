@@ -1,0 +1,135 @@
+"""The adaptive planner verifies the drafts that are worth their time, pauses where drafting loses, and tries again."""
+
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_trees import NODES, drafts_of
+
+from headstart.speculation.adaptive import Adaptive
+from headstart.speculation.cost import CostModel, DraftCost
+from headstart.speculation.outcome import LearningPlanner, Load, Outcome
+from headstart.speculation.planner import NO_DRAFTS
+from headstart.speculation.shape import Limits
+from headstart.speculation.tree import ROOT
+
+COST = CostModel((1, 8, 64), (1.0, 1.2, 4.0), draft=DraftCost(0.1, (1, 8), (0.1, 0.12)))
+LIMITS = Limits(4, 4, 6, 64)
+
+
+def planner_of(rows: int = 1, cost: CostModel = COST, is_on_host: bool = True, limits: Limits = LIMITS) -> Adaptive:
+    planner = Adaptive(cost, limits)
+    planner.see(Load((1,) * rows, (20,) * rows, 0.0, is_on_host))
+    return planner
+
+
+def outcome(num_drafts: int = 4, gain: float = 1.0, draft_seconds: float = 0.3, depth: int = 3, num_drafting: int = 1) -> Outcome:
+    return Outcome(num_drafting, depth, num_drafts, gain, 1, 1, draft_seconds, COST.forward(1 + num_drafts))
+
+
+@settings(max_examples=60)
+@given(NODES, st.floats(0.0, 0.5))
+def test_the_verified_drafts_are_the_subset_with_parents_that_is_worth_most(nodes, node_seconds):
+    cost = CostModel((1, 33), (1.0, 1 + 32 * node_seconds), draft=DraftCost(0.1, (1,), (0.1,)))
+    planner, drafts = planner_of(3, cost), drafts_of(nodes)
+    plan = planner.plan([1, 1, 1])
+    kept = planner.prune(drafts, plan, 3)
+    kept.check()
+    chances, parents = drafts.chances.tolist(), drafts.parents.tolist()
+
+    def worth(chosen):
+        return sum(chances[node] for node in chosen) - planner.rate * (cost.forward(3 + len(chosen), 3) - cost.forward(3, 3))
+
+    closed = [
+        chosen
+        for size in range(len(drafts) + 1)
+        for chosen in combinations(range(len(drafts)), size)
+        if all(parents[node] in (*chosen, ROOT) for node in chosen)
+    ]
+    assert worth(kept.tokens.tolist()) == pytest.approx(max(map(worth, closed)), abs=1e-5)
+    assert kept.rows.tolist() == sorted(kept.rows.tolist())
+
+
+def test_it_is_a_learning_planner():
+    assert isinstance(planner_of(), LearningPlanner)
+
+
+def test_drafting_pauses_where_it_loses_and_is_tried_again_ever_more_rarely():
+    planner, drafted = planner_of(), []
+    for _ in range(400):
+        planner.see(Load((1,), (20,), 0.0, True))
+        plan = planner.plan([9])
+        drafted.append(plan is not NO_DRAFTS)
+        planner.learn(outcome(num_drafts=0, gain=0.0) if drafted[-1] else Outcome(0, 0, 0, 0.0, 0, 0, 0.0, 1.0))
+    assert sum(drafted[:10]) >= 4
+    assert sum(drafted[200:]) <= 5
+    assert any(drafted[300:])
+
+
+def test_drafting_goes_on_at_once_where_it_pays_again_and_with_a_new_request():
+    planner = planner_of()
+    for _ in range(40):
+        planner.see(Load((1,), (20,), 0.0, True))
+        planner.learn(outcome(0, 0.0) if planner.plan([9]).depth else Outcome(0, 0, 0, 0.0, 0, 0, 0.0, 1.0))
+    while not planner.plan([9]).depth:
+        planner.see(Load((1,), (20,), 0.0, True))
+    for _ in range(20):
+        planner.learn(outcome(4, 2.5))
+        planner.see(Load((1,), (20,), 0.0, True))
+        assert planner.plan([9]).depth
+    for _ in range(40):
+        planner.see(Load((1,), (20,), 0.0, True))
+        planner.learn(outcome(0, 0.0) if planner.plan([9]).depth else Outcome(0, 0, 0, 0.0, 0, 0, 0.0, 1.0))
+    planner.restart()
+    planner.see(Load((1,), (20,), 0.0, True))
+    assert planner.plan([9]).depth
+
+
+def test_a_drafter_that_costs_nothing_is_always_asked():
+    planner = planner_of(cost=CostModel((1, 8), (1.0, 1.2), draft=DraftCost(0.0001, (1,), (0.0,))))
+    for _ in range(100):
+        planner.see(Load((1,), (20,), 0.0, True))
+        assert planner.plan([9]).depth
+        planner.learn(Outcome(1, 0, 0, 0.0, 0, 0, 0.0001, 1.0))
+
+
+def test_on_a_device_depth_and_nodes_are_chosen_before_drafting_in_powers_of_two():
+    plan = planner_of(is_on_host=False).plan([9])
+    assert 1 <= plan.depth <= LIMITS.depth
+    assert plan.nodes & (plan.nodes - 1) == 0
+    assert not plan.level_prices
+    crowd = planner_of(32, is_on_host=False).plan([9] * 32)
+    assert crowd.nodes / 32 < plan.nodes
+
+
+def test_on_a_device_pruning_reads_no_value(monkeypatch):
+    planner, drafts = planner_of(is_on_host=False), drafts_of([(0, 0, 0.5), (1, 0, 0.5), (0, 0, 0.25)]).to(torch.device("meta"))
+    kept = planner.prune(drafts, planner.plan([9]), 1)
+    assert kept.tokens.device.type == "meta"
+
+
+def test_a_row_has_no_more_drafts_than_slots():
+    limits = Limits(4, 4, 6, 16)
+    planner = planner_of(2, CostModel((1, 512), (1.0, 1.0), draft=DraftCost(0.1, (1,), (0.1,))), limits=limits)
+    drafts = drafts_of([(0, 0, 0.9)] * 28 + [(0, 1, 0.1)] * 3)
+    kept = planner.prune(drafts, planner.plan([9, 9]), 2)
+    kept.check()
+    assert torch.bincount(kept.rows).tolist() == [16, 3]
+    assert planner.headroom(8) > 16
+
+
+def test_a_deeper_level_must_promise_more_than_its_time_gives_otherwise():
+    cheap = planner_of(cost=CostModel((1, 64), (1.0, 1.1), draft=DraftCost(0.01, (1, 8), (0.01, 0.01))))
+    costly = planner_of(cost=CostModel((1, 64), (1.0, 1.1), draft=DraftCost(0.01, (1, 8), (0.5, 0.5))))
+    assert cheap.plan([9]).level_prices[0] < 0.1 < costly.plan([9]).level_prices[0]
+
+
+def test_the_cost_follows_the_measured_rounds():
+    planner = planner_of()
+    for _ in range(300):
+        planner.see(Load((1,), (20,), 0.0, True))
+        planner.learn(Outcome(1, 3, 7, 2.0, 1, 1, 0.6, 2.4))
+    assert planner.cost.forward(8) == pytest.approx(2.4, rel=0.05)
+    assert planner.draft_scale == pytest.approx(0.6 / COST.drafting(3, planner.plan([9]).beam), rel=0.3)
