@@ -24,7 +24,7 @@ from transformers import AutoConfig, PreTrainedModel
 from headstart.drafters.parts.heads import Heads
 from headstart.drafters.parts.losses import Batch
 from headstart.formats import TargetInfo, describe, describe_target, load, save
-from headstart.speculation.calibration import load_plan, save_plan
+from headstart.speculation.heads_plan import load_plan, save_plan
 from headstart.target.embed_head import EmbedHead
 from headstart.target.loading import load_model
 from headstart.target.tokenizer_loading import load_tokenizer

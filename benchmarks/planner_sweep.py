@@ -24,8 +24,8 @@ from headstart.bench.tasks import encode_tasks
 from headstart.engine.cost_measure import measure_cost
 from headstart.engine.drafter_loading import make
 from headstart.engine.planning import adaptive
-from headstart.speculation.calibration import load_plan
 from headstart.speculation.cost import CostModel
+from headstart.speculation.heads_plan import load_plan
 from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Best, Chain, Plan, Planner, StaticTree
 from headstart.target.target import Target

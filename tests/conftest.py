@@ -20,6 +20,12 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def quick_costs(monkeypatch):
+    """`tune` measures what rounds cost in a moment."""
+    monkeypatch.setattr("headstart.bench.tuning.SECONDS", 0.2)
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama with its own tokenizer and chat template: what a user's model folder looks like."""

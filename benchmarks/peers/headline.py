@@ -27,8 +27,9 @@ from rich.console import Console
 from rich.table import Table
 from worker import Worker
 
-from headstart.bench.report import cpu_name, short
+from headstart.bench.report import short
 from headstart.bench.runner import PLAIN
+from headstart.engine.machine import cpu_name
 
 PEER = "llama.cpp, plain"
 

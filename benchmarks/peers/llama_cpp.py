@@ -31,7 +31,7 @@ from rich.table import Table
 from targets import SHAPES, write_target
 from worker import Worker
 
-from headstart.bench.report import cpu_name
+from headstart.engine.machine import cpu_name
 
 TORCH_DTYPES = {"bf16": "bfloat16", "f32": "float32"}
 ENGINES = ("transformers", "ours, torch's kernels", "ours", "ours, int8", "llama.cpp")

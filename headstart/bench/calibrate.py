@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,16 +20,8 @@ from headstart.engine.engine import Engine
 from headstart.engine.memory import request_bytes
 from headstart.engine.scheduler import Request
 from headstart.engine.stats import Stats
-from headstart.speculation.calibration import (
-    UNFITTED,
-    Calibration,
-    HeadsPlan,
-    Tree,
-    acceptance,
-    expected_calibration_error,
-    sparse_tree,
-    walk,
-)
+from headstart.speculation.calibration import UNFITTED, Calibration, acceptance, expected_calibration_error, sparse_tree, walk
+from headstart.speculation.heads_plan import HeadsPlan, Tree
 from headstart.speculation.noise import mix
 from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Chain, Planner, StaticTree
@@ -130,6 +122,7 @@ class CalibrationResult:
     chain: tau (acceptance length) of a chain of the drafter's depth, replayed from the ranks.
     chain_measured: the same by decoding.
     trees: the best static tree by its number of drafts.
+    texts: ranks of every answer, as `walk` takes them.
     """
 
     temperature: float
@@ -140,6 +133,7 @@ class CalibrationResult:
     chain: float
     chain_measured: float
     trees: dict[int, Tree]
+    texts: tuple[Tensor, ...] = field(default=(), repr=False)
 
 
 def calibrate(
@@ -158,8 +152,7 @@ def calibrate(
     ascending = sorted({*map(float, temperatures)})
     if not ascending or not trial.prompts or trial.max_tokens < 3:
         raise ValueError("calibration needs a temperature, a prompt, and answers of at least 3 tokens; give it more")
-    target = trial.target
-    clone = drafter.clone().eval().bind(target.embed_head).to(target.device, target.dtype)
+    clone = clone_for(drafter, trial.target)
     results = [_measure(trial, drafter, clone, temperature, sizes, on_progress) for temperature in ascending]
     calibration = Calibration(
         tuple(ascending), tuple(result.calibration_temperature for result in results), tuple(result.table for result in results)
@@ -181,15 +174,14 @@ def decode_trees(
     return [{size: tau(tree, result.temperature) for size, tree in result.trees.items()} for result in results]
 
 
-def _measure(
-    trial: DecodeTrial,
-    drafter: TrainedDrafter,
-    clone: TrainedDrafter,
-    temperature: float,
-    sizes: Sequence[int],
-    on_progress: Callable[[], None],
-) -> CalibrationResult:
-    """The result at one temperature. clone: the drafter again, not attached to an engine, to observe with."""
+def observe_answers(
+    trial: DecodeTrial, drafter: TrainedDrafter, clone: TrainedDrafter, temperature: float, on_progress: Callable[[], None]
+) -> tuple[list[Observation], float]:
+    """The ranks and scores of every answer's decided tokens, and tau by decoding with a chain of the drafter's depth.
+
+    clone: the drafter again, not attached to an engine, on the target's device and in its dtype, to observe with.
+    on_progress: called after each answer.
+    """
     recorder = Recorder(drafter)
     max_scores = max(1, MAX_SCORES // trial.target.vocab // len(trial.prompts))
     observations: list[Observation] = []
@@ -199,7 +191,24 @@ def _measure(
         observations.append(observe(clone, batch, temperature, request.seed, max_scores))
         on_progress()
 
-    tau = trial.decode(recorder, Chain(drafter.depth), temperature, on_answer).tau
+    return observations, trial.decode(recorder, Chain(drafter.depth), temperature, on_answer).tau
+
+
+def clone_for(drafter: TrainedDrafter, target: Target) -> TrainedDrafter:
+    """The drafter again, on the target's device and in its dtype, bound to its embedding and LM head."""
+    return drafter.clone().eval().bind(target.embed_head).to(target.device, target.dtype)
+
+
+def _measure(
+    trial: DecodeTrial,
+    drafter: TrainedDrafter,
+    clone: TrainedDrafter,
+    temperature: float,
+    sizes: Sequence[int],
+    on_progress: Callable[[], None],
+) -> CalibrationResult:
+    """The result at one temperature. clone: as for `observe_answers`."""
+    observations, tau = observe_answers(trial, drafter, clone, temperature, on_progress)
     ranks = [one.ranks for one in observations]
     scores = [torch.cat(parts) for parts in zip(*(one.scores for one in observations), strict=True)]
     decided = [torch.cat(parts) for parts in zip(*(one.decided for one in observations), strict=True)]
@@ -221,6 +230,7 @@ def _measure(
         chain=walk(ranks, chain),
         chain_measured=tau,
         trees={size: _tree(table, size, ranks) for size in sizes},
+        texts=tuple(ranks),
     )
 
 

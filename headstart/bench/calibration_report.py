@@ -21,6 +21,7 @@ def as_json(results: Sequence[CalibrationResult], decoded: Taus) -> list[dict[st
     for result, taus in zip(results, decoded, strict=True):
         trees = {size: {"paths": tree.paths, "tau": tree.tau, "decoded": taus[size]} for size, tree in result.trees.items()}
         entry = asdict(result) | {"trees": trees}
+        del entry["texts"]
         entry["warmth"] = entry.pop("calibration_temperature")  # the key is that of plan.json
         entries.append(entry)
     return entries
@@ -64,7 +65,7 @@ def write_card(heads: Path, trial: DecodeTrial, prompts: str, results: Sequence[
     write_card_section(
         heads,
         "Measured",
-        f"`headstart calibrate`, on {describe_target(trial.target.model).name}'s own answers to {len(trial.prompts)} prompts "
+        f"`headstart tune`, on {describe_target(trial.target.model).name}'s own answers to {len(trial.prompts)} prompts "
         f"({prompts}), at most {trial.max_tokens} tokens each. The acceptance rate is that of the likeliest draft, given that its "
         "parent was accepted. The last columns are tau (acceptance length, tokens per forward of the target), by decoding: with a "
         f"chain of the likeliest drafts, and with the trees in `plan.json` (`--planner tree:SIZE`).\n\n{table}",

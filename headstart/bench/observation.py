@@ -47,6 +47,8 @@ class Recorder:
     It follows one request at a time.
     """
 
+    is_recorder = True
+
     def __init__(self, drafter: Drafter) -> None:
         self._drafter = drafter
         self.name, self.slot_bytes, self.planner = drafter.name, drafter.slot_bytes, drafter.planner

@@ -103,7 +103,7 @@ def _round(rows: list[_Row], planner: Planner, cost: CostModel, trust: Trust, re
     grown = grow(rows, depths, plan, odds, cost)
     drafts = planner.prune(grown.drafts(), plan, len(rows)) if grown.nodes else grown.drafts()
     forward = cost.forward(len(rows) + len(drafts), len(rows), sum(contexts))
-    result.seconds += forward + cost.host_seconds + grown.seconds
+    result.seconds += forward + cost.host(len(rows) + len(drafts), len(rows)) + grown.seconds
     result.rounds += 1
     result.nodes += len(rows) + len(drafts)
     held, predicted = _verdict(rows, drafts, trust, odds, learns)

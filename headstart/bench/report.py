@@ -16,6 +16,7 @@ import headstart
 from headstart.bench.results import Row, rows
 from headstart.bench.samples import Sample, Setup
 from headstart.bench.tables import short, table, table_by_kind
+from headstart.engine.machine import cpu_name
 from headstart.speculation.rules import parse_rule
 from headstart.target.target import Target
 
@@ -36,13 +37,6 @@ def machine(target: Target) -> dict[str, Any]:
         "headstart": headstart.__version__,
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
-
-
-def cpu_name() -> str:
-    """The processor's model name."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def labels(setup: Setup) -> list[str]:

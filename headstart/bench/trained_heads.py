@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from headstart.bench.runner import split_spec
 from headstart.engine.drafter_loading import folder_of
 from headstart.formats import describe, detect
 from headstart.target.target import Target
+from headstart.training.run_log import LOG
+
+CURVE = ("loss", "tau", "held_out_loss", "held_out_tau")
+MAX_POINTS = 200  # of the training texts
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Trained:
     minutes: of training.
     top1: top-1 accuracy on held-out texts, by depth.
     tau: acceptance length of a chain of top-1 drafts on held-out texts.
+    curve: points of the training: step, tokens so far, and what was logged there, see `training_curve`.
     """
 
     folder: str
@@ -38,6 +44,7 @@ class Trained:
     minutes: float | None
     top1: list[float]
     tau: float | None
+    curve: list[dict[str, float]] = field(default_factory=list)
 
 
 def trained(runs: Sequence[str], target: Target) -> list[Trained]:
@@ -59,7 +66,41 @@ def _read(folder: Path, dtype: torch.dtype) -> Trained:
         minutes=None if seconds is None else seconds / 60,
         top1=[share for share in map(_number, top1) if share is not None] if isinstance(top1, list) else [],
         tau=_number(training.get("held_out_tau")),
+        curve=training_curve(folder),
     )
+
+
+def training_curve(folder: Path) -> list[dict[str, float]]:
+    """The loss and tau (acceptance length) that the training logged, in order; empty for a folder without a log.
+
+    folder: of the heads.
+    Each point has `step`, `tokens` (read so far; estimated for held-out texts), and of `CURVE` what the log has.
+    At most about `MAX_POINTS` points are of training texts.
+    """
+    path = folder / LOG
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    points: list[dict[str, float]] = []
+    last: dict[str, float] = {}
+    for logged in filter(None, map(_logged, lines)):
+        if "tokens" in logged:
+            last = logged
+        elif last.get("step"):
+            logged["tokens"] = last["tokens"] * logged["step"] / last["step"]
+        points.append(logged)
+    training = [point for point in points if "tau" in point]
+    dropped = {id(point) for index, point in enumerate(training) if index % (len(training) // MAX_POINTS + 1)}
+    return [point for point in points if id(point) not in dropped and "tokens" in point and {*CURVE} & {*point}]
+
+
+def _logged(line: str) -> dict[str, float] | None:
+    """The numbers of a line of the log; None for a line that was cut short, or is of something else."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(values, dict) or _number(values.get("step")) is None:
+        return None
+    return {name: value for name in ("step", "tokens", *CURVE) if (value := _number(values.get(name))) is not None}
 
 
 def _number(value: Any) -> float | None:

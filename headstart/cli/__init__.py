@@ -13,7 +13,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from headstart.cli import bench, calibrate, chat, demo, distill, generate, import_heads, inspect, pretrain, train
+from headstart.cli import bench, chat, demo, distill, generate, import_heads, inspect, pretrain, train, tune
 from headstart.cli.options import expanded
 
 INTERRUPTED = 130
@@ -109,7 +109,7 @@ for command in (
     distill.distill,
     train.train,
     pretrain.pretrain,
-    calibrate.calibrate,
+    tune.tune,
     inspect.inspect,
     bench.bench,
 ):

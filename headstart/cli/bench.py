@@ -126,7 +126,7 @@ def _write(measuring: MeasuringOptions, result: dict[str, Any], measured: "Seque
             text = "".join(json_format.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             measuring.save.write_text(text, encoding="utf-8")
         if measuring.html is not None:
-            from headstart.bench.html_report import write_html  # type: ignore[import-not-found,unused-ignore]
+            from headstart.bench.html_report import write_html
 
             write_html(measuring.html, result)
     except OSError as error:

@@ -79,7 +79,8 @@ def title_of(setups: "Sequence[Setup]", model: ModelOptions) -> str:
 
     setups: alike but for their temperature.
     """
-    from headstart.bench.report import cpu_name, labels
+    from headstart.bench.report import labels
+    from headstart.engine.machine import cpu_name
 
     setup = setups[0]
     dtype = str(setup.target.dtype).removeprefix("torch.")

@@ -6,7 +6,7 @@ Must not import the module of any one drafter.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -16,7 +16,7 @@ from headstart.drafters import Drafter
 from headstart.engine.engine import Engine
 from headstart.engine.memory import headroom_slots, slot_bytes
 from headstart.engine.waiting import waiting_seconds
-from headstart.speculation.cost import FREE, CostModel, DraftCost, monotone
+from headstart.speculation.cost import CostModel, DraftCost, monotone
 from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import NO_DRAFTS, Plan, Planner
 from headstart.speculation.rows import Rows
@@ -28,6 +28,8 @@ SIZES = (1, 16, 64, 4, 32, 2, 8, 128)  # nodes of a forest, in the order in whic
 _DEPTH = 3  # levels drafted to measure one level's cost
 _CLEAN = 0.05  # fraction of its time that a sample may have waited for a processor
 _SHORT = 16  # tokens of a prompt
+_SHORTEST = 16  # tokens of a context in which rounds can be measured
+TOO_SHORT = CostModel((1, 16), (1.0, 1.0), draft=DraftCost(0.1, (1,), (0.1,)))  # assumed of shorter ones: drafting pays
 _REPEATS = 5
 _IN_TURN = 3
 _ROUNDS = 4 * len(SIZES) * _REPEATS * _IN_TURN  # tokens that a text may grow by
@@ -123,17 +125,24 @@ class _Bench:
         length = min(num_tokens, target.context) + self.planner.most
         self.engine = Engine(target, guesser, self.planner, max_rows=rows, memory=rows * length * slot_bytes(target, guesser))
         generator = torch.Generator().manual_seed(0)
-        for row in range(rows):
-            tokens = torch.randint(target.vocab, (prompt,), generator=generator).tolist()
-            most = min(target.context - prompt, _ROUNDS)
-            self.engine.add(tokens, SamplingParams(max_tokens=most, ignore_eos=True, temperature=1.0, seed=row))
-        while any(not request.output for request in (*self.engine.scheduler.running, *self.engine.scheduler.waiting)):
+        self.prompts = [torch.randint(target.vocab, (prompt,), generator=generator).tolist() for _ in range(rows)]
+        self._start()
+
+    def _start(self) -> None:
+        """Begin the texts anew, and score their prompts."""
+        self.planner.setting = Setting()
+        most = min(self.target.context - len(self.prompts[0]), _ROUNDS)
+        params = SamplingParams(max_tokens=most, ignore_eos=True, temperature=1.0)
+        requests = [self.engine.add(tokens, params, seed=row) for row, tokens in enumerate(self.prompts)]
+        while any(not request.output for request in requests):
             self.engine.step()
 
-    def sample(self, setting: Setting) -> Sample | None:
-        """One round; None where the text is full."""
-        if self.engine.is_idle:
-            return None
+    def sample(self, setting: Setting) -> Sample:
+        """One round. A text that is full begins anew."""
+        if len(self.engine.scheduler.running) < len(self.prompts):
+            for request in tuple(self.engine.scheduler.running):
+                self.engine.abort(request)
+            self._start()
         self.planner.setting = setting
         before, waited, began = self.engine.stats.copy(), waiting_seconds(), time.perf_counter()
         self.engine.step()
@@ -157,11 +166,10 @@ def _medians(bench: _Bench, settings: Sequence[Setting], until: float) -> dict[S
     samples: dict[Setting, list[Sample]] = {}
     for _ in range(_REPEATS):
         for setting in settings:
-            some = [bench.sample(setting) for _ in range(_IN_TURN)]
-            samples.setdefault(setting, []).extend(sample for sample in some[1:] if sample is not None)
+            samples.setdefault(setting, []).extend([bench.sample(setting) for _ in range(_IN_TURN)][1:])
         if time.perf_counter() > until:
             break
-    return {setting: _middle(some) for setting, some in samples.items() if some}
+    return {setting: _middle(some) for setting, some in samples.items()}
 
 
 def _middle(samples: Sequence[Sample]) -> Sample:
@@ -180,7 +188,7 @@ def _sizes(target: Target, seconds: float) -> Iterator[int]:
     bench = _Bench(target, None, 1, min(_SHORT, target.context // 2), 16)
     bench.sample(Setting(1))
     first = bench.sample(Setting(1))
-    cost = first.forward + first.host if first else 0.0
+    cost = first.forward + first.host
     room = min(target.context // 2, 128)
     sizes = [size for size in SIZES if size <= max(1, room)]
     most = max(3, int(seconds / max(cost, 1e-6) / 3))
@@ -193,6 +201,8 @@ def measure_cost(target: Target, drafter: Drafter | None = None, seconds: float 
     drafter: not attached yet, or to be attached anew afterwards: measuring attaches it to engines of its own.
     seconds: about how long it may take; more where three passes take longer.
     """
+    if target.context < _SHORTEST:
+        return TOO_SHORT
     began = time.perf_counter()
     prompt = max(1, min(_SHORT, target.context // 4))
     sizes = sorted(_sizes(target, seconds))
@@ -202,15 +212,19 @@ def measure_cost(target: Target, drafter: Drafter | None = None, seconds: float 
     measured = {setting.nodes: sample for setting, sample in forwards.items()}
     nodes = tuple(sorted(measured))
     passes = monotone([measured[size].forward for size in nodes])
-    host = median(measured[size].host for size in nodes)
+    least, most = measured[nodes[0]].host, measured[nodes[-1]].host
+    host_node_seconds = max(0.0, most - least) / max(1, nodes[-1] - nodes[0])
+    row_seconds, host_row_seconds = _row_seconds(target, measured, passes, prompt, began + 0.7 * seconds)
     middle = nodes[min(2, len(nodes) - 1)]
     return CostModel(
         nodes=nodes,
         seconds=passes,
         context_seconds=_context_seconds(target, measured[middle].forward, middle, prompt, began + 0.6 * seconds),
-        row_seconds=_row_seconds(target, nodes, passes, prompt, began + 0.7 * seconds),
+        row_seconds=row_seconds,
         draft=_draft_cost(target, drafter, prompt, began + seconds) if drafter is not None else None,
-        host_seconds=host,
+        host_seconds=least,
+        host_row_seconds=host_row_seconds,
+        host_node_seconds=host_node_seconds,
     )
 
 
@@ -223,12 +237,18 @@ def _context_seconds(target: Target, short: float, nodes: int, prompt: int, unti
     return max(0.0, (next(iter(long.values())).forward - short) / (longer - prompt))
 
 
-def _row_seconds(target: Target, nodes: Sequence[int], passes: Sequence[float], prompt: int, until: float) -> float:
-    """Seconds of a forward for each row after the first, beyond those of its nodes."""
-    if 4 not in nodes:
-        return 0.0
-    several = _medians(_Bench(target, None, 4, prompt, 4), [Setting(4)], until)
-    return max(0.0, (next(iter(several.values())).forward - passes[list(nodes).index(4)]) / 3)
+def _row_seconds(
+    target: Target, measured: Mapping[int, Sample], passes: Sequence[float], prompt: int, until: float
+) -> tuple[float, float]:
+    """Seconds of a forward, and of a round's remaining parts, for each row after the first, beyond those of its nodes.
+
+    measured: rounds of one row, by nodes. passes: their forwards, monotone.
+    """
+    if 4 not in measured:
+        return 0.0, 0.0
+    several = next(iter(_medians(_Bench(target, None, 4, prompt, 4), [Setting(4)], until).values()))
+    forward, host = passes[sorted(measured).index(4)], measured[4].host
+    return max(0.0, (several.forward - forward) / 3), max(0.0, (several.host - host) / 3)
 
 
 def _draft_cost(target: Target, drafter: Drafter, prompt: int, until: float) -> DraftCost:
@@ -236,10 +256,8 @@ def _draft_cost(target: Target, drafter: Drafter, prompt: int, until: float) -> 
     beams = (1, 4, 8)
     settings = [Setting(1, 1), *(Setting(1, _DEPTH, beam) for beam in beams)]
     samples = _medians(_Bench(target, drafter, 1, prompt, 8 + 64 * _DEPTH), settings, until)
-    if len(samples) < len(settings):
-        return FREE
     first = samples[settings[0]].draft
     levels = monotone([max(0.0, (samples[setting].draft - first) / (_DEPTH - 1)) for setting in settings[1:]])
     several = _medians(_Bench(target, drafter, 4, prompt, 4 * 8 + 4), [Setting(4, 1)], until)
-    row_seconds = max(0.0, (several[Setting(4, 1)].draft - first) / 3) if several else 0.0
+    row_seconds = max(0.0, (several[Setting(4, 1)].draft - first) / 3)
     return DraftCost(first, beams, levels, row_seconds)

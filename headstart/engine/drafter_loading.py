@@ -48,17 +48,17 @@ _MAKERS: dict[str, Maker] = {"lookup": _lookup, "model": _model}
 
 
 def heads_in(folder: str | Path, target: Target) -> Heads:
-    """The heads in a folder, with their calibration if there is one, on the target's device and in its dtype.
+    """The heads in a folder, with what their plan has of them if there is one, on the target's device and in its dtype.
 
     Raises ValueError where they are damaged or made for another target.
     """
     from headstart.formats import describe_target, load
-    from headstart.speculation.calibration import load_plan
+    from headstart.speculation.heads_plan import load_plan
 
     heads = load(Path(folder), describe_target(target.model, _tokenizer_of(target)))
     plan = load_plan(Path(folder))
     if plan is not None:
-        heads.calibration = plan.calibration
+        heads.calibration, heads.costs = plan.calibration, plan.costs
     return heads.to(target.device, target.dtype)
 
 
@@ -140,7 +140,7 @@ def resolve_planner(
 
     Raises ValueError for a drafter without measured trees.
     """
-    from headstart.speculation.calibration import load_plan
+    from headstart.speculation.heads_plan import load_plan
 
     if not isinstance(planner, CalibratedTree):
         return planner
@@ -149,7 +149,7 @@ def resolve_planner(
     if plan is None:
         raise ValueError(
             f"planner tree:{planner.nodes} needs trees that were measured, and drafter {drafter or 'none'!r} has none; measure a "
-            "folder of heads with `headstart calibrate FOLDER --model MODEL`, or name another planner"
+            "folder of heads with `headstart tune FOLDER --model MODEL`, or name another planner"
         )
     return plan.static_tree(planner.nodes, temperature)
 

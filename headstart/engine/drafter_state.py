@@ -32,6 +32,7 @@ class DrafterState:
         self._snapshot: object = None  # of a restorable drafter, before the round
         self._num_failed = 0  # rounds that failed since the last one that counted
         self._stale_seats: set[int] = set()  # the drafter may hold a text there that is not the next occupant's
+        self._is_recorder = bool(getattr(drafter, "is_recorder", False))  # it is told at once, the end of a text too
         self._unread: tuple[Kept, ...] = ()  # what the drafter was not told yet
         self._unread_before: tuple[Kept, ...] = ()  # the same, before the round
 
@@ -122,7 +123,7 @@ class DrafterState:
         kept = kept_of(turns, forest, scored, verdict)
         if kept.seats:
             self._unread = (*self._unread, kept)
-            if sum(sum(one.lengths) for one in self._unread) >= self._chunk:
+            if self._is_recorder or sum(sum(one.lengths) for one in self._unread) >= self._chunk:
                 self.tell()
 
     def tell(self) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ import torch
 
 from headstart.drafters import Drafter
 from headstart.engine.cost_measure import measure_cost
+from headstart.engine.machine import Machine, differences, machine_key
 from headstart.speculation.adaptive import MOST_NODES, Adaptive
 from headstart.speculation.calibration import UNFITTED, Calibration
 from headstart.speculation.cost import CostModel
+from headstart.speculation.heads_plan import MachineCost
 from headstart.speculation.planner import Auto, Planner
 from headstart.speculation.shape import Limits, fastest_shape
 from headstart.speculation.verify import Rule
-from headstart.target.loading import digest
 from headstart.target.target import Target
 
 SECONDS = 1.0  # that measuring may take where no measurement is kept
@@ -64,37 +66,38 @@ def limits_of(drafter: Drafter, cost: CostModel, calibration: Calibration) -> Li
 # -- kept measurements ------------------------------------------------------------------------------------------------------
 
 
-def machine_key(target: Target, drafter: Drafter | None) -> dict[str, Any]:
-    """All that a measured cost depends on."""
-    device = (
-        torch.cuda.get_device_name(target.device) if target.device.type == "cuda" else platform.processor() or platform.machine()
-    )
-    return {
-        "model": f"{digest(target.model)} {target.num_layers} layers",
-        "drafter": f"{drafter.name} {_size(drafter)}" if drafter else "none",
-        "dtype": str(target.dtype).removeprefix("torch."),
-        "device": device,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "kernels": target.instructions or "torch",
-    }
-
-
-def _size(drafter: Drafter) -> int:
-    """Number of parameters of a drafter; 0 for one without."""
-    return sum(weight.numel() for weight in drafter.parameters()) if isinstance(drafter, torch.nn.Module) else 0
-
-
 def cost_of(target: Target, drafter: Drafter | None) -> CostModel:
-    """The cost of rounds on this machine: measured once for each `machine_key`, and kept in the user's cache."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "headstart" / "costs"
+    """The cost of rounds on this machine: that in the plan of the heads, or measured once for each `machine_key` and kept in the
+    user's cache.
+
+    Warns where the plan of the heads was measured on other machines or with another model only.
+    """
     key = machine_key(target, drafter)
+    costs: Sequence[MachineCost] = getattr(drafter, "costs", ())
+    planned = next((measured.cost for measured in costs if measured.machine == key), None)
+    if planned is not None:
+        return planned
+    if costs and drafter is not None:
+        _warn_of_others(drafter.name, key, costs)
+    folder = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "headstart" / "costs"
     path = folder / f"{_name(key)}.json"
     cost = _read(path, key)
     if cost is None:
         cost = measure_cost(target, drafter, SECONDS)
         _write(path, key, cost)
     return cost
+
+
+def _warn_of_others(name: str, key: Machine, costs: Sequence[MachineCost]) -> None:
+    """Warn that a plan is not this machine's, with what differs from the one that differs least."""
+    closest = min((list(differences(key, measured.machine)) for measured in costs), key=len)
+    here = ", ".join(f"{what} {value}" for what, value, _ in closest)
+    there = ", ".join(f"{what} {value}" for what, _, value in closest)
+    warnings.warn(
+        f"the costs in the plan of these {name} heads were measured with {there}, and this is {here}; they are measured anew, and "
+        "`headstart tune` writes them into the plan",
+        stacklevel=4,
+    )
 
 
 def _name(key: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from headstart.formats.published import eagle, eagle3, hydra, medusa, mtp
 from headstart.formats.published.base import Published
 from headstart.formats.target_info import model_option
 from headstart.formats.weights import Weights, beside, config_in, safe_in, weights_in
-from headstart.speculation.calibration import load_plan
+from headstart.speculation.heads_plan import load_plan
 
 # One function per method that can be imported, tried in this order: each returns heads of its method, or None.
 FORMATS: tuple[Callable[[Weights, Mapping[str, Any]], Published | None], ...] = (

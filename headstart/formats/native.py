@@ -28,7 +28,7 @@ from headstart.formats.disk import sync
 from headstart.formats.draft_vocab import native_id_error
 from headstart.formats.model_card import card, with_section
 from headstart.formats.target_info import TargetInfo, check
-from headstart.speculation.calibration import PLAN
+from headstart.speculation.heads_plan import PLAN
 from headstart.text.jsonl import read_object
 
 if TYPE_CHECKING:

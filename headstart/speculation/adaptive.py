@@ -17,7 +17,7 @@ from headstart.speculation.calibration import UNFITTED, Calibration, Table
 from headstart.speculation.cost import CostModel, DraftCost
 from headstart.speculation.outcome import Load, Outcome
 from headstart.speculation.planner import NO_DRAFTS, Plan
-from headstart.speculation.shape import Limits, Shape, best_shape, fastest_shape, forward_seconds
+from headstart.speculation.shape import Limits, Shape, best_shape, fastest_shape, round_seconds
 from headstart.speculation.tree import Drafts
 
 MOST_NODES = 512  # drafts per row, at most
@@ -150,7 +150,7 @@ class Adaptive:
     def _prices(self, count: int) -> Tensor:
         """[count] tokens that the time of one, two, ... more nodes would give otherwise."""
         load = self._load
-        seconds = forward_seconds(self.cost, load.num_stems, 1, count, len(load.stems), load.context)
+        seconds = round_seconds(self.cost, load.num_stems, 1, count, len(load.stems), load.context)
         return torch.from_numpy((seconds[1:] - seconds[0]) * self.rate)
 
     def _capped(self, drafts: Drafts, num_rows: int) -> Drafts:
@@ -184,7 +184,7 @@ class Adaptive:
     def _node_seconds(self) -> float:
         """Seconds of one more node in a forest with one draft per row."""
         nodes = self._load.num_stems + len(self._load.stems)
-        return self.cost.forward(nodes + 1) - self.cost.forward(nodes)
+        return self.cost.forward(nodes + 1) - self.cost.forward(nodes) + self.cost.host_node_seconds
 
     @property
     def _scaled_cost(self) -> CostModel:
@@ -229,8 +229,8 @@ class Adaptive:
         if load.num_stems > num_rows:  # prompts: not a round of decoding
             return
         drafting = self._draft_seconds(outcome)
-        base = cost.plain(num_rows, load.context)
-        more = cost.forward(load.num_stems + outcome.num_drafts, num_rows, load.context) + cost.host_seconds - base + drafting
+        base, num_nodes = cost.plain(num_rows, load.context), load.num_stems + outcome.num_drafts
+        more = cost.forward(num_nodes, num_rows, load.context) + cost.host(num_nodes, num_rows) - base + drafting
         regime = self._regime
         if outcome.num_drafting:
             self._judge(regime, (outcome.gain - self.rate * more) / num_rows)

@@ -1,4 +1,4 @@
-"""Calibration: how a drafter's scores become chances (acceptance probabilities), its best static trees, and `plan.json`.
+"""Calibration: how a drafter's scores become chances (acceptance probabilities), and its best static trees.
 
 A rank says which child of its parent the decided token was; static trees and their tau (acceptance length) follow from ranks
 alone. Must not import sampling, models or drafters.
@@ -7,22 +7,17 @@ alone. Must not import sampling, models or drafters.
 from __future__ import annotations
 
 import heapq
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from headstart.speculation.checks import require
-from headstart.speculation.planner import StaticTree
-from headstart.text.jsonl import read_object
 
 T = TypeVar("T")
-PLAN = "plan.json"
 _RANK_DECAY = 0.4  # beyond the measured ranks, the chance of each is this share of the one before (docs/log.md)
 _KEY = "warmth"  # of the calibration temperature in plan.json, and so in error messages
 
@@ -83,7 +78,7 @@ class Calibration:
     @classmethod
     def from_dict(cls, content: Any) -> Calibration:
         """The calibration that `as_dict` wrote. Raises ValueError for anything else."""
-        values = _object(content, "calibration", {"temperatures", _KEY, "ranks"})
+        values = object_of(content, "calibration", {"temperatures", _KEY, "ranks"})
         return cls(_tuples(values["temperatures"], 1), _tuples(values[_KEY], 2), _tuples(values["ranks"], 3))
 
 
@@ -198,91 +193,10 @@ def expected_calibration_error(chances: Tensor, happened: Tensor, bins: int = 10
     return float(gap.abs().sum() / max(1, len(chances)))
 
 
-# -- plan.json -------------------------------------------------------------------------------------------------------------
+# -- reading JSON -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Tree:
-    """A static tree and its measured tau.
-
-    paths: one path of ranks per draft.
-    tau: acceptance length on the answers that it was measured on.
-    Raises ValueError for paths that are no tree, and for a tau below 1.
-    """
-
-    paths: tuple[Ranks, ...]
-    tau: float
-
-    def __post_init__(self) -> None:
-        StaticTree(self.paths)  # raises ValueError for paths that are no tree
-        require(1 <= self.tau < math.inf, "tau", self.tau, "at least 1, the tau of plain decoding")
-
-
-@dataclass(frozen=True)
-class HeadsPlan:
-    """The content of `plan.json`.
-
-    calibration: of the heads beside the file.
-    trees: [temperature][number of drafts] the best static tree measured.
-    """
-
-    calibration: Calibration
-    trees: Mapping[float, Mapping[int, Tree]]
-
-    def static_tree(self, nodes: int, temperature: float) -> StaticTree:
-        """The tree of `nodes` drafts, measured at the nearest temperature. Raises ValueError for a size that was not measured."""
-        nearest = min(self.trees, key=lambda measured: abs(measured - temperature), default=None)
-        by_size = {} if nearest is None else self.trees[nearest]
-        if nodes not in by_size:
-            sizes = ", ".join(f"tree:{size}" for size in sorted(by_size))
-            raise ValueError(f"no tree of {nodes} drafts was measured; there are {sizes or 'none, so calibrate the heads again'}")
-        return StaticTree(by_size[nodes].paths)
-
-
-def save_plan(folder: Path, plan: HeadsPlan) -> None:
-    """Write `plan.json` atomically. Raises ValueError where it cannot be written."""
-    trees = {
-        f"{temperature:g}": {str(nodes): {"paths": tree.paths, "tau": tree.tau} for nodes, tree in by_size.items()}
-        for temperature, by_size in plan.trees.items()
-    }
-    content = {"format": "headstart-plan", "version": 1, "calibration": plan.calibration.as_dict(), "trees": trees}
-    temporary = folder / f"{PLAN}.part"
-    try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        temporary.replace(folder / PLAN)
-    except OSError as error:
-        raise ValueError(f"{folder / PLAN} cannot be written: {error.strerror}; an earlier plan is unchanged") from None
-
-
-def load_plan(folder: Path) -> HeadsPlan | None:
-    """The plan in a folder of heads, None without the file. Raises ValueError, naming the file, for content that is no plan."""
-    path = folder / PLAN
-    if not path.is_file():
-        return None
-    try:
-        return _plan(read_object(path))
-    except (ValueError, TypeError, OverflowError) as error:
-        raise ValueError(f"{path} cannot be used: {error}; measure the heads again, or delete the file") from None
-
-
-def _plan(content: Any) -> HeadsPlan:
-    values = _object(content, "the plan", {"format", "version", "calibration", "trees"})
-    require(values["format"] == "headstart-plan", "format", values["format"], "headstart-plan")
-    require(values["version"] == 1, "version", values["version"], "1")
-    trees = {
-        float(temperature): {int(nodes): _tree(tree) for nodes, tree in _object(by_size, "trees").items()}
-        for temperature, by_size in _object(values["trees"], "trees").items()
-    }
-    return HeadsPlan(Calibration.from_dict(values["calibration"]), trees)
-
-
-def _tree(content: Any) -> Tree:
-    values = _object(content, "a tree", {"paths", "tau"})
-    paths = tuple(tuple(int(rank) for rank in path) for path in values["paths"])
-    return Tree(paths, float(values["tau"]))
-
-
-def _object(content: Any, name: str, keys: set[str] | None = None) -> dict[str, Any]:
+def object_of(content: Any, name: str, keys: set[str] | None = None) -> dict[str, Any]:
     """`content` as a dict. Raises ValueError for anything else, and for other keys than `keys` (None: any)."""
     require(isinstance(content, dict), name, content, "an object")
     assert isinstance(content, dict)

@@ -60,7 +60,9 @@ class CostModel:
     context_seconds: more for each token of context, over all rows.
     row_seconds: more for each row after the first.
     draft: of drafting; None: without a drafter.
-    host_seconds: of a round's remaining parts.
+    host_seconds: of a round's remaining parts (verification, commit, host), with one node.
+    host_row_seconds: of these, more for each row after the first.
+    host_node_seconds: of these, more for each node after the first.
     Raises ValueError where these are no costs.
     """
 
@@ -70,10 +72,12 @@ class CostModel:
     row_seconds: float = 0.0
     draft: DraftCost | None = None
     host_seconds: float = 0.0
+    host_row_seconds: float = 0.0
+    host_node_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         _check(self.nodes, self.seconds, "nodes")
-        for name in ("context_seconds", "row_seconds", "host_seconds"):
+        for name in ("context_seconds", "row_seconds", "host_seconds", "host_row_seconds", "host_node_seconds"):
             require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "seconds")
 
     def forward(self, nodes: int, rows: int = 1, context: int = 0) -> float:
@@ -82,7 +86,11 @@ class CostModel:
 
     def plain(self, rows: int = 1, context: int = 0) -> float:
         """Seconds of a round of plain decoding."""
-        return self.forward(rows, rows, context) + self.host_seconds
+        return self.forward(rows, rows, context) + self.host(rows, rows)
+
+    def host(self, nodes: int, rows: int = 1) -> float:
+        """Seconds of all parts of a round but the forward and drafting."""
+        return self.host_seconds + (rows - 1) * self.host_row_seconds + (nodes - 1) * self.host_node_seconds
 
     def drafting(self, depth: int, beam: int, rows: int = 1) -> float:
         """Seconds of drafting `depth` levels; 0 without a drafter."""

@@ -64,13 +64,14 @@ def level_chances(table: Sequence[Sequence[float]], width: int, beam: int, depth
         parents = chances[:beam]
 
 
-def forward_seconds(cost: CostModel, base: int, step: int, count: int, rows: int, context: int) -> Floats:
-    """[count + 1] seconds of target forwards of `base`, `base + step`, ... nodes."""
+def round_seconds(cost: CostModel, base: int, step: int, count: int, rows: int, context: int) -> Floats:
+    """[count + 1] seconds of rounds with forwards of `base`, `base + step`, ... nodes, without drafting."""
     sizes = base + step * np.arange(count + 1)
     seconds = np.interp(sizes, cost.nodes, cost.seconds)
     for index in np.flatnonzero(sizes > cost.nodes[-1]):  # beyond what was measured
         seconds[index] = cost.forward(int(sizes[index]))
-    return seconds + (rows - 1) * cost.row_seconds + context * cost.context_seconds
+    host = cost.host(base, rows) + cost.host_node_seconds * (sizes - base)
+    return seconds + (rows - 1) * cost.row_seconds + context * cost.context_seconds + host
 
 
 def best_shape(
@@ -82,7 +83,7 @@ def best_shape(
     rows: rows that decode, each with a tree of this shape. context: tokens of context, over all rows.
     rate: tokens per second that a second is worth.
     """
-    forward = forward_seconds(cost, rows, rows, limits.nodes, rows, context) + cost.host_seconds
+    forward = round_seconds(cost, rows, rows, limits.nodes, rows, context)
     plain = Shape(0, 0, 0, 0.0, float(forward[0]), rows / float(forward[0]))
     best, best_value = plain, rows - rate * plain.seconds
     for beam in (beam for beam in BEAMS if beam <= limits.beam):

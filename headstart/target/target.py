@@ -79,6 +79,7 @@ class Target:
     windows: how far back each layer attends.
     kernel, min_nodes, is_exact: as in `KernelChoice`; torch's attention, 1 and False before `choose_kernels`.
     kernel_choice: what `choose_kernels` chose; None before.
+    weights: "stored", or "int8" where `choose_kernels` has rounded them.
     pad_rows: whether all rows go into one attention call, for devices where a call costs more than the padding.
     flat_runner: how forwards run with `pad_rows`: their attention kernel, and whether they are captured as graphs.
     trust_remote_code: whether Python files beside the weights, or beside a draft model's, may run.
@@ -94,6 +95,7 @@ class Target:
         self.min_nodes = 1
         self.trust_remote_code = False
         self.is_exact = False
+        self.weights = "stored"
         self.kernel_choice: KernelChoice | None = None
         text = model.config.get_text_config()
         self.name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
@@ -159,6 +161,7 @@ class Target:
         if weights == "int8":
             keep_digest(self.model)
         self._ungroup()
+        self.weights = weights
         choice = choose_kernels(self.model, self.heads, self.shapes, exact, pack, weights)
         self._use(choice)
         if not choice.is_exact or self._holds_to_the_bit(is_cached=not pack):

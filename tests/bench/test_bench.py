@@ -18,7 +18,8 @@ from headstart.cli import app
 from headstart.engine.engine import Engine
 from headstart.engine.stats import Stats
 from headstart.formats import describe_target, save
-from headstart.speculation.calibration import UNFITTED, HeadsPlan, Tree, save_plan
+from headstart.speculation.calibration import UNFITTED
+from headstart.speculation.heads_plan import HeadsPlan, Tree, save_plan
 from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Best, CalibratedTree, Chain, StaticTree
 from headstart.speculation.rules import RULES
@@ -396,7 +397,7 @@ def test_prompts_that_exceed_the_context_are_left_out_and_counted(model_folder, 
         (("--temperatures", "nan"), "0 or positive"),
         (("--by-kind",), "give --prompts again"),
         (("--prompts", "stories", "--prompts", "stories"), "two prompt sets are called 'stories'"),
-        (("--run", "lookup@tree:8"), "headstart calibrate"),
+        (("--run", "lookup@tree:8"), "headstart tune"),
         (("--run", "lookup@tree:"), "tree:32 (calibrated)"),
     ],
 )

@@ -17,7 +17,8 @@ from headstart.drafters.hydra import Hydra, HydraConfig, HydraPlus, HydraPlusCon
 from headstart.drafters.medusa import Medusa, MedusaConfig
 from headstart.engine.drafter_loading import heads_in
 from headstart.formats.model_card import with_section
-from headstart.speculation.calibration import load_plan, walk
+from headstart.speculation.calibration import walk
+from headstart.speculation.heads_plan import load_plan
 from headstart.speculation.planner import Chain, StaticTree
 from headstart.target.target import Target
 
@@ -164,8 +165,8 @@ def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_calibrating_saves_a_plan_that_drafting_uses(model_folder, heads_folder):
-    base = ("calibrate", heads_folder, "--model", model_folder, "--limit", 2, "--max-tokens", 24, "--no-exact")
+def test_tuning_saves_a_plan_that_drafting_uses(model_folder, heads_folder, quick_costs):
+    base = ("tune", heads_folder, "--model", model_folder, "--limit", 2, "--max-tokens", 24, "--no-exact", "--no-decode")
     done = run(*base, "--temperature", 0, "--temperature", 1, "--json")
     entries = json.loads(done.stdout)["findings"]
     plan = load_plan(heads_folder)
@@ -188,9 +189,9 @@ def test_a_probe_reports_tau_and_acceptance_rates(model_folder, heads_folder):
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        (("calibrate", "{heads}", "--model", "{model}", "--accept", "typical"), "coupled"),
-        (("calibrate", "{model}", "--model", "{model}"), "heads"),
-        (("calibrate", "{heads}", "--model", "{model}", "--max-tokens", 2), "at least 3 tokens"),
+        (("tune", "{heads}", "--model", "{model}", "--accept", "typical"), "coupled"),
+        (("tune", "{model}", "--model", "{model}"), "heads"),
+        (("tune", "{heads}", "--model", "{model}", "--max-tokens", 2), "at least 3 tokens"),
         (("inspect", "{heads}", "--model", "{model}"), "--probe"),
         (("inspect", "{model}", "--probe"), "heads"),
     ],
@@ -202,11 +203,22 @@ def test_what_a_user_did_wrong_is_one_sentence(arguments, word, model_folder, he
     assert "Traceback" not in done.stderr
 
 
-def test_the_model_card_has_one_section_of_measurements(model_folder, heads_folder):
+def test_the_model_card_has_one_section_of_measurements(model_folder, heads_folder, quick_costs):
     """Measured twice, it has the second table; a deleted card is written anew; its other sections stay."""
     card = heads_folder / "README.md"
     before = card.read_text().split("## Measured")[0].rstrip()
-    command = ["calibrate", str(heads_folder), "--model", str(model_folder), "--limit", "2", "--max-tokens", "16", "--raw"]
+    command = [
+        "tune",
+        str(heads_folder),
+        "--model",
+        str(model_folder),
+        "--limit",
+        "2",
+        "--max-tokens",
+        "16",
+        "--raw",
+        "--no-decode",
+    ]
     result = CliRunner().invoke(app, [*command, "--temperature", "0.7"])
     assert result.exit_code == 0, result.output
     first = card.read_text()

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from headstart.engine.drafter_loading import heads_in
 from headstart.engine.engine import Engine
 from headstart.formats import describe, describe_target, save
-from headstart.speculation.calibration import PLAN, Calibration, HeadsPlan, Tree, save_plan
+from headstart.speculation.calibration import Calibration
+from headstart.speculation.heads_plan import PLAN, HeadsPlan, Tree, save_plan
 from headstart.speculation.params import SamplingParams
 from headstart.target.target import Target
 from headstart.target.tokenizer_loading import load_tokenizer

@@ -246,21 +246,21 @@ def test_a_chat_template_that_fails_or_never_ends_is_one_sentence(model_folder, 
 # -- heads ------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["calibrate", "probe", "generate"])
+@pytest.mark.parametrize("command", ["tune", "probe", "generate"])
 def test_heads_of_nan_are_refused_wherever_they_are_used(model_folder, own_heads, command):
     tensors = load_file(own_heads / "model.safetensors")
     name = sorted(tensors)[0]
     tensors[name].view(-1)[0] = float("nan")
     save_file(tensors, own_heads / "model.safetensors")
     arguments = {
-        "calibrate": ("calibrate", own_heads, "--model", model_folder, "--limit", 1, "--max-tokens", 3),
+        "tune": ("tune", own_heads, "--model", model_folder, "--limit", 1, "--max-tokens", 3),
         "probe": ("inspect", own_heads, "--model", model_folder, "--probe"),
         "generate": ("generate", "a", "--model", model_folder, "--drafter", own_heads),
     }
     assert f"values in {name} that are not finite (nan or inf)" in refused(*arguments[command])
 
 
-def test_the_progress_bar_of_a_calibration_counts_the_decoding_of_trees(model_folder, own_heads, monkeypatch):
+def test_the_progress_bar_of_tuning_counts_every_answer_and_turn(model_folder, own_heads, monkeypatch, quick_costs):
     from contextlib import contextmanager
 
     progress_calls: list[int] = []
@@ -270,12 +270,13 @@ def test_the_progress_bar_of_a_calibration_counts_the_decoding_of_trees(model_fo
         progress_calls.append(total)
         yield lambda: progress_calls.append(1)
 
-    monkeypatch.setattr("headstart.cli.calibrate.progress", progress)
+    monkeypatch.setattr("headstart.cli.tune.progress", progress)
     monkeypatch.setattr("headstart.bench.calibrate.acceptance", lambda ranks, width: ((0.5,) * width, (0.25,) * width))
-    result = run("calibrate", own_heads, "--model", model_folder, "--limit", 2, "--max-tokens", 4, "--temperature", 0.7)
+    arguments = ("tune", own_heads, "--model", model_folder, "--limit", 3, "--max-tokens", 4, "--temperature", 0.7)
+    result = run(*arguments, "--rows", 1, "--rows", 2)
     assert result.exit_code == 0, result.output
     total, *steps = progress_calls
-    assert total == len(steps) == 2 * (1 + len(SIZES))
+    assert total == len(steps) == 2 * (1 + len(SIZES)) + 2 + 2  # one prompt is held out: two turns for each number of rows
 
 
 # -- files ------------------------------------------------------------------------------------------------------------------

@@ -48,7 +48,9 @@ FROZEN = {
     "inspect": {"--device", "--model", "--probe", "--trust-remote-code", "--json"},
     "distill": MODEL | DRAFTING | DISTILL | {"--json"},
     "import": {"--target", "--out", "--taps", "--trust-remote-code", "--json"},
-    "calibrate": MODEL | {"--prompts", "--limit", "--max-tokens", "--temperature", "--seed", "--raw", "--chat", "--json"},
+    "tune": MODEL
+    | {"--prompts", "--limit", "--max-tokens", "--temperature", "--rows", "--decode", "--no-decode", "--hardware", "--seed"}
+    | {"--raw", "--chat", "--json"},
     "bench": MODEL
     | SAMPLING
     | {
@@ -148,7 +150,7 @@ def test_the_streamed_text_is_the_text_of_the_answer(model_folder):
 def test_accepted_drafts_are_underlined_and_nothing_else_changes(model_folder):
     base = ("generate", "--raw", "sea sea sea sea", "--model", model_folder, "--max-tokens", 40, "--ignore-eos", "--drafter")
     plain = answer(*base, "none")
-    marked = run(*base, f"model:{model_folder}", "--show-drafts")  # a drafter that is always right
+    marked = run(*base, f"model:{model_folder}", "--show-drafts", "--planner", "chain:4")  # a drafter that is always right
     assert marked.stdout.replace("\x1b[4m", "").replace("\x1b[24m", "") == plain["text"] + "\n"
     assert "\x1b[4m" in marked.stdout
     assert re.search(r"40 tokens in \d+ rounds: tau [2-9]", marked.stderr)
@@ -318,7 +320,7 @@ def test_inspect_refuses_a_folder_without_a_model(broken, folder):
         (("--planner", "chain:x"), "cannot be read"),
         (("--planner", "chain:0"), "depth is 0; it must be at least 1"),
         (("--planner", "best:leaves=3"), "none of nodes, depth"),
-        (("--planner", "tree:8"), "measure a folder of heads with `headstart calibrate"),
+        (("--planner", "tree:8"), "measure a folder of heads with `headstart tune"),
         (("--drafter", "lookup", "--planner", "tree:8"), "drafter 'lookup' has none"),
         (("--planner", "tree:0"), "nodes is 0; it must be at least 1"),
         (("--device", "abacus"), "device 'abacus' is not supported"),

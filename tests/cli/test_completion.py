@@ -37,7 +37,7 @@ def completed(folder, line):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("headstart cal", ["calibrate"]),
+        ("headstart tu", ["tune"]),
         ("headstart generate --drafter hyd", ["hydra", "hydra++"]),
         ("headstart generate --drafter ours", ["ours"]),
         ("headstart generate --model own", ["owner/"]),

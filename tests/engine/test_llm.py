@@ -130,7 +130,7 @@ def test_the_trees_of_the_embedded_heads_are_not_those_of_another_model(model_fo
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"planner": "chian:5"}, "planner 'chian:5' is unknown; write chain:DEPTH"),
+        ({"planner": "chian:5"}, "planner 'chian:5' is unknown; write auto, chain:DEPTH"),
         ({"planner": 5}, "planner is 5; it must be a planner, a string such as 'chain:5', or None"),
         (
             {"planner": "tree:8", "drafter": "lookup"},

@@ -17,7 +17,7 @@ from headstart import formats
 from headstart.cli import app
 from headstart.drafters.medusa import Medusa, MedusaConfig
 from headstart.engine.drafter_loading import folder_of, make
-from headstart.speculation.calibration import load_plan
+from headstart.speculation.heads_plan import load_plan
 from headstart.target.loading import embedded, load_model
 from headstart.target.target import Target
 from headstart.target.tokenizer_loading import load_tokenizer

@@ -1,7 +1,6 @@
 """Chances, static trees and plan.json, against brute force and arithmetic by hand."""
 
 import itertools
-import json
 import math
 
 import pytest
@@ -12,13 +11,9 @@ from hypothesis import strategies as st
 from headstart.speculation.calibration import (
     UNFITTED,
     Calibration,
-    HeadsPlan,
-    Tree,
     acceptance,
     expected_calibration_error,
     expected_tau,
-    load_plan,
-    save_plan,
     sparse_tree,
     walk,
 )
@@ -119,57 +114,3 @@ def test_calibrated_chances_have_no_calibration_error_and_overconfident_ones_hav
     happened = torch.tensor([True] * 2 + [False] * 8 + [True] * 9 + [False])
     assert expected_calibration_error(chances, happened) == pytest.approx(0, abs=1e-6)
     assert expected_calibration_error(torch.ones(4), torch.tensor([True, False, False, False])) == pytest.approx(0.75)
-
-
-# -- plan.json ------------------------------------------------------------------------------------------------------------
-
-
-def test_a_saved_plan_loads_as_it_was(tmp_path):
-    plan = HeadsPlan(CALIBRATION, {0.0: {2: Tree(((0,), (1,)), 1.5)}, 0.7: {1: Tree(((0,),), 1.25)}})
-    save_plan(tmp_path, plan)
-    assert load_plan(tmp_path) == plan
-
-
-def test_the_error_of_a_size_that_was_not_measured_lists_the_measured_sizes():
-    plan = HeadsPlan(CALIBRATION, {0.0: {2: Tree(((0,), (1,)), 1.5)}, 0.7: {1: Tree(((0,),), 1.25), 4: Tree(((0,),), 1.25)}})
-    assert plan.static_tree(2, 0.3) == StaticTree(((0,), (1,)))
-    with pytest.raises(ValueError, match="no tree of 2 drafts was measured; there are tree:1, tree:4"):
-        plan.static_tree(2, 0.4)
-    with pytest.raises(ValueError, match="there are none"):
-        HeadsPlan(CALIBRATION, {}).static_tree(2, 0.4)
-
-
-def test_a_plan_that_cannot_be_written_is_refused_in_one_sentence(tmp_path):
-    with pytest.raises(ValueError, match=r"plan\.json cannot be written: No such file"):
-        save_plan(tmp_path / "nowhere", HeadsPlan(CALIBRATION, {}))
-
-
-def test_a_folder_without_plan_json_has_no_plan(tmp_path):
-    assert load_plan(tmp_path) is None
-
-
-@pytest.mark.parametrize(
-    ("keys", "value"),
-    [
-        (("version",), 2),
-        (("format",), "other"),
-        (("unknown",), 1),
-        (("calibration",), None),
-        (("calibration", "warmth"), [["warm"]]),
-        (("calibration", "ranks"), 3),
-        (("trees",), []),
-        (("trees", "0", "2", "paths"), "abc"),
-        (("trees", "0", "2", "paths"), [[0, 0]]),
-        (("trees", "cold"), {}),
-    ],
-)
-def test_a_file_that_is_no_plan_is_refused_by_its_name(tmp_path, keys, value):
-    save_plan(tmp_path, HeadsPlan(CALIBRATION, {0.0: {2: Tree(((0,), (1,)), 1.5)}}))
-    content = json.loads((tmp_path / "plan.json").read_text())
-    inner = content
-    for key in keys[:-1]:
-        inner = inner[key]
-    inner[keys[-1]] = value
-    (tmp_path / "plan.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"plan\.json cannot be used"):
-        load_plan(tmp_path)

@@ -20,6 +20,12 @@ def test_the_cost_of_a_forward_is_linear_between_the_measured_sizes_and_beyond_t
     assert COST.plain(2, 8) == 11 + 2 + 4 + 1
 
 
+def test_the_rest_of_a_round_costs_more_with_each_row_and_each_node():
+    cost = CostModel((1, 4), (10.0, 13.0), host_seconds=1.0, host_row_seconds=0.5, host_node_seconds=0.25)
+    assert (cost.host(1), cost.host(9), cost.host(9, 3)) == (1, 3, 4)
+    assert cost.plain(3) == 12 + 1 + 2 * 0.5 + 2 * 0.25
+
+
 def test_a_single_measured_size_costs_in_proportion_above_it():
     assert interpolated((4,), (8.0,), 2) == 8
     assert interpolated((4,), (8.0,), 12) == 24

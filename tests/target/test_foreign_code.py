@@ -102,7 +102,7 @@ def test_the_user_is_not_asked_on_a_terminal(model_folder, tmp_path):
     assert not mark_of(folder).exists()
 
 
-@pytest.mark.parametrize("command", ["inspect", "train", "pretrain", "distill", "bench", "calibrate", "import"])
+@pytest.mark.parametrize("command", ["inspect", "train", "pretrain", "distill", "bench", "tune", "import"])
 def test_no_command_runs_code_of_a_folder_by_default(model_folder, tmp_path, command):
     folder = with_code(model_folder, tmp_path / "own", tokenizer_too=True)
     data, out = tmp_path / "data.jsonl", tmp_path / "out"
@@ -113,7 +113,7 @@ def test_no_command_runs_code_of_a_folder_by_default(model_folder, tmp_path, com
         "pretrain": ("--model", folder, "--tokenizer", model_folder, "--data", data, "--steps", 1, "--out", out),
         "distill": (data, "--model", folder, "--out", out),
         "bench": ("--model", folder),
-        "calibrate": (model_folder, "--model", folder),
+        "tune": (model_folder, "--model", folder),
         "import": (published_heads(tmp_path), "--target", folder, "--out", out),
     }
     refused(folder, command, *arguments[command])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from headstart.drafters.parts.drafter_loss import drafter_loss
 from headstart.drafters.parts.losses import Batch, HeadOutput, Metrics, Objective, OutputHead
 from headstart.speculation.calibration import UNFITTED, Calibration
+from headstart.speculation.heads_plan import MachineCost
 from headstart.speculation.planner import Best, Planner
 from headstart.speculation.rows import Rows
 from headstart.speculation.tree import Drafts, Kept
@@ -89,6 +90,7 @@ class Heads(nn.Module):
         self.hidden = hidden
         self.vocab = vocab
         self.calibration: Calibration = UNFITTED
+        self.costs: tuple[MachineCost, ...] = ()  # of rounds with them, by machine
         self.planner: Planner = Best(nodes=10, depth=self.depth, width=4, beam=6, min_gain=self.min_gain)
         self._embed_head: EmbedHead | None = None
         self._states = torch.empty(0)  # [seats, state_width] what each seat's next draft starts from
