@@ -1,4 +1,4 @@
-"""Interleaved measurements: every prompt by plain decoding and by each drafter in turn, in one process on one target.
+"""Interleaved measurements: plain decoding and each drafter in turn, in one process on one target.
 
 A sample records how long the process waited for a processor (Linux counts that), so that samples which other programs disturbed can
 be left out.
@@ -7,93 +7,32 @@ be left out.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
 
+from headstart.bench import peers
 from headstart.bench.replay import Replay
+from headstart.bench.samples import CLEAN, PLAIN, Sample, Setup, Task
+from headstart.bench.waiting import Watch, waiting_seconds
+from headstart.bench.weights import weight_bytes
+from headstart.drafters import Drafter
 from headstart.engine.drafter_loading import make, resolve_planner
 from headstart.engine.engine import Engine
-from headstart.engine.memory import request_bytes
+from headstart.engine.memory import headroom_slots, slot_bytes
 from headstart.engine.planning import planner_for
 from headstart.engine.scheduler import Request
 from headstart.engine.stats import Stats
-from headstart.speculation.noise import mix
-from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Auto, CalibratedTree, Planner, parse
 from headstart.speculation.rules import parse_rule
-from headstart.target.target import Target
 
-PLAIN = "plain"
-CLEAN = 0.02  # fraction of its time that a clean sample may have waited for a processor
+__all__ = [
+    "CLEAN", "PLAIN", "Run", "Sample", "Setup", "Task", "answer", "measure", "num_answers", "prepare", "read_spec", "split_spec",
+    "waiting_seconds", "with_rows",
+]  # fmt: skip
+
 PLANNERS = ("auto", "chain", "best", "full", "tree")
-
-
-@dataclass(frozen=True)
-class Task:
-    """A prompt to answer.
-
-    prompt: token ids.
-    reference: token ids of the answer to replay, or None.
-    kind: name of the prompt set.
-    """
-
-    prompt: tuple[int, ...]
-    reference: tuple[int, ...] | None = None
-    kind: str = ""
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What all runs share.
-
-    params: sampling and max_tokens; the seed of task `i` is `mix(seed, i)`.
-    stop_ids: tokens that end an answer.
-    accept: acceptance rule, as `parse_rule` reads it.
-    is_replay: whether the references replace the target's tokens.
-    """
-
-    target: Target
-    tasks: tuple[Task, ...]
-    params: SamplingParams
-    stop_ids: tuple[int, ...] = ()
-    accept: str = "coupled"
-    is_replay: bool = False
-
-    def params_of(self, task: int) -> SamplingParams:
-        """The sampling parameters of a task, with its seed. A replay ends where its reference ends."""
-        params = replace(self.params, seed=mix(self.params.seed or 0, task))
-        if not self.is_replay:
-            return params
-        reference = self.tasks[task].reference or ()
-        return replace(params, max_tokens=min(params.max_tokens, len(reference)), ignore_eos=True)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One answer by one run.
-
-    run: name of the run.
-    task: index of the task.
-    tokens: token ids of the answer.
-    seconds: total time.
-    prompt_seconds: time to first token.
-    stats: of the rounds after the first token.
-    delay: fraction of the time that the process waited for a processor; None where the system does not count it.
-    """
-
-    run: str
-    task: int
-    tokens: tuple[int, ...]
-    seconds: float
-    prompt_seconds: float
-    stats: Stats
-    delay: float | None
-
-    @property
-    def is_clean(self) -> bool:
-        """Whether the process hardly waited for a processor."""
-        return self.delay is not None and self.delay <= CLEAN
 
 
 @dataclass(frozen=True)
@@ -102,18 +41,39 @@ class Run:
 
     name: DRAFTER[@PLANNER], or plain.
     replay: the rule of the engine, where references replace its tokens.
+    memory: bytes of the drafter's weights ("heads"), and of the KV cache that `rows` of the longest requests need, the drafter's
+        included ("cache").
     """
 
     name: str
     engine: Engine
     replay: Replay | None
+    memory: dict[str, int] = field(default_factory=dict)
+
+    def answers(self, setup: Setup, tasks: Sequence[int]) -> list[Sample]:
+        """The timed answers to the tasks of these indices, at most `setup.rows` of them at once, in the order they end."""
+        watch = Watch()
+        flights = list(_fly(setup, self, tasks))
+        delay = watch.delay()
+        return [flight.sample(setup, self.name, delay) for flight in flights]
 
 
-def prepare(setup: Setup, specs: Sequence[str]) -> list[Run]:
-    """Plain decoding, then one run per `DRAFTER[@PLANNER]`. Raises ValueError for an unknown name and for one given twice."""
+AnyRun = Run | peers.Peer
+
+
+# -- preparing --------------------------------------------------------------------------------------------------------------
+
+
+def prepare(setup: Setup, specs: Sequence[str]) -> list[AnyRun]:
+    """Plain decoding, then one run per `DRAFTER[@PLANNER]` or peer.
+
+    Raises ValueError for an unknown name, for one given twice, and for a replay of several rows.
+    """
     if len({PLAIN, *specs}) <= len(specs):
         raise ValueError(f"a run is named twice, or {PLAIN!r}, which always runs: {', '.join(specs)}")
-    return [_run(setup, PLAIN), *(_run(setup, spec) for spec in specs)]
+    if setup.is_replay and setup.rows > 1:
+        raise ValueError(f"a replay follows one text at a time, but rows is {setup.rows}; leave one of the two out")
+    return [_run(setup, spec) for spec in (PLAIN, *specs)]
 
 
 def split_spec(spec: str) -> tuple[str, Planner | CalibratedTree | Auto | None]:
@@ -132,23 +92,50 @@ def read_spec(spec: str, temperature: float, model: str | None) -> tuple[str, Pl
     Raises ValueError for a planner that cannot be read, and for a calibrated tree of a drafter that was not calibrated.
     """
     drafter, planner = split_spec(spec)
+    if peers.is_peer(drafter):
+        peers.check_spec(spec, planner)
+        return drafter, None
     return drafter, resolve_planner(planner, drafter, temperature, model)
 
 
-def _run(setup: Setup, spec: str) -> Run:
-    name, planner = read_spec(spec, setup.params.temperature, setup.target.name)
+def _run(setup: Setup, spec: str) -> AnyRun:
+    name = read_spec(spec, setup.params.temperature, setup.target.name)[0]
+    if peers.is_peer(name):
+        return peers.load(name, setup)
     drafter = None if spec == PLAIN else make(name, setup.target)
-    planner = planner_for(setup.target, drafter, planner, parse_rule(setup.accept))
-    longest = max(len(task.prompt) + setup.params_of(index).max_tokens for index, task in enumerate(setup.tasks))
-    memory = request_bytes(setup.target, drafter, planner, longest)
+    return _with_engine(setup, spec, drafter, weight_bytes(drafter, setup.target))
+
+
+def _with_engine(setup: Setup, name: str, drafter: Drafter | None, num_bytes: int) -> Run:
+    chosen = read_spec(name, setup.params.temperature, setup.target.name)[1]
+    planner = planner_for(setup.target, drafter, chosen, parse_rule(setup.accept))
+    slots = setup.longest + headroom_slots(setup.target, drafter, planner, setup.rows)
+    memory = setup.rows * slots * slot_bytes(setup.target, drafter)
     replay = Replay(parse_rule(setup.accept)) if setup.is_replay else None
     rule = replay.rule if replay else setup.accept
-    engine = Engine(setup.target, drafter, planner, max_rows=1, memory=memory, accept=rule)
-    return Run(spec, engine, replay)
+    # With twice the slots of `rows` requests, some free run always fits the next one: there are at most `rows` of them.
+    allowed = memory if setup.rows == 1 else 2 * memory
+    engine = Engine(setup.target, drafter, planner, max_rows=setup.rows, memory=allowed, accept=rule)
+    return Run(name, engine, replay, {"heads": num_bytes, "cache": memory})
 
 
-def measure(setup: Setup, runs: Sequence[Run], repeat: int = 1, on_progress: Callable[[], None] = lambda: None) -> list[Sample]:
+def with_rows(setup: Setup, runs: Iterable[AnyRun]) -> list[Run]:
+    """The runs with new engines and planners for `setup.rows`, and the same drafters, which no longer serve the old engines.
+
+    Peers are left out.
+    """
+    engines = [run for run in runs if isinstance(run, Run)]
+    return [_with_engine(setup, run.name, run.engine.drafter, run.memory["heads"]) for run in engines]
+
+
+# -- measuring --------------------------------------------------------------------------------------------------------------
+
+
+def measure(setup: Setup, runs: Sequence[AnyRun], repeat: int = 1, on_progress: Callable[[], None] = lambda: None) -> list[Sample]:
     """All samples: per repetition and prompt, plain decoding first, then each run. The first prompt warms up every run, unmeasured.
+
+    With several rows each run answers all prompts, then the next run does. Peers answer after all others in each repetition, so
+    that another library's threads and copy of the weights do not disturb ours.
 
     repeat: samples per prompt and run.
     on_progress: called after each answer.
@@ -156,47 +143,99 @@ def measure(setup: Setup, runs: Sequence[Run], repeat: int = 1, on_progress: Cal
     """
     if repeat < 1:
         raise ValueError(f"repeat is {repeat}; it must be at least 1")
+    tasks = range(len(setup.tasks))
     for run in runs:
-        answer(setup, run, 0)
-        on_progress()
+        for _ in run.answers(setup, tasks[: setup.rows]):
+            on_progress()
+    groups: list[list[AnyRun]] = [[run for run in runs if isinstance(run, Run) is is_ours] for is_ours in (True, False)]
+    parts: list[Sequence[int]] = [tasks] if setup.rows > 1 else [[task] for task in tasks]
     samples: list[Sample] = []
-    for _ in range(repeat):
-        for task in range(len(setup.tasks)):
-            for run in runs:
-                samples.append(answer(setup, run, task))
+    for number, group, part in product(range(repeat), groups, parts):
+        for run in group:
+            for sample in run.answers(setup, part):
+                samples.append(replace(sample, repeat=number))
                 on_progress()
     return samples
 
 
-def answer(setup: Setup, run: Run, index: int) -> Sample:
+def num_answers(setup: Setup, num_runs: int, repeat: int) -> int:
+    """How often `measure` calls `on_progress`."""
+    return num_runs * (min(setup.rows, len(setup.tasks)) + repeat * len(setup.tasks))
+
+
+def answer(setup: Setup, run: AnyRun, index: int) -> Sample:
     """The timed answer of a run to the task of that index."""
-    task, params, engine = setup.tasks[index], setup.params_of(index), run.engine
+    return run.answers(setup, [index])[0]
+
+
+@dataclass
+class _Flight:
+    """A request that runs, and when its tokens came.
+
+    began: when it was added; last: when its last tokens came.
+    seconds, prompt_seconds, first_token_seconds, bursts: as in `Sample`.
+    num_tokens: emitted so far.
+    num_prompt_rounds: rounds until the first token.
+    before, after: the engine's statistics after the first token and now.
+    """
+
+    task: int
+    request: Request
+    began: float
+    last: float = 0.0
+    seconds: float = 0.0
+    prompt_seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    bursts: list[tuple[int, float]] = field(default_factory=list)
+    num_tokens: int = 0
+    num_prompt_rounds: int = 0
+    before: Stats = field(default_factory=Stats)
+    after: Stats = field(default_factory=Stats)
+
+    def note(self, now: float, share: float, stats: Stats) -> None:
+        """Note a round that ended `now`.
+
+        share: of its time, in seconds.
+        stats: of the engine, which never changes them in place.
+        """
+        self.seconds += share
+        self.after = stats
+        new = len(self.request.output) - self.num_tokens
+        if new and self.num_tokens:
+            self.bursts.append((new, now - self.last))
+        elif new:
+            self.prompt_seconds, self.first_token_seconds = self.seconds, now - self.began
+            self.num_prompt_rounds, self.before = len(self.request.rounds), stats
+        if new:
+            self.num_tokens, self.last = self.num_tokens + new, now
+
+    def sample(self, setup: Setup, run: str, delay: float | None) -> Sample:
+        """What was noted. Alone, a request has the engine's statistics, which count the nodes that pad a forward too."""
+        is_alone = setup.rows == 1
+        stats = self.after.since(self.before) if is_alone else Stats.of(self.request.rounds[self.num_prompt_rounds :])
+        tokens, times = tuple(self.request.output), (self.seconds, self.prompt_seconds)
+        return Sample(run, self.task, tokens, *times, stats, delay, self.first_token_seconds, tuple(self.bursts))
+
+
+def _fly(setup: Setup, run: Run, tasks: Sequence[int]) -> Iterator[_Flight]:
+    """Run requests, the next one as soon as one ends, and yield those that have ended."""
+    todo, flights = deque(tasks), list[_Flight]()
+    last = time.perf_counter()
+    while todo or flights:
+        while todo and len(flights) < setup.rows:
+            flights.append(_start(setup, run, todo.popleft()))
+        run.engine.step()
+        now = time.perf_counter()
+        for flight in flights:
+            flight.note(now, (now - last) / len(flights), run.engine.stats)
+        last = now
+        yield from (flight for flight in flights if flight.request.finish_reason is not None)
+        flights = [flight for flight in flights if flight.request.finish_reason is None]
+
+
+def _start(setup: Setup, run: Run, task: int) -> _Flight:
+    prompt, reference = setup.tasks[task].prompt, setup.tasks[task].reference
     if run.replay:
-        run.replay.follow(task.prompt, task.reference or ())
-    waited, began = waiting_seconds(), time.perf_counter()
-    request = engine.add(task.prompt, params, stop_ids=setup.stop_ids)
-    prompt_seconds, before = _prefill(engine, request, began)
-    while request.finish_reason is None:
-        engine.step()
-    seconds = time.perf_counter() - began
-    now = waiting_seconds()
-    delay = None if waited is None or now is None else (now - waited) / seconds
-    return Sample(run.name, index, tuple(request.output), seconds, prompt_seconds, engine.stats.since(before), delay)
-
-
-def _prefill(engine: Engine, request: Request, began: float) -> tuple[float, Stats]:
-    """Run rounds until the first token: the time to first token in seconds, and the statistics so far."""
-    while not request.output:
-        engine.step()
-    return time.perf_counter() - began, engine.stats.copy()
-
-
-def waiting_seconds() -> float | None:
-    """Seconds that this process's threads have waited for a processor so far; None where the system does not count it."""
-    total = 0
-    for path in Path("/proc/self/task").glob("*/schedstat"):
-        try:
-            total += int(path.read_text().split()[1])
-        except (OSError, IndexError):
-            continue  # a thread that ended meanwhile
-    return total / 1e9 if total else None
+        run.replay.follow(prompt, reference or ())
+    began = time.perf_counter()
+    return _Flight(task, run.engine.add(prompt, setup.params_of(task), stop_ids=setup.stop_ids), began)

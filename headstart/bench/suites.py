@@ -1,4 +1,4 @@
-"""Prompts and reference answers as text: built-in suites, and JSONL files in the formats of published benchmarks.
+"""Prompts and reference answers as text: suites, and JSONL files in the formats of published benchmarks.
 
 Must not import target, engine or transformers.
 """
@@ -6,13 +6,24 @@ Must not import target, engine or transformers.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from headstart.bench.elsewhere import ELSEWHERE, records_of
 from headstart.text.jsonl import PROMPTS, applied_to, first_text, read_fields
 
 REFERENCES = ("reference", "answer", "canonical_solution", "output")
+FOLDER = Path(__file__).parent / "prompts"
+SHIPPED = ("mt-bench", "gsm8k", "humaneval", "summaries", "translation", "qa", "retrieval")  # files in `FOLDER`
+MIXTURE = "categories"  # the categories of Spec-Bench: suites and the names of their prompts there
+_MIXED = {
+    "conversation": "mt-bench", "translation": "translation", "summaries": "summaries", "qa": "qa", "maths": "gsm8k",
+    "retrieval": "retrieval",
+}  # fmt: skip
+_PER_CATEGORY = 6
 
 
 @dataclass(frozen=True)
@@ -21,40 +32,71 @@ class Case:
 
     reference: an answer for a replay, or None.
     is_beginning: whether the prompt is the beginning of a text to be continued, rather than a message to an assistant.
+    category: its part of the suite; empty where the suite has none.
+    history: what was said before: (message, answer) of each turn.
+    following: the later messages of the conversation, each asked with the answers to all messages before it.
     """
 
     prompt: str
     reference: str | None = None
     is_beginning: bool = False
+    category: str = ""
+    history: tuple[tuple[str, str], ...] = ()
+    following: tuple[Case, ...] = ()
 
 
 def load_cases(source: str, limit: int | None = None) -> list[Case]:
-    """The prompts of a built-in suite or of a JSONL file.
+    """The prompts of a suite or of a JSONL file.
 
     source: a suite's name or a path.
-    limit: only the first so many; None: all.
-    Raises ValueError, with the line, for what cannot be read.
+    limit: only the first so many, of each category of `categories`; None: all.
+    Raises ValueError, with the line, for what cannot be read, and with where to get it for a suite that is not shipped.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it must be at least 1 prompt")
-    cases = SUITES[source] if source in SUITES else _from_file(Path(source))
-    return list(cases[:limit])
-
-
-def _from_file(path: Path) -> list[Case]:
+    if source == MIXTURE:
+        return [replace(case, category=name) for name, suite in _MIXED.items() for case in load_cases(suite, limit)[:_PER_CATEGORY]]
+    if source in SUITES:
+        return list(SUITES[source][:limit])
+    if source in ELSEWHERE and not Path(source).is_file():
+        return _cases(source, enumerate(records_of(source, limit), 1))[:limit]
+    path = FOLDER / f"{source}.jsonl" if source in SHIPPED else Path(source)
     if not path.is_file():
-        raise ValueError(f"prompts {str(path)!r} is neither a JSONL file nor a built-in suite ({', '.join(SUITES)})")
-    cases = [_from_record(path, number, fields) for number, fields in read_fields(path)]
+        raise ValueError(f"prompts {source!r} is neither a JSONL file nor a suite ({', '.join(names())})")
+    return _cases(path, read_fields(path))[:limit]
+
+
+def names() -> list[str]:
+    """The names of all suites, those that are not shipped at the end."""
+    return [*SUITES, *SHIPPED, MIXTURE, *ELSEWHERE]
+
+
+def _cases(source: object, records: Iterable[tuple[int, Mapping[str, Any]]]) -> list[Case]:
+    cases = [_from_record(source, number, dict(fields)) for number, fields in records]
     if not cases:
-        raise ValueError(f"{path} holds no prompt")
+        raise ValueError(f"{source} holds no prompt")
     return cases
 
 
-def _from_record(path: Path, number: int, fields: dict[str, Any]) -> Case:
+def _from_record(source: object, number: int, fields: dict[str, Any]) -> Case:
     prompt = first_text(fields, PROMPTS)
     if not prompt:
-        raise ValueError(f"line {number} of {path} has no prompt; give one of the fields {', '.join(PROMPTS)}")
-    return Case(prompt + applied_to(fields), first_text(fields, REFERENCES))
+        raise ValueError(f"line {number} of {source} has no prompt; give one of the fields {', '.join(PROMPTS)}")
+    category = fields.get("category")
+    return Case(
+        prompt + applied_to(fields),
+        first_text(fields, REFERENCES),
+        category=category if isinstance(category, str) else "",
+        following=_following(fields),
+    )
+
+
+def _following(fields: Mapping[str, Any]) -> tuple[Case, ...]:
+    """The messages after the first one of `turns`, with their references."""
+    turns = next((value for name in PROMPTS if isinstance(value := fields.get(name), list) and value), [])
+    references = next((value for name in REFERENCES if isinstance(value := fields.get(name), list)), [])
+    pairs = zip_longest(turns[1:], references[1 : len(turns)])
+    return tuple(Case(turn, answer if isinstance(answer, str) else None) for turn, answer in pairs if isinstance(turn, str))
 
 
 # -- built in ---------------------------------------------------------------------------------------------------------------

@@ -6,36 +6,43 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from headstart.bench.runner import Task
+from headstart.bench.samples import Task
 from headstart.bench.suites import Case, load_cases
 from headstart.engine.llm import LLM
-from headstart.text.tokenizer import encode_prompt
+from headstart.speculation.params import SamplingParams
+from headstart.text.tokenizer import decode, encode_prompt
 
 
 def read_prompt_sets(sources: Sequence[str], limit: int | None = None, is_replay: bool = False) -> dict[str, list[Case]]:
-    """Prompt sets by name: a suite's own name, or a file's without its folder and suffix.
+    """Prompt sets by name: a suite's own name, or a file's without its folder and suffix; with categories, one set for each.
 
-    sources: built-in suites or JSONL files.
-    limit: only the first so many prompts of each set; None: all.
+    The category of a single source names its set; with several sources its name is SOURCE/CATEGORY.
+
+    sources: suites or JSONL files.
+    limit: only the first so many prompts of each source; None: all.
     is_replay: every prompt needs a reference answer.
     Raises ValueError for a set that cannot be read, for two of one name, and for a replay without references.
     """
     sets: dict[str, list[Case]] = {}
     for source in sources:
-        cases = load_cases(source, limit)
-        if is_replay and any(case.reference is None for case in cases):
+        name, cases = Path(source).name.partition(".")[0], load_cases(source, limit)
+        if is_replay and any(turn.reference is None for case in cases for turn in (case, *case.following)):
             raise ValueError(f"--replay needs reference answers, which {source} does not give for every prompt")
-        name = Path(source).name.partition(".")[0]
-        if name in sets:
+        if any(kind.partition("/")[0] == name for kind in sets):
             raise ValueError(f"two prompt sets are called {name!r}; give each once, and rename a file if they differ")
-        sets[name] = cases
+        for case in cases:
+            category = case.category if len(sources) == 1 else f"{name}/{case.category}"
+            sets.setdefault(category if case.category else name, []).append(case)
     return sets
 
 
 def encode_prompt_sets(
     llm: LLM, sets: Mapping[str, Sequence[Case]], max_tokens: int, raw: bool | None = None, is_replay: bool = False
 ) -> tuple[tuple[Task, ...], int]:
-    """The tasks of all prompt sets, each with the name of its set, and how many prompts were left out; see `encode_tasks`."""
+    """The tasks of all prompt sets, each with the name of its set, and how many prompts were left out; see `encode_tasks`.
+
+    Raises ValueError where no prompt of a set is left.
+    """
     encoded = {kind: encode_tasks(llm, cases, max_tokens, raw, is_replay) for kind, cases in sets.items()}
     tasks = tuple(replace(task, kind=kind) for kind, (tasks_of_set, _) in encoded.items() for task in tasks_of_set)
     return tasks, sum(num_skipped for _, num_skipped in encoded.values())
@@ -64,6 +71,37 @@ def encode_tasks(
     return tuple(tasks), len(cases) - len(tasks)
 
 
+def with_answers(llm: LLM, cases: Sequence[Case], params: SamplingParams, raw: bool | None = None) -> list[Case]:
+    """The cases with every later message of a conversation as a case of its own, which has the answers before it in its history.
+
+    These are the references, where there are some, and else the answers of plain decoding, the same for every run.
+    params: of these answers.
+    raw: as for `encode_tasks`.
+    """
+    asked: list[Case] = []
+    for case in cases:
+        turn = replace(case, following=())
+        asked.append(turn)
+        for later in case.following:
+            reply = turn.reference if turn.reference is not None else _answer(llm, turn, params, raw)
+            if reply is None:
+                break
+            turn = replace(later, history=(*turn.history, (turn.prompt, reply)), category=case.category)
+            asked.append(turn)
+    return asked
+
+
+def _answer(llm: LLM, case: Case, params: SamplingParams, raw: bool | None) -> str | None:
+    """The text of plain decoding; None where prompt and answer exceed the context."""
+    prompt = _encode(llm, case, uses_chat_template(llm, raw), False).prompt
+    if len(prompt) + params.max_tokens > llm.engine.target.context:
+        return None
+    request = llm.engine.add(prompt, params, stop_ids=llm.stop_ids)
+    for _ in llm.engine.run():
+        pass
+    return decode(llm.tokenizer, request.output)
+
+
 def uses_chat_template(llm: LLM, raw: bool | None) -> bool:
     """Whether prompts go through the chat template. Raises ValueError where that is asked for and the model has none."""
     if raw is False and llm.tokenizer.chat_template is None:
@@ -72,8 +110,18 @@ def uses_chat_template(llm: LLM, raw: bool | None) -> bool:
 
 
 def _encode(llm: LLM, case: Case, is_message: bool, is_replay: bool) -> Task:
-    prompt = encode_prompt(llm.tokenizer, [{"role": "user", "content": case.prompt}] if is_message else case.prompt)
+    prompt = encode_prompt(llm.tokenizer, _messages(case) if is_message else _text(case))
     if not is_replay:
-        return Task(tuple(prompt))
+        return Task(tuple(prompt), text=case.prompt)
     assert case.reference is not None, "a replay needs a reference"
-    return Task(tuple(prompt), tuple(llm.tokenizer.encode(case.reference, add_special_tokens=False)))
+    return Task(tuple(prompt), tuple(llm.tokenizer.encode(case.reference, add_special_tokens=False)), text=case.prompt)
+
+
+def _messages(case: Case) -> list[dict[str, str]]:
+    before = [(role, text) for turn in case.history for role, text in zip(("user", "assistant"), turn, strict=True)]
+    return [{"role": role, "content": text} for role, text in [*before, ("user", case.prompt)]]
+
+
+def _text(case: Case) -> str:
+    """For a model without a chat template: all that was said, with blank lines between."""
+    return "\n\n".join([*(text for turn in case.history for text in turn), case.prompt])

@@ -10,7 +10,7 @@ from headstart.cli.options import Json, ModelOptions
 from headstart.cli.terminal import console
 
 if TYPE_CHECKING:
-    from headstart.bench.runner import Sample
+    from headstart.bench.samples import Sample
     from headstart.bench.suites import Case
     from headstart.engine.llm import LLM
 

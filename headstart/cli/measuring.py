@@ -1,13 +1,30 @@
 """What `demo` and `bench` share: which drafters run, the progress bar, and a title that says what was measured."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from headstart.cli.options import ModelOptions
 from headstart.cli.terminal import progress
 
 if TYPE_CHECKING:
-    from headstart.bench.runner import Sample, Setup
+    from headstart.bench.concurrency import Load
+    from headstart.bench.samples import Sample, Setup
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured at one temperature.
+
+    samples: of all runs.
+    memory: of each run, in bytes, as in `Row`.
+    loads: throughput by the number of rows.
+    """
+
+    setup: "Setup"
+    samples: "list[Sample]"
+    memory: dict[str, dict[str, int]]
+    loads: "list[Load]"
 
 
 def available_drafters(model: ModelOptions) -> list[str]:
@@ -26,11 +43,35 @@ def available_drafters(model: ModelOptions) -> list[str]:
 
 def measure(setup: "Setup", runs: Sequence[str], repeat: int) -> "list[Sample]":
     """All samples of plain decoding and of each run, with a progress bar."""
-    from headstart.bench import runner
+    return measure_all([setup], runs, repeat)[0].samples
+
+
+def measure_all(setups: "Sequence[Setup]", runs: Sequence[str], repeat: int, levels: Sequence[int] = ()) -> list[Measurement]:
+    """All samples of plain decoding and of each run, with one progress bar, which estimates the time that is left.
+
+    setups: alike but for their temperature.
+    levels: numbers of rows to measure throughput at.
+    """
+    with progress(_num_answers(setups[0], runs, repeat, levels) * len(setups)) as on_progress:
+        return [_measure(setup, runs, repeat, levels, on_progress) for setup in setups]
+
+
+def _num_answers(setup: "Setup", runs: Sequence[str], repeat: int, levels: Sequence[int]) -> int:
+    from headstart.bench import concurrency, peers, runner
+
+    num_engines = 1 + sum(not peers.is_peer(run) for run in runs)
+    return runner.num_answers(setup, 1 + len(runs), repeat) + concurrency.num_answers(setup, num_engines, levels, repeat)
+
+
+def _measure(
+    setup: "Setup", runs: Sequence[str], repeat: int, levels: Sequence[int], on_progress: Callable[[], None]
+) -> Measurement:
+    from headstart.bench import concurrency, runner
 
     prepared = runner.prepare(setup, runs)
-    with progress(len(prepared) * (1 + repeat * len(setup.tasks))) as on_progress:
-        return runner.measure(setup, prepared, repeat, on_progress)
+    samples = runner.measure(setup, prepared, repeat, on_progress)
+    loads = concurrency.sweep(setup, prepared, levels, repeat, on_progress)
+    return Measurement(setup, samples, {run.name: run.memory for run in prepared}, loads)
 
 
 def title_of(setups: "Sequence[Setup]", model: ModelOptions) -> str:

@@ -13,6 +13,7 @@ from headstart.bench import report, runner, suites, trained_heads
 from headstart.bench.identity import find_split
 from headstart.bench.loops import loop_share
 from headstart.bench.replay import Replay
+from headstart.bench.samples import by_task
 from headstart.cli import app
 from headstart.engine.engine import Engine
 from headstart.engine.stats import Stats
@@ -53,7 +54,8 @@ def heads_folder(target, tmp_path_factory):
 @pytest.mark.parametrize(
     ("line", "case"),
     [
-        ({"turns": ["one", "two"], "reference": ["yes", "no"]}, suites.Case("one", "yes")),
+        ({"turns": ["one", "two"], "reference": ["yes", "no"]}, suites.Case("one", "yes", following=(suites.Case("two", "no"),))),
+        ({"turns": ["one", "two"], "category": "maths"}, suites.Case("one", category="maths", following=(suites.Case("two"),))),
         ({"turns": ["one"], "category": ""}, suites.Case("one")),
         ({"prompt": "def f():", "canonical_solution": " return 1"}, suites.Case("def f():", " return 1")),
         ({"instruction": "Sort", "input": "3 1 2", "output": "1 2 3"}, suites.Case("Sort\n\n3 1 2", "1 2 3")),
@@ -132,6 +134,7 @@ def test_a_run_is_a_drafter_and_optionally_a_planner():
         ("heads/medusa@chain:4", "medusa@chain:4"),
         ("/a/b/medusa/", "medusa"),
         ("mine:heads/@full:3,2", "mine:heads@full:3,2"),
+        ("transformers:model:/a/draft", "transformers:model:draft"),
     ],
 )
 def test_the_short_name_of_a_run_has_only_the_last_part_of_its_folder(run, name):
@@ -168,6 +171,11 @@ def test_statistics_add_up():
 
 # -- runs --
 
+KIND_FIELDS = {
+    "speed_up", "interval", "tau", "tau_interval", "tokens_per_second", "acceptance", "lengths", "token_ms", "time_to_first_token",
+    "num_prompts",
+}  # fmt: skip
+
 
 def test_runs_alternate_prompt_by_prompt_and_give_identical_answers(setup, draft_folder):
     runs = runner.prepare(setup, ["lookup", f"model:{draft_folder}@chain:3"])
@@ -185,6 +193,11 @@ def test_runs_alternate_prompt_by_prompt_and_give_identical_answers(setup, draft
     assert (plain.speed_up, plain.tau, plain.nodes, plain.acceptance) == (1, 1, setup.target.min_nodes, [])
     assert chain.tau >= 1
     assert len(chain.acceptance) == 3
+    assert sum(chain.lengths) == sum(sample.stats.row_rounds for sample in samples if sample.run == chain.run)
+    assert sum(n * count for n, count in enumerate(chain.lengths, 1)) == chain.tau * sum(chain.lengths)
+    assert 0 < chain.token_ms["p50"] <= chain.token_ms["p90"] <= chain.token_ms["p99"]
+    assert chain.interval[0] <= chain.speed_up <= chain.interval[1]
+    assert chain.tau_interval[0] <= chain.tau <= chain.tau_interval[1]
 
 
 def test_each_prompt_set_has_its_own_speed_up_and_tau(setup, draft_folder):
@@ -192,9 +205,10 @@ def test_each_prompt_set_has_its_own_speed_up_and_tau(setup, draft_folder):
     mixed = replace(setup, tasks=tasks)
     samples = runner.measure(mixed, runner.prepare(mixed, [f"model:{draft_folder}@chain:3"]))
     plain, own = report.rows(mixed, samples)
-    assert plain.kinds == {kind: {"speed_up": 1, "tau": 1} for kind in "ab"}
+    assert [(one["speed_up"], one["interval"], one["tau"]) for one in plain.kinds.values()] == [(1, [1, 1], 1)] * 2
     alone = report.rows(setup, [sample for sample in samples if sample.task == 2])[1]
-    assert own.kinds["b"] == {"speed_up": alone.speed_up, "tau": alone.tau}
+    assert own.kinds["b"] == {"num_prompts": 1} | {name: getattr(alone, name) for name in KIND_FIELDS - {"num_prompts"}}
+    assert own.kinds["a"]["num_prompts"] == 2
     assert alone.kinds == {}
 
 
@@ -239,8 +253,8 @@ def test_a_rule_that_keeps_only_the_distribution_does_not_promise_the_text(setup
 def test_clean_samples_are_preferred():
     stats = Stats(rounds=1, row_rounds=1, tokens=1)
     spoiled, clean = (runner.Sample("plain", 0, (1,), seconds, 0.0, stats, delay) for seconds, delay in ((9.0, 0.5), (1.0, 0.0)))
-    assert report._by_task([spoiled, clean]) == [[clean]]
-    assert report._by_task([spoiled]) == [[spoiled]]
+    assert by_task([spoiled, clean]) == [[clean]]
+    assert by_task([spoiled]) == [[spoiled]]
     assert report.clean_share([spoiled, clean]) == 0.5
 
 
@@ -286,6 +300,7 @@ def run(*arguments: object) -> Result:
 RUN_FIELDS = {
     "run", "tokens", "seconds", "tokens_per_second", "speed_up", "median_speed_up", "decode_speed_up", "tau", "acceptance",
     "forward", "nodes", "shares", "loops", "differing", "near_ties", "splits", "identical", "is_lossy", "temperature", "kinds",
+    "interval", "tau_interval", "lengths", "time_to_first_token", "token_ms", "is_peer", "memory",
 }  # fmt: skip
 MACHINE_FIELDS = {"cpu", "cores", "threads", "device", "kernels", "python", "torch", "transformers", "headstart", "command"}
 
@@ -299,7 +314,7 @@ def test_bench_prints_a_table_and_writes_json_to_out(model_folder, draft_folder,
     assert any("clean samples" in line for line in table)
     assert "{" not in result.stdout  # JSON goes to the file only
     output = json.loads((tmp_path / "measured").read_text())
-    assert output.keys() == {"model", "machine", "settings", "labels", "num_samples", "clean_share", "runs", "heads"}
+    assert output.keys() == {"model", "machine", "settings", "labels", "num_samples", "clean_share", "runs", "heads", "concurrency"}
     assert output["machine"].keys() == MACHINE_FIELDS
     assert [one["run"] for one in output["runs"]] == ["plain", "lookup", f"model:{draft_folder}@chain:2"]
     assert all(one.keys() == RUN_FIELDS for one in output["runs"])
@@ -316,7 +331,8 @@ def test_temperatures_and_prompt_sets_share_one_table(model_folder, heads_folder
     assert result.exit_code == 0, result.output
     tables = result.stdout.splitlines()
     assert [" T " in line for line in tables if "speed-up" in line] == [True, True]
-    assert sum("medusa@tree:2" in line for line in tables) == 2 + 2 * 2  # temperatures, and prompt sets at each
+    lines = [line for line in tables if "medusa@tree:2" in line and "┃" not in line and "│" in line]
+    assert len(lines) == 2 * 2 + 2 * 2  # two tables with a line per temperature, and prompt sets at each
     output = json.loads((tmp_path / "m").read_text())
     assert [(one["run"], one["temperature"]) for one in output["runs"]] == [
         (name, temperature) for temperature in (0, 0.7) for name in ("plain", f"{heads_folder}@tree:2")
