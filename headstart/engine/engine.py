@@ -264,6 +264,7 @@ class Engine:
             vocab=self.target.vocab,
             noise_rule=self.rule.noise,
             history=self.history,
+            chooser=self.target.chooser,
         )
 
     def _depth_limit(self, turn: Turn) -> int:

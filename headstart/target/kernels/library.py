@@ -40,6 +40,7 @@ class Library:
         self.norm = self._function("norm", "npnnpfp")
         self.pack = self._function("pack", "npnnnnpn")
         self.attention = self._function("attention", "p")
+        self.children = self._function("children", "p")
         self.attention_layer = self._function("attention_layer", "pppnpppp")
         self._set_threads = self._function("threads", "n")
         self._lock, self._local = threading.Lock(), threading.local()

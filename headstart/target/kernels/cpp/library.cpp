@@ -164,6 +164,8 @@ EXPORTED void headstart_norm(int64_t dtype, const void* x, int64_t rows, int64_t
   kernels().norm(static_cast<int32_t>(dtype), x, rows, width, weight, eps, y);
 }
 
+EXPORTED void headstart_children(const headstart::Choice* choice) { kernels().choose(choice); }
+
 EXPORTED void headstart_attention(const Attention* attention) { kernels().attention(attention); }
 
 // x [nodes, inputs] -> y [nodes, outputs]. Queries, keys and values go to `states` [nodes, outputs of the input product], and the
