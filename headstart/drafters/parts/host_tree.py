@@ -9,7 +9,9 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +35,42 @@ def grow_on_host(
     return tree.drafts(source)
 
 
+class HostLevel(Level):
+    """A level whose nodes are in lists as well; its mask and depths are made where they are asked for.
+
+    nodes: [2, rows, width] int64, tokens and parents.
+    paths: per row and node, the nodes that it attends to, as the columns of `tree_mask`; itself is the last one.
+    run_depths: of the nodes run so far, these included.
+    """
+
+    def __init__(
+        self, rows: tuple[int, ...], nodes: np.ndarray, paths: Sequence[Sequence[tuple[int, ...]]], run_depths: Sequence[int]
+    ) -> None:
+        tokens, parents = torch.from_numpy(nodes)
+        vars(self).update(rows=rows, tokens=tokens, parents=parents, nodes=nodes, paths=paths, run_depths=[*run_depths])
+
+    nodes: np.ndarray
+    paths: Sequence[Sequence[tuple[int, ...]]]
+    run_depths: Sequence[int]
+
+    @property
+    def earlier(self) -> int:
+        return len(self.run_depths) - self.width
+
+    @cached_property
+    def depths(self) -> Tensor:  # type: ignore[override]
+        return torch.tensor(self.run_depths)
+
+    @cached_property
+    def tree_mask(self) -> Tensor:  # type: ignore[override]
+        length = len(self.run_depths)
+        flags = bytearray(len(self.paths) * self.width * length)
+        for line, columns in enumerate(path for of_row in self.paths for path in of_row):
+            for column in columns:
+                flags[line * length + column] = 1
+        return torch.frombuffer(flags, dtype=torch.bool).view(len(self.paths), self.width, length)
+
+
 class HostTree:
     """The candidates of all levels so far, level after level: in a level row after row, and in a row parent after parent."""
 
@@ -52,7 +90,7 @@ class HostTree:
         # Of the last level.
         self.active: tuple[int, ...] = rows.drafting
         self.first = 0  # the index of its first draft
-        self.level_chances = torch.empty(0)  # [rows, size]
+        self.level_chances = np.empty(0, np.float32)  # [rows, size]
         self.num_children = 1  # of each parent
         # Of the nodes that are run: per row, what each node of the last level that was run attends to; and the depths of all.
         self.seen: dict[int, list[tuple[int, ...]]] = {row: [()] for row in self.active}
@@ -65,27 +103,26 @@ class HostTree:
         choice = self._choose(logits, 1, Paths(lines, lines.new_empty(len(lines), 0), torch.zeros_like(lines)))
         if choice.distribution is not None:
             self.distributions.append((lines, choice.distribution))
-        self.level_chances = choice.chances
+        self.level_chances = choice.chances.numpy()
         self._append([[ROOT]] * len(self.active), choice, 1)
 
-    def select_beam(self, depth: int) -> Level | None:
+    def select_beam(self, depth: int) -> HostLevel | None:
         """The nodes of depth `depth` that are expanded; None where no row drafts deeper."""
         selected = self._selected(depth)
         if not selected:
             return None
-        size, num_children = self.level_chances.shape[1], self.num_children
-        rows = tuple(self.active[line] for line in selected)
+        size, num_children, earlier = self.level_chances.shape[1], self.num_children, len(self.run_depths)
         columns = list(selected.values())
         self.beam = [[self.first + line * size + column for column in chosen] for line, chosen in selected.items()]
-        tokens = [[self.tokens[draft] for draft in drafts] for drafts in self.beam]
         parents = [[column // num_children for column in chosen] for chosen in columns]
-        lists = [tokens, parents, columns, self.beam, [[row] * len(columns[0]) for row in rows]]
-        self.level_tensors = torch.tensor(lists)  # [5, rows, width]
-        chances = self.level_chances if len(rows) == len(self.active) else self.level_chances[list(selected)]
-        self.level_chances, self.active = chances.gather(1, self.level_tensors[2]), rows
-        tree_mask = self._tree_mask(parents)
+        self.level_chances = self.level_chances[np.array([*selected])[:, None], np.array(columns)]
+        self.active = tuple(self.active[line] for line in selected)
+        for row, of_row in zip(self.active, parents, strict=True):
+            before = self.seen[row]
+            self.seen[row] = [(*before[parent], earlier + node) for node, parent in enumerate(of_row)]
         self.run_depths += [depth] * len(columns[0])
-        return Level(rows, self.level_tensors[0], tree_mask, torch.tensor(self.run_depths), self.level_tensors[1])
+        nodes = np.array([[[self.tokens[draft] for draft in drafts] for drafts in self.beam], parents])
+        return HostLevel(self.active, nodes, [self.seen[row] for row in self.active], self.run_depths)
 
     def _selected(self, depth: int) -> dict[int, list[int]]:
         """Of each row for which another level pays, by its place in the last level, the candidates that are expanded, ascending."""
@@ -98,14 +135,14 @@ class HostTree:
             ranks = self.rank_paths[self.first : self.first + size]
             columns = [column for column, path in enumerate(ranks) if path in plan.parents]
             return dict.fromkeys(lines, columns) if columns else {}
-        best = self.level_chances.topk(min(plan.beam, self.level_chances.shape[1]), -1)
+        order = (-self.level_chances).argsort(-1, kind="stable")[:, : plan.beam]
         if plan.min_gain or len(self.tokens) >= plan.nodes:
-            pays = self._pays(best.values)
+            pays = self._pays(np.take_along_axis(self.level_chances, order, -1))
             lines = [line for line in lines if pays[line]]
-        indices = best.indices.tolist()
+        indices = order.tolist()
         return {line: sorted(indices[line]) for line in lines}
 
-    def _pays(self, best: Tensor) -> list[bool]:
+    def _pays(self, best: np.ndarray) -> list[bool]:
         """Per row whether the beam promises `min_gain`, and a child of it may be among the drafts that are verified.
 
         No child has a better chance than its parent, so a level below the worst of the verified drafts changes nothing.
@@ -119,30 +156,17 @@ class HostTree:
         last = heapq.nlargest(plan.nodes, self.chances)[-1]
         return [is_enough and first > last for is_enough, first in zip(pays, best[:, 0].tolist(), strict=True)]
 
-    def _tree_mask(self, parents: Sequence[Sequence[int]]) -> Tensor:
-        """[rows, width, nodes run so far + width] bool: each node sees what its parent sees, and itself. Updates `seen`."""
-        width, earlier = len(parents[0]), len(self.run_depths)
-        flags, length = bytearray(len(parents) * width * (earlier + width)), earlier + width
-        line = 0
-        for row, of_row in zip(self.active, parents, strict=True):
-            before = self.seen[row]
-            self.seen[row] = [(*before[parent], earlier + node) for node, parent in enumerate(of_row)]
-            for columns in self.seen[row]:
-                for column in columns:
-                    flags[line * length + column] = 1
-                line += 1
-        return torch.frombuffer(flags, dtype=torch.bool).view(len(parents), width, length)
-
     def add_children(self, logits: Tensor) -> None:
         """Add the children of the beam that was selected last. logits: [rows * width, vocab]."""
-        depth, drafts = self.depths[-1], self.level_tensors[3].reshape(-1)
-        paths = [self.paths[draft] for of_row in self.beam for draft in of_row] if self.paths else None
-        tokens = drafts.new_empty(len(drafts), 0) if paths is None else torch.tensor(paths)
-        choice = self._choose(logits, depth + 1, Paths(self.level_tensors[4].reshape(-1), tokens, drafts))
+        depth, width = self.depths[-1], len(self.beam[0])
+        drafts = [draft for of_row in self.beam for draft in of_row]
+        rows = [row for row in self.active for _ in range(width)]
+        lines = torch.from_numpy(np.array([rows, drafts]))
+        tokens = torch.tensor([self.paths[draft] for draft in drafts]) if self.paths else lines.new_empty(len(drafts), 0)
+        choice = self._choose(logits, depth + 1, Paths(lines[0], tokens, lines[1]))
         if choice.distribution is not None:
-            self.distributions.append((len(self.rows) + drafts, choice.distribution))
-        chances = self.level_chances.reshape(-1, 1) * choice.chances
-        self.level_chances = chances.reshape(len(self.active), -1)
+            self.distributions.append((len(self.rows) + lines[1], choice.distribution))
+        self.level_chances = (self.level_chances.reshape(-1, 1) * choice.chances.numpy()).reshape(len(self.active), -1)
         self._append(self.beam, choice, depth + 1)
 
     def _choose(self, logits: Tensor, level: int, paths: Paths) -> Choice:

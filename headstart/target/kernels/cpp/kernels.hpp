@@ -85,6 +85,7 @@ struct Kernels {
   void (*attention)(const Attention*);
   void (*prepare)(const AttentionLayer*, const Attention*, int64_t nodes, const void* cos, const void* sin, void* states);
   void (*choose)(const Choice*);
+  void (*add)(int32_t dtype, const void* left, const void* right, int64_t count, void* y);  // left + right, rounded once
 };
 
 // Run pieces 0 to `pieces` - 1 on several threads, see pool.hpp.

@@ -6,4 +6,4 @@
 #include "rope.hpp"
 
 extern const headstart::Kernels HEADSTART_LEVEL;
-const headstart::Kernels HEADSTART_LEVEL = {linear, norm, attention, prepare, choose_children};
+const headstart::Kernels HEADSTART_LEVEL = {linear, norm, attention, prepare, choose_children, add};
