@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 
-import numpy as np
 from torch import Tensor, nn
 
 from headstart.drafters.parts.decoder import Memory
 from headstart.drafters.parts.grow import Level
 from headstart.drafters.parts.host_tree import HostLevel
-from headstart.target.kernels.steps import EMBEDDINGS, STATES, Steps, UnsupportedError
+from headstart.target.kernels.steps import EMBEDDINGS, STATES, Numbers, Steps, UnsupportedError
 
 # (steps, states of the parents, embeddings of the nodes) -> states of the nodes, their logits: numbers of values of the steps
 Record = Callable[[Steps, int, int], tuple[int, int]]
@@ -38,6 +38,7 @@ class CompiledLevel:
         self._steps = Steps(memory.dtype)
         states, embedded = self._steps.take(STATES, width), self._steps.take(EMBEDDINGS, embedding.weight.shape[1])
         self._states, self._logits = record(self._steps, states, embedded)
+        self._views: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}  # by rows, width and place: states and logits
 
     def run(self, level: Level, states: Tensor, rows: tuple[int, ...], seats: Sequence[int]) -> tuple[Tensor, Tensor] | None:
         """The states [rows, width, hidden] and the logits [rows * width, vocab] of a level, until the next run.
@@ -49,28 +50,34 @@ class CompiledLevel:
         if not isinstance(level, HostLevel) or weight.dtype is not states.dtype or not states.is_contiguous():
             return None
         lengths = [memory.length(seat) for seat in seats]
-        depth = len(level.paths[0][0])
-        angles = memory.angles(max(lengths) + self._offset + depth)
-        if angles is None or memory.hides(max(lengths) + len(level.run_depths)):
+        longest, depth, width = max(lengths), len(level.paths[0][0]), level.width
+        angles = memory.angles(longest + self._offset + depth)
+        if angles is None or memory.hides(longest + len(level.run_depths)):
             return None
-        count, width = level.nodes.shape[1:]
-        nodes = count * width
-        tokens, parents = level.nodes.reshape(2, nodes)
-        if len(rows) > 1:
-            parents = parents + np.repeat([rows.index(row) * states.shape[1] for row in level.rows], width)
-        positions = np.repeat(np.array(lengths, np.int64) + (self._offset + depth - 1), width)
+        tokens = array("q", [token for of_row in level.nodes for token in of_row])
+        parents = array("q", _parents(level, rows, states.shape[1]))
+        positions = array("q", [length + self._offset + depth - 1 for length in lengths for _ in range(width)])
         tables = _tables(level, [memory.first_slot(seat) for seat in seats], lengths)
-        values = self._steps.run(nodes, (states, weight, *angles), (parents, tokens, positions, positions), tables)
-        return values(self._states).unflatten(0, (count, width)), self._finish(values(self._logits))
+        made = self._steps.run(len(tokens), (states, weight, *angles), (parents, tokens, positions, positions), tables)
+        key = len(lengths), width, made[0].data_ptr()
+        if key not in self._views:
+            self._views = {key: (made[self._states][: len(tokens)].unflatten(0, key[:2]), made[self._logits][: len(tokens)])}
+        new_states, logits = self._views[key]
+        return new_states, self._finish(logits)
 
 
-def _tables(level: HostLevel, firsts: Sequence[int], lengths: Sequence[int]) -> tuple[np.ndarray, ...]:
+def _parents(level: HostLevel, rows: tuple[int, ...], width: int) -> list[int]:
+    """The index of each node's parent among all nodes of the level before, which had `width` of them for each of `rows`."""
+    pairs = zip(level.rows, level.node_parents, strict=True)
+    return [parent + rows.index(row) * width for row, of_row in pairs for parent in of_row]
+
+
+def _tables(level: HostLevel, firsts: Sequence[int], lengths: Sequence[int]) -> tuple[Numbers, ...]:
     """`rows`, `prefixes`, `starts` and `paths` of `RowTables` for a level. firsts: slots; lengths: entries of the rows."""
-    count, width = level.nodes.shape[1:]
-    depth, earlier = len(level.paths[0][0]), level.earlier
-    places = zip(range(count), firsts, lengths, strict=True)
-    rows = np.array([(row * width, (row + 1) * width, first, length + earlier) for row, first, length in places], np.int64)
-    prefixes = np.repeat(np.array(lengths, np.int64), width)
-    starts = np.arange(0, (count * width + 1) * depth, depth, dtype=np.int64)
-    paths = (np.array(level.paths) + np.array(lengths)[:, None, None]).astype(np.int32)
-    return rows, prefixes, starts, paths
+    width, depth, earlier = level.width, len(level.paths[0][0]), level.earlier
+    rows, prefixes, paths = array("q"), array("q"), array("i")
+    for row, (first, length, of_row) in enumerate(zip(firsts, lengths, level.paths, strict=True)):
+        rows.extend((row * width, (row + 1) * width, first, length + earlier))
+        prefixes.extend([length] * width)
+        paths.extend([length + column for path in of_row for column in path])
+    return rows, prefixes, array("q", range(0, len(prefixes) * depth + 1, depth)), paths

@@ -7,11 +7,11 @@ method.
 from __future__ import annotations
 
 import heapq
+from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from headstart.speculation.calibration import Calibration
 from headstart.speculation.rows import Choice, Paths, Rows
 from headstart.speculation.tree import ROOT, Drafts
 
+Lists = Sequence[Sequence[int]]
 
 def grow_on_host(
     rows: Rows, logits: Tensor, expand: Expand, ids: Tensor | None, source: int, calibration: Calibration, deepest: int
@@ -36,26 +37,43 @@ def grow_on_host(
 
 
 class HostLevel(Level):
-    """A level whose nodes are in lists as well; its mask and depths are made where they are asked for.
+    """A level whose nodes are in lists; its tensors are made where they are asked for.
 
-    nodes: [2, rows, width] int64, tokens and parents.
+    nodes, node_parents: per row and node, `tokens` and `parents`.
     paths: per row and node, the nodes that it attends to, as the columns of `tree_mask`; itself is the last one.
     run_depths: of the nodes run so far, these included.
     """
 
-    def __init__(
-        self, rows: tuple[int, ...], nodes: np.ndarray, paths: Sequence[Sequence[tuple[int, ...]]], run_depths: Sequence[int]
-    ) -> None:
-        tokens, parents = torch.from_numpy(nodes)
-        vars(self).update(rows=rows, tokens=tokens, parents=parents, nodes=nodes, paths=paths, run_depths=[*run_depths])
-
-    nodes: np.ndarray
+    nodes: Lists
+    node_parents: Lists
     paths: Sequence[Sequence[tuple[int, ...]]]
     run_depths: Sequence[int]
+
+    def __init__(
+        self,
+        rows: tuple[int, ...],
+        nodes: Lists,
+        node_parents: Lists,
+        paths: Sequence[Sequence[tuple[int, ...]]],
+        run_depths: Sequence[int],
+    ) -> None:
+        vars(self).update(rows=rows, nodes=nodes, node_parents=node_parents, paths=paths, run_depths=run_depths)
+
+    @property
+    def width(self) -> int:
+        return len(self.nodes[0])
 
     @property
     def earlier(self) -> int:
         return len(self.run_depths) - self.width
+
+    @cached_property
+    def tokens(self) -> Tensor:  # type: ignore[override]
+        return torch.tensor(self.nodes)
+
+    @cached_property
+    def parents(self) -> Tensor:  # type: ignore[override]
+        return torch.tensor(self.node_parents)
 
     @cached_property
     def depths(self) -> Tensor:  # type: ignore[override]
@@ -90,7 +108,8 @@ class HostTree:
         # Of the last level.
         self.active: tuple[int, ...] = rows.drafting
         self.first = 0  # the index of its first draft
-        self.level_chances = np.empty(0, np.float32)  # [rows, size]
+        self.level_chances: list[list[float]] = []  # per row, of all candidates
+        self.beam_chances: list[float] = []  # of the drafts that are expanded
         self.num_children = 1  # of each parent
         # Of the nodes that are run: per row, what each node of the last level that was run attends to; and the depths of all.
         self.seen: dict[int, list[tuple[int, ...]]] = {row: [()] for row in self.active}
@@ -103,7 +122,7 @@ class HostTree:
         choice = self._choose(logits, 1, Paths(lines, lines.new_empty(len(lines), 0), torch.zeros_like(lines)))
         if choice.distribution is not None:
             self.distributions.append((lines, choice.distribution))
-        self.level_chances = choice.chances.numpy()
+        self.level_chances = choice.chances.tolist()
         self._append([[ROOT]] * len(self.active), choice, 1)
 
     def select_beam(self, depth: int) -> HostLevel | None:
@@ -111,18 +130,18 @@ class HostTree:
         selected = self._selected(depth)
         if not selected:
             return None
-        size, num_children, earlier = self.level_chances.shape[1], self.num_children, len(self.run_depths)
-        columns = list(selected.values())
-        self.beam = [[self.first + line * size + column for column in chosen] for line, chosen in selected.items()]
-        parents = [[column // num_children for column in chosen] for chosen in columns]
-        self.level_chances = self.level_chances[np.array([*selected])[:, None], np.array(columns)]
+        num_children, earlier = self.num_children, len(self.run_depths)
+        starts = {line: self.first + line * len(self.level_chances[0]) for line in selected}
+        self.beam = [[starts[line] + column for column in columns] for line, columns in selected.items()]
+        self.beam_chances = [self.level_chances[line][column] for line, columns in selected.items() for column in columns]
+        parents = [[column // num_children for column in columns] for columns in selected.values()]
         self.active = tuple(self.active[line] for line in selected)
         for row, of_row in zip(self.active, parents, strict=True):
             before = self.seen[row]
             self.seen[row] = [(*before[parent], earlier + node) for node, parent in enumerate(of_row)]
-        self.run_depths += [depth] * len(columns[0])
-        nodes = np.array([[[self.tokens[draft] for draft in drafts] for drafts in self.beam], parents])
-        return HostLevel(self.active, nodes, [self.seen[row] for row in self.active], self.run_depths)
+        self.run_depths = [*self.run_depths, *[depth] * len(parents[0])]
+        tokens = [[self.tokens[draft] for draft in drafts] for drafts in self.beam]
+        return HostLevel(self.active, tokens, parents, [self.seen[row] for row in self.active], self.run_depths)
 
     def _selected(self, depth: int) -> dict[int, list[int]]:
         """Of each row for which another level pays, by its place in the last level, the candidates that are expanded, ascending."""
@@ -131,42 +150,41 @@ class HostTree:
         if not lines:
             return {}
         if plan.parents:
-            size = self.level_chances.shape[1]
+            size = len(self.level_chances[0])
             ranks = self.rank_paths[self.first : self.first + size]
             columns = [column for column, path in enumerate(ranks) if path in plan.parents]
             return dict.fromkeys(lines, columns) if columns else {}
-        order = (-self.level_chances).argsort(-1, kind="stable")[:, : plan.beam]
+        best = {line: _best(self.level_chances[line], plan.beam) for line in lines}
         if plan.min_gain or len(self.tokens) >= plan.nodes:
-            pays = self._pays(np.take_along_axis(self.level_chances, order, -1))
-            lines = [line for line in lines if pays[line]]
-        indices = order.tolist()
-        return {line: sorted(indices[line]) for line in lines}
+            best = {line: columns for line, columns in best.items() if self._pays(line, columns)}
+        return {line: sorted(columns) for line, columns in best.items()}
 
-    def _pays(self, best: np.ndarray) -> list[bool]:
-        """Per row whether the beam promises `min_gain`, and a child of it may be among the drafts that are verified.
+    def _pays(self, line: int, columns: Sequence[int]) -> bool:
+        """Whether a row's beam promises `min_gain`, and a child of it may be among the drafts that are verified.
 
         No child has a better chance than its parent, so a level below the worst of the verified drafts changes nothing.
 
-        best: [rows, beam] the best chances, descending.
+        line: the row's place in the last level. columns: the beam, best first.
         """
-        plan = self.rows.plan
-        pays: list[bool] = (best.sum(-1) >= plan.min_gain).tolist()
-        if len(self.tokens) < plan.nodes:
-            return pays
-        last = heapq.nlargest(plan.nodes, self.chances)[-1]
-        return [is_enough and first > last for is_enough, first in zip(pays, best[:, 0].tolist(), strict=True)]
+        plan, chances = self.rows.plan, self.level_chances[line]
+        if sum(chances[column] for column in columns) < plan.min_gain:
+            return False
+        return len(self.tokens) < plan.nodes or chances[columns[0]] > heapq.nlargest(plan.nodes, self.chances)[-1]
 
     def add_children(self, logits: Tensor) -> None:
         """Add the children of the beam that was selected last. logits: [rows * width, vocab]."""
         depth, width = self.depths[-1], len(self.beam[0])
         drafts = [draft for of_row in self.beam for draft in of_row]
         rows = [row for row in self.active for _ in range(width)]
-        lines = torch.from_numpy(np.array([rows, drafts]))
+        lines = torch.tensor([rows, drafts])
         tokens = torch.tensor([self.paths[draft] for draft in drafts]) if self.paths else lines.new_empty(len(drafts), 0)
         choice = self._choose(logits, depth + 1, Paths(lines[0], tokens, lines[1]))
         if choice.distribution is not None:
             self.distributions.append((len(self.rows) + lines[1], choice.distribution))
-        self.level_chances = (self.level_chances.reshape(-1, 1) * choice.chances.numpy()).reshape(len(self.active), -1)
+        pairs = zip(self.beam_chances, choice.chances.tolist(), strict=True)
+        chances = array("f", [of_parent * chance for of_parent, line in pairs for chance in line]).tolist()  # as float32
+        size = len(chances) // len(self.active)
+        self.level_chances = [chances[line * size : line * size + size] for line in range(len(self.active))]
         self._append(self.beam, choice, depth + 1)
 
     def _choose(self, logits: Tensor, level: int, paths: Paths) -> Choice:
@@ -181,7 +199,7 @@ class HostTree:
         for row, of_row in zip(self.active, parents, strict=True):
             self.row_ids += [row] * (len(of_row) * self.num_children)
         self.depths += [depth] * (len(self.tokens) - self.first)
-        self.chances += [chance for line in self.level_chances.tolist() for chance in line]
+        self.chances += [chance for line in self.level_chances for chance in line]
         if self.rows.plan.parents or not self.first:
             self.rank_paths += self._below(self.rank_paths, [range(self.num_children)] * len(children))
         if self.rows.sampling.has_penalties:
@@ -204,3 +222,8 @@ class HostTree:
                 distributions[lines] = distribution
         rank_paths = tuple(self.rank_paths) if len(self.rank_paths) == len(drafts) else None
         return replace(drafts, distributions=distributions, rank_paths=rank_paths)
+
+
+def _best(chances: Sequence[float], count: int) -> list[int]:
+    """The indices of the largest chances, best first."""
+    return sorted(range(len(chances)), key=chances.__getitem__, reverse=True)[:count]

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +23,7 @@ from headstart.target.kernels.linear import PackedLinear
 
 TAKE, JOIN, PRODUCT, NORM, ADD, ATTEND, MLP = range(7)  # `StepKind` of cpp/steps.hpp
 STATES, EMBEDDINGS, COS, SIN = range(4)  # sources of `TAKE`
-ALIGNED = 64  # bytes
+Numbers = array  # of integers: a list of the compiled code, made faster than a tensor
 
 
 class UnsupportedError(Exception):
@@ -147,25 +147,25 @@ class Steps:
         return pack.address
 
     def run(
-        self, nodes: int, tables: Sequence[Tensor], indices: Sequence[np.ndarray], rows: Sequence[np.ndarray]
-    ) -> Callable[[int], Tensor]:
-        """Run all steps. Returns a function from a value's number to the value, [nodes, width], until the next run.
+        self, nodes: int, tables: Sequence[Tensor], indices: Sequence[Numbers], rows: Sequence[Numbers]
+    ) -> Sequence[Tensor]:
+        """Run all steps. Returns the values, of whose first dimension the first `nodes` lines hold until the next run.
 
         tables: STATES, EMBEDDINGS, COS and SIN, [any, width] each.
         indices: [nodes] int64, the line of each node in these.
         rows: `rows`, `prefixes`, `starts` and `paths` of `RowTables`.
         """
         assert self._library is not None
-        if nodes > self._capacity or self._forward is None:
-            self._reserve(max(nodes, 8))
+        if nodes > self._capacity:
+            self._reserve(max(nodes, 16))
         forward = self._forward
         assert forward is not None
-        for source, (table, lines) in enumerate(zip(tables, indices, strict=True)):
-            forward.tables[source], forward.indices[source] = table.data_ptr(), lines.ctypes.data
-        forward.rows, forward.prefixes, forward.starts, forward.paths = (array.ctypes.data for array in rows)
-        forward.num_rows, forward.nodes = len(rows[0]), nodes
+        forward.tables[:] = [table.data_ptr() for table in tables]
+        forward.indices[:] = [lines.buffer_info()[0] for lines in indices]
+        forward.rows, forward.prefixes, forward.starts, forward.paths = (numbers.buffer_info()[0] for numbers in rows)
+        forward.num_rows, forward.nodes = len(rows[0]) // 4, nodes
         self._library.forward(ctypes.addressof(forward))
-        return lambda value: self._memory[value][:nodes]
+        return self._memory
 
     def _reserve(self, nodes: int) -> None:
         """Make room for this many nodes."""
