@@ -40,6 +40,11 @@ class CompiledLevel:
         self._states, self._logits = record(self._steps, states, embedded)
         self._views: dict[tuple[int, int, int], tuple[Tensor, Tensor]] = {}  # by rows, width and place: states and logits
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights that one level reads."""
+        return self._steps.nbytes
+
     def run(self, level: Level, states: Tensor, rows: tuple[int, ...], seats: Sequence[int]) -> tuple[Tensor, Tensor] | None:
         """The states [rows, width, hidden] and the logits [rows * width, vocab] of a level, until the next run.
 

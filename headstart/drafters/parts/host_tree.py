@@ -22,6 +22,7 @@ from headstart.speculation.tree import ROOT, Drafts
 
 Lists = Sequence[Sequence[int]]
 
+
 def grow_on_host(
     rows: Rows, logits: Tensor, expand: Expand, ids: Tensor | None, source: int, calibration: Calibration, deepest: int
 ) -> Drafts:

@@ -140,15 +140,20 @@ class Steps:
             right=states, extra=attended,
         )  # fmt: skip
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights that one run reads."""
+        packs = [kept for kept in self._keep_alive if isinstance(kept, CompiledPack)]
+        layers = [kept for kept in self._keep_alive if isinstance(kept, FusedAttention)]
+        return sum(pack.nbytes for pack in [*packs, *(pack for layer in layers for pack in (layer.input, layer.output))])
+
     def _address(self, pack: CompiledPack) -> int:
         if pack.dtype is not self.dtype:
             raise UnsupportedError
         self._keep_alive.append(pack)
         return pack.address
 
-    def run(
-        self, nodes: int, tables: Sequence[Tensor], indices: Sequence[Numbers], rows: Sequence[Numbers]
-    ) -> Sequence[Tensor]:
+    def run(self, nodes: int, tables: Sequence[Tensor], indices: Sequence[Numbers], rows: Sequence[Numbers]) -> Sequence[Tensor]:
         """Run all steps. Returns the values, of whose first dimension the first `nodes` lines hold until the next run.
 
         tables: STATES, EMBEDDINGS, COS and SIN, [any, width] each.
