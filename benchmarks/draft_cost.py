@@ -41,7 +41,7 @@ from headstart.engine.engine import Engine
 from headstart.speculation.params import SamplingParams
 from headstart.speculation.rows import Rows
 from headstart.target.kernels.linear import packed_bytes
-from headstart.target.kernels.steps import Steps
+from headstart.target.steps import Steps
 
 PARTS = ("propose", "prune", "merge", "score", "verify", "commit", "extend", "host")
 INSIDE = ("layers", "walk", "project", "noise", "choose", "tree")

@@ -18,7 +18,7 @@ from headstart.drafters.parts.drafter_loss import drafter_loss
 from headstart.drafters.parts.llama_layer import without_norms
 from headstart.drafters.parts.losses import Batch, HeadOutput, Metrics, Objective
 from headstart.drafters.parts.recurrent import Recurrent, RecurrentConfig
-from headstart.target.kernels.steps import Steps
+from headstart.target.steps import Steps
 
 
 class EagleConfig(RecurrentConfig):

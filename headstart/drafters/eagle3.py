@@ -17,7 +17,7 @@ from headstart.drafters.parts.decoder import decoder, norm_like
 from headstart.drafters.parts.llama_layer import widened
 from headstart.drafters.parts.losses import OutputHead
 from headstart.drafters.parts.recurrent import Recurrent, RecurrentConfig
-from headstart.target.kernels.steps import Steps
+from headstart.target.steps import Steps
 
 
 class Eagle3Config(RecurrentConfig):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from headstart.drafters.parts.decoder import Memory
 from headstart.drafters.parts.grow import Level
 from headstart.drafters.parts.host_tree import HostLevel
-from headstart.target.kernels.steps import EMBEDDINGS, STATES, Numbers, Steps, UnsupportedError
+from headstart.target.steps import EMBEDDINGS, STATES, Numbers, Steps, UnsupportedError
 
 # (steps, states of the parents, embeddings of the nodes) -> states of the nodes, their logits: numbers of values of the steps
 Record = Callable[[Steps, int, int], tuple[int, int]]

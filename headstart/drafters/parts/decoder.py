@@ -16,15 +16,14 @@ from torch import Tensor, nn
 from headstart.drafters.parts.grow import Level
 from headstart.drafters.parts.llama_layer import STEADY, RopeTable, input_width, is_llama_like, record_layers, run_layers
 from headstart.target import attention
-from headstart.target.attention import AttentionMetadata, Probe
+from headstart.target.attention import AttentionMetadata, Probe, RowsKernel
 from headstart.target.cache import KVCache, LayerShape, Seating
 from headstart.target.flat_mask import FlatMask
 from headstart.target.flat_rows import FlatRows, level_rows, text_rows
 from headstart.target.graphs import FlatRunner
-from headstart.target.kernels.compiled_attention import CompiledAttention
-from headstart.target.kernels.steps import Steps, UnsupportedError
 from headstart.target.layer_attention import attention_for
 from headstart.target.row_mask import RowMask, Window
+from headstart.target.steps import Steps, UnsupportedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -228,7 +227,7 @@ class Memory:
 
         Raises UnsupportedError where it does not consist of compiled modules.
         """
-        is_compiled = self._runner is None and isinstance(self._kernel, CompiledAttention) and is_llama_like(self._model)
+        is_compiled = self._runner is None and isinstance(self._kernel, RowsKernel) and is_llama_like(self._model)
         if not is_compiled or not isinstance(self._model.rotary_emb, RopeTable):
             raise UnsupportedError
         return record_layers(self._model, steps, self._cache, inputs)

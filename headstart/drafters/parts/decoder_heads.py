@@ -13,7 +13,7 @@ from headstart.drafters.parts.compiled_level import CompiledLevel
 from headstart.drafters.parts.decoder import Memory, block_of, slot_bytes
 from headstart.drafters.parts.heads import Heads
 from headstart.drafters.parts.losses import OutputHead
-from headstart.target.kernels.steps import UnsupportedError
+from headstart.target.steps import UnsupportedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from headstart.target.attention import AttentionMetadata
     from headstart.target.cache import KVCache
-    from headstart.target.kernels.steps import Steps
+    from headstart.target.steps import Steps
 
 # Model types whose decoders are rotary embeddings, then layers of a normed attention and a normed MLP, then a norm.
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")

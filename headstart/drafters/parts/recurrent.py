@@ -24,7 +24,7 @@ from headstart.drafters.parts.llama_layer import llama_block, llama_block_of
 from headstart.drafters.parts.losses import Batch, HeadOutput, next_embeddings
 from headstart.speculation.rows import Rows
 from headstart.speculation.tree import Drafts, Kept
-from headstart.target.kernels.steps import Steps, UnsupportedError
+from headstart.target.steps import Steps, UnsupportedError
 
 
 class RecurrentConfig(BaseModel):
