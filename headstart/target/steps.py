@@ -23,7 +23,7 @@ from headstart.target.kernels.linear import PackedLinear
 
 TAKE, JOIN, PRODUCT, NORM, ADD, ATTEND, MLP = range(7)  # `StepKind` of cpp/steps.hpp
 STATES, EMBEDDINGS, COS, SIN = range(4)  # sources of `TAKE`
-Numbers = array  # of integers: a list of the compiled code, made faster than a tensor
+Numbers = array[int]  # of integers: a list of the compiled code, made faster than a tensor
 
 
 class UnsupportedError(Exception):
@@ -175,7 +175,7 @@ class Steps:
     def _reserve(self, nodes: int) -> None:
         """Make room for this many nodes."""
         self._memory = [torch.empty(nodes, width, dtype=self.dtype) for width in self._widths]
-        values = (_Value * len(self._widths))(*((value.data_ptr(), value.shape[1]) for value in self._memory))
+        values = (_Value * len(self._widths))(*(_Value(value.data_ptr(), value.shape[1]) for value in self._memory))
         steps = (_Step * len(self._steps))(*self._steps)
         self._forward = _Forward(
             steps=ctypes.addressof(steps), values=ctypes.addressof(values), num_steps=len(steps), dtype=DTYPES[self.dtype],

@@ -69,19 +69,19 @@ class HostLevel(Level):
         return len(self.run_depths) - self.width
 
     @cached_property
-    def tokens(self) -> Tensor:  # type: ignore[override]
+    def tokens(self) -> Tensor:
         return torch.tensor(self.nodes)
 
     @cached_property
-    def parents(self) -> Tensor:  # type: ignore[override]
+    def parents(self) -> Tensor:
         return torch.tensor(self.node_parents)
 
     @cached_property
-    def depths(self) -> Tensor:  # type: ignore[override]
+    def depths(self) -> Tensor:
         return torch.tensor(self.run_depths)
 
     @cached_property
-    def tree_mask(self) -> Tensor:  # type: ignore[override]
+    def tree_mask(self) -> Tensor:
         length = len(self.run_depths)
         flags = bytearray(len(self.paths) * self.width * length)
         for line, columns in enumerate(path for of_row in self.paths for path in of_row):
