@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 from array import array
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,10 @@ from headstart.target.kernels.linear import PackedLinear
 
 TAKE, JOIN, PRODUCT, NORM, ADD, ATTEND, MLP = range(7)  # `StepKind` of cpp/steps.hpp
 STATES, EMBEDDINGS, COS, SIN = range(4)  # sources of `TAKE`
-Numbers = array[int]  # of integers: a list of the compiled code, made faster than a tensor
+if TYPE_CHECKING:
+    Numbers = array[int]
+else:
+    Numbers = array  # of integers: a list for the compiled code, made faster than a tensor
 
 
 class UnsupportedError(Exception):
