@@ -29,14 +29,20 @@ def noise_of(rows: int, vocab: int, seed: int = 0) -> torch.Tensor:
 
 
 def assert_alike(logits, rows, noise, params, k, ids=None, divisors=None):
-    """Both choose the same tokens, leave the same ones out, and have chances that differ by rounding."""
+    """Both choose the same tokens and leave the same ones out, and chances are those of float64 from the same scores."""
     sampling = SamplingTensors.of(params, range(len(params)))
     divisors = torch.linspace(0.4, 1.5, len(params)) if divisors is None else divisors
     tokens, chances = reference.choose(logits, rows, noise, sampling, divisors, k, ids)
     actual = choosing.choose(logits, rows, noise, sampling, divisors, k, ids)
     assert torch.equal(actual[0], tokens)
     assert torch.equal(actual[1] < 1e-30, chances < 1e-30)  # smaller ones the library rounds to 0
-    torch.testing.assert_close(actual[1], chances, rtol=1e-5, atol=1e-12)
+    scores = logits.float()
+    if noise is not None:
+        own = noise[rows] if ids is None else noise[rows][:, ids]
+        scores = torch.addcmul(scores, sampling.temperature[rows][:, None], own)
+    best = scores.topk(k, -1).indices
+    expected = (scores.double() / divisors.expand(len(params))[rows][:, None]).softmax(-1).gather(1, best) * (chances > 0)
+    torch.testing.assert_close(actual[1].double(), expected, rtol=1e-5, atol=1e-30)
 
 
 @pytest.mark.parametrize("vocab", [7, 16, 1000, 20_000])
