@@ -7,9 +7,12 @@ innermost one that runs, so the parts of a round add up to the whole; the cost o
 it. Inside `propose`, `layers` are the drafter's own modules, `project` is the LM head, `noise` the target's noise (which
 verification needs as well), `choose` the rest of `Rows.choose`, `tree` the bookkeeping of `headstart.drafters.parts`, and
 `walk` everything else: embeddings, positions, what a method computes between its modules. For a drafter that is no torch module,
-layers and LM head are part of `walk`. Numbers are medians over the rounds that drafted the most common shape; `x` counts target
-forwards of one node, as in plain decoding. With one thread, times are processor time, which other programs hardly disturb; with
-more threads they are wall-clock time, which needs an idle machine. The last line of the output is JSON.
+layers and LM head are part of `walk`, and where a level is one call of the compiled kernels, its LM head is part of `layers`.
+`bytes` is how long the weights that a level reads would take at the memory speed measured in this process (the best of several
+sums of a buffer that no cache holds), and `ratio` what the level took of that. Numbers are medians over the rounds that drafted the
+most common shape; `x` counts target forwards of one node, as in plain decoding. With one thread, times are processor time, which
+other programs hardly disturb; with more threads they are wall-clock time, which needs an idle machine. The last line of the output
+is JSON.
 """
 
 import argparse
@@ -32,10 +35,13 @@ import headstart
 from headstart.bench import report, runner, suites
 from headstart.bench.tasks import encode_tasks
 from headstart.drafters.parts import grow, host_tree
+from headstart.drafters.parts.compiled_level import CompiledLevel
 from headstart.engine import engine as rounds
 from headstart.engine.engine import Engine
 from headstart.speculation.params import SamplingParams
 from headstart.speculation.rows import Rows
+from headstart.target.kernels.linear import packed_bytes
+from headstart.target.steps import Steps
 
 PARTS = ("propose", "prune", "merge", "score", "verify", "commit", "extend", "host")
 INSIDE = ("layers", "walk", "project", "noise", "choose", "tree")
@@ -164,6 +170,7 @@ def watched(clock: Clock, engine: Engine, modules: Sequence[tuple[nn.Module, str
         (rounds, "verify", "verify"),
         (Rows, "noise", "noise"),
         (Rows, "choose", "choose"),
+        (Steps, "run", "layers"),
         *((tree, name, "tree") for tree, name in bookkeeping),
     ]
     with ExitStack() as stack:
@@ -180,6 +187,7 @@ def modules_of(engine: Engine, decode: Callable[[], object]) -> list[tuple[nn.Mo
     """
     if not isinstance(engine.drafter, nn.Module):
         return []
+    decode()  # before there are hooks, with which no level would become one call
     depth, outermost = [0], {}
 
     def enter(module: nn.Module, args: Any) -> None:
@@ -211,12 +219,24 @@ class Result:
     num_rounds: number of all rounds that drafted.
     bare: the same rounds without a clock inside.
     plain: rounds of plain decoding.
+    level_bytes: bytes of the weights that the first level reads, and a later one; None where they are not known.
+    memory_speed: bytes per second.
     """
 
     rounds: Sequence[Round]
     num_rounds: int
     bare: Sequence[Round]
     plain: Sequence[Round]
+    level_bytes: tuple[int, int] | None
+    memory_speed: float
+
+    def bytes_ms(self, level: int | None) -> float | None:
+        """Milliseconds that reading the weights of a level takes; None: of all levels; None where it is not known."""
+        if self.level_bytes is None or level == self.levels[-1]:
+            return None
+        first, later = self.level_bytes
+        num_bytes = first + later * (len(self.levels) - 2) if level is None else first if level == 1 else later
+        return 1000 * num_bytes / self.memory_speed
 
     def ms(self, part: str | None = None, level: int | None = None, what: str | None = None) -> float:
         """Median milliseconds of a round of the drafter, or of a part, level or operation of it."""
@@ -248,6 +268,8 @@ class Result:
         return {
             "parts": {part: self.ms(part) for part in PARTS},
             "levels": {level: {what: self.ms("propose", level, what) for what in INSIDE} for level in self.levels},
+            "bytes": {level: self.bytes_ms(level) for level in self.levels},
+            "memory_gb_s": self.memory_speed / 1e9,
             **self.sums,
             "nodes": self.rounds[0].nodes,
             "lines": self.rounds[0].lines,
@@ -287,7 +309,27 @@ def measure(setup: runner.Setup, spec: str) -> Result:
     usual = Counter(tuple(one.lines.items()) for one, _ in drafting).most_common(1)[0][0]
     chosen = [(one, without) for one, without in drafting if tuple(one.lines.items()) == usual]
     measured, bare_rounds = zip(*chosen, strict=True)
-    return Result(measured, len(drafting), bare_rounds, simple.rounds)
+    return Result(measured, len(drafting), bare_rounds, simple.rounds, level_bytes(run.engine), memory_speed())
+
+
+def level_bytes(engine: Engine) -> tuple[int, int] | None:
+    """Bytes of the weights that the first level reads, which is the LM head's, and a later one; None where they are not known."""
+    compiled = getattr(engine.drafter, "compiled_level", None)
+    if not isinstance(compiled, CompiledLevel):
+        return None
+    head: Any = getattr(engine.drafter, "lm_head", engine.target.model.get_output_embeddings())
+    return packed_bytes(head), compiled.nbytes
+
+
+def memory_speed() -> float:
+    """Bytes per second of memory, read with torch's threads: the best of several sums of a buffer that no cache holds."""
+    buffer = torch.ones(2**27)
+    best = 0.0
+    for _ in range(8):
+        began = time.perf_counter()
+        buffer.sum()
+        best = max(best, buffer.nbytes / (time.perf_counter() - began))
+    return best
 
 
 def main() -> None:
@@ -296,6 +338,7 @@ def main() -> None:
     parser.add_argument("--drafter", required=True, help="a folder of heads or a name")
     parser.add_argument("--planner", help="such as chain:4, tree:16 or best:nodes=8; default: the drafter's own")
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top-p", type=float)
     parser.add_argument("--prompts", default="stories", help="a JSONL file or a built-in suite")
     parser.add_argument("--limit", type=int, help="only the first N prompts")
     parser.add_argument("--max-tokens", type=int, default=128)
@@ -314,7 +357,7 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> tuple[Result, runner.Setup]:
     """The result, and the setup that it was measured in. Raises ValueError for bad settings."""
     spec = f"{arguments.drafter}@{arguments.planner}" if arguments.planner else arguments.drafter
-    params = SamplingParams(max_tokens=arguments.max_tokens, temperature=arguments.temperature, seed=0)
+    params = SamplingParams(max_tokens=arguments.max_tokens, temperature=arguments.temperature, top_p=arguments.top_p, seed=0)
     runner.read_spec(spec, params.temperature, arguments.model)
     cases = suites.load_cases(arguments.prompts, arguments.limit)
     if arguments.threads is not None:
@@ -356,7 +399,7 @@ def show(result: Result, setup: runner.Setup, arguments: argparse.Namespace) -> 
 def by_level(result: Result) -> Table:
     """The time inside `propose` by level."""
     table = Table(title="inside propose, ms", title_justify="left")
-    for column in ("level", "parents", *INSIDE, "all", "x"):
+    for column in ("level", "parents", *INSIDE, "all", "x", "bytes", "ratio"):
         table.add_column(column, justify="right")
     lines = result.rounds[0].lines
     for level in (*result.levels, None):
@@ -364,7 +407,9 @@ def by_level(result: Result) -> Table:
             table.add_section()
         spent = [result.ms("propose", level, what) for what in (*INSIDE, None)]
         name, parents = ("all", sum(lines.values())) if level is None else (level, lines[level]) if level in lines else ("end", "")
-        table.add_row(str(name), str(parents), *(f"{ms:.3f}" for ms in spent), f"{spent[-1] / result.forward:.2f}")
+        floor = result.bytes_ms(level)
+        of_bytes = ("", "") if floor is None else (f"{floor:.3f}", f"{spent[-1] / floor:.2f}")
+        table.add_row(str(name), str(parents), *(f"{ms:.3f}" for ms in spent), f"{spent[-1] / result.forward:.2f}", *of_bytes)
     return table
 
 

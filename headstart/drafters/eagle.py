@@ -18,6 +18,7 @@ from headstart.drafters.parts.drafter_loss import drafter_loss
 from headstart.drafters.parts.llama_layer import without_norms
 from headstart.drafters.parts.losses import Batch, HeadOutput, Metrics, Objective
 from headstart.drafters.parts.recurrent import Recurrent, RecurrentConfig
+from headstart.target.steps import Steps
 
 
 class EagleConfig(RecurrentConfig):
@@ -61,6 +62,9 @@ class Eagle(Recurrent):
         """The projection of [embedding, state]."""
         projected: Tensor = self.fc(torch.cat([embedded, states], -1))
         return projected
+
+    def record_input(self, steps: Steps, states: int, embedded: int) -> Sequence[int]:
+        return [steps.linear(self.fc, steps.join(embedded, states))]
 
     def loss(self, batch: Batch, objective: Objective) -> tuple[Tensor, Metrics]:
         """The loss of all heads, plus the distance of its states to the target's that they predict."""

@@ -17,6 +17,7 @@ from headstart.drafters.parts.decoder import decoder, norm_like
 from headstart.drafters.parts.llama_layer import widened
 from headstart.drafters.parts.losses import OutputHead
 from headstart.drafters.parts.recurrent import Recurrent, RecurrentConfig
+from headstart.target.steps import Steps
 
 
 class Eagle3Config(RecurrentConfig):
@@ -136,6 +137,16 @@ class Eagle3(Recurrent):
     def next_state(self, states: Tensor) -> Tensor:
         result: Tensor = self.norm(states) if self.config.norm_output else states
         return result
+
+    def record_input(self, steps: Steps, states: int, embedded: int) -> Sequence[int]:
+        return embedded, states
+
+    def record_output(self, steps: Steps, states: int) -> tuple[int, int]:
+        normed = steps.norm(self.norm, states)
+        return (normed if self.config.norm_output else states), steps.linear(self.lm_head, normed)
+
+    def finish_logits(self, logits: Tensor) -> Tensor:
+        return logits
 
     def output_head(self, depth: int) -> OutputHead:
         weights = [*self.lm_head.parameters()]

@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from headstart.drafters.parts.compiled_level import CompiledLevel
 from headstart.drafters.parts.decoder import Memory, decoder, norm_like, unrolled
 from headstart.drafters.parts.decoder_heads import DecoderHeads
 from headstart.drafters.parts.expansion import Expansion
@@ -22,6 +23,7 @@ from headstart.drafters.parts.llama_layer import llama_block
 from headstart.drafters.parts.losses import Batch, HeadOutput, next_embeddings
 from headstart.speculation.rows import Rows
 from headstart.speculation.tree import Drafts, Kept
+from headstart.target.steps import Steps, UnsupportedError
 
 
 class MtpConfig(BaseModel):
@@ -122,6 +124,19 @@ class Mtp(DecoderHeads):
             states.append(hidden)
         return torch.cat(states, -1)
 
+    def make_compiled_level(self) -> CompiledLevel:
+        if len(self.stages) > 1:
+            raise UnsupportedError
+        head = self.embed_head
+        return CompiledLevel(self.memories[0], head.embedding, self._record, self.hidden, head.scale_logits, offset=1)
+
+    def _record(self, steps: Steps, states: int, embedded: int) -> tuple[int, int]:
+        stage = self.stage(0)
+        parts = steps.norm(stage.enorm, embedded), steps.norm(stage.hnorm, states)
+        inputs = steps.linear(stage.eh_proj, steps.join(*(parts[::-1] if stage.hidden_first else parts)))
+        hidden = self.memories[0].record(steps, [inputs])
+        return hidden, steps.linear(self.embed_head.lm_head, hidden)
+
     @torch.inference_mode()
     def propose(self, rows: Rows) -> Drafts:
         expansion = _Expansion(self, rows)
@@ -183,7 +198,7 @@ class _Expansion(Expansion):
     """One round. states: one tensor for each module from `min(depth, last)` on; no deeper level reads those of earlier modules."""
 
     def __init__(self, mtp: Mtp, rows: Rows) -> None:
-        super().__init__(rows, mtp.root_states(rows)[:, None].split(mtp.hidden, -1))
+        super().__init__(rows, mtp.root_states(rows)[:, None].split(mtp.hidden, -1), mtp.compiled_level)
         self.mtp = mtp
         self.last = len(mtp.stages) - 1
 

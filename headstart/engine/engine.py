@@ -270,6 +270,7 @@ class Engine:
             noise_rule=self.rule.noise,
             history=self.history,
             odds=self.learning.odds(seats),
+            chooser=self.target.chooser,
         )
 
     def _depth_limit(self, turn: Turn) -> int:

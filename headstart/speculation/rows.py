@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from headstart.speculation.calibration import UNFITTED, Calibration
+from headstart.speculation.choosing import Chooser, choose, widened
 from headstart.speculation.distribution import History, SamplingTensors, Truncation, penalise, warp
 from headstart.speculation.noise import gumbel, noise_keys
 from headstart.speculation.planner import Plan
@@ -61,6 +62,7 @@ class Rows:
     noise_rule: "shared" for `coupled`, "fresh" for `rejection`, "none" for `typical`.
     history: token counts of the seats; needed only where a row has penalties.
     odds: per row, the factor on the odds of a child's chance by which earlier rounds correct it; (): none are corrected.
+    chooser: chooses children in place of tensor operations, with the same result; None: tensor operations do.
     """
 
     seats: tuple[int, ...]
@@ -73,6 +75,7 @@ class Rows:
     noise_rule: str = "shared"
     history: History | None = None
     odds: tuple[float, ...] = ()
+    chooser: Chooser | None = None
     _noise: dict[int, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -108,7 +111,7 @@ class Rows:
         paths: [n] the node after which each line was computed.
         ids: [draft_vocab] token id of each column; None: all tokens.
         """
-        logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        logits = widened(logits)
         if self.sampling.has_penalties:
             assert self.history is not None
             seats = torch.tensor(self.seats).to(logits.device, non_blocking=True)[paths.rows]
@@ -149,26 +152,18 @@ class Rows:
         ids: [draft_vocab] the target's token id of each column; None: the drafter has the target's vocabulary.
         calibration: turns the drafter's scores into chances.
         """
-        logits = self.adjust(logits, paths, ids)
-        sampling = self.sampling.rows(paths.rows)
         k = min(k, logits.shape[-1])
+        if self.sampling.has_penalties or self.sampling.biases is not None:
+            logits = self.adjust(logits, paths, ids)
         if self.noise_rule == "fresh" and self.sampling.is_sampled:
+            sampling = self.sampling.rows(paths.rows)
             ranks = calibration.of_ranks(sampling.temperature, level, k)
-            return self._draw(logits, level, paths, sampling, ranks, ids)
-        scores = logits
-        if self.sampling.is_sampled and self.noise_rule == "shared":
-            noise = self.noise(level) if len(self) == 1 else self.noise(level)[paths.rows]  # a single row's broadcasts
-            scores = torch.addcmul(logits, sampling.temperature[:, None], noise if ids is None else noise[:, ids])
-        best = scores.topk(k, -1)
-        divisor = self.sampling.calibration_temperature_of(calibration, level)
-        divisor = (divisor if len(divisor) == 1 else divisor[paths.rows])[:, None]
-        # The same division in both terms: a chance that rounding puts above one would rank a child before its parent.
-        chances = torch.exp(best.values / divisor - torch.logsumexp(scores / divisor, -1, keepdim=True))
-        tokens = best.indices if ids is None else ids[best.indices]
-        if self.sampling.is_truncated:
-            is_inside = Truncation(logits, sampling).admits(best.indices)
-            chances = chances * (is_inside | sampling.is_greedy[:, None])
-        return Choice(tokens, self._corrected(chances.float(), paths.rows), None)
+            return self._draw(widened(logits), level, paths, sampling, ranks, ids)
+        noise = self.noise(level) if self.sampling.is_sampled and self.noise_rule == "shared" else None
+        divisors = self.sampling.calibration_temperature_of(calibration, level)
+        chosen = self.chooser(logits, paths.rows, noise, self.sampling, divisors, k, ids) if self.chooser else None
+        tokens, chances = chosen or choose(logits, paths.rows, noise, self.sampling, divisors, k, ids)
+        return Choice(tokens, self._corrected(chances, paths.rows), None)
 
     def _corrected(self, chances: Tensor, rows: Tensor) -> Tensor:
         """Chances [n, k] with their odds, p / (1 - p), multiplied by those of their rows [n]."""

@@ -47,6 +47,12 @@ class EmbedHead:
         return lm_head
 
     @property
+    def embedding(self) -> nn.Module:
+        """From tokens [...] to their embeddings [..., hidden]; read from the model each time."""
+        embedding: nn.Module = self._model.get_input_embeddings()
+        return embedding
+
+    @property
     def lm_head_weight(self) -> Tensor:
         """[vocab, hidden] weight of the LM head, from which other heads may start; dequantised where it is quantised."""
         weight: Tensor = self.lm_head.weight  # type: ignore[assignment]
@@ -68,7 +74,7 @@ class EmbedHead:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Tokens [...] int64 -> their embeddings [..., hidden]."""
-        embedded: Tensor = self._model.get_input_embeddings()(tokens)
+        embedded: Tensor = self.embedding(tokens)
         return embedded
 
     def logits(self, states: Tensor) -> Tensor:

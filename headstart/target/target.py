@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from headstart.speculation.choosing import Chooser
 from headstart.speculation.tree import Forest
 from headstart.target import attention
 from headstart.target.attention import AttentionMetadata, Kernel, Probe, RowsKernel
@@ -32,6 +33,7 @@ from headstart.target.hidden_states import logits_and_features
 from headstart.target.kernels import library
 from headstart.target.kernels.attention import wide
 from headstart.target.kernels.choice import KernelChoice, choose_kernels, inexact, ungroup
+from headstart.target.kernels.choosing import choose
 from headstart.target.kernels.fuse import fuse
 from headstart.target.kernels.fused_attention import fuse_attention
 from headstart.target.kernels.linear import prepack
@@ -216,6 +218,11 @@ class Target:
     def slot_bytes(self) -> int:
         """Bytes of one token in the KV cache: keys and values of all layers."""
         return sum(shape.slot_bytes(self.dtype) for shape in self.shapes)
+
+    @property
+    def chooser(self) -> Chooser | None:
+        """A fast choice of drafters' children, where the target runs with compiled kernels; None: torch's operations are used."""
+        return choose if self.instructions else None
 
     @property
     def runner(self) -> FlatRunner | None:

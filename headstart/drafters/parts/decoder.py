@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from headstart.drafters.parts.grow import Level
-from headstart.drafters.parts.llama_layer import STEADY, RopeTable, input_width, is_llama_like, run_layers
+from headstart.drafters.parts.llama_layer import STEADY, RopeTable, input_width, is_llama_like, record_layers, run_layers
 from headstart.target import attention
-from headstart.target.attention import AttentionMetadata, Probe
+from headstart.target.attention import AttentionMetadata, Probe, RowsKernel
 from headstart.target.cache import KVCache, LayerShape, Seating
 from headstart.target.flat_mask import FlatMask
 from headstart.target.flat_rows import FlatRows, level_rows, text_rows
 from headstart.target.graphs import FlatRunner
 from headstart.target.layer_attention import attention_for
 from headstart.target.row_mask import RowMask, Window
+from headstart.target.steps import Steps, UnsupportedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -201,6 +202,35 @@ class Memory:
             slots = torch.tensor(lengths).to(positions.device, non_blocking=True)[:, None] - 1 + level.depths
         rows = level_rows(self._cache, seats, level.tree_mask, slots, is_flat=self._runner is not None)
         return self._run(inputs, positions, rows)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys, values and states."""
+        return self._cache.layer(0)[0].dtype
+
+    def first_slot(self, seat: int) -> int:
+        """The first slot of a seat."""
+        return self._cache.seating[seat].start
+
+    def hides(self, length: int) -> bool:
+        """Whether a layer's window hides some of the entries of a text of this length."""
+        return any(window.hides(length) for window in self._windows)
+
+    def angles(self, positions: int) -> tuple[Tensor, Tensor] | None:
+        """[at least `positions`, head dim] cosines and sines of the rotary embedding; None where there is no table of that size."""
+        rope = self._model.rotary_emb
+        tables: tuple[Tensor, Tensor] | None = rope.tables(self._cache.layer(0)[0], positions)
+        return tables
+
+    def record(self, steps: Steps, inputs: Sequence[int]) -> int:
+        """The decoder as steps: from its inputs, see `record_layers`, to its output, values all of them.
+
+        Raises UnsupportedError where it does not consist of compiled modules.
+        """
+        is_compiled = self._runner is None and isinstance(self._kernel, RowsKernel) and is_llama_like(self._model)
+        if not is_compiled or not isinstance(self._model.rotary_emb, RopeTable):
+            raise UnsupportedError
+        return record_layers(self._model, steps, self._cache, inputs)
 
     def fork(self, source: int, seat: int, length: int) -> None:
         """Copy the first `length` entries of seat `source` to another seat, or as many as there are."""

@@ -6,11 +6,14 @@ Must not import a method.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
+from headstart.drafters.parts.compiled_level import CompiledLevel
 from headstart.drafters.parts.decoder import Memory, block_of, slot_bytes
 from headstart.drafters.parts.heads import Heads
 from headstart.drafters.parts.losses import OutputHead
+from headstart.target.steps import UnsupportedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -54,8 +57,21 @@ class DecoderHeads(Heads):
     def output_head(self, depth: int) -> OutputHead:
         return OutputHead(self.embed_head.logits, self.embed_head.parameters)
 
+    @cached_property
+    def compiled_level(self) -> CompiledLevel | None:
+        """Runs a level in one call; None where some of its modules are not compiled ones."""
+        try:
+            return self.make_compiled_level()
+        except UnsupportedError:
+            return None
+
+    def make_compiled_level(self) -> CompiledLevel:
+        """Raises UnsupportedError where a level needs its modules one by one."""
+        raise UnsupportedError
+
     def attach(self, target: Target, seating: Seating) -> None:
         super().attach(target, seating)
+        vars(self).pop("compiled_level", None)
         self.memories = [Memory(decoder, seating, target.device, target.dtype, target.runner) for decoder in self.decoders]
 
     def free(self, seat: int) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from headstart.drafters.parts.compiled_level import CompiledLevel
 from headstart.drafters.parts.decoder import Memory
 from headstart.drafters.parts.grow import Level, states_of_parents
 from headstart.speculation.rows import Rows
@@ -24,8 +25,12 @@ class Expansion:
     states: of these nodes, tensors of [rows, nodes per row, width]; one tensor per module that deeper levels read.
     """
 
-    def __init__(self, rows: Rows, states: Sequence[Tensor]) -> None:
-        """states: of the roots of the rows that draft, [drafting rows, 1, width] each."""
+    def __init__(self, rows: Rows, states: Sequence[Tensor], compiled: CompiledLevel | None = None) -> None:
+        """states: of the roots of the rows that draft, [drafting rows, 1, width] each.
+
+        compiled: runs levels in place of `run` and `logits`, for drafters with one tensor of states.
+        """
+        self._compiled = compiled
         self._rows = rows.drafting
         self._seats = rows.seats
         self.depth = 0
@@ -41,6 +46,9 @@ class Expansion:
 
     def expand(self, level: Level) -> Tensor:
         """Run one level. Returns [rows * nodes per row, vocab] logits after its nodes."""
+        if self._compiled and (made := self._compiled.run(level, self.states[0], self._rows, self._seats_of(level))):
+            self.depth, self.states, self._rows = self.depth + 1, made[:1], level.rows
+            return made[1]
         parents = [states_of_parents(states, self._rows, level) for states in self.states]
         self.depth += 1
         self.states = tuple(self.run(level, parents))

@@ -7,8 +7,10 @@ method.
 from __future__ import annotations
 
 import heapq
+from array import array
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -18,6 +20,8 @@ from headstart.speculation.calibration import Calibration
 from headstart.speculation.planner import paying_rows
 from headstart.speculation.rows import Choice, Paths, Rows
 from headstart.speculation.tree import ROOT, Drafts
+
+Lists = Sequence[Sequence[int]]
 
 
 def grow_on_host(
@@ -32,6 +36,59 @@ def grow_on_host(
             break
         tree.add_children(expand(level))
     return tree.drafts(source)
+
+
+class HostLevel(Level):
+    """A level whose nodes are in lists; its tensors are made where they are asked for.
+
+    nodes, node_parents: per row and node, `tokens` and `parents`.
+    paths: per row and node, the nodes that it attends to, as the columns of `tree_mask`; itself is the last one.
+    run_depths: of the nodes run so far, these included.
+    """
+
+    nodes: Lists
+    node_parents: Lists
+    paths: Sequence[Sequence[tuple[int, ...]]]
+    run_depths: Sequence[int]
+
+    def __init__(
+        self,
+        rows: tuple[int, ...],
+        nodes: Lists,
+        node_parents: Lists,
+        paths: Sequence[Sequence[tuple[int, ...]]],
+        run_depths: Sequence[int],
+    ) -> None:
+        vars(self).update(rows=rows, nodes=nodes, node_parents=node_parents, paths=paths, run_depths=run_depths)
+
+    @property
+    def width(self) -> int:
+        return len(self.nodes[0])
+
+    @property
+    def earlier(self) -> int:
+        return len(self.run_depths) - self.width
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        return torch.tensor(self.nodes)
+
+    @cached_property
+    def parents(self) -> Tensor:
+        return torch.tensor(self.node_parents)
+
+    @cached_property
+    def depths(self) -> Tensor:
+        return torch.tensor(self.run_depths)
+
+    @cached_property
+    def tree_mask(self) -> Tensor:
+        length = len(self.run_depths)
+        flags = bytearray(len(self.paths) * self.width * length)
+        for line, columns in enumerate(path for of_row in self.paths for path in of_row):
+            for column in columns:
+                flags[line * length + column] = 1
+        return torch.frombuffer(flags, dtype=torch.bool).view(len(self.paths), self.width, length)
 
 
 class HostTree:
@@ -53,7 +110,8 @@ class HostTree:
         # Of the last level.
         self.active: tuple[int, ...] = rows.drafting
         self.first = 0  # the index of its first draft
-        self.level_chances = torch.empty(0)  # [rows, size]
+        self.level_chances: list[list[float]] = []  # per row, of all candidates
+        self.beam_chances: list[float] = []  # of the drafts that are expanded
         self.num_children = 1  # of each parent
         # Of the nodes that are run: per row, what each node of the last level that was run attends to; and the depths of all.
         self.seen: dict[int, list[tuple[int, ...]]] = {row: [()] for row in self.active}
@@ -66,27 +124,26 @@ class HostTree:
         choice = self._choose(logits, 1, Paths(lines, lines.new_empty(len(lines), 0), torch.zeros_like(lines)))
         if choice.distribution is not None:
             self.distributions.append((lines, choice.distribution))
-        self.level_chances = choice.chances
+        self.level_chances = choice.chances.tolist()
         self._append([[ROOT]] * len(self.active), choice, 1)
 
-    def select_beam(self, depth: int) -> Level | None:
+    def select_beam(self, depth: int) -> HostLevel | None:
         """The nodes of depth `depth` that are expanded; None where no row drafts deeper."""
         selected = self._selected(depth)
         if not selected:
             return None
-        size, num_children = self.level_chances.shape[1], self.num_children
-        rows = tuple(self.active[line] for line in selected)
-        columns = list(selected.values())
-        self.beam = [[self.first + line * size + column for column in chosen] for line, chosen in selected.items()]
+        num_children, earlier = self.num_children, len(self.run_depths)
+        starts = {line: self.first + line * len(self.level_chances[0]) for line in selected}
+        self.beam = [[starts[line] + column for column in columns] for line, columns in selected.items()]
+        self.beam_chances = [self.level_chances[line][column] for line, columns in selected.items() for column in columns]
+        parents = [[column // num_children for column in columns] for columns in selected.values()]
+        self.active = tuple(self.active[line] for line in selected)
+        for row, of_row in zip(self.active, parents, strict=True):
+            before = self.seen[row]
+            self.seen[row] = [(*before[parent], earlier + node) for node, parent in enumerate(of_row)]
+        self.run_depths = [*self.run_depths, *[depth] * len(parents[0])]
         tokens = [[self.tokens[draft] for draft in drafts] for drafts in self.beam]
-        parents = [[column // num_children for column in chosen] for chosen in columns]
-        lists = [tokens, parents, columns, self.beam, [[row] * len(columns[0]) for row in rows]]
-        self.level_tensors = torch.tensor(lists)  # [5, rows, width]
-        chances = self.level_chances if len(rows) == len(self.active) else self.level_chances[list(selected)]
-        self.level_chances, self.active = chances.gather(1, self.level_tensors[2]), rows
-        tree_mask = self._tree_mask(parents)
-        self.run_depths += [depth] * len(columns[0])
-        return Level(rows, self.level_tensors[0], tree_mask, torch.tensor(self.run_depths), self.level_tensors[1])
+        return HostLevel(self.active, tokens, parents, [self.seen[row] for row in self.active], self.run_depths)
 
     def _selected(self, depth: int) -> dict[int, list[int]]:
         """Of each row for which another level pays, by its place in the last level, the candidates that are expanded, ascending."""
@@ -95,58 +152,45 @@ class HostTree:
         if not lines:
             return {}
         if plan.parents:
-            size = self.level_chances.shape[1]
+            size = len(self.level_chances[0])
             ranks = self.rank_paths[self.first : self.first + size]
             columns = [column for column, path in enumerate(ranks) if path in plan.parents]
             return dict.fromkeys(lines, columns) if columns else {}
-        best = self.level_chances.topk(min(plan.beam, self.level_chances.shape[1]), -1)
+        best = {line: _best(self.level_chances[line], plan.beam) for line in lines}
         if plan.min_gain or len(self.tokens) >= plan.nodes:
-            pays = self._pays(best.values)
-            lines = [line for line in lines if pays[line]]
-        if plan.level_prices:
-            beams = best.values.tolist()
-            lines = [lines[index] for index in paying_rows([beams[line] for line in lines], depth, plan.level_prices)]
-        indices = best.indices.tolist()
-        return {line: sorted(indices[line]) for line in lines}
+            best = {line: columns for line, columns in best.items() if self._pays(line, columns)}
+        if plan.level_prices and best:
+            beams = [[self.level_chances[line][column] for column in columns] for line, columns in best.items()]
+            paying = paying_rows(beams, depth, plan.level_prices)
+            best = {line: best[line] for line in (list(best)[index] for index in paying)}
+        return {line: sorted(columns) for line, columns in best.items()}
 
-    def _pays(self, best: Tensor) -> list[bool]:
-        """Per row whether the beam promises `min_gain`, and a child of it may be among the drafts that are verified.
+    def _pays(self, line: int, columns: Sequence[int]) -> bool:
+        """Whether a row's beam promises `min_gain`, and a child of it may be among the drafts that are verified.
 
         No child has a better chance than its parent, so a level below the worst of the verified drafts changes nothing.
 
-        best: [rows, beam] the best chances, descending.
+        line: the row's place in the last level. columns: the beam, best first.
         """
-        plan = self.rows.plan
-        pays: list[bool] = (best.sum(-1) >= plan.min_gain).tolist()
-        if len(self.tokens) < plan.nodes:
-            return pays
-        last = heapq.nlargest(plan.nodes, self.chances)[-1]
-        return [is_enough and first > last for is_enough, first in zip(pays, best[:, 0].tolist(), strict=True)]
-
-    def _tree_mask(self, parents: Sequence[Sequence[int]]) -> Tensor:
-        """[rows, width, nodes run so far + width] bool: each node sees what its parent sees, and itself. Updates `seen`."""
-        width, earlier = len(parents[0]), len(self.run_depths)
-        flags, length = bytearray(len(parents) * width * (earlier + width)), earlier + width
-        line = 0
-        for row, of_row in zip(self.active, parents, strict=True):
-            before = self.seen[row]
-            self.seen[row] = [(*before[parent], earlier + node) for node, parent in enumerate(of_row)]
-            for columns in self.seen[row]:
-                for column in columns:
-                    flags[line * length + column] = 1
-                line += 1
-        return torch.frombuffer(flags, dtype=torch.bool).view(len(parents), width, length)
+        plan, chances = self.rows.plan, self.level_chances[line]
+        if sum(chances[column] for column in columns) < plan.min_gain:
+            return False
+        return len(self.tokens) < plan.nodes or chances[columns[0]] > heapq.nlargest(plan.nodes, self.chances)[-1]
 
     def add_children(self, logits: Tensor) -> None:
         """Add the children of the beam that was selected last. logits: [rows * width, vocab]."""
-        depth, drafts = self.depths[-1], self.level_tensors[3].reshape(-1)
-        paths = [self.paths[draft] for of_row in self.beam for draft in of_row] if self.paths else None
-        tokens = drafts.new_empty(len(drafts), 0) if paths is None else torch.tensor(paths)
-        choice = self._choose(logits, depth + 1, Paths(self.level_tensors[4].reshape(-1), tokens, drafts))
+        depth, width = self.depths[-1], len(self.beam[0])
+        drafts = [draft for of_row in self.beam for draft in of_row]
+        rows = [row for row in self.active for _ in range(width)]
+        lines = torch.tensor([rows, drafts])
+        tokens = torch.tensor([self.paths[draft] for draft in drafts]) if self.paths else lines.new_empty(len(drafts), 0)
+        choice = self._choose(logits, depth + 1, Paths(lines[0], tokens, lines[1]))
         if choice.distribution is not None:
-            self.distributions.append((len(self.rows) + drafts, choice.distribution))
-        chances = self.level_chances.reshape(-1, 1) * choice.chances
-        self.level_chances = chances.reshape(len(self.active), -1)
+            self.distributions.append((len(self.rows) + lines[1], choice.distribution))
+        pairs = zip(self.beam_chances, choice.chances.tolist(), strict=True)
+        chances = array("f", [of_parent * chance for of_parent, line in pairs for chance in line]).tolist()  # as float32
+        size = len(chances) // len(self.active)
+        self.level_chances = [chances[line * size : line * size + size] for line in range(len(self.active))]
         self._append(self.beam, choice, depth + 1)
 
     def _choose(self, logits: Tensor, level: int, paths: Paths) -> Choice:
@@ -161,7 +205,7 @@ class HostTree:
         for row, of_row in zip(self.active, parents, strict=True):
             self.row_ids += [row] * (len(of_row) * self.num_children)
         self.depths += [depth] * (len(self.tokens) - self.first)
-        self.chances += [chance for line in self.level_chances.tolist() for chance in line]
+        self.chances += [chance for line in self.level_chances for chance in line]
         if self.rows.plan.parents or not self.first:
             self.rank_paths += self._below(self.rank_paths, [range(self.num_children)] * len(children))
         if self.rows.sampling.has_penalties:
@@ -184,3 +228,8 @@ class HostTree:
                 distributions[lines] = distribution
         rank_paths = tuple(self.rank_paths) if len(self.rank_paths) == len(drafts) else None
         return replace(drafts, distributions=distributions, rank_paths=rank_paths)
+
+
+def _best(chances: Sequence[float], count: int) -> list[int]:
+    """The indices of the largest chances, best first."""
+    return sorted(range(len(chances)), key=chances.__getitem__, reverse=True)[:count]

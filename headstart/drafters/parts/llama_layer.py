@@ -7,7 +7,7 @@ A Llama-like layer is an attention and an MLP with a norm before each, so it run
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from headstart.target.attention import AttentionMetadata
+    from headstart.target.cache import KVCache
+    from headstart.target.steps import Steps
 
 # Model types whose decoders are rotary embeddings, then layers of a normed attention and a normed MLP, then a norm.
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
@@ -170,6 +172,23 @@ def _run_layer(layer: Any, states: Tensor, attention_inputs: Mapping[str, Any]) 
     return result
 
 
+def record_layers(model: Any, steps: Steps, cache: KVCache, inputs: Sequence[int]) -> int:
+    """As `run_layers`, as steps. inputs: values; of a `Wide` first layer, the embedding and the state. Returns a value.
+
+    Raises UnsupportedError where some module is not a compiled one.
+    """
+    *embedded, states = inputs
+    for layer in model.layers:
+        if isinstance(layer, Wide):
+            normed = steps.norm(layer.hidden_norm, states)
+            attended = steps.attention(layer.self_attn, cache, steps.join(steps.norm(layer.input_layernorm, embedded[0]), normed))
+            states = steps.add(normed if layer.norm_before_residual else states, attended)
+        else:
+            states = steps.add(states, steps.attention(layer.self_attn, cache, steps.norm(layer.input_layernorm, states)))
+        states = steps.add(states, steps.mlp(layer.mlp, steps.norm(layer.post_attention_layernorm, states)))
+    return steps.norm(model.norm, states)
+
+
 class RopeTable(nn.Module):
     """The cosines and sines of a rotary embedding, computed once for each position; for the CPU.
 
@@ -186,13 +205,20 @@ class RopeTable(nn.Module):
         try:
             return self._read(x, position_ids)
         except IndexError:
-            size = 1 << int(position_ids.max()).bit_length()
-            if size > MOST_POSITIONS:
+            if self.tables(x, int(position_ids.max()) + 1) is None:
                 angles: tuple[Tensor, Tensor] = self.module(x, position_ids)
                 return angles
-        cos, sin = self.module(x, torch.arange(max(size, 512))[None])
-        self._tables = cos[0], sin[0]
         return self._read(x, position_ids)
+
+    def tables(self, x: Tensor, positions: int) -> tuple[Tensor, Tensor] | None:
+        """[at least `positions`, head dim] cosines, and sines, in the dtype of `x`; None where they would be too large."""
+        if self._tables is None or self._tables[0].dtype is not x.dtype or len(self._tables[0]) < positions:
+            size = 1 << (positions - 1).bit_length()
+            if size > MOST_POSITIONS:
+                return None
+            cos, sin = self.module(x, torch.arange(max(size, 512))[None])
+            self._tables = cos[0], sin[0]
+        return self._tables
 
     def _read(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Raises IndexError where the tables lack a position."""

@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from headstart.drafters.parts.compiled_level import CompiledLevel
 from headstart.drafters.parts.decoder import unrolled
 from headstart.drafters.parts.decoder_heads import DecoderHeads
 from headstart.drafters.parts.expansion import Expansion
@@ -23,6 +24,7 @@ from headstart.drafters.parts.llama_layer import llama_block, llama_block_of
 from headstart.drafters.parts.losses import Batch, HeadOutput, next_embeddings
 from headstart.speculation.rows import Rows
 from headstart.speculation.tree import Drafts, Kept
+from headstart.target.steps import Steps, UnsupportedError
 
 
 class RecurrentConfig(BaseModel):
@@ -134,6 +136,26 @@ class Recurrent(DecoderHeads):
         inputs = self.layer_input(states, self.embed(kept.nexts))
         return self.next_state(self.memories[0].extend(inputs, kept.positions, kept.seats, kept.lengths))
 
+    def make_compiled_level(self) -> CompiledLevel:
+        is_shared, head = self.config.embedding == "shared", self.embed_head
+        embedding = head.embedding if is_shared else self.embedding
+        return CompiledLevel(self.memories[0], embedding, self._record, self.width, self.finish_logits, offset=0)
+
+    def _record(self, steps: Steps, states: int, embedded: int) -> tuple[int, int]:
+        return self.record_output(steps, self.memories[0].record(steps, self.record_input(steps, states, embedded)))
+
+    def record_input(self, steps: Steps, states: int, embedded: int) -> Sequence[int]:
+        """As `layer_input`, as steps; a decoder with a `Wide` layer takes embeddings and states one by one."""
+        raise UnsupportedError
+
+    def record_output(self, steps: Steps, states: int) -> tuple[int, int]:
+        """As `next_state` and the output head, as steps: the states and the logits before `finish_logits`."""
+        return states, steps.linear(self.embed_head.lm_head, states)
+
+    def finish_logits(self, logits: Tensor) -> Tensor:
+        """From the output head's product to logits."""
+        return self.embed_head.scale_logits(logits)
+
     @torch.inference_mode()
     def propose(self, rows: Rows) -> Drafts:
         rows = self._within_context(rows)
@@ -157,7 +179,7 @@ class _Expansion(Expansion):
     """One round. states: one tensor, the decoder's states of the nodes."""
 
     def __init__(self, drafter: Recurrent, rows: Rows) -> None:
-        super().__init__(rows, [drafter.root_states(rows)[:, None]])
+        super().__init__(rows, [drafter.root_states(rows)[:, None]], drafter.compiled_level)
         self.drafter = drafter
 
     def logits(self) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from headstart.target.attention import AttentionMetadata, AttentionParams, RowsKernel
-from headstart.target.cache import LayerShape
+from headstart.target.cache import KVCache, LayerShape
 from headstart.target.kernels.compiled import DTYPES
 from headstart.target.kernels.library import library
 from headstart.target.row_mask import RowMask, Window
@@ -158,18 +158,33 @@ def prepare(
     shape: number of query heads and of key-value heads, width of keys and of values. nodes: dead ones included.
     """
     tables, call = _tables_and_call(metadata)
-    keys, values = metadata.cache.layer(layer)
-    call.heads, call.kv_heads, call.key_dim, call.value_dim = shape
     out = (torch.empty if nodes == tables.num_nodes else torch.zeros)(nodes, shape[0], shape[3], dtype=dtype)
-    sinks = None if params.sinks is None else params.sinks.float().contiguous()
     lowest = tables.lowest(params.window)
-    call.out, call.keys, call.values = out.data_ptr(), keys.data_ptr(), values.data_ptr()
-    call.sinks = None if sinks is None else sinks.data_ptr()
-    call.lowest = None if lowest is None else lowest.ctypes.data
+    call.out, call.lowest = out.data_ptr(), None if lowest is None else lowest.ctypes.data
+    _set_layer(call, metadata.cache, layer, shape, dtype, params)
+    return call, out
+
+
+def _set_layer(
+    call: Any, cache: KVCache, layer: int, shape: tuple[int, int, int, int], dtype: torch.dtype, params: AttentionParams
+) -> None:
+    """Write the arguments that do not differ between forwards."""
+    keys, values = cache.layer(layer)
+    sinks = None if params.sinks is None else params.sinks.float().contiguous()
+    call.heads, call.kv_heads, call.key_dim, call.value_dim = shape
+    call.keys, call.values, call.sinks = keys.data_ptr(), values.data_ptr(), None if sinks is None else sinks.data_ptr()
     call.keys_head, call.values_head = keys.stride(0), values.stride(0)
     call.scaling, call.softcap, call.dtype = params.scaling, params.softcap or 0.0, DTYPES[dtype]
     call.keep_alive = sinks
-    return call, out
+
+
+def attention_call(
+    cache: KVCache, layer: int, shape: tuple[int, int, int, int], dtype: torch.dtype, params: AttentionParams
+) -> Any:
+    """The arguments of the library for one layer, without nodes, tables and output. shape: as of `prepare`."""
+    call = _Attention()
+    _set_layer(call, cache, layer, shape, dtype, params)
+    return call
 
 
 def _tables_and_call(metadata: AttentionMetadata) -> tuple[RowTables, Any]:

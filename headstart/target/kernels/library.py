@@ -40,7 +40,9 @@ class Library:
         self.norm = self._function("norm", "npnnpfp")
         self.pack = self._function("pack", "npnnnnpn")
         self.attention = self._function("attention", "p")
+        self.children = self._function("children", "p")
         self.attention_layer = self._function("attention_layer", "pppnpppp")
+        self.forward = self._function("forward", "p")
         self._set_threads = self._function("threads", "n")
         self._lock, self._local = threading.Lock(), threading.local()
         self._threads = 0

@@ -58,6 +58,25 @@ struct AttentionLayer {
   float eps;           // of the norms
 };
 
+constexpr int kMostChildren = 64;  // of one line
+
+// The children that lines of logits give. Score: logit + temperature * noise. Of equal scores, the lower column is better.
+struct Choice {
+  const void* logits;  // [lines, width], `stride` values from one line to the next
+  const int64_t* rows;        // [lines] the row of each line, by which the next ones are read
+  const float* noise;         // [rows, vocab], or null for none
+  const float* temperatures;  // [rows] 0: greedy, without truncation
+  const float* divisors;      // [num_divisors] one for each row, or one for all: chance = softmax(score / divisor)
+  const int64_t* top_k;       // [rows] 0: off; null, with the next two: no truncation
+  const double* top_p;        // [rows] infinity: off
+  const float* min_p;         // [rows] 0: off
+  const int64_t* ids;         // [width] the token of each column, or null: the column itself
+  int64_t* tokens;            // [lines, k] best first
+  float* chances;             // [lines, k] 0 for tokens that the truncation leaves out
+  int64_t lines, width, stride, vocab, num_divisors, k;  // k at most kMostChildren and at most the width
+  int32_t dtype;
+};
+
 // The kernels of one set of instructions. Code that is compiled for several sets must not share inline functions, or the linker
 // would take any of them: between those files there are plain functions only.
 struct Kernels {
@@ -65,13 +84,15 @@ struct Kernels {
   void (*norm)(int32_t dtype, const void* x, int64_t rows, int64_t width, const float* weight, float eps, void* y);
   void (*attention)(const Attention*);
   void (*prepare)(const AttentionLayer*, const Attention*, int64_t nodes, const void* cos, const void* sin, void* states);
+  void (*choose)(const Choice*);
+  void (*add)(int32_t dtype, const void* left, const void* right, int64_t count, void* y);  // left + right, rounded once
 };
 
 // Run pieces 0 to `pieces` - 1 on several threads, see pool.hpp.
 void share_out(int64_t pieces, void (*piece)(void* context, int64_t number), void* context);
 int num_threads();
 // Memory of this thread, aligned to 64 bytes, valid until the next call with the same `use`.
-enum Use { kSums, kInput, kScales, kScores, kRows, kUses };
+enum Use { kSums, kInput, kScales, kScores, kRows, kChoices, kHeap, kUses };
 void* scratch(Use use, int64_t bytes);
 
 }  // namespace headstart

@@ -4,6 +4,7 @@
 
 #include "kernels.hpp"
 #include "pool.hpp"
+#include "steps.hpp"
 #if defined(__linux__)
 #include <pthread.h>
 #include <sys/syscall.h>
@@ -164,24 +165,19 @@ EXPORTED void headstart_norm(int64_t dtype, const void* x, int64_t rows, int64_t
   kernels().norm(static_cast<int32_t>(dtype), x, rows, width, weight, eps, y);
 }
 
+EXPORTED void headstart_children(const headstart::Choice* choice) { kernels().choose(choice); }
+
 EXPORTED void headstart_attention(const Attention* attention) { kernels().attention(attention); }
 
 // x [nodes, inputs] -> y [nodes, outputs]. Queries, keys and values go to `states` [nodes, outputs of the input product], and the
 // attention's output to `attention->out`. cos, sin: [nodes, rope_width].
 EXPORTED void headstart_attention_layer(const headstart::AttentionLayer* layer, Attention* attention, const void* x, int64_t nodes,
                                         const void* cos, const void* sin, void* states, void* y) {
-  kernels().linear(layer->input, x, nodes, states);
-  kernels().prepare(layer, attention, nodes, cos, sin, states);
-  int64_t bytes = attention->dtype == headstart::kBFloat16 ? 2 : 4, width = layer->input->outputs;
-  auto* first = static_cast<const char*>(states);
-  attention->query = first;
-  attention->key = first + attention->heads * attention->key_dim * bytes;
-  attention->value = first + (attention->heads + attention->kv_heads) * attention->key_dim * bytes;
-  attention->query_node = attention->key_node = attention->value_node = width;
-  attention->query_head = attention->key_head = attention->key_dim;
-  attention->value_head = attention->value_dim;
-  kernels().attention(attention);
-  kernels().linear(layer->output, attention->out, nodes, y);
+  headstart::attend(kernels(), layer, attention, x, nodes, cos, sin, states, y);
+}
+
+EXPORTED void headstart_forward(const headstart::Forward* forward) {
+  for (int64_t step = 0; step < forward->num_steps; step++) headstart::run_step(kernels(), *forward, forward->steps[step]);
 }
 
 }  // extern "C"

@@ -1,4 +1,4 @@
-// RMS norms of rows: x / sqrt(mean(x^2) + eps) * weight, rounded once.
+// RMS norms of rows, x / sqrt(mean(x^2) + eps) * weight, and sums, both rounded once.
 #pragma once
 #include "kernels.hpp"
 #include "vectors.hpp"
@@ -45,6 +45,20 @@ static void norm(int32_t dtype, const void* x, int64_t rows, int64_t width, cons
   Norm norm{dtype, x, rows, width, weight, eps, y};
   int64_t each = kNormValues / width + 1;
   headstart::share_out((rows + each - 1) / each, norm_rows, &norm);
+}
+
+template <class T>
+static void add_values(const T* left, const T* right, int64_t count, T* y) {
+  int64_t whole = count - count % kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) store(y + i, load(left + i) + load(right + i));
+  int rest = (int)(count - whole);
+  if (rest) store_some(y + whole, load_some(left + whole, rest) + load_some(right + whole, rest), rest);
+}
+
+// Of few nodes: not worth a second thread.
+static void add(int32_t dtype, const void* left, const void* right, int64_t count, void* y) {
+  if (dtype == headstart::kBFloat16) add_values((const BFloat16*)left, (const BFloat16*)right, count, (BFloat16*)y);
+  else add_values((const float*)left, (const float*)right, count, (float*)y);
 }
 
 }  // namespace
