@@ -106,7 +106,7 @@ def _round(rows: list[_Row], planner: Planner, cost: CostModel, trust: Trust, re
     result.seconds += forward + cost.host(len(rows) + len(drafts), len(rows)) + grown.seconds
     result.rounds += 1
     result.nodes += len(rows) + len(drafts)
-    held, predicted = _verdict(rows, drafts, trust, odds, learns)
+    held = _verdict(rows, drafts, trust, odds, learns)
     for row, kept in zip(rows, held, strict=True):
         row.place += kept + 1
         result.tokens += kept + 1
@@ -116,10 +116,8 @@ def _round(rows: list[_Row], planner: Planner, cost: CostModel, trust: Trust, re
         planner.learn(Outcome(num_drafting, grown.depth, len(drafts), gain, grown.seconds, forward))
 
 
-def _verdict(
-    rows: Sequence[_Row], drafts: Drafts, trust: Trust, odds: Sequence[float], learns: bool
-) -> tuple[list[int], list[list[float]]]:
-    """How many drafts each row keeps, and the summed chances of the kept path's children by level. Lets `trust` learn."""
+def _verdict(rows: Sequence[_Row], drafts: Drafts, trust: Trust, odds: Sequence[float], learns: bool) -> list[int]:
+    """How many drafts each row keeps. Lets `trust` learn."""
     held = [0] * len(rows)
     masses: list[dict[int, float]] = [{} for _ in rows]
     lists = zip(drafts.rows.tolist(), drafts.tokens.tolist(), drafts.parents.tolist(), drafts.depths.tolist(), strict=True)
@@ -139,7 +137,7 @@ def _verdict(
             trust.learn(row.seat, raw, [level < kept for level in range(len(chances))])
         elif learns:
             trust.rest(row.seat)
-    return held, predicted
+    return held
 
 
 def grow(rows: Sequence[_Row], depths: Sequence[int], plan: Plan, odds: Sequence[float], cost: CostModel) -> _Grown:
