@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import torch
 
 from headstart.drafters import Drafter, Restorable
 from headstart.engine.scheduler import Request, Turn
+from headstart.engine.unread import Unread
 from headstart.speculation.tree import Forest, Kept
 from headstart.speculation.verify import Verdict
 from headstart.target.target import Scored
+
+_MOST_BYTES = 2**26  # of what waits to be told
 
 
 class DrafterState:
@@ -21,7 +23,7 @@ class DrafterState:
     decoding it costs nothing.
 
     device: of the target.
-    chunk: tokens told at once where a text is told again, and most tokens that wait.
+    chunk: about how many tokens are told at once.
     """
 
     def __init__(self, drafter: Drafter | None, device: torch.device, chunk: int) -> None:
@@ -33,8 +35,8 @@ class DrafterState:
         self._num_failed = 0  # rounds that failed since the last one that counted
         self._stale_seats: set[int] = set()  # the drafter may hold a text there that is not the next occupant's
         self._is_recorder = bool(getattr(drafter, "is_recorder", False))  # it is told at once, the end of a text too
-        self._unread: tuple[Kept, ...] = ()  # what the drafter was not told yet
-        self._unread_before: tuple[Kept, ...] = ()  # the same, before the round
+        self._unread = Unread()  # what the drafter was not told yet
+        self._unread_before = self._unread  # the same, before the round
 
     # -- before and after a round --
 
@@ -63,7 +65,7 @@ class DrafterState:
                 self._restorable.restore(self._snapshot)
                 self._unread = self._unread_before
             else:
-                self._unread = ()  # it is told everything again
+                self._unread = Unread()  # it is told everything again
             for request in requests:
                 request.is_lost = self._restorable is None
                 request.drafts &= self._num_failed == 0 and (self._restorable is not None or not self._drafter.taps)
@@ -94,7 +96,7 @@ class DrafterState:
         """Forget the text of a request that leaves its seat."""
         if self._drafter is None or request.seat is None:
             return
-        self._unread = tuple(rest for kept in self._unread if (rest := without(kept, request.seat)) is not None)
+        self._unread = self._unread.without(request.seat)
         if request.drafts:
             self._drafter.free(request.seat)
             self._stale_seats.discard(request.seat)
@@ -122,85 +124,33 @@ class DrafterState:
             return
         kept = kept_of(turns, forest, scored, verdict)
         if kept.seats:
-            self._unread = (*self._unread, kept)
-            if self._is_recorder or sum(sum(one.lengths) for one in self._unread) >= self._chunk:
+            self._unread = self._unread.with_part(kept)
+            if self._is_recorder or self._unread.num_bytes > _MOST_BYTES:
                 self.tell()
 
     def tell(self) -> None:
         """Tell the drafter what it was not told yet."""
-        if self._drafter is not None and self._unread:
-            kept = joined(self._unread)
-            self._unread = ()
-            self._drafter.extend(kept)
+        if self._drafter is not None:
+            unread, self._unread = self._unread, Unread()
+            for kept in unread.joined(self._chunk):
+                self._drafter.extend(kept)
 
 
-class _Piece(NamedTuple):
-    """What became certain in one seat in one round.
-
-    text, start, tried, held: as in `Kept`.
-    line: of its first token in the features of all rounds.
-    """
-
-    text: tuple[int, ...]
-    start: int
-    tried: int
-    held: int
-    line: int
-
-
-def joined(parts: Sequence[Kept]) -> Kept:
-    """What became certain in several rounds, one after the other, as if it had been one round."""
-    if len(parts) == 1:
-        return parts[0]
-    by_seat: dict[int, list[_Piece]] = {}
-    line = 0
-    for part in parts:
-        for row, seat in enumerate(part.seats):
-            by_seat.setdefault(seat, []).append(_Piece(part.texts[row], part.starts[row], part.tried[row], part.held[row], line))
-            line += part.lengths[row]
-    of_seats = list(by_seat.values())
-    features = None
-    if parts[0].features is not None:
-        lines = [piece.line + index for pieces in of_seats for piece in pieces for index in range(len(piece.text) - 1)]
-        features = torch.cat([part.features for part in parts if part.features is not None])
-        features = features[torch.tensor(lines, dtype=torch.int64).to(features.device, non_blocking=True)]
-    return Kept(
-        seats=tuple(by_seat),
-        texts=tuple((*(t for piece in pieces for t in piece.text[:-1]), pieces[-1].text[-1]) for pieces in of_seats),
-        starts=tuple(pieces[0].start for pieces in of_seats),
-        tried=tuple(pieces[-1].tried for pieces in of_seats),
-        held=tuple(pieces[-1].held for pieces in of_seats),
-        features=features,
-        device=parts[0].device,
-    )
-
-
-def without(kept: Kept, seat: int) -> Kept | None:
-    """What became certain in the other seats; None where that is nothing."""
-    rows = [row for row, other in enumerate(kept.seats) if other != seat]
-    if len(rows) == len(kept.seats):
-        return kept
-    if not rows:
-        return None
-    features = kept.features
-    if features is not None:
-        first = kept.seats.index(seat)
-        start = sum(kept.lengths[:first])
-        features = torch.cat([features[:start], features[start + kept.lengths[first] :]])
-    fields = {name: tuple(getattr(kept, name)[row] for row in rows) for name in ("seats", "texts", "starts", "tried", "held")}
-    return Kept(**fields, features=features, device=kept.device)
+def is_told(request: Request) -> bool:
+    """Whether the drafter is told what becomes certain of a request; a lost one is told all of it before the drafter drafts."""
+    return request.drafts and not request.is_lost
 
 
 def kept_of(turns: Sequence[Turn], forest: Forest, scored: Scored, verdict: Verdict) -> Kept:
     """What became certain in a round: of each row that drafts its stem, its kept drafts, and the token after them."""
-    drafting = [row for row, turn in enumerate(turns) if turn.request.drafts]
+    drafting = [row for row, turn in enumerate(turns) if is_told(turn.request)]
     texts: list[tuple[int, ...]] = []
     nodes: list[int] = []  # in the forest, of the tokens of `texts`
     first = 0
     for row, turn in enumerate(turns):
         size, kept = len(turn.stem), verdict.kept[row]
         after = turn.request.scored + size
-        if turn.request.drafts:
+        if is_told(turn.request):
             texts.append((*turn.stem, *(verdict.emitted[row] or turn.request.known(after, after + 1))))
             nodes += [*range(first, first + size), *(first + size + draft for draft in kept)]
         first += size + verdict.counts[row]

@@ -24,7 +24,7 @@ MOST_NODES = 512  # drafts per row, at most
 _MEMORY = 32.0  # rounds that an average remembers
 _PATIENCE = 4.0  # rounds of a row that must have shown a loss before drafting pauses
 _TOLERANCE = 0.005  # a loss of so many tokens per row and round is none
-_PAUSES = (4, 64)  # rounds without drafting after a loss: at first, at most
+_PAUSES = (4, 64, 512)  # rounds without drafting after a loss: at first, at most for one row, at most for several
 _MOST_TABLES = 64  # temperatures whose tables are kept
 _CONFIRMED = 64  # rounds after which a shape is chosen anew, since costs move
 
@@ -163,15 +163,16 @@ class Adaptive:
 
     @property
     def _regime(self) -> _Regime:
-        num_rows = len(self._load.stems)
-        if num_rows not in self._regimes:
-            load = self._load
+        """What was seen with about as many rows: 1, 2, 3 to 4, 5 to 8, ..."""
+        num_rows, load = len(self._load.stems), self._load
+        size = (num_rows - 1).bit_length()
+        if size not in self._regimes:
             shape = fastest_shape(self.cost, self._table(load.temperature), self.limits, num_rows, load.context)
             seconds = shape.seconds / self.cost.plain(num_rows, load.context)
             regime = _Regime(_Average(1 + shape.gain, 4.0), _Average(seconds, 4.0), _Average())
             regime.pause = 0 if shape.depth else _PAUSES[0]
-            self._regimes[num_rows] = regime
-        return self._regimes[num_rows]
+            self._regimes[size] = regime
+        return self._regimes[size]
 
     @property
     def rate(self) -> float:
@@ -248,11 +249,11 @@ class Adaptive:
             regime.next_pause = _PAUSES[0]
         num_rows = len(self._load.stems)
         if regime.profit.value < -_TOLERANCE and regime.profit.weight * num_rows >= _PATIENCE:
-            regime.pause, regime.next_pause = regime.next_pause, min(2 * regime.next_pause, _PAUSES[1])
+            regime.pause, regime.next_pause = regime.next_pause, min(2 * regime.next_pause, _PAUSES[1 + (num_rows > 1)])
             regime.profit.weight = _PATIENCE / num_rows - 1 if num_rows < _PATIENCE else 0.0  # one round will tell
             self._shapes.clear()
 
     def restart(self) -> None:
-        regime = self._regimes.get(1)  # among several rows, one more says little about the others
+        regime = self._regimes.get(0)  # among several rows, one more says little about the others
         if regime is not None:
             regime.pause, regime.next_pause = 0, _PAUSES[0]

@@ -57,8 +57,11 @@ class Trust:
 
     def rest(self, seat: int) -> None:
         """Note a round of a seat in which nothing was learned: its ratio moves towards 1, slowly at first."""
-        if seat in self._seats:
-            self.learn(seat, (), ())
+        ratio, known = self._seats.get(seat, (0.0, 0.0))
+        if ratio:
+            known *= self._discount
+            ratio -= (1 - self._discount) * self._prior * ratio / (known + self._prior)
+            self._seats[seat] = (ratio if abs(ratio) > 1e-3 else 0.0), known
 
     def free(self, seat: int) -> None:
         """Forget a seat."""

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tiny import tiny
 
 from headstart.drafters.lookup import Lookup
-from headstart.engine.drafter_state import joined, without
 from headstart.engine.engine import Engine
+from headstart.engine.unread import Unread
 from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import NO_DRAFTS, Plan
 from headstart.speculation.tree import Drafts, Kept
@@ -77,32 +77,47 @@ def rounds_of(lengths):
     return rounds
 
 
-@given(ROUNDS)
-def test_joined_rounds_hold_each_seats_text_with_its_features(lengths):
-    kept = joined(rounds_of(lengths))
-    assert len({*kept.seats}) == len(kept.seats)
-    assert {*kept.seats} == {seat for round_ in lengths for seat in round_}
-    for seat, text, start in zip(kept.seats, kept.texts, kept.starts, strict=True):
-        total = sum(round_.get(seat, 0) for round_ in lengths)
-        assert start == 0
-        assert text == tuple(100 * seat + place for place in range(total + 1))
-    assert kept.features[:, 0].tolist() == kept.tokens.tolist()
+def unread_of(rounds):
+    """The rounds, waiting to be told."""
+    unread = Unread()
+    for kept in rounds:
+        unread = unread.with_part(kept)
+    return unread
 
 
-@given(ROUNDS, st.integers(0, 3))
-def test_a_seat_that_leaves_takes_its_text_and_features_along(lengths, seat):
-    for kept in rounds_of(lengths):
-        rest = without(kept, seat)
-        if {*kept.seats} == {seat}:
-            assert rest is None
-            continue
-        assert {*rest.seats} == {*kept.seats} - {seat}
-        assert rest.features[:, 0].tolist() == rest.tokens.tolist()
+@given(ROUNDS, st.integers(1, 12))
+def test_joined_rounds_hold_each_seats_text_with_its_features(lengths, chunk):
+    ends: dict[int, int] = {}
+    for kept in unread_of(rounds_of(lengths)).joined(chunk):
+        assert len({*kept.seats}) == len(kept.seats)
+        for seat, text, start in zip(kept.seats, kept.texts, kept.starts, strict=True):
+            assert start == ends.get(seat, 0)
+            ends[seat] = start + len(text) - 1
+            assert text == tuple(100 * seat + place for place in range(start, start + len(text)))
+        assert kept.features[:, 0].tolist() == kept.tokens.tolist()
+    assert ends == {seat: total for seat in range(4) if (total := sum(round_.get(seat, 0) for round_ in lengths))}
+
+
+@given(ROUNDS, ROUNDS, st.integers(0, 3))
+def test_a_seat_that_was_left_has_only_what_came_after(before, after, seat):
+    unread = unread_of(rounds_of(before)).without(seat)
+    for kept in rounds_of(after):
+        unread = unread.with_part(kept)
+    told = list(unread.joined(10**6))
+    num_after = sum(round_.get(seat, 0) for round_ in after)
+    texts = [text for kept in told for other, text in zip(kept.seats, kept.texts, strict=True) if other == seat]
+    assert sum(len(text) - 1 for text in texts) == num_after
+    for kept in told:
+        assert kept.features[:, 0].tolist() == kept.tokens.tolist()
+
+
+def test_nothing_is_told_of_seats_that_were_all_left():
+    assert list(unread_of(rounds_of([{0: 2}, {0: 1}])).without(0).joined(99)) == []
 
 
 def test_rounds_without_features_are_joined_too():
     rounds = [replace(kept, features=None) for kept in rounds_of([{0: 2}, {0: 1}])]
-    assert joined(rounds).features is None
+    assert [kept.features for kept in unread_of(rounds).joined(99)] == [None]
 
 
 def test_plain_rounds_cost_the_drafter_nothing():
