@@ -17,6 +17,7 @@ from headstart.bench.results import Row, rows
 from headstart.bench.samples import Sample, Setup
 from headstart.bench.tables import short, table, table_by_kind
 from headstart.engine.machine import cpu_name
+from headstart.speculation.cost import CostModel
 from headstart.speculation.rules import parse_rule
 from headstart.target.target import Target
 
@@ -80,3 +81,11 @@ def as_json(setup: Setup, samples: Sequence[Sample], results: Sequence[Row], set
         "clean_share": clean_share(samples),
         "runs": [vars(row) | {"identical": row.identical} for row in results],
     }
+
+
+def cost_curve(cost: CostModel | None, rows: Sequence[Row]) -> dict[str, Any]:
+    """What a target forward costs by its nodes, in milliseconds, and the nodes that each run scored on average; for JSON."""
+    if cost is None:
+        return {}
+    points = [{"run": row.run, "nodes": row.nodes, "ms": 1000 * cost.forward(round(row.nodes))} for row in rows if not row.is_peer]
+    return {"nodes": list(cost.nodes), "ms": [1000 * seconds for seconds in cost.seconds], "operating_points": points}

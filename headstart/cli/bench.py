@@ -42,6 +42,7 @@ def bench(model: ModelOptions, sampling: SamplingOptions, measuring: MeasuringOp
     settings = _settings(llm, model, measuring, params, temperatures, num_skipped)
     result = report.as_json(setups[0], [sample for one in measured for sample in one.samples], rows, settings)
     result["heads"] = [vars(one) for one in trained_heads.trained(runs, llm.engine.target)]
+    result["cost"] = report.cost_curve(next((one.cost for one in measured if one.cost), None), rows)
     result["concurrency"] = [asdict(load) for one in measured for load in one.loads]
     _write(measuring, result, measured, llm)
     bench_output.show("json" if json else measuring.format, title_of(setups, model), rows, result, measuring.by_kind)
@@ -125,11 +126,14 @@ def _write(measuring: MeasuringOptions, result: dict[str, Any], measured: "Seque
             lines = (as_line(one.setup, sample, decode(llm.tokenizer, sample.tokens)) for one in measured for sample in one.samples)
             text = "".join(json_format.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             measuring.save.write_text(text, encoding="utf-8")
-        if measuring.html is not None:
-            from headstart.bench.html_report import write_html
-
-            write_html(measuring.html, result)
     except OSError as error:
         raise ValueError(
             f"{error.filename} cannot be written: {error.strerror}; the measurements are {json_format.dumps(result)}"
         ) from None
+    if measuring.html is not None:
+        from headstart.bench.html_report import write_html
+
+        try:
+            write_html(measuring.html, result)
+        except ValueError as error:
+            raise ValueError(f"{error}; the measurements are {json_format.dumps(result)}") from None

@@ -93,6 +93,10 @@ class MeasuringOptions:
         for name, path in files.items():
             if path is not None:
                 check_file(name, path)
+        if self.html is not None:
+            from headstart.bench.html_report import check_html
+
+            check_html(self.html)
         paths = [path.absolute() for path in files.values() if path is not None]
         if len({*paths}) < len(paths):
             raise ValueError(f"{paths[-1]} is named for two outputs; name a file for each of --out, --save and --html")

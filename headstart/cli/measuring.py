@@ -10,6 +10,7 @@ from headstart.cli.terminal import progress
 if TYPE_CHECKING:
     from headstart.bench.concurrency import Load
     from headstart.bench.samples import Sample, Setup
+    from headstart.speculation.cost import CostModel
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,14 @@ class Measurement:
     samples: of all runs.
     memory: of each run, in bytes, as in `Row`.
     loads: throughput by the number of rows.
+    cost: of rounds, where a run's planner knows it.
     """
 
     setup: "Setup"
     samples: "list[Sample]"
     memory: dict[str, dict[str, int]]
     loads: "list[Load]"
+    cost: "CostModel | None" = None
 
 
 def available_drafters(model: ModelOptions) -> list[str]:
@@ -67,11 +70,14 @@ def _measure(
     setup: "Setup", runs: Sequence[str], repeat: int, levels: Sequence[int], on_progress: Callable[[], None]
 ) -> Measurement:
     from headstart.bench import concurrency, runner
+    from headstart.speculation.adaptive import Adaptive
 
     prepared = runner.prepare(setup, runs)
     samples = runner.measure(setup, prepared, repeat, on_progress)
     loads = concurrency.sweep(setup, prepared, levels, repeat, on_progress)
-    return Measurement(setup, samples, {run.name: run.memory for run in prepared}, loads)
+    planners = (run.engine.planner for run in prepared if isinstance(run, runner.Run))
+    cost = next((planner.cost for planner in planners if isinstance(planner, Adaptive)), None)
+    return Measurement(setup, samples, {run.name: run.memory for run in prepared}, loads, cost)
 
 
 def title_of(setups: "Sequence[Setup]", model: ModelOptions) -> str:

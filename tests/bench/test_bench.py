@@ -302,6 +302,9 @@ RUN_FIELDS = {
     "forward", "nodes", "shares", "loops", "differing", "near_ties", "splits", "identical", "is_lossy", "temperature", "kinds",
     "interval", "tau_interval", "lengths", "time_to_first_token", "token_ms", "is_peer", "memory",
 }  # fmt: skip
+RESULT_FIELDS = {
+    "model", "machine", "settings", "labels", "num_samples", "clean_share", "runs", "heads", "concurrency", "cost"
+}  # fmt: skip
 MACHINE_FIELDS = {"cpu", "cores", "threads", "device", "kernels", "python", "torch", "transformers", "headstart", "command"}
 
 
@@ -314,7 +317,9 @@ def test_bench_prints_a_table_and_writes_json_to_out(model_folder, draft_folder,
     assert any("clean samples" in line for line in table)
     assert "{" not in result.stdout  # JSON goes to the file only
     output = json.loads((tmp_path / "measured").read_text())
-    assert output.keys() == {"model", "machine", "settings", "labels", "num_samples", "clean_share", "runs", "heads", "concurrency"}
+    assert output.keys() == RESULT_FIELDS
+    assert output["cost"]["nodes"][0] == 1
+    assert [point["run"] for point in output["cost"]["operating_points"]] == [one["run"] for one in output["runs"]]
     assert output["machine"].keys() == MACHINE_FIELDS
     assert [one["run"] for one in output["runs"]] == ["plain", "lookup", f"model:{draft_folder}@chain:2"]
     assert all(one.keys() == RUN_FIELDS for one in output["runs"])

@@ -52,7 +52,9 @@ def written(base, tmp_path_factory):
     """Everything at once: the folder with all files, and what was printed."""
     folder = tmp_path_factory.mktemp("written")
     files = ("--out", folder / "out.json", "--save", folder / "samples.jsonl", "--html", folder / "report.html")
-    page = SimpleNamespace(write_html=lambda path, result: path.write_text(f"{len(result['runs'])} runs"))
+    page = SimpleNamespace(
+        check_html=lambda path: None, write_html=lambda path, result: path.write_text(f"{len(result['runs'])} runs")
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "headstart.bench.html_report", page)
         result = run(*base, "--run", "transformers", "--concurrency", "1,2", "--by-kind", "--seed", 4, *files)
