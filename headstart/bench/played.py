@@ -15,7 +15,7 @@ from headstart.speculation.trust import Trust, correct
 
 
 class Candidate(NamedTuple):
-    """A grown node. node: in the recorded tree. order: among all grown nodes. chance: of the whole path. ranks: of the path."""
+    """A drafted node. node: in the recorded tree. order: among all drafted nodes. chance: of the whole path. ranks: of the path."""
 
     node: int
     order: int
@@ -56,8 +56,8 @@ class _Row:
 
 
 @dataclass
-class _Grown:
-    """What a drafter would have grown of the recorded trees under a plan, flat, and the levels it ran."""
+class _Drafted:
+    """What a drafter would have drafted of the recorded trees under a plan, flat, and the levels it ran."""
 
     rows: list[int] = field(default_factory=list)
     nodes: list[int] = field(default_factory=list)  # in the recorded tree
@@ -100,10 +100,10 @@ def _round(rows: list[_Row], planner: Planner, cost: CostModel, trust: Trust, re
     limits = [row.left - 1 for row in rows]
     plan = planner.plan(limits) if any(limits) else NO_DRAFTS
     depths = [min(limit, plan.depth) for limit in limits]
-    grown = grow(rows, depths, plan, odds, cost)
-    drafts = planner.prune(grown.drafts(), plan, len(rows)) if grown.nodes else grown.drafts()
+    drafted = grow(rows, depths, plan, odds, cost)
+    drafts = planner.prune(drafted.drafts(), plan, len(rows)) if drafted.nodes else drafted.drafts()
     forward = cost.forward(len(rows) + len(drafts), len(rows), sum(contexts))
-    result.seconds += forward + cost.host(len(rows) + len(drafts), len(rows)) + grown.seconds
+    result.seconds += forward + cost.host(len(rows) + len(drafts), len(rows)) + drafted.seconds
     result.rounds += 1
     result.nodes += len(rows) + len(drafts)
     held = _verdict(rows, drafts, trust, odds, learns)
@@ -113,7 +113,7 @@ def _round(rows: list[_Row], planner: Planner, cost: CostModel, trust: Trust, re
     if isinstance(planner, LearningPlanner):
         num_drafting = sum(depth > 0 for depth in depths)
         gain = float(drafts.chances.sum())
-        planner.learn(Outcome(num_drafting, grown.depth, len(drafts), gain, grown.seconds, forward))
+        planner.learn(Outcome(num_drafting, drafted.depth, len(drafts), gain, drafted.seconds, forward))
 
 
 def _verdict(rows: Sequence[_Row], drafts: Drafts, trust: Trust, odds: Sequence[float], learns: bool) -> list[int]:
@@ -140,9 +140,9 @@ def _verdict(rows: Sequence[_Row], drafts: Drafts, trust: Trust, odds: Sequence[
     return held
 
 
-def grow(rows: Sequence[_Row], depths: Sequence[int], plan: Plan, odds: Sequence[float], cost: CostModel) -> _Grown:
+def grow(rows: Sequence[_Row], depths: Sequence[int], plan: Plan, odds: Sequence[float], cost: CostModel) -> _Drafted:
     """What a drafter grows under a plan, as `headstart.drafters.parts.grow` does, out of recorded trees."""
-    grown = _Grown()
+    drafted = _Drafted()
     beams: dict[int, list[Candidate]] = {}  # row -> recorded node, index, chance, ranks
     for row, depth in enumerate(depths):
         if depth:
@@ -152,10 +152,10 @@ def grow(rows: Sequence[_Row], depths: Sequence[int], plan: Plan, odds: Sequence
         depth += 1
         width = max(map(len, beams.values()))
         if cost.draft is not None:
-            grown.seconds += cost.draft.first_of(len(beams)) if depth == 1 else cost.draft.level(width * len(beams), len(beams))
+            drafted.seconds += cost.draft.first_of(len(beams)) if depth == 1 else cost.draft.level(width * len(beams), len(beams))
         chosen: dict[int, list[Candidate]] = {}
         for row, beam in beams.items():
-            best = _beam(_children(grown, row, rows[row].tree, beam, plan.width, odds[row], depth), plan)
+            best = _beam(_children(drafted, row, rows[row].tree, beam, plan.width, odds[row], depth), plan)
             if best and depths[row] > depth and sum(one.chance for one in best) >= plan.min_gain:
                 chosen[row] = best
         if plan.level_prices:
@@ -163,12 +163,12 @@ def grow(rows: Sequence[_Row], depths: Sequence[int], plan: Plan, odds: Sequence
             paying = paying_rows(chances, depth, plan.level_prices)
             chosen = {row: chosen[row] for row in (list(chosen)[index] for index in paying)}
         beams = chosen
-    grown.depth = depth
-    return grown
+    drafted.depth = depth
+    return drafted
 
 
 def _children(
-    grown: _Grown,
+    drafted: _Drafted,
     row: int,
     tree: Tree,
     beam: Sequence[Candidate],
@@ -181,12 +181,12 @@ def _children(
     for node, index, chance, ranks in beam:
         for rank, child in enumerate(tree.children[node + 1][:width]):
             child_chance = chance * correct(tree.chances[child], odds)
-            candidates.append(Candidate(child, len(grown.nodes), child_chance, (*ranks, rank)))
-            grown.rows.append(row)
-            grown.nodes.append(child)
-            grown.parents.append(index)
-            grown.depths.append(depth)
-            grown.chances.append(child_chance)
+            candidates.append(Candidate(child, len(drafted.nodes), child_chance, (*ranks, rank)))
+            drafted.rows.append(row)
+            drafted.nodes.append(child)
+            drafted.parents.append(index)
+            drafted.depths.append(depth)
+            drafted.chances.append(child_chance)
     return candidates
 
 

@@ -50,14 +50,14 @@ class Recording:
 class _Keeper:
     """A planner that keeps what was drafted, and verifies none of it."""
 
-    grown: Plan
+    largest: Plan
     drafts: list[Drafts] = field(default_factory=list)
 
     def headroom(self, max_rows: int) -> int:
-        return 1 + self.grown.width * (1 + (self.grown.depth - 1) * self.grown.beam)
+        return 1 + self.largest.width * (1 + (self.largest.depth - 1) * self.largest.beam)
 
     def plan(self, depths: Sequence[int]) -> Plan:
-        return self.grown
+        return self.largest
 
     def prune(self, drafts: Drafts, plan: Plan, num_rows: int) -> Drafts:
         self.drafts.append(drafts)
@@ -69,16 +69,16 @@ def record(
     drafter: Drafter,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
-    grown: Plan,
+    largest: Plan,
     stop_ids: Sequence[int] = (),
     on_answer: Callable[[], None] = lambda: None,
 ) -> list[Recording]:
     """The recordings of the answers to some prompts, whose seeds are `mix(params.seed, index)`.
 
-    grown: the trees to record.
+    largest: the trees to record.
     on_answer: called after each answer.
     """
-    keeper = _Keeper(grown)
+    keeper = _Keeper(largest)
     memory = request_bytes(target, drafter, keeper, max(map(len, prompts)) + params.max_tokens)
     engine = Engine(target, drafter, keeper, max_rows=1, memory=memory)
     recordings = []

@@ -50,7 +50,7 @@ def adaptive(target: Target, drafter: Drafter, cost: CostModel | None = None) ->
     """The adaptive planner of a drafter on a target. cost: None: the kept one, or measured now."""
     cost = cost or cost_of(target, drafter)
     calibration: Calibration = getattr(drafter, "calibration", UNFITTED)
-    return Adaptive(cost, limits_of(drafter, cost, calibration), calibration)
+    return Adaptive(cost, limits_of(drafter, cost, calibration), calibration, target.device.type == "cpu")
 
 
 def limits_of(drafter: Drafter, cost: CostModel, calibration: Calibration) -> Limits:

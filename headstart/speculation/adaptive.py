@@ -74,10 +74,12 @@ class Adaptive:
     cost: of the machine and the target; refined by every round.
     limits: of the trees.
     calibration: acceptance rates by rank, for what is decided before drafting.
+    is_on_host: whether drafts will be on a CPU.
     """
 
-    def __init__(self, cost: CostModel, limits: Limits, calibration: Calibration = UNFITTED) -> None:
+    def __init__(self, cost: CostModel, limits: Limits, calibration: Calibration = UNFITTED, is_on_host: bool = True) -> None:
         self.cost = cost
+        self._is_on_host = is_on_host
         self.calibration = calibration
         self.draft_scale = 1.0  # drafting's seconds now, as a ratio to the measured ones
         self._widest = limits
@@ -97,7 +99,8 @@ class Adaptive:
 
     def headroom(self, max_rows: int) -> int:
         drafted = self.limits.width * (1 + (self.limits.depth - 1) * self.limits.beam)
-        return 1 + max(min(drafted, self.limits.nodes), self.limits.beam * (self.limits.depth - 1))
+        most = self.limits.nodes if self._is_on_host else self.limits.nodes * max_rows  # see `_capped`
+        return 1 + max(min(drafted, most), self.limits.beam * (self.limits.depth - 1))
 
     def see(self, load: Load) -> None:
         """Take notice of the next round's rows, before `plan`."""
@@ -151,8 +154,8 @@ class Adaptive:
         return torch.from_numpy((seconds[1:] - seconds[0]) * self.rate)
 
     def _capped(self, drafts: Drafts, num_rows: int) -> Drafts:
-        """At most `limits.nodes` drafts of each row, for which there are slots."""
-        if len(drafts) <= self.limits.nodes:
+        """At most `limits.nodes` drafts of each row, for which there are slots; on a GPU there are slots for all."""
+        if len(drafts) <= self.limits.nodes or not self._is_on_host:
             return drafts
         order = torch.sort(drafts.chances, descending=True, stable=True).indices
         same_row = drafts.rows[order][:, None] == drafts.rows[order][None]

@@ -156,6 +156,7 @@ def test_of_the_heads_in_a_models_folder_the_fastest_by_expectation_are_taken(me
 
 def test_lookup_is_what_is_left(measured):
     target = tiny("llama")
+    assert choose_drafter(target.model, target, parse_rule("coupled"), ["lookup"]).name == "lookup"
     assert choose_drafter(target.model, target, parse_rule("coupled")).name == "lookup"
 
 

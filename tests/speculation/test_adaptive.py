@@ -11,7 +11,7 @@ from small_trees import NODES, drafts_of
 from headstart.speculation.adaptive import Adaptive
 from headstart.speculation.cost import CostModel, DraftCost
 from headstart.speculation.outcome import LearningPlanner, Load, Outcome
-from headstart.speculation.planner import NO_DRAFTS
+from headstart.speculation.planner import NO_DRAFTS, Plan
 from headstart.speculation.shape import Limits
 from headstart.speculation.tree import ROOT
 
@@ -20,7 +20,7 @@ LIMITS = Limits(4, 4, 6, 64)
 
 
 def planner_of(rows: int = 1, cost: CostModel = COST, is_on_host: bool = True, limits: Limits = LIMITS) -> Adaptive:
-    planner = Adaptive(cost, limits)
+    planner = Adaptive(cost, limits, is_on_host=is_on_host)
     planner.see(Load((1,) * rows, (20,) * rows, 0.0, is_on_host))
     return planner
 
@@ -34,8 +34,7 @@ def outcome(num_drafts: int = 4, gain: float = 1.0, draft_seconds: float = 0.3, 
 def test_the_verified_drafts_are_the_subset_with_parents_that_is_worth_most(nodes, node_seconds):
     cost = CostModel((1, 33), (1.0, 1 + 32 * node_seconds), draft=DraftCost(0.1, (1,), (0.1,)))
     planner, drafts = planner_of(3, cost), drafts_of(nodes)
-    plan = planner.plan([1, 1, 1])
-    kept = planner.prune(drafts, plan, 3)
+    kept = planner.prune(drafts, Plan(4, 4, 6, 99), 3)
     kept.check()
     chances, parents = drafts.chances.tolist(), drafts.parents.tolist()
 
@@ -108,6 +107,9 @@ def test_on_a_device_pruning_reads_no_value(monkeypatch):
     planner, drafts = planner_of(is_on_host=False), drafts_of([(0, 0, 0.5), (1, 0, 0.5), (0, 0, 0.25)]).to(torch.device("meta"))
     kept = planner.prune(drafts, planner.plan([9]), 1)
     assert kept.tokens.device.type == "meta"
+    many = drafts_of([(0, 0, 0.9)] * 99).to(torch.device("meta"))
+    assert len(planner.prune(many, planner.plan([9]), 1)) == planner.plan([9]).nodes
+    assert planner.headroom(2) >= 1 + min(LIMITS.width * (1 + (LIMITS.depth - 1) * planner.limits.beam), 2 * planner.limits.nodes)
 
 
 def test_a_row_has_no_more_drafts_than_slots():
