@@ -25,6 +25,7 @@ from headstart.target.cache import Seating
 from headstart.target.target import Target
 
 SIZES = (1, 16, 64, 4, 32, 2, 8, 128)  # nodes of a forest, in the order in which they are measured while there is time
+_FOREST_DEPTH = 8  # levels of the forests of a measured forward
 _DEPTH = 3  # levels drafted to measure one level's cost
 _CLEAN = 0.05  # fraction of its time that a sample may have waited for a processor
 _SHORT = 16  # tokens of a prompt
@@ -42,6 +43,11 @@ class Setting:
     nodes: int = 1
     depth: int = 0
     beam: int = 1
+
+
+def _forest(nodes: int) -> Setting:
+    """A forest of so many nodes, in chains."""
+    return Setting(nodes, _FOREST_DEPTH if nodes > 1 else 0)
 
 
 @dataclass
@@ -86,16 +92,21 @@ class _Filler:
         """Nothing to learn."""
 
     def propose(self, rows: Rows) -> Drafts:
-        """Trees of four chains, level after level in each row."""
-        per_row = -(-max(0, self._scripted.setting.nodes - len(rows)) // len(rows))
-        tokens = [(7 * node) % self._vocab for node in range(per_row)]
-        parents = [node - 4 if node >= 4 else ROOT for node in range(per_row)]
-        depths = [node // 4 + 1 for node in range(per_row)]
-        tokens_, parents_, row_ids = tokens * len(rows), [], [row for row in range(len(rows)) for _ in range(per_row)]
-        for row in range(len(rows)):
-            parents_ += [parent if parent == ROOT else parent + row * per_row for parent in parents]
-        chances = [0.5**depth for depth in depths] * len(rows)
-        return Drafts.of(tokens_, parents_, row_ids, depths * len(rows), chances, device=self._device)
+        """Chains of equal depth in every row that drafts."""
+        wanted = max(0, self._scripted.setting.nodes - len(rows))
+        tokens: list[int] = []
+        parents: list[int] = []
+        row_ids: list[int] = []
+        depths: list[int] = []
+        for number, row in enumerate(rows.drafting):
+            first, size = len(tokens), (wanted + number) // len(rows.drafting)
+            num_chains = -(-size // rows.depths[row])
+            for node in range(size):
+                tokens.append((7 * node) % self._vocab)
+                parents.append(first + node - num_chains if node >= num_chains else ROOT)
+                row_ids.append(row)
+                depths.append(node // num_chains + 1)
+        return Drafts.of(tokens, parents, row_ids, depths, [0.5**depth for depth in depths], device=self._device)
 
     def fork(self, source: int, seat: int, length: int) -> None:
         """Nothing is known."""
@@ -206,9 +217,7 @@ def measure_cost(target: Target, drafter: Drafter | None = None, seconds: float 
     began = time.perf_counter()
     prompt = max(1, min(_SHORT, target.context // 4))
     sizes = sorted(_sizes(target, seconds))
-    forwards = _medians(
-        _Bench(target, None, 1, prompt, max(sizes)), [Setting(size, int(size > 1)) for size in sizes], began + seconds / 2
-    )
+    forwards = _medians(_Bench(target, None, 1, prompt, max(sizes)), [_forest(size) for size in sizes], began + seconds / 2)
     measured = {setting.nodes: sample for setting, sample in forwards.items()}
     nodes = tuple(sorted(measured))
     passes = monotone([measured[size].forward for size in nodes])
@@ -233,7 +242,7 @@ def _context_seconds(target: Target, short: float, nodes: int, prompt: int, unti
     longer = min(512, target.context // 2)
     if longer <= 2 * prompt:
         return 0.0
-    long = _medians(_Bench(target, None, 1, longer, nodes), [Setting(nodes, int(nodes > 1))], until)
+    long = _medians(_Bench(target, None, 1, longer, nodes), [_forest(nodes)], until)
     return max(0.0, (next(iter(long.values())).forward - short) / (longer - prompt))
 
 

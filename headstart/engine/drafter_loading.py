@@ -182,15 +182,19 @@ def read_planner(planner: object, drafter: str | Drafter | None, model: object, 
 
 
 def split_parts(spec: str) -> list[str]:
-    """The parts of `lookup+./heads`; a plus in the name of a folder that exists separates nothing."""
+    """The parts of `lookup+./heads`; a plus in the name of a method or of a folder that exists separates nothing."""
     words, parts = spec.split("+"), []
     while words:
         ends = range(len(words), 1, -1)
-        joined = (end for end in ends if Path("+".join(words[:end]).removeprefix("model:")).is_dir())
+        joined = (end for end in ends if _is_one("+".join(words[:end])))
         end = next(joined, 1)
         parts.append("+".join(words[:end]))
         words = words[end:]
     return parts
+
+
+def _is_one(spec: str) -> bool:
+    return spec in METHODS or Path(spec.removeprefix("model:")).is_dir()
 
 
 def names() -> Sequence[str]:

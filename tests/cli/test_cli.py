@@ -65,6 +65,11 @@ FROZEN = {
         "--replay",
         "--out",
         "--json",
+        "--rows",
+        "--concurrency",
+        "--format",
+        "--save",
+        "--html",
     },
 }
 

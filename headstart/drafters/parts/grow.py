@@ -213,7 +213,8 @@ class _TreeBuilder:
     def _likeliest(self, candidates: _Candidates) -> Tensor:
         """[rows, width] indices of the likeliest candidates, ascending."""
         width = min(self.rows.plan.beam, candidates.indices.shape[1])
-        return candidates.chances.topk(width, -1).indices.sort(-1).values
+        order = torch.sort(candidates.chances, dim=-1, descending=True, stable=True).indices  # of equals, the first
+        return order[:, :width].sort(-1).values
 
     def _static_beam(self, num_rows: int) -> Tensor:
         """[rows, width] indices of the candidates that are parents in the plan's static tree, ascending."""
