@@ -18,8 +18,9 @@ NUM_DEPTHS = 6  # acceptance rates and lengths of rounds that are shown
 
 
 def short(run: str) -> str:
-    """The name of a run without the parents of its folder: `model:a/b@chain:4` becomes `model:b@chain:4`, `a/b` becomes `b`."""
-    return re.sub(r"^((?:\w+:)*)(?:.*/)?([^/@]+)/*(?=@|$)", r"\1\2", run)
+    """The name of a run without the parents of its folder: `model:a/b@chain:4` becomes `model:b@chain:4`, `a/b` becomes `b`,
+    `lookup+a/b` becomes `lookup+b`."""
+    return re.sub(r"^((?:\w+\+)*(?:\w+:)*)(?:.*/)?([^/@]+)/*(?=@|$)", r"\1\2", run)
 
 
 def _range(interval: Sequence[float]) -> str:

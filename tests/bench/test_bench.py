@@ -135,6 +135,8 @@ def test_a_run_is_a_drafter_and_optionally_a_planner():
         ("/a/b/medusa/", "medusa"),
         ("mine:heads/@full:3,2", "mine:heads@full:3,2"),
         ("transformers:model:/a/draft", "transformers:model:draft"),
+        ("lookup+/a/b/mtp@chain:4", "lookup+mtp@chain:4"),
+        ("hydra++", "hydra++"),
     ],
 )
 def test_the_short_name_of_a_run_has_only_the_last_part_of_its_folder(run, name):
