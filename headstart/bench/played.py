@@ -113,7 +113,7 @@ def _round(rows: list[_Row], planner: Planner, cost: CostModel, trust: Trust, re
     if isinstance(planner, LearningPlanner):
         num_drafting = sum(depth > 0 for depth in depths)
         gain = float(drafts.chances.sum())
-        planner.learn(Outcome(num_drafting, drafted.depth, len(drafts), gain, drafted.seconds, forward))
+        planner.learn(Outcome(num_drafting, drafted.depth, len(drafts), gain, sum(held), drafted.seconds, forward))
 
 
 def _verdict(rows: Sequence[_Row], drafts: Drafts, trust: Trust, odds: Sequence[float], learns: bool) -> list[int]:

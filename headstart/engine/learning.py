@@ -69,6 +69,7 @@ class Learning:
             depth=drafts.max_depth,
             num_drafts=len(drafts),
             gain=verdict.gain,
+            num_kept=sum(map(len, verdict.kept)),
             draft_seconds=seconds["draft"],
             forward_seconds=seconds["score"],
         )

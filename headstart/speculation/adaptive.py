@@ -25,6 +25,7 @@ _MEMORY = 32.0  # rounds that an average remembers
 _PATIENCE = 4.0  # rounds of a row that must have shown a loss before drafting pauses
 _TOLERANCE = 0.005  # a loss of so many tokens per row and round is none
 _PAUSES = (4, 64, 512)  # rounds without drafting after a loss: at first, at most for one row, at most for several
+_BELIEVED = 0.5  # how much of a round's gain is what was expected, which varies less; the rest is what was kept
 _MOST_TABLES = 64  # temperatures whose tables are kept
 _CONFIRMED = 64  # rounds after which a shape is chosen anew, since costs move
 
@@ -232,10 +233,10 @@ class Adaptive:
         drafting = self._draft_seconds(outcome)
         base, num_nodes = cost.plain(num_rows, load.context), load.num_stems + outcome.num_drafts
         more = cost.forward(num_nodes, num_rows, load.context) + cost.host(num_nodes, num_rows) - base + drafting
-        regime = self._regime
+        regime, gain = self._regime, _BELIEVED * outcome.gain + (1 - _BELIEVED) * outcome.num_kept
         if outcome.num_drafting:
-            self._judge(regime, (outcome.gain - self.rate * more) / num_rows)
-        regime.tokens.add(1 + outcome.gain / num_rows)
+            self._judge(regime, (gain - self.rate * more) / num_rows)
+        regime.tokens.add(1 + gain / num_rows)
         regime.seconds.add(1 + more / base)
 
     def _draft_seconds(self, outcome: Outcome) -> float:

@@ -40,6 +40,7 @@ class Outcome:
     depth: levels drafted.
     num_drafts: drafts verified.
     gain: sum of their chances: the kept drafts that were expected.
+    num_kept: kept drafts.
     draft_seconds, forward_seconds: of drafting, and of the target forward.
     """
 
@@ -47,6 +48,7 @@ class Outcome:
     depth: int
     num_drafts: int
     gain: float
+    num_kept: int
     draft_seconds: float
     forward_seconds: float
 

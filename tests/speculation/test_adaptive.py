@@ -26,7 +26,7 @@ def planner_of(rows: int = 1, cost: CostModel = COST, is_on_host: bool = True, l
 
 
 def outcome(num_drafts: int = 4, gain: float = 1.0, draft_seconds: float = 0.3, depth: int = 3, num_drafting: int = 1) -> Outcome:
-    return Outcome(num_drafting, depth, num_drafts, gain, draft_seconds, COST.forward(1 + num_drafts))
+    return Outcome(num_drafting, depth, num_drafts, gain, round(gain), draft_seconds, COST.forward(1 + num_drafts))
 
 
 @settings(max_examples=60)
@@ -61,7 +61,7 @@ def test_drafting_pauses_where_it_loses_and_is_tried_again_ever_more_rarely():
         planner.see(Load((1,), (20,), 0.0, True))
         plan = planner.plan([9])
         drafted.append(plan is not NO_DRAFTS)
-        planner.learn(outcome(num_drafts=0, gain=0.0) if drafted[-1] else Outcome(0, 0, 0, 0.0, 0.0, 1.0))
+        planner.learn(outcome(num_drafts=0, gain=0.0) if drafted[-1] else Outcome(0, 0, 0, 0.0, 0, 0.0, 1.0))
     assert sum(drafted[:10]) >= 4
     assert sum(drafted[200:]) <= 5
     assert any(drafted[300:])
@@ -71,7 +71,7 @@ def test_drafting_goes_on_at_once_where_it_pays_again_and_with_a_new_request():
     planner = planner_of()
     for _ in range(40):
         planner.see(Load((1,), (20,), 0.0, True))
-        planner.learn(outcome(0, 0.0) if planner.plan([9]).depth else Outcome(0, 0, 0, 0.0, 0.0, 1.0))
+        planner.learn(outcome(0, 0.0) if planner.plan([9]).depth else Outcome(0, 0, 0, 0.0, 0, 0.0, 1.0))
     while not planner.plan([9]).depth:
         planner.see(Load((1,), (20,), 0.0, True))
     for _ in range(20):
@@ -80,7 +80,7 @@ def test_drafting_goes_on_at_once_where_it_pays_again_and_with_a_new_request():
         assert planner.plan([9]).depth
     for _ in range(40):
         planner.see(Load((1,), (20,), 0.0, True))
-        planner.learn(outcome(0, 0.0) if planner.plan([9]).depth else Outcome(0, 0, 0, 0.0, 0.0, 1.0))
+        planner.learn(outcome(0, 0.0) if planner.plan([9]).depth else Outcome(0, 0, 0, 0.0, 0, 0.0, 1.0))
     planner.restart()
     planner.see(Load((1,), (20,), 0.0, True))
     assert planner.plan([9]).depth
@@ -91,7 +91,7 @@ def test_a_drafter_that_costs_nothing_is_always_asked():
     for _ in range(100):
         planner.see(Load((1,), (20,), 0.0, True))
         assert planner.plan([9]).depth
-        planner.learn(Outcome(1, 0, 0, 0.0, 0.0001, 1.0))
+        planner.learn(Outcome(1, 0, 0, 0.0, 0, 0.0001, 1.0))
 
 
 def test_on_a_device_depth_and_nodes_are_chosen_before_drafting_in_powers_of_two():
@@ -132,6 +132,6 @@ def test_the_cost_follows_the_measured_rounds():
     planner = planner_of()
     for _ in range(300):
         planner.see(Load((1,), (20,), 0.0, True))
-        planner.learn(Outcome(1, 3, 7, 2.0, 0.6, 2.4))
+        planner.learn(Outcome(1, 3, 7, 2.0, 2, 0.6, 2.4))
     assert planner.cost.forward(8) == pytest.approx(2.4, rel=0.05)
     assert planner.draft_scale == pytest.approx(0.6 / COST.drafting(3, planner.plan([9]).beam), rel=0.3)
