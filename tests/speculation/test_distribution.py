@@ -49,7 +49,8 @@ def test_the_distribution_is_that_of_transformers(params, seed, repetition):
     sampling = SamplingTensors.of([params], [0])
     mask = torch.zeros(3, VOCAB, dtype=torch.bool).scatter_(1, seen, True)
     distribution = warp(penalise(logits, sampling, mask, torch.zeros(3, VOCAB, dtype=torch.int32)), sampling)
-    assert torch.allclose(distribution, by_transformers(logits, params, seen), atol=1e-6)
+    tolerance = max(1e-6, 1e-6 / params.temperature)  # of the penalty's rounding in float32, which a low temperature magnifies
+    assert torch.allclose(distribution, by_transformers(logits, params, seen), atol=tolerance)
 
 
 @given(PARAMS, st.integers(0, 1000), st.sampled_from(["float", "bfloat16", "coarse", "uniform"]))

@@ -156,11 +156,11 @@ def test_a_processor_that_cannot_have_them_is_refused():
     prepack(model)
     assert isinstance(model[0], PackedLinear)
     try:
-        LIBRARY.use("avx512")
+        library().use("avx512")
         with pytest.raises(ValueError, match=r"^weights='int8' needs the compiled kernels and a processor with AVX-512 and bf16$"):
             quantise(model)
     finally:
-        LIBRARY.use(None)
+        library().use(None)
 
 
 def test_a_processor_without_compiled_kernels_is_refused(tmp_path, torch_kernels):
