@@ -1,4 +1,4 @@
-"""Measures what rounds cost on this machine: rounds of a real engine on a text of random tokens, interleaved, medians.
+"""Measures what rounds cost on this machine: rounds of a real engine on a text of random tokens, interleaved, lower quartiles.
 
 Must not import the module of any one drafter.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median
 
 import torch
 
@@ -169,8 +168,8 @@ class _Bench:
         return Sample(forward, spent["draft"], seconds - forward - spent["draft"], delay <= _CLEAN)
 
 
-def _medians(bench: _Bench, settings: Sequence[Setting], until: float) -> dict[Setting, Sample]:
-    """The median round of each setting, interleaved.
+def _usual(bench: _Bench, settings: Sequence[Setting], until: float) -> dict[Setting, Sample]:
+    """The usual round of each setting, interleaved.
 
     A setting runs several rounds in turn, of which the first is not counted: rounds of one size find their memory in the caches.
     """
@@ -180,18 +179,16 @@ def _medians(bench: _Bench, settings: Sequence[Setting], until: float) -> dict[S
             samples.setdefault(setting, []).extend([bench.sample(setting) for _ in range(_IN_TURN)][1:])
         if time.perf_counter() > until:
             break
-    return {setting: _middle(some) for setting, some in samples.items()}
+    return {setting: _quartile(some) for setting, some in samples.items()}
 
 
-def _middle(samples: Sequence[Sample]) -> Sample:
-    """The median of the clean samples, or of all where none is clean."""
+def _quartile(samples: Sequence[Sample]) -> Sample:
+    """The lower quartile of the clean samples, or of all where none is clean: what disturbs a round only makes it longer."""
     kept = [sample for sample in samples if sample.is_clean] or list(samples)
-    return Sample(
-        median(sample.forward for sample in kept),
-        median(sample.draft for sample in kept),
-        median(sample.host for sample in kept),
-        kept[0].is_clean,
-    )
+    index = (len(kept) - 1) // 4
+    phases = ([getattr(sample, phase) for sample in kept] for phase in ("forward", "draft", "host"))
+    forward, draft, host = (sorted(values)[index] for values in phases)
+    return Sample(forward, draft, host, kept[0].is_clean)
 
 
 def _sizes(target: Target, seconds: float) -> Iterator[int]:
@@ -217,7 +214,7 @@ def measure_cost(target: Target, drafter: Drafter | None = None, seconds: float 
     began = time.perf_counter()
     prompt = max(1, min(_SHORT, target.context // 4))
     sizes = sorted(_sizes(target, seconds))
-    forwards = _medians(_Bench(target, None, 1, prompt, max(sizes)), [_forest(size) for size in sizes], began + seconds / 2)
+    forwards = _usual(_Bench(target, None, 1, prompt, max(sizes)), [_forest(size) for size in sizes], began + seconds / 2)
     measured = {setting.nodes: sample for setting, sample in forwards.items()}
     nodes = tuple(sorted(measured))
     passes = monotone([measured[size].forward for size in nodes])
@@ -242,7 +239,7 @@ def _context_seconds(target: Target, short: float, nodes: int, prompt: int, unti
     longer = min(512, target.context // 2)
     if longer <= 2 * prompt:
         return 0.0
-    long = _medians(_Bench(target, None, 1, longer, nodes), [_forest(nodes)], until)
+    long = _usual(_Bench(target, None, 1, longer, nodes), [_forest(nodes)], until)
     return max(0.0, (next(iter(long.values())).forward - short) / (longer - prompt))
 
 
@@ -255,7 +252,7 @@ def _row_seconds(
     """
     if 4 not in measured:
         return 0.0, 0.0
-    several = next(iter(_medians(_Bench(target, None, 4, prompt, 4), [Setting(4)], until).values()))
+    several = next(iter(_usual(_Bench(target, None, 4, prompt, 4), [Setting(4)], until).values()))
     forward, host = passes[sorted(measured).index(4)], measured[4].host
     return max(0.0, (several.forward - forward) / 3), max(0.0, (several.host - host) / 3)
 
@@ -264,11 +261,11 @@ def _draft_cost(target: Target, drafter: Drafter, prompt: int, until: float) -> 
     """What drafting costs: one level, and what further levels add, by the nodes that run at once."""
     beams = (1, 4, 8)
     settings = [Setting(1, 1), *(Setting(1, _DEPTH, beam) for beam in beams)]
-    samples = _medians(_Bench(target, drafter, 1, prompt, 8 + 64 * _DEPTH), settings, until)
+    samples = _usual(_Bench(target, drafter, 1, prompt, 8 + 64 * _DEPTH), settings, until)
     first = samples[settings[0]].draft
     levels = monotone([max(0.0, (samples[setting].draft - first) / (_DEPTH - 1)) for setting in settings[1:]])
     shallow, deep = Setting(4, 1), Setting(4, _DEPTH, 2)
-    several = _medians(_Bench(target, drafter, 4, prompt, 4 * 8 * _DEPTH), [shallow, deep], until)
+    several = _usual(_Bench(target, drafter, 4, prompt, 4 * 8 * _DEPTH), [shallow, deep], until)
     row_seconds = max(0.0, (several[shallow].draft - first) / 3)
     level = (several[deep].draft - several[shallow].draft) / (_DEPTH - 1)
     return DraftCost(first, beams, levels, row_seconds, max(0.0, (level - levels[-1]) / 3))

@@ -24,7 +24,7 @@ from headstart.speculation.shape import Limits, fastest_shape
 from headstart.speculation.verify import Rule
 from headstart.target.target import Target
 
-SECONDS = 1.0  # that measuring may take where no measurement is kept
+SECONDS = 1.5  # that measuring may take where no measurement is kept
 _WIDEST = 32  # parents per level, at most
 
 
