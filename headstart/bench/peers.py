@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from headstart.bench.samples import Sample, Setup
-from headstart.bench.waiting import Watch
 from headstart.engine.stats import Part, Stats
+from headstart.engine.waiting import Watch
 from headstart.speculation.params import SamplingParams
 from headstart.target.config import require_two_tokens
 from headstart.target.loading import load_model

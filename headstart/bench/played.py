@@ -96,7 +96,7 @@ def _round(rows: list[_Row], planner: Planner, cost: CostModel, trust: Trust, re
     odds = [trust.odds(row.seat) if learns else 1.0 for row in rows]
     if isinstance(planner, LearningPlanner):
         temperature = sum(row.recording.temperature for row in rows) / len(rows)
-        planner.see(Load((1,) * len(rows), contexts, temperature, True))
+        planner.see(Load((1,) * len(rows), contexts, temperature))
     limits = [row.left - 1 for row in rows]
     plan = planner.plan(limits) if any(limits) else NO_DRAFTS
     depths = [min(limit, plan.depth) for limit in limits]
@@ -132,11 +132,8 @@ def _verdict(rows: Sequence[_Row], drafts: Drafts, trust: Trust, odds: Sequence[
         held[row] += tree.is_right[node]
     predicted = [[mass[depth] for depth in sorted(mass)] for mass in masses]
     for row, chances, kept, ratio in zip(rows, predicted, held, odds, strict=True):
-        if learns and chances:
-            raw = [correct(min(chance, 0.999), 1 / ratio) for chance in chances]
-            trust.learn(row.seat, raw, [level < kept for level in range(len(chances))])
-        elif learns:
-            trust.rest(row.seat)
+        if learns:
+            trust.learn_path(row.seat, chances, kept, ratio)
     return held
 
 

@@ -15,7 +15,6 @@ from itertools import product
 from headstart.bench import peers
 from headstart.bench.replay import Replay
 from headstart.bench.samples import CLEAN, PLAIN, Sample, Setup, Task
-from headstart.bench.waiting import Watch, waiting_seconds
 from headstart.bench.weights import weight_bytes
 from headstart.drafters import Drafter
 from headstart.engine.drafter_loading import make, resolve_planner
@@ -24,6 +23,7 @@ from headstart.engine.memory import headroom_slots, slot_bytes
 from headstart.engine.planning import planner_for
 from headstart.engine.scheduler import Request
 from headstart.engine.stats import Stats
+from headstart.engine.waiting import Watch, waiting_seconds
 from headstart.speculation.planner import Auto, CalibratedTree, Planner, parse
 from headstart.speculation.rules import parse_rule
 

@@ -7,8 +7,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
 from headstart.drafters import Drafter
 from headstart.drafters.fused import Fused
 from headstart.engine.drafter_loading import EMBEDDED_METHOD, built_in_heads, heads_in, is_embedded, make
@@ -89,6 +87,4 @@ def expected_speed(target: Target, drafter: Drafter) -> float:
     cost = cost_of(target, drafter)
     calibration: Calibration = getattr(drafter, "calibration", UNFITTED)
     limits = limits_of(drafter, cost, calibration)
-    at = torch.tensor([TEMPERATURE])
-    table = [calibration.of_ranks(at, level, limits.width)[0].tolist() for level in range(1, limits.depth + 1)]
-    return fastest_shape(cost, table, limits).rate
+    return fastest_shape(cost, calibration.table(TEMPERATURE, limits.depth, limits.width), limits).rate

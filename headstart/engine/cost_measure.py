@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from headstart.drafters import Drafter
 from headstart.engine.engine import Engine
 from headstart.engine.memory import headroom_slots, slot_bytes
-from headstart.engine.waiting import waiting_seconds
+from headstart.engine.waiting import Watch
 from headstart.speculation.cost import CostModel, DraftCost, monotone
 from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import NO_DRAFTS, Plan, Planner
@@ -116,7 +116,10 @@ class _Filler:
 
 @dataclass(frozen=True)
 class Sample:
-    """Seconds of one round, by phase. is_clean: whether the process hardly waited for a processor."""
+    """Seconds of one round, by phase; on a GPU the whole round's as forward and as draft, of which differences are taken.
+
+    is_clean: whether the process hardly waited for a processor.
+    """
 
     forward: float
     draft: float
@@ -154,18 +157,15 @@ class _Bench:
                 self.engine.abort(request)
             self._start()
         self.planner.setting = setting
-        before, waited, began = self.engine.stats.copy(), waiting_seconds(), time.perf_counter()
+        before, watch, began = self.engine.stats.copy(), Watch(), time.perf_counter()
         self.engine.step()
         if self.target.device.type == "cuda":
             torch.cuda.synchronize(self.target.device)
-        seconds, waited_now = time.perf_counter() - began, waiting_seconds()
-        spent = self.engine.stats.since(before).seconds
-        delay = 0.0 if waited is None or waited_now is None else (waited_now - waited) / seconds
-        forward = spent["score"]
-        if self.target.device.type == "cuda":  # kernels run on after the host has launched them
-            forward = seconds - spent["draft"]
-            return Sample(forward, spent["draft"], 0.0, delay <= _CLEAN)
-        return Sample(forward, spent["draft"], seconds - forward - spent["draft"], delay <= _CLEAN)
+        seconds = time.perf_counter() - began
+        spent, is_clean = self.engine.stats.since(before).seconds, (watch.delay() or 0.0) <= _CLEAN
+        if self.target.device.type == "cuda":  # kernels run on after the host has launched them: only the whole round is known
+            return Sample(seconds, seconds, 0.0, is_clean)
+        return Sample(spent["score"], spent["draft"], seconds - spent["score"] - spent["draft"], is_clean)
 
 
 def _usual(bench: _Bench, settings: Sequence[Setting], until: float) -> dict[Setting, Sample]:
@@ -203,34 +203,40 @@ def _sizes(target: Target, seconds: float) -> Iterator[int]:
     yield from sizes[:most]
 
 
-def measure_cost(target: Target, drafter: Drafter | None = None, seconds: float = 3.0) -> CostModel:
+def measure_cost(target: Target, drafter: Drafter | None = None, seconds: float = 3.0, base: CostModel | None = None) -> CostModel:
     """The cost of rounds on this machine.
 
     drafter: not attached yet, or to be attached anew afterwards: measuring attaches it to engines of its own.
     seconds: about how long it may take; more where three passes take longer.
+    base: the cost without a drafter; None: it is measured, too.
     """
     if target.context < _SHORTEST:
         return TOO_SHORT
-    began = time.perf_counter()
     prompt = max(1, min(_SHORT, target.context // 4))
+    base = base or _forward_cost(target, prompt, 0.7 * seconds)
+    return base if drafter is None else replace(base, draft=_draft_cost(target, drafter, prompt, 0.3 * seconds))
+
+
+def _forward_cost(target: Target, prompt: int, seconds: float) -> CostModel:
+    """The cost of rounds without drafting."""
+    began = time.perf_counter()
     sizes = sorted(_sizes(target, seconds))
-    forwards = _usual(_Bench(target, None, 1, prompt, max(sizes)), [_forest(size) for size in sizes], began + seconds / 2)
+    forwards = _usual(_Bench(target, None, 1, prompt, max(sizes)), [_forest(size) for size in sizes], began + 0.7 * seconds)
     measured = {setting.nodes: sample for setting, sample in forwards.items()}
     nodes = tuple(sorted(measured))
     passes = monotone([measured[size].forward for size in nodes])
     least, most = measured[nodes[0]].host, measured[nodes[-1]].host
-    host_node_seconds = max(0.0, most - least) / max(1, nodes[-1] - nodes[0])
-    row_seconds, host_row_seconds = _row_seconds(target, measured, passes, prompt, began + 0.7 * seconds)
     middle = nodes[min(2, len(nodes) - 1)]
+    context_seconds = _context_seconds(target, measured[middle].forward, middle, prompt, began + 0.85 * seconds)
+    row_seconds, host_row_seconds = _row_seconds(target, measured, passes, prompt, began + seconds)
     return CostModel(
         nodes=nodes,
         seconds=passes,
-        context_seconds=_context_seconds(target, measured[middle].forward, middle, prompt, began + 0.6 * seconds),
+        context_seconds=context_seconds,
         row_seconds=row_seconds,
-        draft=_draft_cost(target, drafter, prompt, began + seconds) if drafter is not None else None,
         host_seconds=least,
         host_row_seconds=host_row_seconds,
-        host_node_seconds=host_node_seconds,
+        host_node_seconds=max(0.0, most - least) / max(1, nodes[-1] - nodes[0]),
     )
 
 
@@ -257,15 +263,28 @@ def _row_seconds(
     return max(0.0, (several.forward - forward) / 3), max(0.0, (several.host - host) / 3)
 
 
-def _draft_cost(target: Target, drafter: Drafter, prompt: int, until: float) -> DraftCost:
+def _draft_cost(target: Target, drafter: Drafter, prompt: int, seconds: float) -> DraftCost:
     """What drafting costs: one level, and what further levels add, by the nodes that run at once."""
-    beams = (1, 4, 8)
-    settings = [Setting(1, 1), *(Setting(1, _DEPTH, beam) for beam in beams)]
-    samples = _usual(_Bench(target, drafter, 1, prompt, 8 + 64 * _DEPTH), settings, until)
-    first = samples[settings[0]].draft
-    levels = monotone([max(0.0, (samples[setting].draft - first) / (_DEPTH - 1)) for setting in settings[1:]])
-    shallow, deep = Setting(4, 1), Setting(4, _DEPTH, 2)
-    several = _usual(_Bench(target, drafter, 4, prompt, 4 * 8 * _DEPTH), [shallow, deep], until)
-    row_seconds = max(0.0, (several[shallow].draft - first) / 3)
-    level = (several[deep].draft - several[shallow].draft) / (_DEPTH - 1)
-    return DraftCost(first, beams, levels, row_seconds, max(0.0, (level - levels[-1]) / 3))
+    until, beams = time.perf_counter() + seconds, (1, 4, 8)
+    settings = [Setting(1), Setting(1, 1), *(Setting(1, _DEPTH, beam) for beam in beams)]
+    plain, first, *deeper = (sample.draft for sample in _in_order(target, drafter, 1, prompt, 8 + 64 * _DEPTH, settings, until))
+    levels = monotone([max(0.0, (draft - first) / (_DEPTH - 1)) for draft in deeper])
+    settings = [Setting(4), Setting(4, 1), Setting(4, _DEPTH, 2)]
+    several = _in_order(target, drafter, 4, prompt, 4 * 8 * _DEPTH, settings, until)
+    plain_rows, first_rows, deep_rows = (sample.draft for sample in several)
+    first, first_rows, level = first - plain, first_rows - plain_rows, (deep_rows - first_rows) / (_DEPTH - 1)
+    return DraftCost(
+        first=max(0.0, first),
+        widths=beams,
+        seconds=levels,
+        row_seconds=max(0.0, (first_rows - first) / 3),
+        level_row_seconds=max(0.0, (level - levels[-1]) / 3),
+    )
+
+
+def _in_order(
+    target: Target, drafter: Drafter, rows: int, prompt: int, nodes: int, settings: Sequence[Setting], until: float
+) -> list[Sample]:
+    """The usual round of each setting with a drafter."""
+    samples = _usual(_Bench(target, drafter, rows, prompt, nodes), settings, until)
+    return [samples[setting] for setting in settings]

@@ -214,6 +214,8 @@ def make(spec: str, target: Target) -> Drafter:
     if Path(spec).is_dir():
         return heads_in(spec, target)
     if len(parts := split_parts(spec)) > 1:
+        if not all(parts):
+            raise ValueError(f"drafter {spec!r} has nothing on one side of a plus; join drafters as lookup+./heads")
         from headstart.drafters.fused import Fused
 
         return Fused([make(part, target) for part in parts])
@@ -227,6 +229,8 @@ def make(spec: str, target: Target) -> Drafter:
         return maker(argument, target)
     if hub.is_id(spec):
         return heads_in(hub.fetched(spec), target)
+    if name == "auto":
+        raise ValueError(f"drafter {spec!r} is unknown; auto joins drafters by itself; write auto, or auto:NAME,NAME")
     raise ValueError(
         f"drafter {spec!r} is unknown; there are {', '.join(names())}, a folder of heads, heads on the hub as owner/name, and none "
         "for plain decoding"

@@ -71,7 +71,7 @@ class Engine:
         self.planner = planner or (drafter.planner if drafter else None)
         self.rule = accept if isinstance(accept, Rule) else parse_rule(accept)
         check_rule(drafter, self.rule)
-        self.learning = Learning(self.planner, not getattr(drafter, "corrects_chances", False), target.device.type == "cpu")
+        self.learning = Learning(self.planner, not getattr(drafter, "corrects_chances", False))
         headroom = headroom_slots(target, drafter, planner, max_rows)
         self.slot_bytes = slot_bytes(target, drafter)
         self.seating = Seating(max_rows, num_slots(target.context + headroom, max_rows, memory, self.slot_bytes))

@@ -9,10 +9,8 @@ from headstart.speculation.outcome import LearningPlanner, Load, Outcome
 from headstart.speculation.planner import Planner
 from headstart.speculation.rows import Rows
 from headstart.speculation.tree import Drafts
-from headstart.speculation.trust import Trust, correct
+from headstart.speculation.trust import Trust
 from headstart.speculation.verify import Verdict
-
-_SURE = 0.999  # the summed chances of siblings, each corrected by itself, may exceed 1
 
 
 class Learning:
@@ -22,13 +20,11 @@ class Learning:
 
     planner: of the engine.
     corrects: whether chances are corrected; not those of a drafter that does so itself.
-    is_on_host: whether asking for a tensor's values costs no host synchronisation.
     """
 
-    def __init__(self, planner: Planner | None, corrects: bool, is_on_host: bool) -> None:
+    def __init__(self, planner: Planner | None, corrects: bool) -> None:
         self._planner: LearningPlanner | None = planner if isinstance(planner, LearningPlanner) else None
         self._corrects = corrects and self._planner is not None
-        self._is_on_host = is_on_host
         self._trust = Trust()
 
     def start(self, request: Request) -> None:
@@ -44,7 +40,6 @@ class Learning:
                 stems=tuple(len(turn.stem) for turn in turns),
                 contexts=tuple(turn.request.scored for turn in turns),
                 temperature=sum(turn.request.params.temperature for turn in turns) / len(turns),
-                is_on_host=self._is_on_host,
             )
             self._planner.see(load)
 
@@ -58,12 +53,7 @@ class Learning:
         if self._planner is None:
             return
         for row, (predicted, kept) in enumerate(zip(verdict.predicted, verdict.kept, strict=True)):
-            if predicted:
-                odds = rows.odds[row] if rows.odds else 1.0
-                chances = [correct(min(chance, _SURE), 1 / odds) for chance in predicted]  # as the drafter gave them
-                self._trust.learn(rows.seats[row], chances, [level < len(kept) for level in range(len(predicted))])
-            else:
-                self._trust.rest(rows.seats[row])
+            self._trust.learn_path(rows.seats[row], predicted, len(kept), rows.odds[row] if rows.odds else 1.0)
         outcome = Outcome(
             num_drafting=len(rows.drafting),
             depth=drafts.max_depth,

@@ -230,9 +230,11 @@ def load(
 
 def _drafter(spec: str, model: object, target: Target, rule: Rule) -> Drafter:
     """The drafter that a user names."""
-    name, _, specs = spec.partition(":")
+    name, colon, specs = spec.partition(":")
     if name != "auto":
         return make(spec, target)
+    if colon and not all(specs.split(",")):
+        raise ValueError(f"drafter {spec!r} lacks a name after auto:, or between its commas; write auto, or auto:NAME,NAME")
     return choose_drafter(model, target, rule, specs.split(",") if specs else ())
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel
 
 from headstart.drafters import Drafter
 from headstart.target.loading import digest
@@ -17,14 +19,11 @@ Machine = Mapping[str, str | int]
 
 
 def machine_key(target: Target, drafter: Drafter | None) -> dict[str, str | int]:
-    """All that a measured cost depends on, by name.
-
-    drafter: not attached yet: packing takes its weights out of what is counted here.
-    """
+    """All that a measured cost depends on, by name. drafter: None for rounds without one."""
     device = torch.cuda.get_device_name(target.device) if target.device.type == "cuda" else cpu_name()
     return {
         "model": f"{digest(target.model)} {target.num_layers} layers",
-        "drafter": f"{drafter.name} {_size(drafter)}" if drafter else "none",
+        "drafter": _identity(drafter) if drafter else "none",
         "dtype": str(target.dtype).removeprefix("torch."),
         "weights": target.weights,
         "device": device,
@@ -34,9 +33,16 @@ def machine_key(target: Target, drafter: Drafter | None) -> dict[str, str | int]
     }
 
 
-def _size(drafter: Drafter) -> int:
-    """Number of parameters of a drafter; 0 for one without."""
-    return sum(weight.numel() for weight in drafter.parameters()) if isinstance(drafter, torch.nn.Module) else 0
+def _identity(drafter: Drafter) -> str:
+    """What tells drafters of different cost apart, whether attached or not: name and configuration, or those of its parts."""
+    parts, config, model = (getattr(drafter, name, None) for name in ("parts", "config", "model"))
+    if isinstance(parts, tuple):
+        return "+".join(map(_identity, parts))
+    if isinstance(model, Target):
+        return f"{drafter.name} {digest(model.model)} {model.num_layers} layers"
+    if isinstance(config, BaseModel):
+        return f"{drafter.name} {hashlib.sha256(config.model_dump_json().encode()).hexdigest()[:8]}"
+    return drafter.name
 
 
 def cpu_name() -> str:

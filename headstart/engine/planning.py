@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from headstart.drafters import Drafter
 from headstart.engine.cost_measure import measure_cost
 from headstart.engine.machine import Machine, differences, machine_key
@@ -58,7 +56,7 @@ def limits_of(drafter: Drafter, cost: CostModel, calibration: Calibration) -> Li
     usual = drafter.planner.plan([2**20])
     depth = int(getattr(drafter, "depth", 2 * usual.depth))
     most = Limits(depth, usual.width, _WIDEST, MOST_NODES)
-    table = [calibration.of_ranks(torch.zeros(1), level, most.width)[0].tolist() for level in range(1, depth + 1)]
+    table = calibration.table(0.0, depth, most.width)
     beam = max(usual.beam, min(_WIDEST, 2 * fastest_shape(cost, table, most).beam))
     return Limits(depth, usual.width, beam, MOST_NODES)
 
@@ -83,7 +81,7 @@ def cost_of(target: Target, drafter: Drafter | None) -> CostModel:
     path = folder / f"{_name(key)}.json"
     cost = _read(path, key)
     if cost is None:
-        cost = measure_cost(target, drafter, SECONDS)
+        cost = measure_cost(target, drafter, SECONDS, cost_of(target, None) if drafter else None)
         _write(path, key, cost)
     return cost
 

@@ -1,8 +1,22 @@
-"""How long this process waited for a processor: a sample in which it waited was disturbed by other programs."""
+"""How long this process waited for a processor, which other programs had meanwhile. Linux counts that."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+
+
+class Watch:
+    """Measures from when it is made."""
+
+    def __init__(self) -> None:
+        self._waited = waiting_seconds()
+        self._began = time.perf_counter()
+
+    def delay(self) -> float | None:
+        """The fraction of the time so far that the process waited; None where the system does not count it."""
+        seconds, waited = time.perf_counter() - self._began, waiting_seconds()
+        return None if self._waited is None or waited is None else (waited - self._waited) / seconds
 
 
 def waiting_seconds() -> float | None:

@@ -83,11 +83,11 @@ class Adaptive:
         self._is_on_host = is_on_host
         self.calibration = calibration
         self.draft_scale = 1.0  # drafting's seconds now, as a ratio to the measured ones
-        self._widest = limits
+        self.limits = limits
         self._tables: dict[float, Table] = {}
         wanted = fastest_shape(cost, self._table(0.0), replace(limits, nodes=MOST_NODES)).nodes
         self.limits = replace(limits, nodes=min(limits.nodes, max(16, 2 ** math.ceil(math.log2(max(1, 2 * wanted))))))
-        self._load = Load((1,), (), 0.0, True)
+        self._load = Load((1,), (), 0.0)
         self._regimes: dict[int, _Regime] = {}
         self._shapes: dict[tuple[int, int, int], tuple[int, Shape]] = {}
         self._round = 0
@@ -118,7 +118,7 @@ class Adaptive:
             regime.pause -= 1
             return NO_DRAFTS
         shape = self._shape(num_drafting)
-        if self._load.is_on_host:  # the forecast may err: whether drafting pays, the rounds show
+        if self._is_on_host:  # the forecast may err: whether drafting pays, the rounds show
             limits, beam = self.limits, max(1, shape.beam)
             return Plan(
                 limits.depth, limits.width, beam, limits.nodes * num_drafting, level_prices=self._level_prices(beam, num_drafting)
@@ -133,15 +133,16 @@ class Adaptive:
         draft = self.cost.draft
         if draft is None:
             return ()
-        levels = ((draft.level(beam * count, count) * self.draft_scale, count) for count in range(1, num_drafting + 1))
-        return tuple(self.rate * (seconds + count * self._node_seconds) for seconds, count in levels)
+        rate, node_seconds, scale = self.rate, self._node_seconds, self.draft_scale
+        counts = range(1, num_drafting + 1)
+        return tuple(rate * (draft.level(beam * count, count) * scale + count * node_seconds) for count in counts)
 
     def prune(self, drafts: Drafts, plan: Plan, num_rows: int) -> Drafts:
         if not len(drafts):
             return drafts
         ordered = torch.sort(drafts.chances, descending=True, stable=True)
         count = min(plan.nodes, len(drafts))
-        if drafts.chances.device.type == "cpu":
+        if self._is_on_host:
             values = ordered.values[:count].double().cumsum(0) - self._prices(count)
             count = int(values.argmax()) + 1 if count and float(values.max()) > 0 else 0
         # No child has a higher chance than its parent, and a stable sort keeps the order of equals: no parent is missing.
@@ -202,10 +203,7 @@ class Adaptive:
         if temperature not in self._tables:
             if len(self._tables) > _MOST_TABLES:
                 self._tables.clear()
-            limits, at = self._widest, torch.tensor([temperature])
-            self._tables[temperature] = [
-                self.calibration.of_ranks(at, level, limits.width)[0].tolist() for level in range(1, limits.depth + 1)
-            ]
+            self._tables[temperature] = self.calibration.table(temperature, self.limits.depth, self.limits.width)
         return self._tables[temperature]
 
     def _shape(self, num_drafting: int) -> Shape:
@@ -226,7 +224,7 @@ class Adaptive:
         """Take notice of the round that `see` announced."""
         load, cost = self._load, self.cost
         num_rows = len(load.stems)
-        if load.is_on_host and outcome.forward_seconds:
+        if self._is_on_host and outcome.forward_seconds:
             self.cost = cost.refined(load.num_stems + outcome.num_drafts, num_rows, load.context, outcome.forward_seconds)
         if load.num_stems > num_rows:  # prompts: not a round of decoding
             return
@@ -242,7 +240,8 @@ class Adaptive:
     def _draft_seconds(self, outcome: Outcome) -> float:
         """What the drafting of a round costs, by the model, which takes notice of what it did cost."""
         expected = self.cost.drafting(outcome.depth, self._plan.beam, outcome.num_drafting) if outcome.num_drafting else 0.0
-        if expected and outcome.draft_seconds < 3 * expected * self.draft_scale:
+        # On a GPU the host's clock sees launches only.
+        if self._is_on_host and expected and outcome.draft_seconds < 3 * expected * self.draft_scale:
             self.draft_scale += 0.05 * (outcome.draft_seconds / expected - self.draft_scale)
         return expected * self.draft_scale
 

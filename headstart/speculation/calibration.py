@@ -71,6 +71,11 @@ class Calibration:
         values = [line.to(temperature.device, non_blocking=True).expand(len(temperature), k) for line in lines]
         return _interpolated(temperature.float()[:, None], self.temperatures, values)
 
+    def table(self, temperature: float, depth: int, width: int) -> list[list[float]]:
+        """[depth][rank < width] chances of the ranks at one sampling temperature, on the host."""
+        at = torch.tensor([temperature])
+        return [self.of_ranks(at, level, width)[0].tolist() for level in range(1, depth + 1)]
+
     def as_dict(self) -> dict[str, Any]:
         """The calibration as a dict for JSON, which `from_dict` reads."""
         return {"temperatures": self.temperatures, _KEY: self.calibration_temperature, "ranks": self.ranks}

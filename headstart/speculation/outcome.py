@@ -13,13 +13,11 @@ class Load:
     stems: per row, the number of stem nodes.
     contexts: per row, the number of tokens in the cache.
     temperature: mean sampling temperature of the rows.
-    is_on_host: whether asking for a tensor's values costs no host synchronisation.
     """
 
     stems: tuple[int, ...]
     contexts: tuple[int, ...]
     temperature: float
-    is_on_host: bool
 
     @property
     def num_stems(self) -> int:

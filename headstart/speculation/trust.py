@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+_SURE = 0.999  # the summed chances of siblings, each corrected by itself, may exceed 1
 MAX_ODDS = 20.0  # odds ratios are within [1 / MAX_ODDS, MAX_ODDS]
 
 
@@ -54,6 +55,18 @@ class Trust:
         ratio += (surprise - pull) / (known + self._prior)
         limit = math.log(MAX_ODDS)
         self._seats[seat] = min(limit, max(-limit, ratio)), known
+
+    def learn_path(self, seat: int, corrected: Sequence[float], num_kept: int, odds: float) -> None:
+        """Learn from a round of a seat whose chances were corrected already; nothing verified is a round of rest.
+
+        corrected: per level of the kept path, the summed chances of its verified children, as in `Verdict.predicted`.
+        num_kept: kept drafts. odds: the ratio by which the chances were corrected.
+        """
+        if not corrected:
+            self.rest(seat)
+            return
+        chances = [correct(min(chance, _SURE), 1 / odds) for chance in corrected]
+        self.learn(seat, chances, [level < num_kept for level in range(len(chances))])
 
     def rest(self, seat: int) -> None:
         """Note a round of a seat in which nothing was learned: its ratio moves towards 1, slowly at first."""

@@ -6,14 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from heads import heads_for
-from tiny import tiny
+from tiny import ARCHITECTURES, random_model, tiny
 
 import headstart
+from headstart.drafters.fused import Fused
 from headstart.drafters.lookup import Lookup
 from headstart.engine import choosing, planning
 from headstart.engine.choosing import choose_drafter, expected_speed
 from headstart.engine.cost_measure import measure_cost
 from headstart.engine.engine import Engine
+from headstart.engine.machine import machine_key
 from headstart.formats import describe_target, save
 from headstart.speculation.adaptive import Adaptive
 from headstart.speculation.params import SamplingParams
@@ -29,9 +31,9 @@ def measured(monkeypatch):
     """How often the cost of rounds was measured."""
     calls = []
 
-    def measure(target, drafter, seconds):
-        calls.append(drafter.name)
-        return measure_cost(target, drafter, 0.01)
+    def measure(target, drafter, seconds, base):
+        calls.append(drafter.name if drafter else "none")
+        return measure_cost(target, drafter, 0.01, base)
 
     monkeypatch.setattr(planning, "measure_cost", measure)
     return calls
@@ -52,7 +54,7 @@ def test_the_cost_grows_with_the_nodes_and_has_a_part_for_every_phase():
     assert 0 < cost.seconds[0] < 1
     assert cost.draft.first > 0
     assert cost.host_seconds > 0
-    assert cost.draft.seconds_of(3, 1) >= cost.draft.seconds_of(1, 1)
+    assert (cost.draft.widths, cost.draft.seconds) == ((1, 4, 8), tuple(sorted(cost.draft.seconds)))
 
 
 def test_measuring_leaves_a_drafter_that_an_engine_can_use():
@@ -73,10 +75,23 @@ def test_a_cost_is_measured_once_for_a_target_and_a_drafter(measured, cache):
     target = tiny("llama")
     first, again = planning.cost_of(target, Lookup()), planning.cost_of(target, Lookup())
     assert first == again
-    assert measured == ["lookup"]
+    assert measured == ["none", "lookup"]
     planning.cost_of(target, heads_for(target, "medusa"))
-    assert measured == ["lookup", "medusa"]
-    assert len(list(cache.iterdir())) == 2
+    assert measured == ["none", "lookup", "medusa"]  # the forwards are those of the target
+    assert len(list(cache.iterdir())) == 3
+
+
+def test_attaching_a_drafter_changes_nothing_about_which_cost_is_its_own(measured):
+    target = Target(random_model(ARCHITECTURES["llama"](), torch.float32))
+    target.choose_kernels()
+    heads = heads_for(target, "eagle3").float()
+    before = machine_key(target, heads)
+    planning.cost_of(target, heads)
+    Engine(target, heads, max_rows=1)
+    assert machine_key(target, heads) == before
+    keys = [machine_key(target, Fused([Lookup(), heads_for(target, kind)]))["drafter"] for kind in ("mtp", "mtp, 3 modules")]
+    assert keys[0] != keys[1]
+    assert keys[0].startswith("lookup+mtp ")
 
 
 def test_a_cost_of_other_threads_is_measured_anew(measured):
@@ -85,18 +100,18 @@ def test_a_cost_of_other_threads_is_measured_anew(measured):
     torch.set_num_threads(threads + 1)
     planning.cost_of(target, Lookup())
     torch.set_num_threads(threads)
-    assert len(measured) == 2
+    assert measured == ["none", "lookup"] * 2
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"key": {}, "cost": {}}', "[]"])
 def test_a_damaged_measurement_is_replaced(measured, cache, content):
     target = tiny("llama")
     planning.cost_of(target, Lookup())
-    path = next(cache.iterdir())
-    path.write_text(content)
+    for path in cache.iterdir():
+        path.write_text(content)
     planning.cost_of(target, Lookup())
-    assert len(measured) == 2
-    assert json.loads(path.read_text())["cost"]["nodes"]
+    assert measured == ["none", "lookup"] * 2
+    assert all(json.loads(path.read_text())["cost"]["nodes"] for path in cache.iterdir())
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(measured, cache):
@@ -104,7 +119,7 @@ def test_a_folder_that_cannot_be_written_is_no_error(measured, cache):
     cache.parent.write_text("a file where the folder should be")
     planning.cost_of(tiny("llama"), Lookup())
     planning.cost_of(tiny("llama"), Lookup())
-    assert len(measured) == 2
+    assert measured == ["none", "lookup"] * 2
 
 
 def test_the_default_planner_is_adaptive_only_where_no_text_depends_on_it(measured):

@@ -21,7 +21,7 @@ LIMITS = Limits(4, 4, 6, 64)
 
 def planner_of(rows: int = 1, cost: CostModel = COST, is_on_host: bool = True, limits: Limits = LIMITS) -> Adaptive:
     planner = Adaptive(cost, limits, is_on_host=is_on_host)
-    planner.see(Load((1,) * rows, (20,) * rows, 0.0, is_on_host))
+    planner.see(Load((1,) * rows, (20,) * rows, 0.0))
     return planner
 
 
@@ -58,7 +58,7 @@ def test_it_is_a_learning_planner():
 def test_drafting_pauses_where_it_loses_and_is_tried_again_ever_more_rarely():
     planner, drafted = planner_of(), []
     for _ in range(400):
-        planner.see(Load((1,), (20,), 0.0, True))
+        planner.see(Load((1,), (20,), 0.0))
         plan = planner.plan([9])
         drafted.append(plan is not NO_DRAFTS)
         planner.learn(outcome(num_drafts=0, gain=0.0) if drafted[-1] else Outcome(0, 0, 0, 0.0, 0, 0.0, 1.0))
@@ -70,26 +70,26 @@ def test_drafting_pauses_where_it_loses_and_is_tried_again_ever_more_rarely():
 def test_drafting_goes_on_at_once_where_it_pays_again_and_with_a_new_request():
     planner = planner_of()
     for _ in range(40):
-        planner.see(Load((1,), (20,), 0.0, True))
+        planner.see(Load((1,), (20,), 0.0))
         planner.learn(outcome(0, 0.0) if planner.plan([9]).depth else Outcome(0, 0, 0, 0.0, 0, 0.0, 1.0))
     while not planner.plan([9]).depth:
-        planner.see(Load((1,), (20,), 0.0, True))
+        planner.see(Load((1,), (20,), 0.0))
     for _ in range(20):
         planner.learn(outcome(4, 2.5))
-        planner.see(Load((1,), (20,), 0.0, True))
+        planner.see(Load((1,), (20,), 0.0))
         assert planner.plan([9]).depth
     for _ in range(40):
-        planner.see(Load((1,), (20,), 0.0, True))
+        planner.see(Load((1,), (20,), 0.0))
         planner.learn(outcome(0, 0.0) if planner.plan([9]).depth else Outcome(0, 0, 0, 0.0, 0, 0.0, 1.0))
     planner.restart()
-    planner.see(Load((1,), (20,), 0.0, True))
+    planner.see(Load((1,), (20,), 0.0))
     assert planner.plan([9]).depth
 
 
 def test_a_drafter_that_costs_nothing_is_always_asked():
     planner = planner_of(cost=CostModel((1, 8), (1.0, 1.2), draft=DraftCost(0.0001, (1,), (0.0,))))
     for _ in range(100):
-        planner.see(Load((1,), (20,), 0.0, True))
+        planner.see(Load((1,), (20,), 0.0))
         assert planner.plan([9]).depth
         planner.learn(Outcome(1, 0, 0, 0.0, 0, 0.0001, 1.0))
 
@@ -131,7 +131,7 @@ def test_a_deeper_level_must_promise_more_than_its_time_gives_otherwise():
 def test_the_cost_follows_the_measured_rounds():
     planner = planner_of()
     for _ in range(300):
-        planner.see(Load((1,), (20,), 0.0, True))
+        planner.see(Load((1,), (20,), 0.0))
         planner.learn(Outcome(1, 3, 7, 2.0, 2, 0.6, 2.4))
     assert planner.cost.forward(8) == pytest.approx(2.4, rel=0.05)
     assert planner.draft_scale == pytest.approx(0.6 / COST.drafting(3, planner.plan([9]).beam), rel=0.3)
