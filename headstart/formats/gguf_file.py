@@ -77,7 +77,7 @@ def write(
     writer.write_ti_data_to_file()
     for entry in entries:
         tensor = entry.read()
-        assert tensor.dtype is entry.dtype and tuple(tensor.shape) == entry.shape, f"{entry.name} is not what was announced"
+        assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape), f"{entry.name} is not what was announced"
         writer.write_tensor_data(tensor.contiguous().view(torch.uint8).numpy())
     writer.close()
 
@@ -120,7 +120,10 @@ class GgufFile:
         return str(self.field("general.architecture"))
 
     def field(self, key: str, default: Any = None) -> Any:
-        """A number, text or list. key: with `%s` for the architecture. Floats are the shortest decimals that float32 rounds to them."""
+        """A number, text or list; `default` where there is none. Floats are the shortest decimals that float32 rounds to them.
+
+        key: with `%s` for the architecture.
+        """
         if "%s" in key:
             key = key.replace("%s", self.architecture)
         entry = self._reader.fields.get(key)

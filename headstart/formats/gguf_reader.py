@@ -1,7 +1,7 @@
 """GGUF files of llama.cpp under the names and in the layout of Hugging Face: EAGLE-3 heads, and models with MTP modules.
 
-The inverse of `headstart.formats.exports.gguf`. Floating-point tensors that llama.cpp wants in float32 come back in the dtype of the
-file's matrices where that loses nothing.
+The inverse of `headstart.formats.exports.gguf`. Floating-point tensors that llama.cpp wants in float32 come back in the dtype of
+the file's matrices where that loses nothing.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ def _rope(file: GgufFile) -> dict[str, Any]:
         return settings
     if ROPE_FACTORS in file.shapes and file.architecture == EAGLE3:
         raise ValueError(
-            f"the heads in {file.path} cannot be imported: {ROPE_FACTORS} holds factors of their positions, of which the settings are "
-            "not known; import them from the files that they were converted from"
+            f"the heads in {file.path} cannot be imported: of their positions it has factors only ({ROPE_FACTORS}); import them "
+            "from the files that they were converted from"
         )
     kind = str(file.field("%s.rope.scaling.type", "none"))
     theta = {"rope_theta": file.field("%s.rope.freq_base", 10000.0)}

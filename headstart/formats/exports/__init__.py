@@ -10,7 +10,9 @@ from headstart.formats.exports.speculators import Speculators
 from headstart.formats.exports.tgi import Tgi
 from headstart.formats.exports.vllm import Vllm
 
-EXPORTERS: dict[str, Exporter] = {exporter.name: exporter for exporter in (Vllm(), Speculators(), Sglang(), Tgi(), Gguf(), HuggingFace())}
+EXPORTERS: dict[str, Exporter] = {
+    exporter.name: exporter for exporter in (Vllm(), Speculators(), Sglang(), Tgi(), Gguf(), HuggingFace())
+}
 
 
 def exporter_for(engine: str, method: str) -> Exporter:

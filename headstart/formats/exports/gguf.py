@@ -21,7 +21,17 @@ from headstart.formats.exports.gguf_vocab import ByteLevelVocabulary, vocabulary
 from headstart.formats.exports.hf import old_modules, source_weights
 from headstart.formats.exports.stitched_modules import family_of, model_settings, stitched
 from headstart.formats.gguf_file import Entry, Value
-from headstart.formats.gguf_names import EAGLE3, HEADS, IDS, ROPE_FACTORS, ROPE_SETTINGS, Architecture, expert_of, heads_of, interleave
+from headstart.formats.gguf_names import (
+    EAGLE3,
+    HEADS,
+    IDS,
+    ROPE_FACTORS,
+    ROPE_SETTINGS,
+    Architecture,
+    expert_of,
+    heads_of,
+    interleave,
+)
 from headstart.formats.weights import DRAFT_GGUF, MODEL_GGUF, config_in
 from headstart.target.tokenizer_loading import load_tokenizer
 

@@ -35,12 +35,15 @@ class Source:
 
 
 def architecture_of(config: Any) -> Architecture:
-    """llama.cpp's architecture of a language model's configuration. Raises ValueError, in one sentence, where it is not known here."""
+    """llama.cpp's architecture of a language model's configuration.
+
+    Raises ValueError where it is not known here, or the configuration says something that is not written here.
+    """
     kind = str(config.model_type)
     if kind not in ARCHITECTURES:
         raise ValueError(
-            f"a {kind!r} model cannot be written to a GGUF file here, only models of type {', '.join(ARCHITECTURES)}; llama.cpp's own "
-            "convert_hf_to_gguf.py knows more"
+            f"a {kind!r} model cannot be written to a GGUF file here, only models of type {', '.join(ARCHITECTURES)}; "
+            "llama.cpp's own convert_hf_to_gguf.py knows more"
         )
     rope = getattr(config, "rope_parameters", None) or {}
     wrong = {
@@ -93,7 +96,11 @@ def fields(config: Any, num_blocks: int) -> dict[str, Value]:
 
 
 def _rope_scaling(rope: Mapping[str, Any]) -> dict[str, Value]:
-    return {"%s.rope.scaling.type": "linear", "%s.rope.scaling.factor": float(rope["factor"])} if rope.get("rope_type") == "linear" else {}
+    return (
+        {"%s.rope.scaling.type": "linear", "%s.rope.scaling.factor": float(rope["factor"])}
+        if rope.get("rope_type") == "linear"
+        else {}
+    )
 
 
 def _expert_fields(config: Any) -> dict[str, Value]:
@@ -163,7 +170,9 @@ def written_dtype(name: str, dims: int, dtype: torch.dtype) -> torch.dtype:
     Raises ValueError for a dtype that is not written.
     """
     if dtype not in TYPES:
-        raise ValueError(f"weights of type {str(dtype).removeprefix('torch.')} are not written to GGUF files; give --dtype bfloat16")
+        raise ValueError(
+            f"weights of type {str(dtype).removeprefix('torch.')} are not written to GGUF files; give --dtype bfloat16"
+        )
     is_wide = dtype in _NARROW and (dims < 2 or name.endswith(_WIDE_MATRICES))
     return torch.float32 if is_wide else dtype
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_DEEPSEEK = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"""
 _BYTES = ("ByteLevel", False)  # no splitting of its own
 # llama.cpp's name of the rules, by the steps of a tokenizer.json: their types, and what each splits at.
 _RULES: Mapping[tuple[tuple[str, Any], ...], str] = {
@@ -29,10 +30,7 @@ _RULES: Mapping[tuple[tuple[str, Any], ...], str] = {
     (
         ("Split", r"\p{N}{1,3}"),
         ("Split", "[一-龥\u3040-ゟ゠-ヿ]+"),
-        (
-            "Split",
-            r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
-        ),
+        ("Split", _DEEPSEEK + r"|\s*[\r\n]+|\s+(?!\S)|\s+"),
         _BYTES,
     ): "deepseek-v3",
 }

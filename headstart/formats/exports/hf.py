@@ -32,7 +32,7 @@ class HuggingFace:
     reader: ClassVar[str] = "transformers 5.23 (use_mtp), and the checkpoints of the model's publishers"
     methods: ClassVar[tuple[str, ...]] = ("mtp",)
     instead: ClassVar[Mapping[str, str]] = {
-        method: f"{method} heads are no part of a Hugging Face checkpoint, only MTP modules are; export them to an engine, as with --to vllm"
+        method: f"{method} heads are no part of a Hugging Face checkpoint, only MTP modules are; export them with --to vllm"
         for method in ("eagle", "eagle3", "medusa", "hydra", "mtp-parallel")
     }
 
