@@ -24,6 +24,7 @@ from typing import Any
 from llama_cpp_build import ensure_built, programs_in
 
 PROGRAM = "llama-speculative-simple"
+TRIES = 5  # of an answer whose log is cut
 _ROUND = re.compile(r"accepted (\d+)/(\d+) draft tokens, the last target token is: \((\d+)\)")
 _ENCODED = re.compile(r"encoded +(\d+) tokens")
 _FP32 = [word for cache in ("-ctk", "-ctv", "-ctkd", "-ctvd") for word in (cache, "f32")]
@@ -72,14 +73,22 @@ def read(output: str, num_prompt: int, tokens: int) -> Answer:
 
 
 def theirs(program: Path, arguments: argparse.Namespace, prompt: str, num_prompt: int) -> Answer:
-    """llama.cpp's answer. Raises ValueError, with the last line of what it printed, where it fails."""
+    """llama.cpp's answer. Raises ValueError, with the last line of what it printed, where it fails.
+
+    It sometimes exits before its log is written to the end, and is then run again.
+    """
     tokens = arguments.max_tokens + arguments.drafts + 1
     words = command(program, arguments.export, prompt, arguments.drafts, tokens, arguments.threads)
-    done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=600)
-    if done.returncode:
-        last = ((done.stderr or done.stdout).strip().splitlines() or ["it said nothing"])[-1]
-        raise ValueError(f"{PROGRAM} ended with exit status {done.returncode}: {last}")
-    return read(done.stdout + done.stderr, num_prompt, tokens)
+    output = ""
+    for _ in range(TRIES):
+        done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=600)
+        output = done.stdout + done.stderr
+        if done.returncode:
+            last = (output.strip().splitlines() or ["it said nothing"])[-1]
+            raise ValueError(f"{PROGRAM} ended with exit status {done.returncode}: {last}")
+        if _ENCODED.search(output):
+            break
+    return read(output, num_prompt, tokens)
 
 
 def ours(llm: Any, prompt: Sequence[int], tokens: int) -> tuple[int, Answer]:
