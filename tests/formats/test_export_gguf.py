@@ -215,7 +215,8 @@ def test_modules_are_written_behind_the_layers_and_imported_bit_for_bit(publish,
     assert model.shapes["blk.3.nextn.eh_proj.weight"] == (64, 128)
     assert model.shapes["blk.3.ffn_gate_exps.weight"] == (4, 32, 64)
     assert {entry.ours for entry in placed} == subject.heads.state_dict().keys()
-    assert {entry.theirs for entry in placed} <= model.shapes.keys()
+    for entry in placed:
+        assert type(entry).of(entry.ours, entry.theirs, entry.file, model[entry.theirs], entry.how) == entry
     assert_same_heads(subject, tmp_path / "gguf", source, tmp_path / "heads")
 
 

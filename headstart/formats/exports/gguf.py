@@ -7,11 +7,12 @@ Read in the llama-cpp-python 0.3.36 source package: `src/models/eagle3.cpp`, `sr
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from headstart.formats import gguf_file
@@ -19,7 +20,7 @@ from headstart.formats.exports import gguf_model
 from headstart.formats.exports.base import RENAMED, Placed, Subject
 from headstart.formats.exports.gguf_vocab import ByteLevelVocabulary, vocabulary
 from headstart.formats.exports.hf import old_modules, source_weights
-from headstart.formats.exports.stitched_modules import family_of, model_settings, stitched
+from headstart.formats.exports.stitched_modules import Stitched, family_of, model_settings, stitched
 from headstart.formats.gguf_file import Entry, Value
 from headstart.formats.gguf_names import (
     EAGLE3,
@@ -35,12 +36,9 @@ from headstart.formats.gguf_names import (
 from headstart.formats.weights import DRAFT_GGUF, MODEL_GGUF, config_in
 from headstart.target.tokenizer_loading import load_tokenizer
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 _ORDER = "derived: rows of queries and keys in llama.cpp's order"
 _WIDE = "derived: as float32"
-_STACK = "derived: with the other experts' in one"
+_STACK = "derived: one part of all experts"
 _INSIDE = "block.layers.0."
 _MODULES = 1  # the most that llama.cpp runs
 
@@ -184,26 +182,33 @@ def _write_mtp(subject: Subject, staged: Path) -> list[Placed]:
     architecture, weights = gguf_model.architecture_of(subject.text_config), source_weights(subject)
     own = old_modules(weights, config_in(weights.files[0]))
     tensors = [source for source in gguf_model.sources(weights) if source.name not in own]
-    placed = []
-    for module in stitched(subject, family_of(subject).naming):
-        stack = expert_of(module.theirs)
-        theirs = architecture.to_gguf(stack[0] if stack else module.theirs)
-        written = gguf_model.written_dtype(theirs, module.tensor.dim(), module.tensor.dtype)
-        how = _STACK if stack else _WIDE if written is not module.tensor.dtype else RENAMED
-        placed.append(Placed.of(module.ours, theirs, MODEL_GGUF, module.tensor.to(written), how))
-        tensors.append(_source(module.theirs, module.tensor))
+    modules = [*stitched(subject, family_of(subject).naming)]
+    placed = [_placed(architecture, name, group) for name, group in _by_stack(modules)]
+    tensors += [gguf_model.Source.of(module.theirs, module.tensor) for module in modules]
     blocks = subject.target_info.layers + int(subject.config.num_modules)
     _write_model(subject, staged, architecture, tensors, blocks, _vocabulary(subject))
     return placed
 
 
-def _source(name: str, tensor: Tensor) -> gguf_model.Source:
-    read: Callable[[], Tensor] = partial(_itself, tensor)
-    return gguf_model.Source(name, tuple(tensor.shape), tensor.dtype, read)
+def _by_stack(modules: Sequence[Stitched]) -> Iterator[tuple[str, list[Stitched]]]:
+    """Yields a published name and its tensor, or the name of a layer's stack of experts and their tensors in its order."""
+    stacks: dict[str, list[tuple[int, Stitched]]] = {}
+    for module in modules:
+        if (expert := expert_of(module.theirs)) is None:
+            yield module.theirs, [module]
+        else:
+            stacks.setdefault(expert[0], []).append((expert[1], module))
+    for name, numbered in stacks.items():
+        yield name, [module for _, module in sorted(numbered, key=itemgetter(0))]
 
 
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
+def _placed(architecture: Architecture, name: str, group: Sequence[Stitched]) -> Placed:
+    """Where one tensor, or those of a stack of experts, went."""
+    is_stack, theirs = ".experts." in name, architecture.to_gguf(name)
+    tensor = torch.stack([module.tensor for module in group]) if is_stack else group[0].tensor
+    dtype = gguf_model.written_dtype(theirs, tensor.dim(), tensor.dtype)
+    how = _STACK if is_stack else _WIDE if dtype is not tensor.dtype else RENAMED
+    return Placed.of(group[0].ours, theirs, MODEL_GGUF, tensor.to(dtype), how)
 
 
 # -- the target --

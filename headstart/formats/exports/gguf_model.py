@@ -33,6 +33,11 @@ class Source:
     dtype: torch.dtype
     read: Callable[[], Tensor]
 
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> Source:
+        """The source of a tensor in memory."""
+        return cls(name, tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
 
 def architecture_of(config: Any) -> Architecture:
     """llama.cpp's architecture of a language model's configuration.
