@@ -64,6 +64,8 @@ class EndpointOptions:
                 raise ValueError(
                     f"--{option} is for a model in this process, and --endpoint measures a server; leave one of them out"
                 )
+        if measuring.html is not None:
+            raise ValueError("--html compares with plain decoding in this process; with --endpoint use --out, or --format markdown")
         for option, is_set in (("--run", measuring.run), ("--replay", measuring.replay)):
             if is_set:
                 raise ValueError(
@@ -208,6 +210,7 @@ def _show(
     from headstart.bench.endpoints.tables import table, table_of_times
 
     if bench_output.show_text(format, title, result):
+        print("".join(f"- {note}\n" for note in result["notes"] if format == "markdown"), end="")
         return
     shown = [table(rows, title), table_of_times(rows)]
     shown += [tables.table_by_kind(rows)] if by_kind else []
