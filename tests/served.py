@@ -15,10 +15,18 @@ WORDS = [" the", " sea", " was", " blue", " and", " a", " fish", " sang"]
 class Served:
     """How a server answers, and what it was asked.
 
+    words: of its answers, one token each.
     rounds: tokens of each chunk after the first, which has one.
     pause: seconds before each chunk.
-    failures: (status, message) of the first requests.
-    kept_per_round, metrics: whether /metrics is served, and with the counters of which engine ("vllm", "sglang" or "").
+    failures: (status, message) of the first requests; status 0: that one is answered.
+    metrics: whose counters it publishes: "vllm", "sglang", or "" for none.
+    models: that it lists; empty: it lists none, and knows every name.
+    streams: whether it streams; counts: whether it gives usage; counts_chunks: whether each chunk may have it.
+    histogram: whether it adds the rounds of each answer.
+    breaks: number of streams that break after a chunk.
+    context: characters of a prompt that it takes.
+    others: tokens that it counts for others with each answer.
+    most: requests that ran at once.
     """
 
     words: list[str] = field(default_factory=lambda: WORDS)
@@ -33,6 +41,7 @@ class Served:
     histogram: bool = False
     breaks: int = 0
     context: int = 1000
+    others: int = 0
     asked: list[dict] = field(default_factory=list)
     totals: dict[str, float] = field(default_factory=lambda: {"tokens": 0, "drafts": 0, "kept": 0, "first": 0, "second": 0})
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -56,7 +65,7 @@ class Served:
                 chunk["usage"] = usage(prompt, count)
             yield chunk
         with self.lock:
-            self.totals["tokens"] += count
+            self.totals["tokens"] += count + self.others
             self.totals["drafts"] += len(self.rounds)
             self.totals["kept"] += sum(num - 1 for num in self.rounds)
             self.totals["first"] += sum(num > 1 for num in self.rounds)

@@ -58,6 +58,8 @@ class EndpointOptions:
             raise ValueError(f"--endpoint and --against are both {self.endpoint}; give two servers, or leave --against out")
         if self.api_key_env is not None and self.api_key_env not in os.environ:
             raise ValueError(f"--api-key-env names {self.api_key_env}, which is not set")
+        if measuring.repeat < 1:
+            raise ValueError(f"repeat is {measuring.repeat}; it must be at least 1")
         for field in fields(model):
             if getattr(model, field.name) != field.default:
                 option = field.name.replace("_", "-")
@@ -93,12 +95,10 @@ def bench_endpoints(
 
     Raises ValueError for what fails; a failure in the middle does so after everything measured before it was printed and written.
     """
-    from headstart.bench.endpoints import results
     from headstart.bench.endpoints.measure import EndpointSetup, Measured, measure, num_answers
 
     quieten()
     endpoints = options.connected()
-    names = [endpoint.name for endpoint in endpoints]
     first = replace(params, temperature=temperatures[0])
     with waiting("answering the first messages of conversations"):
         tasks = _tasks(endpoints[0], sets, first, measuring.raw)
@@ -109,16 +109,32 @@ def bench_endpoints(
             measured.append(measure(setup, endpoints, measuring.repeat, levels, on_progress))
             if measured[-1].failure is not None:
                 break
+    _report(endpoints, measured, measuring, params, temperatures, as_json)
+
+
+def _report(
+    endpoints: "Sequence[Endpoint]",
+    measured: "Sequence[Measured]",
+    measuring: MeasuringOptions,
+    params: "SamplingParams",
+    temperatures: Sequence[float],
+    as_json: bool,
+) -> None:
+    """Print and write all there is. Raises ValueError for a failure, after that, and where no prompt has been answered."""
+    from headstart.bench.endpoints import results
+
+    names = [endpoint.name for endpoint in endpoints]
     whole = [one for one in measured if one.usable(names)]
-    if whole:
-        rows = [*chain.from_iterable(results.rows(one, names) for one in whole)]
-        result = _as_json(endpoints, whole, rows, measuring, params, temperatures)
-        lines = (line for one in measured for line in results.as_lines(one.setup, one.samples))
-        bench_output.write(measuring, result, lines)
+    rows = [*chain.from_iterable(results.rows(one, names) for one in whole)]
+    result = _as_json(endpoints, whole, rows, measuring, params, temperatures) if whole else None
+    bench_output.write(measuring, result, (line for one in measured for line in results.as_lines(one.setup, one.samples)))
+    if result is not None:
         _show("json" if as_json else measuring.format, _title(endpoints, whole), whole, rows, result, measuring.by_kind)
     if failure := measured[-1].failure:
         num = sum(len(one.samples) for one in measured)
         raise ValueError(f"{failure}; the {num} answers before that are {'in the results' if whole else 'too few for results'}")
+    if not whole:
+        raise ValueError(f"every prompt plus max_tokens={params.max_tokens} exceeds the context of an endpoint; lower --max-tokens")
 
 
 def _tasks(

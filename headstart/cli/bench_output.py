@@ -37,13 +37,14 @@ def show_text(format: str, title: str, result: Mapping[str, Any]) -> bool:
     return True
 
 
-def write(measuring: MeasuringOptions, result: dict[str, Any], lines: Iterable[Mapping[str, Any]]) -> None:
+def write(measuring: MeasuringOptions, result: dict[str, Any] | None, lines: Iterable[Mapping[str, Any]]) -> None:
     """The files that were asked for. Raises ValueError for one that cannot be written, with the measurements in the message.
 
+    result: None: there are too few answers for results.
     lines: every answer, for --save.
     """
     try:
-        if measuring.out is not None:
+        if measuring.out is not None and result is not None:
             measuring.out.write_text(json.dumps(result) + "\n", encoding="utf-8")
         if measuring.save is not None:
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -52,7 +53,7 @@ def write(measuring: MeasuringOptions, result: dict[str, Any], lines: Iterable[M
         raise ValueError(
             f"{error.filename} cannot be written: {error.strerror}; the measurements are {json.dumps(result)}"
         ) from None
-    if measuring.html is not None:
+    if measuring.html is not None and result is not None:
         from headstart.bench.html_report import write_html
 
         try:

@@ -109,7 +109,7 @@ class Endpoint:
                     attempt += 1
 
     def _reply_once(self, task: EndpointTask, params: SamplingParams, attempt: int) -> Reply:
-        arrivals = _Arrivals(time.perf_counter())
+        arrivals = Arrivals(time.perf_counter())
         create: Any = self.client.chat.completions.create if task.messages else self.client.completions.create
         prompt: dict[str, Any] = {"messages": list(task.messages)} if task.messages else {"prompt": task.text}
         with create(model=self.model, **prompt, **request_settings(params, self.counts_chunks)) as stream:
@@ -161,7 +161,7 @@ def _may_pass(error: Exception) -> bool:
 
 
 @dataclass
-class _Arrivals:
+class Arrivals:
     """What has come of a stream so far.
 
     began: when the request was sent.
