@@ -117,25 +117,13 @@ def test_start_becomes_the_engine(tmp_path):
     folder, program = write_export(tmp_path / "heads"), tmp_path / "vllm"
     program.write_text(f'#!{sys.executable}\nimport sys\nprint(*sys.argv[1:], sep="|")\n')
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    command = [
-        sys.executable,
-        "-m",
-        "headstart",
-        "serve",
-        "--engine",
-        "vllm",
-        "--heads",
-        str(folder),
-        "--start",
-        "--",
-        "--port",
-        "1",
-    ]
+    arguments = ("serve", "--engine", "vllm", "--heads", str(folder), "--start", "--", "--seed", "1")
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run([sys.executable, "-m", "headstart", *serve], capture_output=True, text=True, env=environment, check=True)
-    arguments = done.stdout.strip().split("|")
-    assert (arguments[0], arguments[-2:]) == ("serve", ["--seed", "1"])
-    assert json.loads(arguments[3])["model"] == str(folder)
+    command = [sys.executable, "-m", "headstart", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    verb, _, _, config, *more = done.stdout.strip().split("|")
+    assert (verb, more) == ("serve", ["--seed", "1"])
+    assert json.loads(config)["model"] == str(folder)
 
 
 # -- native heads --
