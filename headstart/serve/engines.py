@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -16,6 +15,7 @@ from headstart.formats.exporting import export_heads
 from headstart.formats.exports.launch import launch_command
 from headstart.formats.exports.record import read_record
 from headstart.target.loading import embedded
+from headstart.text.jsonl import read_object
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,6 @@ ENGINES = {
     "vllm": Engine(("vllm", "speculators"), "vllm", (), "pip install vllm"),
     "sglang": Engine(("sglang",), "sglang", ("--enable-metrics",), "pip install 'sglang[all]'"),  # without it /metrics is off
 }
-_SIZES = ("hidden_size", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -114,8 +113,8 @@ def _check_engine(engine: str, heads: Path, record: Mapping[str, Any]) -> None:
 def _check_model(model: str, heads: Path, record: Mapping[str, Any]) -> None:
     """Raise ValueError where the sizes of the heads are not those of the model; a model that is not on this disk is believed."""
     actual, expected = _sizes(_config_file(model)), _sizes(heads / "config.json")
-    for name in _SIZES:
-        if name in actual and name in expected and actual[name] != expected[name]:
+    for name in sorted(actual.keys() & expected.keys()):
+        if actual[name] != expected[name]:
             raise ValueError(
                 f"{heads} was exported for {record['target']} with {name} {expected[name]}, but {model} has {actual[name]}; "
                 f"name {record['target']} with --model, or export heads of that model"
@@ -138,11 +137,13 @@ def _config_file(model: str) -> Path:
 def _sizes(path: Path) -> dict[str, int]:
     """The sizes that a configuration gives, of its language model; empty where there is none."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_object(path)
     except (OSError, ValueError):
         return {}
-    config = config.get("text_config") or config.get("transformer_layer_config") or config
-    return {name: config[name] for name in _SIZES if isinstance(config.get(name), int)}
+    inner = config.get("text_config") or config.get("transformer_layer_config") or config
+    hidden = config.get("target_hidden_size") or inner.get("hidden_size")  # heads may be narrower than their target
+    sizes = {"hidden_size": hidden, "vocab_size": inner.get("vocab_size")}
+    return {name: size for name, size in sizes.items() if isinstance(size, int)}
 
 
 def _notes(model: str, heads: Path, record: Mapping[str, Any]) -> list[str]:
@@ -150,9 +151,7 @@ def _notes(model: str, heads: Path, record: Mapping[str, Any]) -> list[str]:
     name = Path(model).resolve().name if Path(model).is_dir() else model
     if Path(model) != embedded("target") and record["target"] != name:
         notes.append(f"the heads were exported for {record['target']}; if {model} has other weights, fewer drafts are kept")
-    if record["method"] == "medusa" and record["engine"] == "vllm":
-        notes.append("vLLM reads Medusa heads up to version 0.32")
-    return notes
+    return [*notes, *record.get("notes", ())]
 
 
 def start(launch: Launch) -> NoReturn:
