@@ -11,7 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
+from headstart.formats import native
 from headstart.formats.exporting import export_heads
+from headstart.formats.exports import EXPORTERS
 from headstart.formats.exports.launch import launch_command
 from headstart.formats.exports.record import read_record
 from headstart.target.loading import embedded
@@ -22,7 +24,7 @@ from headstart.text.jsonl import read_object
 class Engine:
     """An engine that this package can start.
 
-    formats: of exports that it reads, the best one first.
+    formats: of exports that it reads; native heads are exported to the first that takes their method.
     module: of Python that is there where it is installed.
     options: that are added to its command.
     install: the command that installs it.
@@ -35,7 +37,7 @@ class Engine:
 
 
 ENGINES = {
-    "vllm": Engine(("vllm", "speculators"), "vllm", (), "pip install vllm"),
+    "vllm": Engine(("vllm", "speculators", "hf"), "vllm", (), "pip install vllm"),
     "sglang": Engine(("sglang",), "sglang", ("--enable-metrics",), "pip install 'sglang[all]'"),  # without it /metrics is off
 }
 
@@ -95,7 +97,9 @@ def _exported(engine: str, model: str | None, heads: Path, out: Path | None, tru
         raise ValueError(f"there is no folder {str(heads)!r} of heads")
     if out is None:
         raise ValueError(f"{heads} is no export, and {engine} cannot read native heads; --out FOLDER exports them to there first")
-    export_heads(heads, model, ENGINES[engine].formats[0], out, trust_remote_code=trust)
+    formats, method = ENGINES[engine].formats, native.describe(heads).method
+    format = next((one for one in formats if method in EXPORTERS[one].methods), formats[0])
+    export_heads(heads, model, format, out, trust_remote_code=trust)
     record = read_record(out)
     assert record is not None, "an export has a record"
     return out, record
