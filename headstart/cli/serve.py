@@ -21,9 +21,9 @@ def serve(
         typer.Option(help="Folder or hub id of the model to serve.", show_default="embedded", autocompletion=complete.folders),
     ] = None,
     heads: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="Folder of heads: native ones, or an export of `headstart export`.",
+            help="Folder or hub id of heads, native or exported, or a method's name for the embedded model's.",
             show_default=False,
             autocompletion=complete.folders,
         ),
@@ -56,14 +56,14 @@ def serve(
     if engine is None:
         raise ValueError("there is no server of this package yet; --engine vllm or --engine sglang serves the model by that engine")
     if heads is None:
-        raise ValueError(f"--engine {engine} needs --heads, the folder of the heads it drafts with")
+        raise ValueError(f"--engine {engine} needs --heads, the heads that it drafts with")
     if start and json:
         raise ValueError("--json prints the command and --start runs it; leave one of the two out")
     _serve_by(engine, model, heads, out, start, more or [], trust_remote_code, json)
 
 
 def _serve_by(
-    engine: str, model: str | None, heads: Path, out: Path | None, is_started: bool, more: list[str], trust: bool, as_json: bool
+    engine: str, model: str | None, heads: str, out: Path | None, is_started: bool, more: list[str], trust: bool, as_json: bool
 ) -> None:
     from headstart.serve import engines
 
