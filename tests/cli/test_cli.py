@@ -71,7 +71,13 @@ FROZEN = {
         "--format",
         "--save",
         "--html",
+        "--endpoint",
+        "--endpoint-model",
+        "--against",
+        "--against-model",
+        "--api-key-env",
     },
+    "serve": {"--model", "--heads", "--engine", "--out", "--start", "--trust-remote-code", "--json"},
 }
 
 
