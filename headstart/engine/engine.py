@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import count
 
 import torch
@@ -20,6 +21,7 @@ from headstart.engine.events import Event, EventQueue
 from headstart.engine.exclusive import Exclusive
 from headstart.engine.learning import Learning
 from headstart.engine.memory import headroom_slots, num_slots, slot_bytes
+from headstart.engine.prefixes import Prefixes
 from headstart.engine.scheduler import Request, Scheduler, Stream, Turn
 from headstart.engine.state import EngineState
 from headstart.engine.stats import Stats, clock, parts_of
@@ -49,6 +51,9 @@ class Engine:
         but at most 1 GiB.
     accept: the acceptance rule, by name as `parse_rule` reads it, or a `Rule`.
     chunk: prompt tokens per round (chunked prefill).
+    prefixes: texts of ended requests whose keys and values are kept, as far as memory allows, for requests that begin likewise.
+    ahead: tokens of output for which a request has memory beforehand. It gets more as it goes on; where there is none, the request
+        that came last waits and goes on later, with the same tokens. None: a request waits for all the memory that it may need.
 
     Raises ValueError for settings that cannot be honoured.
     """
@@ -63,9 +68,13 @@ class Engine:
         memory: int | None = None,
         accept: str | Rule = "coupled",
         chunk: int = 256,
+        prefixes: int = 0,
+        ahead: int | None = None,
     ) -> None:
         if max_rows < 1 or chunk < 1:
             raise ValueError(f"max_rows is {max_rows} and chunk is {chunk}; both must be at least 1")
+        if prefixes < 0 or (ahead is not None and ahead < 1):
+            raise ValueError(f"prefixes is {prefixes} and ahead is {ahead}; they must be at least 0 and 1, or ahead None")
         self.target = target
         self.drafter = drafter
         self.planner = planner or (drafter.planner if drafter else None)
@@ -74,12 +83,14 @@ class Engine:
         self.learning = Learning(self.planner, not getattr(drafter, "corrects_chances", False))
         headroom = headroom_slots(target, drafter, planner, max_rows)
         self.slot_bytes = slot_bytes(target, drafter)
-        self.seating = Seating(max_rows, num_slots(target.context + headroom, max_rows, memory, self.slot_bytes))
-        self.scheduler = Scheduler(self.seating, headroom, chunk)
+        num_seats = max_rows + prefixes + (ahead is not None)  # one to move to
+        self.seating = Seating(num_seats, num_slots(target.context + headroom, max_rows, memory, self.slot_bytes))
+        self.scheduler = Scheduler(self.seating, headroom, chunk, max_rows, ahead)
         self.cache = target.new_cache(self.seating)
         if drafter:
             drafter.attach(target, self.seating)
-        self.state = EngineState(target, self.scheduler, self.cache, DrafterState(drafter, target.device, chunk))
+        told = DrafterState(drafter, target.device, chunk)
+        self.state = EngineState(target, self.scheduler, self.cache, told, Prefixes(prefixes))
         self.stats = Stats()  # of the rounds that counted; replaced after each round, never changed in place
         self._sampling: tuple[tuple[int, ...], SamplingTensors] | None = None
         self._ids = count()
@@ -190,6 +201,8 @@ class Engine:
     def _transact(self) -> None:
         """A round that counts as a whole or not at all."""
         self._join_and_end()
+        while (short := self.scheduler.short()) is not None:
+            self.state.transact(partial(self.state.make_room, short))
         with self.target.working():
             self.state.transact(self._round)
 
@@ -220,8 +233,7 @@ class Engine:
         """One round over all running requests. All that it changes is covered by the savepoint of the transaction."""
         began = time.perf_counter()
         seconds = dict.fromkeys(("draft", "score", "verify", "commit", "host"), 0.0)
-        for request in self.scheduler.admit():
-            self.state.seat(request)
+        for request in self.state.admit():
             self.learning.start(request)
         turns = self.scheduler.turns()
         if not turns:
@@ -276,9 +288,11 @@ class Engine:
     def _depth_limit(self, turn: Turn) -> int:
         """How deep a row may draft. A round emits one token more than the depth of its deepest kept draft.
 
-        Rows without output do not draft: the drafter has no state for their root.
+        Rows whose stem is more than a root do not draft, nor do those without output: the drafter has no state for their root.
         """
-        return turn.request.left - 1 if turn.request.output and turn.request.drafts else 0
+        request = turn.request
+        is_root = turn.ends_at_root and len(turn.stem) == 1
+        return request.left - 1 if is_root and request.output and request.drafts else 0
 
     def _sampling_of(self, requests: Sequence[Request]) -> SamplingTensors:
         key = tuple(request.id for request in requests)
