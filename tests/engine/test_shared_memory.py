@@ -3,10 +3,10 @@
 import random
 
 import pytest
+from heads import heads_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from heads import heads_for
-from scripted import Ask, AsDrafted, Scripted, asks, decode, random_trees, texts
+from scripted import AsDrafted, Ask, Scripted, asks, decode, random_trees, texts
 from tiny import VOCAB, tiny
 
 from headstart.drafters.lookup import Lookup
@@ -81,7 +81,7 @@ def test_the_least_recently_used_text_gives_up_its_slots_first():
     other = tuple(reversed(middle))
     engine = Engine(target, max_rows=1, prefixes=2)
     one = SamplingParams(max_tokens=2)
-    run(engine, [Ask(short, one), Ask(other, one), Ask(middle, one)])  # the last one uses the first's text, so the second is dropped
+    run(engine, [Ask(short, one), Ask(other, one), Ask(middle, one)])  # the last one uses the first one's text
     kept = [prefix.tokens[:3] for prefix in engine.state.prefixes]
     assert kept == [short[:3], middle[:3]]
 
@@ -226,4 +226,3 @@ def test_settings_out_of_range_are_refused():
     for wrong in ({"prefixes": -1}, {"ahead": 0}):
         with pytest.raises(ValueError, match="at least 0 and 1"):
             Engine(tiny(), **wrong)
-
