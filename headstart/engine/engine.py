@@ -17,6 +17,7 @@ import torch
 from headstart.drafters import Drafter
 from headstart.engine.admission import check_prompt, check_rule
 from headstart.engine.drafter_state import DrafterState
+from headstart.engine.drawn_tree import drawn_trees
 from headstart.engine.events import Event, EventQueue
 from headstart.engine.exclusive import Exclusive
 from headstart.engine.learning import Learning
@@ -25,13 +26,14 @@ from headstart.engine.prefixes import Prefixes
 from headstart.engine.scheduler import Request, Scheduler, Stream, Turn
 from headstart.engine.state import EngineState
 from headstart.engine.stats import Stats, clock, parts_of
+from headstart.speculation.constraints import Constraint, Constraints
 from headstart.speculation.distribution import History, SamplingTensors
 from headstart.speculation.noise import draw_seed
 from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import NO_DRAFTS, Planner
 from headstart.speculation.rows import Rows
 from headstart.speculation.rules import parse_rule
-from headstart.speculation.tree import Drafts, merge
+from headstart.speculation.tree import Drafts, Forest, merge
 from headstart.speculation.verify import Rule, Verdict, verify
 from headstart.target.cache import Seating
 from headstart.target.target import Scored, Target
@@ -120,6 +122,8 @@ class Engine:
         stream: Stream | None = None,
         leader: Request | None = None,
         queue: EventQueue | None = None,
+        constraint: Constraint | None = None,
+        draws_trees: bool = False,
     ) -> Request:
         """Queue a prompt. Does not wait for a round of another thread.
 
@@ -130,6 +134,8 @@ class Engine:
         stream: turns tokens into text and finds stop strings, which cut a kept path before any of it is emitted; None: no text.
         leader: a request with the same prompt, from which keys and values are copied.
         queue: where its events go; None: `step` returns them.
+        constraint: which tokens may follow its output; None: any.
+        draws_trees: whether its events have the trees of their rounds.
 
         Raises ValueError if the request can never run.
         """
@@ -137,7 +143,7 @@ class Engine:
         if seed is None:
             seed = draw_seed() if params.seed is None else params.seed
         stops = frozenset([*(() if params.ignore_eos else stop_ids), *params.stop_token_ids])
-        request = Request(next(self._ids), tuple(prompt), params, seed, stops, stream, leader, queue)
+        request = Request(next(self._ids), tuple(prompt), params, seed, stops, stream, leader, queue, constraint, draws_trees)
         self.scheduler.check(request)
         self._joining.append(request)
         self._exclusive.run_now(self._join)
@@ -260,7 +266,7 @@ class Engine:
         with clock(seconds, "draft"):
             self.state.drafter.follow(turns, forest, scored, verdict)
         self.learning.learn(rows, drafts, verdict, seconds)
-        emitted = self._emit(turns, scored, verdict)
+        emitted = self._emit(turns, forest, scored, verdict)
         seconds["host"] += time.perf_counter() - began - sum(seconds.values())
         for turn, part in zip(turns, parts_of(forest, verdict, emitted, seconds), strict=True):
             turn.request.rounds.append(part)
@@ -283,6 +289,7 @@ class Engine:
             history=self.history,
             odds=self.learning.odds(seats),
             chooser=self.target.chooser,
+            constraints=_constraints(requests),
         )
 
     def _depth_limit(self, turn: Turn) -> int:
@@ -307,15 +314,25 @@ class Engine:
             return Drafts.none(self.target.device)
         self.state.drafter.remind(turns)
         drafts = self.drafter.propose(rows)
+        if rows.constraints is not None and len(drafts):
+            drafts = rows.constraints.without_forbidden(drafts, len(rows))
         return self.planner.prune(drafts, rows.plan, len(rows))
 
     # -- results of a round --
 
-    def _emit(self, turns: Sequence[Turn], scored: Scored, verdict: Verdict) -> list[int]:
+    def _emit(self, turns: Sequence[Turn], forest: Forest, scored: Scored, verdict: Verdict) -> list[int]:
         """Give every request its new tokens. Returns how many each got."""
+        draws = any(turn.request.draws_trees for turn in turns)
+        trees = drawn_trees(forest, verdict, [turn.stem[-1] for turn in turns]) if draws else []
         emitted: list[int] = []
         for row, turn in enumerate(turns):
             turn.request.scored += len(turn.stem) + len(verdict.kept[row])
-            tokens = verdict.emitted[row]
-            emitted.append(self.state.emit(turn.request, tokens, scored.logits, verdict.asked[row]) if tokens else 0)
+            tokens, tree = verdict.emitted[row], trees[row] if turn.request.draws_trees else None
+            emitted.append(self.state.emit(turn.request, tokens, scored.logits, verdict.asked[row], tree) if tokens else 0)
         return emitted
+
+
+def _constraints(requests: Sequence[Request]) -> Constraints | None:
+    """The constraints of these requests, which are the rows of a round; None where no request has one."""
+    of_rows = {row: (r.constraint, tuple(r.output)) for row, r in enumerate(requests) if r.constraint is not None}
+    return Constraints(of_rows) if of_rows else None

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from headstart.engine.events import EventQueue
 from headstart.engine.stats import Part, Stats
+from headstart.speculation.constraints import Constraint
 from headstart.speculation.params import SamplingParams
 from headstart.target.cache import Seating
 
@@ -68,6 +69,8 @@ class Request:
     stream: turns its tokens into text, or None.
     leader: another request with the same prompt, whose keys and values are copied instead of computed again; or None.
     queue: where its events go; None: `Engine.step` returns them.
+    constraint: which tokens may follow its output; None: any.
+    draws_trees: whether its events have the trees of their rounds.
     output: token ids emitted so far.
     guessed: per token of `output`, whether a drafter had proposed it.
     logprobs: per token of `output` its log-probability and those of the best alternatives; empty if not asked for.
@@ -89,6 +92,8 @@ class Request:
     stream: Stream | None = None
     leader: Request | None = None
     queue: EventQueue | None = None
+    constraint: Constraint | None = None
+    draws_trees: bool = False
     output: list[int] = field(default_factory=list)
     guessed: list[bool] = field(default_factory=list)
     logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)

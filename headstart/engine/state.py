@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from headstart.engine.drafter_state import DrafterState
+from headstart.engine.drawn_tree import DrawnTree
 from headstart.engine.emission import emission_of, token_logprobs
 from headstart.engine.events import Event, EventQueue
 from headstart.engine.prefixes import SHORTEST, Prefix, Prefixes, num_common
@@ -204,16 +205,21 @@ class EngineState:
         if self.history is not None and request.params.has_penalties and request.seat is not None:
             self.history.start(request.seat, request.prompt, request.output)
 
-    def emit(self, request: Request, decided: tuple[int, ...], logits: Tensor, asked: tuple[int, ...]) -> int:
+    def emit(
+        self, request: Request, decided: tuple[int, ...], logits: Tensor, asked: tuple[int, ...], tree: DrawnTree | None = None
+    ) -> int:
         """Give a request what it emits of the decided tokens. Returns how many these are.
 
         decided: kept drafts, then the target's own token.
         logits: [asked, vocab] of the round.
         asked: per decided token, the index of its line in `logits`.
+        tree: of the round, for the event.
         """
         try:
+            if request.constraint is not None and request.constraint.error is not None:
+                raise ValueError(f"the constraint failed: {request.constraint.error}")
             emission = emission_of(request, decided)
-        except Exception as error:  # of its own text stream: the other rows go on
+        except Exception as error:  # of its own text stream or constraint: the other rows go on
             self.finish(request, "error")
             self.put(Event(request, finish_reason="error", error=error))
             return 0
@@ -226,7 +232,7 @@ class EngineState:
         self._write_history(request, tokens)
         if emission.finish_reason is not None:
             self.finish(request, emission.finish_reason)
-        self.put(Event(request, tokens, emission.guessed, emission.text, emission.finish_reason))
+        self.put(Event(request, tokens, emission.guessed, emission.text, emission.finish_reason, tree=tree))
         return len(tokens)
 
     def _write_history(self, request: Request, tokens: tuple[int, ...]) -> None:
