@@ -1,9 +1,9 @@
 // The page "How it works": a variant's picture, its steps, and what was measured of it on this server.
 
-import { box, curve, html, svg } from "./svg.js";
+import { box, html, svg } from "./svg.js";
 import { VARIANTS } from "./variants.js";
 
-const COLUMN = 88, LINE = 56, HEIGHT = 34;
+const DOWN = 50, ACROSS = 124, WIDTH = 112, HEIGHT = 30; // steps between boxes, and the size of a box
 const part = (name) => document.getElementById(name);
 
 /** Fills the page. server: what `info` returned, or a promise of newer figures through `refresh`. */
@@ -53,26 +53,22 @@ class Explanation {
   }
 
   draw() {
-    const { boxes, flows } = this.variant;
-    const places = Object.values(boxes), widths = (place) => (place[4] ?? 1) * COLUMN - 14;
-    const width = Math.max(...places.map((place) => place[1] * COLUMN + widths(place))) + 4;
-    const height = Math.max(...places.map((place) => place[2] * LINE)) + HEIGHT + 4;
+    const { boxes, flows } = this.variant, places = Object.values(boxes).map(place);
+    const left = Math.min(...places.map((box) => box.x)) - 4;
+    const width = Math.max(...places.map((box) => box.x + box.width)) + 4 - left;
+    const height = Math.max(...places.map((box) => box.y)) + HEIGHT + 8;
     this.parts = [];
-    const picture = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `How ${this.variant.title} works` });
-    const firsts = Object.fromEntries(flows.map(([, to]) => [to, Math.min(...flows.filter((flow) => flow[1] === to).map((flow) => flow[2]))]));
+    const attributes = { viewBox: `${left} -4 ${width} ${height}`, role: "img", "aria-label": `How ${this.variant.title} works` };
+    const picture = svg("svg", { ...attributes, style: `width:${width}px` });
     for (const [from, to, step] of flows) {
-      const [, x1, y1] = boxes[from], [, x2, y2] = boxes[to];
-      const flow = curve("flow", x1 * COLUMN + widths(boxes[from]), y1 * LINE + HEIGHT / 2, x2 * COLUMN, y2 * LINE + HEIGHT / 2);
-      if (x1 * COLUMN + widths(boxes[from]) > x2 * COLUMN) { // below one another
-        const x = x1 * COLUMN + widths(boxes[from]) / 2, down = y2 > y1;
-        flow.setAttribute("d", `M${x} ${y1 * LINE + (down ? HEIGHT : 0)}L${x2 * COLUMN + widths(boxes[to]) / 2} ${y2 * LINE + (down ? 0 : HEIGHT)}`);
-      }
+      const flow = link(place(boxes[from]), place(boxes[to]));
       this.parts.push([flow, step]);
       picture.append(flow);
     }
-    for (const [name, place] of Object.entries(boxes)) {
-      const element = box(`box ${place[0]}`, place[1] * COLUMN + 2, place[2] * LINE + 2, widths(place) - 4, HEIGHT - 4, place[3]);
-      this.parts.push([element, firsts[name] ?? 1]);
+    for (const [name, description] of Object.entries(boxes)) {
+      const { x, y, width } = place(description), into = flows.filter((flow) => flow[1] === name).map((flow) => flow[2]);
+      const element = box(`box ${description[0]}`, x, y, width, HEIGHT, description[3]);
+      this.parts.push([element, into.length ? Math.min(...into) : 1]);
       picture.append(element);
     }
     return picture;
@@ -135,6 +131,23 @@ class Explanation {
     this.choose(VARIANTS[index]);
     part("choices").children[index].focus();
   }
+}
+
+/** Where a box is drawn. Columns of a description run down the page, and lines across, so that it fits a phone. */
+function place([, column, line, , size = 1]) {
+  const width = WIDTH * (0.4 + 0.6 * size);
+  return { x: line * ACROSS - width / 2, y: column * DOWN, width };
+}
+
+/** A curve from one box down to another, or across where they are side by side. */
+function link(from, to) {
+  const x1 = from.x + from.width / 2, x2 = to.x + to.width / 2;
+  if (to.y > from.y + HEIGHT) {
+    const y1 = from.y + HEIGHT, middle = (y1 + to.y) / 2;
+    return svg("path", { class: "flow", d: `M${x1} ${y1}C${x1} ${middle} ${x2} ${middle} ${x2} ${to.y}` });
+  }
+  const is_right = x2 > x1, y = from.y + HEIGHT / 2;
+  return svg("path", { class: "flow", d: `M${is_right ? from.x + from.width : from.x} ${y}L${is_right ? to.x : to.x + to.width} ${to.y + HEIGHT / 2}` });
 }
 
 /** A bar per depth: how often a draft at that depth was right, where one was checked. */

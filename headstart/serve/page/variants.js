@@ -99,7 +99,7 @@ export const VARIANTS = [
     summary: "EAGLE that reads three layers of the model instead of the last one, and is trained on its own outputs, step after step.",
     properties: { "Trained": "one decoder layer and its own LM head, often of fewer words", "Reads": "hidden states of an early, a middle and a late layer", "Guesses": "level by level" },
     boxes: {
-      root: ["token", 0, 2, "fox"], low: ["target", 1, 3, "early layers"], mid: ["target", 1, 2, "middle layers"], high: ["target", 1, 1, "late layers"], fuse: ["drafter", 2.5, 2, "fuse"],
+      root: ["token", 0, 2, "fox"], low: ["target", 1, 1, "early layers"], mid: ["target", 1, 2, "middle layers"], high: ["target", 1, 3, "late layers"], fuse: ["drafter", 2.5, 2, "fuse"],
       layer: ["drafter", 3.6, 2, "one layer"], one: ["token", 4.8, 1.2, "jumped, ran"], state: ["drafter", 4.8, 2.8, "own state"], again: ["drafter", 6, 2, "layer again"],
       two: ["token", 7.2, 2, "over, to"], ...passBoxes(8.4),
     },
