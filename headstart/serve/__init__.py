@@ -1,1 +1,1 @@
-"""The server: OpenAI's interface over HTTP, one engine thread, a fair queue before it, and metrics."""
+"""Serving a model with its heads: this package's own server with OpenAI's interface, and the commands of other engines."""
