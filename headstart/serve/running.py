@@ -61,14 +61,21 @@ class Server(uvicorn.Server):
 
 
 def listen(settings: Settings) -> socket.socket:
-    """A socket that listens. Raises ValueError where the address is taken or is none of this machine's."""
+    """A socket with the server's address; connections are refused until `serve` is called.
+
+    Raises ValueError where the address is taken or is none of this machine's.
+    """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=1024)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((settings.host, settings.port))
     except OSError as error:
+        bound.close()
         raise ValueError(
             f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}; name another --port or --host"
         ) from None
+    return bound
 
 
 def serve(service: Service, listening: socket.socket, on_ready: Callable[[], object] = lambda: None) -> None:
