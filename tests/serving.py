@@ -18,6 +18,8 @@ from headstart.target.loading import embedded
 from headstart.target.target import Target
 from headstart.target.tokenizer_loading import load_tokenizer
 
+SIZES = Sizes(max_rows=4)
+
 
 @dataclass
 class Running:
@@ -74,12 +76,13 @@ def check_free(lane: Lane) -> None:
 
 
 def embedded_service(
-    drafters: Sequence[str | None] = ("mtp",), rules: Sequence[str] = ("coupled",), sizes: Sizes = Sizes(max_rows=4), **settings
+    drafters: Sequence[str | None] = ("mtp",), rules: Sequence[str] = ("coupled",), sizes: Sizes = SIZES, **settings
 ) -> Service:
     """A service of the embedded model."""
     target = embedded_target()
     lanes = open_lanes(target, drafters, rules, sizes)
-    return Service(load_tokenizer(embedded("target")), lanes, Settings(**{"model": "embedded", "port": 0, "grace": 5.0, **settings}))
+    chosen = Settings(**{"model": "embedded", "port": 0, "grace": 5.0, **settings})
+    return Service(load_tokenizer(embedded("target")), lanes, chosen)
 
 
 _targets: list[Target] = []

@@ -34,7 +34,7 @@ class LaneOptions:
     accept: Annotated[
         list[str] | None,
         typer.Option(
-            help="Acceptance rule, as for generate; may be repeated. Each pair of drafter and rule has an equal share of the memory.",
+            help="Acceptance rule, as for generate; may be repeated. Pairs of drafter and rule share the memory equally.",
             show_default="coupled",
             rich_help_panel=_DRAFTING,
         ),

@@ -18,7 +18,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 import headstart
-from headstart.serve.answering import Answering, EventStream, unless_gone
+from headstart.serve.answering import EventStream, unless_gone
 from headstart.serve.errors import ApiError, answer_error
 from headstart.serve.metrics import CONTENT_TYPE
 from headstart.serve.preparing import Prepared

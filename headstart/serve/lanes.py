@@ -131,5 +131,6 @@ def _share(target: Target, drafter: Drafter | None, planner: Planner | None, siz
         return sizes.memory
     if sizes.memory is not None:
         return sizes.memory // num_lanes
-    longest, size = target.context + headroom_slots(target, drafter, planner, sizes.max_rows), slot_bytes(target, drafter)
+    size = slot_bytes(target, drafter)
+    longest = target.context + headroom_slots(target, drafter, planner, sizes.max_rows)
     return size * num_slots(longest, sizes.max_rows, None, size) // num_lanes

@@ -44,7 +44,8 @@ class Metrics:
 
     def seated(self, job: Job) -> None:
         """A job has got its first row."""
-        assert job.request is not None and job.seated is not None, "the job has a row"
+        assert job.request is not None, "the job is in an engine"
+        assert job.seated is not None, "the job has a row"
         job.num_cached = job.request.num_copied
         for metrics in self._sets:
             metrics.queue_time.observe(job.seated - job.arrived)
@@ -126,7 +127,10 @@ class MetricSet:
         success = Counter(f"{prefix}:request_success", "Requests that ended.", [*labels, "finished_reason"], registry=registry)
         self.success = {reason: success.labels(model, reason) for reason in _REASONS}
         accepted = Counter(
-            f"{prefix}:spec_decode_num_accepted_tokens_per_pos", "Accepted drafts, by depth.", [*labels, "position"], registry=registry
+            f"{prefix}:spec_decode_num_accepted_tokens_per_pos",
+            "Accepted drafts, by depth.",
+            [*labels, "position"],
+            registry=registry,
         )
         self._accepted = [accepted.labels(model, str(depth)) for depth in range(MOST_DEPTHS)]
 
@@ -143,7 +147,9 @@ class OwnMetrics:
         on = Gauge("headstart:speculation_on", "Whether the last decoding round had drafts.", labels, registry=registry)
         forest = Histogram("headstart:forest_drafts", "Drafts of a decoding round.", labels, registry=registry, buckets=_NODES)
         last = Gauge("headstart:forest_drafts_last", "Drafts of the last decoding round.", labels, registry=registry)
-        tau = Gauge("headstart:spec_decode_acceptance_length", "Tokens per row and round since the start.", labels, registry=registry)
+        tau = Gauge(
+            "headstart:spec_decode_acceptance_length", "Tokens per row and round since the start.", labels, registry=registry
+        )
         names = {lane: (model, lane.drafter, lane.accept) for lane in lanes}
         self._of_lanes = {lane: (on.labels(*n), forest.labels(*n), last.labels(*n), tau.labels(*n)) for lane, n in names.items()}
 

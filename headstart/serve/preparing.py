@@ -101,7 +101,10 @@ class Preparer:
     ) -> Prepared:  # fmt: skip
         lane, drafts = self._lane(body)
         sampling, limit = self._sampling(body, logprobs), limit or ("max_tokens", body.max_tokens)
-        params = [self._params(sampling, lane, prompt, field, self._max_tokens(body, lane, len(prompt), field, *limit)) for prompt in prompts]
+        params = [
+            self._params(sampling, lane, prompt, field, self._max_tokens(body, lane, len(prompt), field, *limit))
+            for prompt in prompts
+        ]
         n = params[0].n
         if n * len(prompts) > min(MOST_ANSWERS, self.settings.max_queue):
             most = min(MOST_ANSWERS, self.settings.max_queue)
@@ -201,7 +204,7 @@ class Preparer:
             raise refused("logit_bias", f"logit_bias has {len(biases or ())} tokens; at most {MOST_BIASES} are taken")
         for key in biases or ():
             if not (key.isascii() and key.isdigit() and len(key) < 10):
-                raise refused("logit_bias", "a key of logit_bias is no token id; write ids as strings, such as {\"50256\": -100}")
+                raise refused("logit_bias", 'a key of logit_bias is no token id; write ids as strings, such as {"50256": -100}')
         tokens = {int(key): bias for key, bias in (biases or {}).items()}
         self._check_tokens("logit_bias", tokens)
         return tokens

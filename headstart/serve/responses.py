@@ -169,7 +169,12 @@ class CompletionForm:
         names = [self._texts.text(token) for token in tokens]
         starts = list(accumulate((len(name) for name in names), initial=offset))[:-1]
         best = [{self._texts.text(token): finite(value) for token, value in table.items()} for _, table in logprobs]
-        return {"tokens": names, "token_logprobs": [finite(own) for own, _ in logprobs], "top_logprobs": best, "text_offset": starts}
+        return {
+            "tokens": names,
+            "token_logprobs": [finite(own) for own, _ in logprobs],
+            "top_logprobs": best,
+            "text_offset": starts,
+        }
 
 
 def _ids(options: Options, tokens: Sequence[int], guessed: Sequence[bool]) -> Object:

@@ -112,8 +112,13 @@ def test_log_probabilities_are_those_of_the_target(server, client):
     assert answer.logprobs.token_logprobs == pytest.approx([own for own, _ in expected.logprobs])
     assert "".join(answer.logprobs.tokens) == answer.text
     assert [len(best) for best in answer.logprobs.top_logprobs] == [3] * 12
-    assert [answer.text[start:].startswith(name) for start, name in zip(answer.logprobs.text_offset, answer.logprobs.tokens, strict=True)]
-    chat = client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=6, temperature=0, logprobs=True, top_logprobs=2)
+    assert [
+        answer.text[start:].startswith(name)
+        for start, name in zip(answer.logprobs.text_offset, answer.logprobs.tokens, strict=True)
+    ]
+    chat = client.chat.completions.create(
+        model=MODEL, messages=MESSAGES, max_tokens=6, temperature=0, logprobs=True, top_logprobs=2
+    )
     lines = chat.choices[0].logprobs.content
     assert "".join(line.token for line in lines) == chat.choices[0].message.content
     assert all(line.top_logprobs[0].logprob == line.logprob for line in lines)

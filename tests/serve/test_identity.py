@@ -8,7 +8,16 @@ from serving import embedded_service, running
 from headstart.serve.lanes import Sizes
 
 STORY = "Once upon a time there was a little girl who had a red ball. She liked to play with the ball in the park."
-PROMPTS = [STORY, f"{STORY} One day", "The cat sat", f"{STORY} One day her dog", "Tom and Lily", "A big bear", f"{STORY} The", "Ben"]
+PROMPTS = [
+    STORY,
+    f"{STORY} One day",
+    "The cat sat",
+    f"{STORY} One day her dog",
+    "Tom and Lily",
+    "A big bear",
+    f"{STORY} The",
+    "Ben",
+]
 SETTINGS = [
     {"temperature": 0.0},
     {"temperature": 0.8, "top_p": 0.95, "seed": 11},
@@ -47,7 +56,9 @@ def test_alone_and_under_load_with_any_drafter(server, expected):
 def test_with_a_kept_prefix(server, expected):
     with server.http() as http:
         cached = [
-            http.post("/v1/completions", json={"prompt": prompt, **settings}).json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+            http.post("/v1/completions", json={"prompt": prompt, **settings}).json()["usage"]["prompt_tokens_details"][
+                "cached_tokens"
+            ]
             for prompt, settings in (CASES[0], CASES[3])
         ]
     assert all(cached)

@@ -31,7 +31,10 @@ def test_lanes_share_the_memory_equally():
 
 
 def test_clients_choose_the_rule_and_lanes_run_at_the_same_time():
-    with running(embedded_service(("lookup",), ("coupled", "typical:0.09,0.3"), Sizes(max_rows=2))) as server, server.http() as http:
+    with (
+        running(embedded_service(("lookup",), ("coupled", "typical:0.09,0.3"), Sizes(max_rows=2))) as server,
+        server.http() as http,
+    ):
         body = {"prompt": "Once upon a time", "max_tokens": 30, "temperature": 0, "return_token_ids": True}
         exact = http.post("/v1/completions", json=body).json()
         lossy = http.post("/v1/completions", json=body | {"accept": "typical:0.09,0.3", "temperature": 1.0})

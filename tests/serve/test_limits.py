@@ -85,7 +85,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("path", "body", "field"), REFUSED, ids=[f"{field}-{number}" for number, (_, _, field) in enumerate(REFUSED)])
+@pytest.mark.parametrize(
+    ("path", "body", "field"), REFUSED, ids=[f"{field}-{number}" for number, (_, _, field) in enumerate(REFUSED)]
+)
 def test_what_cannot_be_honoured_is_refused_by_the_fields_name(server, path, body, field):
     with server.http() as http:
         answer = http.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
@@ -103,7 +105,9 @@ def test_a_field_that_is_null_is_one_that_was_left_out(server):
         assert http.post(CHAT, json={"messages": USER, "max_tokens": 2, "tools": [], "tool_choice": "none"}).status_code == 200
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'"a"', b"[" * 100_000, b'{"prompt": NaN}', b"1" * 5000])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'"a"', b"[" * 100_000, b'{"prompt": NaN}', b"1" * 5000]
+)
 def test_a_body_that_is_no_request_is_refused_in_openais_form(server, content):
     with server.http() as http:
         answer = http.post(COMPLETION, content=content, headers={"Content-Type": "application/json"})
@@ -131,17 +135,51 @@ JSON = st.recursive(
     max_leaves=6,
 )
 FIELDS = [
-    "messages", "prompt", "model", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "n", "stop", "seed",
-    "logprobs", "top_logprobs", "echo", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "stream",
-    "stream_options", "response_format", "guided_regex", "user", "stop_token_ids", "ignore_eos", "drafter", "accept", "timeout", "tools",
-    "tool_choice", "chat_template_kwargs", "include_metrics", "return_token_ids", "tokens", "other",
-]  # fmt: skip
+    "messages",
+    "prompt",
+    "model",
+    "max_tokens",
+    "max_completion_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "n",
+    "stop",
+    "seed",
+    "logprobs",
+    "top_logprobs",
+    "echo",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "logit_bias",
+    "stream",
+    "stream_options",
+    "response_format",
+    "guided_regex",
+    "user",
+    "stop_token_ids",
+    "ignore_eos",
+    "drafter",
+    "accept",
+    "timeout",
+    "tools",
+    "tool_choice",
+    "chat_template_kwargs",
+    "include_metrics",
+    "return_token_ids",
+    "tokens",
+    "other",
+]
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.sampled_from([CHAT, COMPLETION, "/tokenize", "/detokenize"]), st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4))
 def test_no_malformed_body_makes_the_server_fail(server, path, fields):
-    valid = {CHAT: {"messages": USER}, COMPLETION: {"prompt": "a"}, "/tokenize": {"prompt": "a"}, "/detokenize": {"tokens": [1]}}[path]
+    valid = {CHAT: {"messages": USER}, COMPLETION: {"prompt": "a"}, "/tokenize": {"prompt": "a"}, "/detokenize": {"tokens": [1]}}[
+        path
+    ]
     limit = {"max_tokens": 2} if path in (CHAT, COMPLETION) else {}
     with server.http() as http:
         answer = http.post(path, content=json.dumps(valid | limit | fields), headers={"Content-Type": "application/json"})
@@ -153,7 +191,14 @@ def test_no_malformed_body_makes_the_server_fail(server, path, fields):
 
 @pytest.fixture(scope="module")
 def narrow():
-    limits = {"max_queue": 2, "max_tokens": 450, "max_body": 2000, "slow_seconds": 1.0, "timeout": 30.0, "keys": ("sesame", "other")}
+    limits = {
+        "max_queue": 2,
+        "max_tokens": 450,
+        "max_body": 2000,
+        "slow_seconds": 1.0,
+        "timeout": 30.0,
+        "keys": ("sesame", "other"),
+    }
     with running(embedded_service((None,), sizes=Sizes(max_rows=1, prefixes=0), **limits)) as server:
         yield server
 

@@ -1,6 +1,6 @@
 """The queue before the engines."""
 
-from types import SimpleNamespace
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import given, settings
@@ -11,8 +11,14 @@ from headstart.serve.queueing import FairQueue, QueueFull
 LANES = ("one", "two")
 
 
+@dataclass(eq=False)
+class FakeJob:
+    user: str
+    lane: str
+
+
 def job(user, lane="one"):
-    return SimpleNamespace(user=user, lane=lane)
+    return FakeJob(user, lane)
 
 
 def take_all(queue, lane="one"):

@@ -20,7 +20,9 @@ BODY = {"prompt": "Once upon a time", "max_tokens": 300, "ignore_eos": True, "te
 def served(request):
     """The command as a process of its own, and its address."""
     command = [sys.executable, "-m", "headstart", "serve", "--port", "0", "--drafter", "lookup", "--threads", "1", *request.param]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+    )
     line = process.stdout.readline()
     match = re.search(r"http://\S+", line)
     if match is None:
