@@ -66,6 +66,13 @@ class EventQueue:
         self.num_published = 0
         return taken
 
+    def drain(self) -> list[Event]:
+        """Remove the published events and return them, those with an error too."""
+        taken = self.published
+        del self.events[: self.num_published]
+        self.num_published = 0
+        return taken
+
     def withdraw(self) -> None:
         """Remove the events that are not published."""
         del self.events[self.num_published :]

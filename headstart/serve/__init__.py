@@ -1,1 +1,1 @@
-"""Servers of a model with its heads: those of other engines. Must not import cli or bench."""
+"""Serving a model with its heads: this package's own server with OpenAI's interface, and the commands of other engines."""
