@@ -92,7 +92,7 @@ def theirs(program: Path, arguments: argparse.Namespace, prompt: str, num_prompt
 
 
 def ours(llm: Any, prompt: Sequence[int], tokens: int) -> tuple[list[int], Answer]:
-    """What the first round of our answer emits, and the rounds after that; rounds that only read a part of the prompt are left out."""
+    """What the first round of our answer emits, and the rounds after that, without those that only read a part of the prompt."""
     from headstart.speculation.params import SamplingParams
 
     request = llm.engine.add(list(prompt), SamplingParams(max_tokens=tokens + 1), stop_ids=llm.stop_ids)
