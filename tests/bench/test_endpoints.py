@@ -329,7 +329,7 @@ def test_prompts_that_exceed_the_context_are_left_out_for_all_servers(tmp_path):
     [
         (("--endpoint-model", "x"), "--endpoint-model is for an --endpoint"),
         (("--against", "http://x/v1"), "--against is for an --endpoint"),
-        (("--endpoint", "http://x/v1", "--against", "http://x/v1/"), "give two servers"),
+        (("--endpoint", "http://x/v1", "--against", "https://x/"), "are both x; give two servers"),
         (("--endpoint", "http://x/v1", "--against-model", "y"), "--against-model is for a server --against"),
         (("--endpoint", "http://x/v1", "--model", "m"), "--model is for a model in this process"),
         (("--endpoint", "http://x/v1", "--run", "lookup"), "--run is for drafters in this process"),
