@@ -83,12 +83,13 @@ async def answer_error(request: Request, error: Exception) -> Response:
 
 
 def of_validation(error: RequestValidationError) -> ApiError:
-    """The error for a body that is no request, naming the first field that is wrong."""
-    first = error.errors()[0]
-    where, kind = first["loc"], str(first["type"])
-    if kind == "json_invalid":
+    """The error for a body that is no request, naming a field that is wrong: of alternatives the one that came furthest."""
+    errors = error.errors()
+    if errors[0]["type"] == "json_invalid":
         return ApiError(400, "the body is no valid JSON")
-    param = _field(where[1:], error.body, kind) or None
+    fields = [_field(one["loc"][1:], error.body, str(one["type"])) for one in errors]
+    deepest = max(range(len(errors)), key=lambda number: fields[number].count(".") + fields[number].count("["))
+    first, param, kind = errors[deepest], fields[deepest] or None, str(errors[deepest]["type"])
     if kind == "extra_forbidden":
         return ApiError(400, f"{param} is not a field that this server knows; leave it out", param, "unknown_field")
     message = str(first["msg"]).removeprefix("Value error, ")

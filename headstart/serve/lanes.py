@@ -118,8 +118,8 @@ def open_lanes(
         chosen = planner_for(target, drafter, planner if drafter else None, rule)
         memory = _share(target, drafter, chosen, sizes, len(pairs))
         engine = Engine(
-            target, drafter, chosen, max_rows=sizes.max_rows, memory=memory, accept=rule, chunk=sizes.chunk, prefixes=sizes.prefixes,
-            ahead=sizes.ahead,
+            target, drafter, chosen, max_rows=sizes.max_rows, memory=memory, accept=rule, chunk=sizes.chunk,
+            prefixes=sizes.prefixes, ahead=sizes.ahead,
         )  # fmt: skip
         lanes.append(Lane(names[number], accept, engine))
     return lanes

@@ -93,6 +93,8 @@ class Guard:
 
     def _check(self, scope: Scope) -> None:
         headers = Headers(scope=scope)
+        if sum(len(name) + len(value) for name, value in scope["headers"]) + len(scope["path"]) > self._settings.max_header:
+            raise ApiError(431, f"the headers are larger than {self._settings.max_header} bytes", code="headers_too_large")
         if "*" not in self._hosts and _host_name(headers.get("host", "")) not in self._hosts:
             raise ApiError(403, "the server is not called by this name; start it with --allow-host to allow it", "host")
         client = scope.get("client")

@@ -209,6 +209,8 @@ class Worker:
         if event.tokens:
             self._seat(job, self._round_began or now)
             self._metrics.spoke(job, len(event.tokens), now)
+        if error is not None:  # of its own text stream or grammar: what it says may hold the text
+            _log("an answer failed", error, is_told=False)
         if reason is not None:
             del lane.jobs[request]
             if reason == "abort" and job.failure is not None:
@@ -231,7 +233,7 @@ def _logprobs(job: Job, event: Event) -> tuple[Logprob, ...] | None:
     return tuple(event.request.logprobs[-len(event.tokens) :])
 
 
-def _log(what: str, error: Exception) -> None:
-    """Write an error to the server's log: where it happened and what it says; no prompt is in there."""
+def _log(what: str, error: Exception, *, is_told: bool = True) -> None:
+    """Write an error to the server's log. is_told: whether what it says is written too; it must hold no prompt."""
     frames = "".join(traceback.format_tb(error.__traceback__))
-    logger.error("%s: %s: %s\n%s", what, type(error).__name__, error, frames)
+    logger.error("%s: %s%s\n%s", what, type(error).__name__, f": {error}" if is_told else "", frames)

@@ -84,7 +84,7 @@ def test_a_text_stream_that_raises_ends_its_own_request_only(server, monkeypatch
         return push(self, tokens)
 
     monkeypatch.setattr(TextStream, "push", raising)
-    with ThreadPoolExecutor(2) as pool, server.http() as http:
+    with server.http() as http, ThreadPoolExecutor(2) as pool:
         bad = pool.submit(http.post, "/v1/completions", json=BODY | {"prompt": "a", "stop": "x"})
         good = pool.submit(post, server, "The cat")
     assert bad.result().status_code == 500

@@ -1,6 +1,7 @@
 """The metrics are there under their names, and count what happened."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ VLLM = [
     "num_requests_waiting", "kv_cache_usage_perc", "prompt_tokens", "generation_tokens", "request_success", "prefix_cache_queries",
     "prefix_cache_hits", "num_preemptions",
 ]  # fmt: skip
+TEXT = "Once upon a time there was a little girl, and she had a dog. The dog was big and brown. They liked to run in the park."
 OURS = ["forest_drafts", "forest_drafts_last", "speculation_on", "spec_decode_acceptance_length"]
 
 
@@ -25,7 +27,7 @@ def counted():
     """The samples of a server that has answered, and its stats."""
     with running(embedded_service(("mtp",), sizes=Sizes(max_rows=2), with_vllm_metrics=True)) as server:
         with server.http() as http:
-            body = {"prompt": "Once upon a time there was a little girl, and she had a dog.", "max_tokens": 50, "temperature": 0}
+            body = {"prompt": TEXT, "max_tokens": 50, "temperature": 0}
             bodies = [http.post("/v1/completions", json=body | {"ignore_eos": True}).json() for _ in range(3)]
             text = http.get("/metrics").text
         yield text, server.engine.stats, [body["usage"] for body in bodies]
@@ -84,8 +86,6 @@ def test_the_dashboard_shows_metrics_that_exist(counted):
     dashboard = json.loads(DASHBOARD.read_text())
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
     names = {sample for sample, _ in samples(counted[0])}
-    import re
-
     for query in queries:
         for name in re.findall(r"headstart:\w+", query):
             assert name in names, f"{name} of {query} is no metric"
