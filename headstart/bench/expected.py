@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor
 
-from headstart.speculation.calibration import Ranks, Table, expected_tau, walk
+from headstart.speculation.calibration import Ranks, Table, walk
+from headstart.speculation.chains import chain, chain_lengths, round_seconds
 from headstart.speculation.cost import CostModel
 from headstart.speculation.sequoia import Sequoia
 
@@ -100,27 +100,8 @@ class Observed:
 
     def _seconds(self, cost: CostModel, paths: tuple[Ranks, ...], rows: int) -> float:
         """Seconds of a round in which every row has this tree."""
-        size, context = rows * (1 + len(paths)), round(rows * self.length)
-        return cost.forward(size, rows, context) + cost.host(size, rows) + drafting_seconds(cost, paths, rows)
+        return round_seconds(cost, paths, rows, self.length)
 
     def chain_lengths(self, cost: CostModel, most_rows: int) -> tuple[int, ...]:
         """For 1, 2, ... rows, the length of the chain with the most expected tokens per second; 0: plain decoding."""
-        chains = [chain(length) for length in range(len(self.table) + 1)]
-        taus = [expected_tau(paths, self.table) for paths in chains]
-
-        def rate(length: int, rows: int) -> float:
-            return taus[length] / self._seconds(cost, chains[length], rows)
-
-        return tuple(max(range(len(chains)), key=lambda length: rate(length, rows)) for rows in range(1, most_rows + 1))
-
-
-def drafting_seconds(cost: CostModel, paths: Iterable[Ranks], rows: int) -> float:
-    """Seconds of drafting a static tree in every row: after the first level, each runs the nodes that have children."""
-    parents = Counter(len(path) for path in {path[:-1] for path in paths})
-    levels = (cost.draft.level(count * rows, rows) for depth, count in parents.items() if depth) if cost.draft else ()
-    return (cost.drafting(1, 1, rows) if parents else 0.0) + sum(levels)
-
-
-def chain(depth: int) -> tuple[Ranks, ...]:
-    """The chain of first children."""
-    return tuple((0,) * level for level in range(1, depth + 1))
+        return chain_lengths(self.table, cost, most_rows, self.length)

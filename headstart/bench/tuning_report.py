@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.table import Table
 
-from headstart.bench.engine_settings import SGLANG, VLLM, ranges, sglang_adaptive, sglang_options, vllm_option
 from headstart.bench.expected import Expected
 from headstart.bench.tuning import AUTO, PLAIN, TREE, Choice, Tuning
+from headstart.formats.exports.engine_options import SGLANG, VLLM, ranges, sglang_adaptive, sglang_options, vllm_option
 from headstart.speculation.cost import CostModel
 
 

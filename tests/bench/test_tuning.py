@@ -11,8 +11,7 @@ from typer.testing import CliRunner
 
 from headstart.bench.achieved import Speed, measure_speeds, num_turns, split
 from headstart.bench.calibrate import DecodeTrial, calibrate
-from headstart.bench.engine_settings import ranges, sglang_adaptive, sglang_options, vllm_option
-from headstart.bench.expected import Observed, chain
+from headstart.bench.expected import Observed
 from headstart.bench.tuning import Choice
 from headstart.cli import app
 from headstart.drafters.medusa import Medusa, MedusaConfig
@@ -21,6 +20,7 @@ from headstart.engine.drafter_loading import heads_in
 from headstart.engine.engine import Engine
 from headstart.engine.machine import differences, machine_key
 from headstart.formats import describe_target, save
+from headstart.formats.exports.engine_options import ranges, sglang_adaptive, sglang_options, vllm_option
 from headstart.speculation.cost import CostModel, DraftCost
 from headstart.speculation.heads_plan import load_plan, save_plan
 from headstart.speculation.params import SamplingParams

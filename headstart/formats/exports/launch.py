@@ -1,0 +1,62 @@
+"""The command that starts an engine with an exported folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from headstart.formats.exports.engine_options import SGLANG, VLLM
+
+PLACE = "MODEL"  # stands for the target in a command that does not name it
+
+
+def launch_command(engine: str, conformance: Mapping[str, Any], model: str, folder: str) -> list[str]:
+    """The command that starts an engine with exported heads, as a list of arguments.
+
+    engine: as `--to` takes it.
+    conformance: content of the export's `conformance.json`; read are "method", "chain" and "chain_by_batch".
+    model: folder or hub id of the target, as the engine takes it.
+    folder: of the export.
+    Raises ValueError for an engine that has no command.
+    """
+    if engine not in _COMMANDS:
+        raise ValueError(f"there is no command that starts {engine}; there are commands for {', '.join(_COMMANDS)}")
+    return _COMMANDS[engine](conformance, model, folder)
+
+
+def _vllm(conformance: Mapping[str, Any], model: str, folder: str) -> list[str]:
+    config = {"method": VLLM[conformance["method"]], "model": folder, "num_speculative_tokens": conformance["chain"]}
+    if by_batch := conformance.get("chain_by_batch"):
+        config["num_speculative_tokens_per_batch_size"] = [list(span) for span in by_batch]
+    return ["vllm", "serve", model, "--speculative-config", json.dumps(config)]
+
+
+def _sglang(conformance: Mapping[str, Any], model: str, folder: str) -> list[str]:
+    steps = conformance["chain"]
+    options = {
+        "--model-path": model,
+        "--speculative-algorithm": SGLANG[conformance["method"]],
+        "--speculative-draft-model-path": folder,
+        "--speculative-num-steps": steps,
+        "--speculative-eagle-topk": 1,
+        "--speculative-num-draft-tokens": steps + 1,
+    }
+    return ["python", "-m", "sglang.launch_server", *_flat(options)]
+
+
+def _tgi(conformance: Mapping[str, Any], model: str, folder: str) -> list[str]:
+    """TGI reads the target's name from the `config.json` of the heads."""
+    return ["text-generation-launcher", *_flat({"--model-id": folder, "--speculate": conformance["chain"]})]
+
+
+def _flat(options: Mapping[str, str | int]) -> Sequence[str]:
+    return [str(part) for pair in options.items() for part in pair]
+
+
+_COMMANDS: dict[str, Callable[[Mapping[str, Any], str, str], list[str]]] = {
+    "vllm": _vllm,
+    "speculators": _vllm,
+    "sglang": _sglang,
+    "tgi": _tgi,
+}
