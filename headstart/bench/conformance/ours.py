@@ -23,14 +23,14 @@ class Plan:
     prompts: prompt sets, as `headstart bench` takes them; empty: questions where the model has a chat template, else stories.
     limit: only the first so many prompts of each set.
     max_tokens: of each answer, whose end is ignored.
-    drafts: length of the chain.
+    drafts: length of the chain; None: as the export says.
     """
 
     model: str | None
     prompts: tuple[str, ...] = ()
     limit: int | None = 8
     max_tokens: int = 64
-    drafts: int = 4
+    drafts: int | None = None
     trust_remote_code: bool = False
 
 
@@ -40,7 +40,7 @@ def decode(plan: Plan, heads: str | Path | None) -> tuple[list[list[int]], list[
     heads: folder of native heads; None: plain decoding.
     Raises ValueError for heads of another model, and for prompts that cannot be read.
     """
-    drafter, planner = (None, None) if heads is None else (str(heads), Chain(plan.drafts))
+    drafter, planner = (None, None) if heads is None else (str(heads), Chain(plan.drafts or 1))
     with load(
         plan.model,
         drafter=drafter,
@@ -57,7 +57,7 @@ def decode(plan: Plan, heads: str | Path | None) -> tuple[list[list[int]], list[
 def _prompts(llm: LLM, plan: Plan) -> list[list[int]]:
     sources = plan.prompts or ("questions" if llm.tokenizer.chat_template is not None else "stories",)
     sets = read_prompt_sets(sources, plan.limit)
-    tasks, _ = encode_prompt_sets(llm, sets, plan.max_tokens + 2 * plan.drafts + SLACK)
+    tasks, _ = encode_prompt_sets(llm, sets, plan.max_tokens + 2 * (plan.drafts or 0) + SLACK)
     return [list(task.prompt) for task in tasks]
 
 
