@@ -12,6 +12,8 @@ import torch
 
 from headstart.formats import native
 from headstart.formats.description import is_native
+from headstart.formats.exports.record import read_record
+from headstart.formats.exports.restore import restored, without_made_anew
 from headstart.formats.published import eagle, eagle3, hydra, medusa, mtp
 from headstart.formats.published.base import Published
 from headstart.formats.target_info import model_option
@@ -89,10 +91,13 @@ def detect(path: str | Path) -> Detected:
 def match_format(weights: Weights, config: Mapping[str, Any]) -> Published | None:
     """Published heads of a method that this package has; None where there are none.
 
-    They may still have problems that prevent importing them.
+    They may still have problems that prevent importing them. Of an export of ours, its `conformance.json` is read too.
     config: content of the `config.json` beside the weights.
     """
-    return next((published for match in FORMATS if (published := match(weights, config))), None)
+    record = read_record(weights.files[0].parent)
+    weights = weights if record is None else without_made_anew(weights, record)
+    published = next((published for match in FORMATS if (published := match(weights, config))), None)
+    return published if published is None or record is None else restored(published, record)
 
 
 def inside(model: str | Path) -> Published | None:

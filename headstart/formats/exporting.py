@@ -11,9 +11,9 @@ import torch
 
 from headstart.formats import native
 from headstart.formats.exports import exporter_for
-from headstart.formats.exports.base import DERIVED, Exporter, Placed, Subject, write_json
+from headstart.formats.exports.base import AS_IT_IS, DERIVED, RENAMED, Exporter, Placed, Subject, write_json
 from headstart.formats.exports.chain_plan import ChainPlan, plan_chains
-from headstart.formats.exports.launch import launch_command
+from headstart.formats.exports.launch import launch_command, launch_notes
 from headstart.formats.exports.readme import readme
 from headstart.formats.exports.record import CONFORMANCE, FILES, FORMAT, VERSION
 from headstart.formats.exports.staging import README, require_export_or_empty, staged_folder
@@ -85,7 +85,8 @@ def _report(exporter: Exporter, subject: Subject, plan: ChainPlan, placed: Seque
         "chain_source": plan.source,
         "acceptance": plan.acceptance,
         "acceptance_source": plan.acceptance_source,
-        "tensors": [one.as_dict() for one in placed],
+        "notes": launch_notes(exporter.name, subject.method),
+        "tensors": [_entry(one, subject.dtype) for one in placed],
     }
     model = subject.source if target.name == EMBEDDED else target.name
     report["launch"] = shlex.join(launch_command(exporter.name, report, model, str(out)))
@@ -93,9 +94,27 @@ def _report(exporter: Exporter, subject: Subject, plan: ChainPlan, placed: Seque
     return report
 
 
+def _entry(placed: Placed, dtype: torch.dtype | None) -> dict[str, Any]:
+    """A tensor's entry. dtype: to which the heads were cast; None: they were not."""
+    is_cast = dtype is not None and placed.how in (AS_IT_IS, RENAMED) and placed.dtype == str(dtype).removeprefix("torch.")
+    return {**placed.as_dict(), **({"how": f"{DERIVED}cast to {placed.dtype}"} if is_cast else {})}
+
+
 def _summary(report: Mapping[str, Any], out: Path) -> dict[str, Any]:
     """What the command prints."""
-    kept = ("engine", "reader", "method", "target", "chain", "chain_source", "acceptance", "acceptance_source", "launch", "check")
+    kept = (
+        "engine",
+        "reader",
+        "method",
+        "target",
+        "chain",
+        "chain_source",
+        "acceptance",
+        "acceptance_source",
+        "notes",
+        "launch",
+        "check",
+    )
     tensors = report["tensors"]
     return {
         "out": str(out),

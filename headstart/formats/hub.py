@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "plan.json", "README.md")
+FILES = ("*.safetensors", "*.safetensors.index.json", "config.json", "plan.json", "conformance.json", "README.md")
 PICKLES = ("*.bin", "*.bin.index.json", "*.pt", "*.pth")  # read as tensors only
 
 

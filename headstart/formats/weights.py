@@ -6,7 +6,7 @@ Must not know what the names mean; the modules of `headstart.formats.published` 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,14 @@ class Weights:
             readers = _pickle_readers(path) if path.suffix in PICKLES else _safetensors_readers(path)
             self.shapes |= {name: shape for name, (shape, _) in readers.items()}
             self._read |= {name: read for name, (_, read) in readers.items()}
+
+    def without(self, names: Collection[str]) -> Weights:
+        """The same files without the tensors of these names."""
+        rest = Weights([])
+        rest.files = self.files
+        rest.shapes = {name: shape for name, shape in self.shapes.items() if name not in names}
+        rest._read = {name: self._read[name] for name in rest.shapes}
+        return rest
 
     def __getitem__(self, name: str) -> Tensor:
         """A tensor with its own memory, on the CPU: two names may share one storage in the file."""

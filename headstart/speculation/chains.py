@@ -1,4 +1,4 @@
-"""Chains of drafts: how long they should be for a number of rows, from acceptance rates and what rounds cost. No model runs here."""
+"""Chains of drafts: how long they should be, from acceptance rates and what rounds cost; no model runs here."""
 
 from __future__ import annotations
 

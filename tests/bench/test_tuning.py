@@ -21,6 +21,7 @@ from headstart.engine.engine import Engine
 from headstart.engine.machine import differences, machine_key
 from headstart.formats import describe_target, save
 from headstart.formats.exports.engine_options import ranges, sglang_adaptive, sglang_options, vllm_option
+from headstart.speculation.chains import chain
 from headstart.speculation.cost import CostModel, DraftCost
 from headstart.speculation.heads_plan import load_plan, save_plan
 from headstart.speculation.params import SamplingParams

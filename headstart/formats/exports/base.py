@@ -169,3 +169,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def sha256(tensor: Tensor) -> str:
     """The hash of a tensor's numbers, in row-major order: 64 hexadecimal digits."""
     return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+
+
+def source_path(source: str) -> str:
+    """A model's name as an engine finds it from anywhere: a folder by its whole path, a hub id as it is."""
+    return str(Path(source).resolve()) if Path(source).is_dir() else source

@@ -8,8 +8,6 @@ from typing import Any
 
 from headstart.formats.exports.engine_options import SGLANG, VLLM
 
-PLACE = "MODEL"  # stands for the target in a command that does not name it
-
 
 def launch_command(engine: str, conformance: Mapping[str, Any], model: str, folder: str) -> list[str]:
     """The command that starts an engine with exported heads, as a list of arguments.
@@ -25,9 +23,15 @@ def launch_command(engine: str, conformance: Mapping[str, Any], model: str, fold
     return _COMMANDS[engine](conformance, model, folder)
 
 
+def launch_notes(engine: str, method: str) -> list[str]:
+    """What a person must know who starts the engine with these heads, one sentence each."""
+    return [*_NOTES.get((engine, method), ())]
+
+
 def _vllm(conformance: Mapping[str, Any], model: str, folder: str) -> list[str]:
     config = {"method": VLLM[conformance["method"]], "model": folder, "num_speculative_tokens": conformance["chain"]}
-    if by_batch := conformance.get("chain_by_batch"):
+    by_batch = conformance.get("chain_by_batch")
+    if by_batch and conformance["method"] != "medusa":  # all heads of Medusa draft in every round
         config["num_speculative_tokens_per_batch_size"] = [list(span) for span in by_batch]
     return ["vllm", "serve", model, "--speculative-config", json.dumps(config)]
 
@@ -59,4 +63,9 @@ _COMMANDS: dict[str, Callable[[Mapping[str, Any], str, str], list[str]]] = {
     "speculators": _vllm,
     "sglang": _sglang,
     "tgi": _tgi,
+}
+
+_NOTES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("vllm", "medusa"): ("vLLM has Medusa up to version 0.32; later versions need the plug-in in integrations/vllm",),
+    ("sglang", "eagle3"): ("SGLang before May 2026 drops fc_norm and norm_output without a word; use 0.5.23 or later",),
 }

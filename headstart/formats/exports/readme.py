@@ -12,7 +12,7 @@ Written by `headstart export`, against {reader}.
 ```
 {launch}
 ```
-
+{notes}
 ## Chains
 
 {chain} drafts per round ({chain_source}).
@@ -35,7 +35,9 @@ How to check, where {engine} is installed:
 
 def readme(report: Mapping[str, Any]) -> str:
     """The text for an export. report: content of its `conformance.json`."""
-    return TEXT.format_map({**report, "by_batch": _by_batch(report), "acceptance": _acceptance(report), "rows": _rows(report)})
+    return TEXT.format_map(
+        {**report, "by_batch": _by_batch(report), "notes": _notes(report), "acceptance": _acceptance(report), "rows": _rows(report)}
+    )
 
 
 def _by_batch(report: Mapping[str, Any]) -> str:
@@ -43,6 +45,10 @@ def _by_batch(report: Mapping[str, Any]) -> str:
         return ""
     rows = [f"| {first} to {last} | {length or 'none: plain decoding'} |" for first, last, length in report["chain_by_batch"]]
     return "\n".join(["", "| batch size | drafts per round |", "|---|---|", *rows, ""])
+
+
+def _notes(report: Mapping[str, Any]) -> str:
+    return "".join(f"\n{note[0].upper()}{note[1:]}.\n" for note in report["notes"])
 
 
 def _acceptance(report: Mapping[str, Any]) -> str:

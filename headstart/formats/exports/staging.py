@@ -64,7 +64,7 @@ def _flush(staged: Path) -> None:
     """Make the files readable as the first JSON file is, and wait until they are on the disk."""
     like = min(staged.rglob("*.json"), default=None)
     for path in staged.rglob("*"):
-        if path.is_file() and like is not None:
+        if path.is_file() and like is not None and path.stat().st_nlink == 1:  # a linked file is somebody else's too
             shutil.copymode(like, path)  # safetensors writes files that only their owner can read
         sync(path)
 

@@ -90,7 +90,7 @@ class _SettingsReader:
             notes=tuple(self._doubts(vocab)),
             count=self.count,
             numbers=layer_numbers(self.config),
-            are_inputs=_is_of_speculators(self.config),
+            convention="inputs" if _is_of_speculators(self.config) else None,
         )
 
     def _vocab(self) -> int | None:

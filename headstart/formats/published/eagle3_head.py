@@ -10,7 +10,7 @@ from torch import Tensor
 
 from headstart.formats.draft_vocab import first_difference, ids_from_offsets, offsets_error
 from headstart.formats.published.eagle import EagleHead, Unprefixed
-from headstart.formats.published.taps import checked, taps_of
+from headstart.formats.published.taps import Convention, checked, taps_of
 
 if TYPE_CHECKING:
     from headstart.formats.target_info import TargetInfo
@@ -26,14 +26,14 @@ class Eagle3Head(EagleHead):
 
     count: number of the target's layers that they read.
     numbers: these layers as their configuration counts them; None: it gives none.
-    are_inputs: whether a number is known to mean the input of its layer.
+    convention: whether a number is known to mean the input or the output of its layer; None: it is not known.
     is_resolved: whether `settings` holds the layers as outputs counted from 0.
     head: the target's LM head [vocab, hidden], where they use it.
     """
 
     count: int = 0
     numbers: tuple[int, ...] | None = None
-    are_inputs: bool = False
+    convention: Convention | None = None
     is_resolved: bool = False
     head: Tensor | None = None
 
@@ -67,7 +67,7 @@ class Eagle3Head(EagleHead):
     def _taps(self, num_layers: int, taps: Sequence[int]) -> tuple[int, ...]:
         if taps:
             return checked(taps, self.count, num_layers)
-        return taps_of(self.numbers, self.count, num_layers, self.are_inputs)
+        return taps_of(self.numbers, self.count, num_layers, self.convention)
 
     def _tensor(self, name: str, like: Tensor) -> Tensor:
         if name == "ids":

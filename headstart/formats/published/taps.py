@@ -2,18 +2,19 @@
 
 Two conventions are in use. In speculators and vLLM, number k means the input of layer k, which is the output of layer k - 1. In
 SGLang, SpecForge and ModelOpt, number k means the output of layer k. Files without numbers mean the outputs of layers 1, N // 2 - 1
-and N - 4 of N, in every engine. Only files of speculators record their convention; numbers in others are accepted if they are
-these three layers in one of the two conventions.
+and N - 4 of N, in every engine. Only files of speculators and exports of ours record their convention; numbers in others are
+accepted if they are these three layers in one of the two conventions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from headstart.formats.published.layer_config import section
 
 IDS = "eagle_aux_hidden_state_layer_ids"
+Convention = Literal["inputs", "outputs"]
 _ADVICE = "say which layers' outputs they read, counted from 0, with --taps"
 
 
@@ -33,13 +34,13 @@ def layer_numbers(config: Mapping[str, Any]) -> tuple[int, ...] | None:
     return tuple(values[0])
 
 
-def taps_of(numbers: Sequence[int] | None, count: int, num_layers: int, are_inputs: bool) -> tuple[int, ...]:
+def taps_of(numbers: Sequence[int] | None, count: int, num_layers: int, convention: Convention | None) -> tuple[int, ...]:
     """The layers whose outputs the heads read.
 
     numbers: as their configuration gives them; None: it gives none.
     count: number of layers that the columns of `fc.weight` hold.
     num_layers: of the target.
-    are_inputs: whether a number is known to mean the input of its layer.
+    convention: whether number k is known to mean the input or the output of layer k; None: it is not known.
     Raises ValueError where the layers cannot be determined.
     """
     if numbers is None:
@@ -48,8 +49,10 @@ def taps_of(numbers: Sequence[int] | None, count: int, num_layers: int, are_inpu
         numbers = numbers[:-1]  # the last layer, which only training reads
     if len(numbers) != count:
         raise ValueError(f"their config.json names {len(numbers)} layers, {list(numbers)}, but fc.weight reads {count}; {_ADVICE}")
-    if not are_inputs:
+    if convention is None:
         return _inputs_or_outputs(numbers, num_layers)
+    if convention == "outputs":
+        return checked(numbers, count, num_layers)
     taps = tuple(number - 1 for number in numbers)
     for number, tap in zip(numbers, taps, strict=True):
         if not 0 <= tap < num_layers - 1:
@@ -78,7 +81,7 @@ def checked(taps: Sequence[int], count: int, num_layers: int) -> tuple[int, ...]
 def _inputs_or_outputs(numbers: Sequence[int], num_layers: int) -> tuple[int, ...]:
     """The usual layers, if the numbers are these in one of the two conventions; else ValueError."""
     inputs = tuple(number - 1 for number in numbers)
-    if _three(num_layers) not in (tuple(numbers), inputs):
+    if published_taps(num_layers) not in (tuple(numbers), inputs):
         raise ValueError(
             f"their config.json names the layers {list(numbers)}, which may be inputs or outputs; {_ADVICE}: {_list(numbers)} if "
             f"they are outputs, {_list(inputs)} if they are inputs"
@@ -90,7 +93,7 @@ def _usual(count: int, num_layers: int) -> tuple[int, ...]:
     """The three layers that files without numbers mean."""
     if count != 3:
         raise ValueError(f"fc.weight reads {count} layers of the target, and their config.json does not say which; {_ADVICE}")
-    low, middle, high = _three(num_layers)
+    low, middle, high = published_taps(num_layers)
     if not low < middle < high:
         raise ValueError(
             f"the usual layers in a target of {num_layers}, {low}, {middle} and {high}, do not follow one another; {_ADVICE}"
@@ -98,7 +101,8 @@ def _usual(count: int, num_layers: int) -> tuple[int, ...]:
     return low, middle, high
 
 
-def _three(num_layers: int) -> tuple[int, int, int]:
+def published_taps(num_layers: int) -> tuple[int, int, int]:
+    """The three layers, as outputs counted from 0, that files without numbers mean, and that engines tap by themselves."""
     return 1, num_layers // 2 - 1, num_layers - 4
 
 
