@@ -38,9 +38,9 @@ def verify_export(
 ) -> None:
     """Check that an engine drafts with exported heads as headstart does.
 
-    First the files are compared with the manifest of the export, and imported again. Then, where vLLM is installed, it answers a few
-    prompts in fp32 at temperature 0 beside headstart, and in every round both must keep the same number of drafts. Of other engines
-    only the files are checked. The exit code is 1 where something differs.
+    First the files are compared with the manifest of the export, and imported again. Then, where vLLM is installed, it answers
+    a few prompts in fp32 at temperature 0 beside headstart, and in every round both must keep the same number of drafts. Of other
+    engines only the files are checked. The exit code is 1 where something differs.
 
     Example: headstart verify-export ./for-vllm --python ~/vllm/bin/python
     """
@@ -68,7 +68,9 @@ def _print(found: "Verification") -> None:
 
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("export", f"{found.folder}: {found.method} heads for {found.engine}, written against {found.reader}")
-    table.add_row("files", "not as written" if found.errors else f"{found.tensors} tensors as written, and the same heads when imported")
+    table.add_row(
+        "files", "not as written" if found.errors else f"{found.tensors} tensors as written, and the same heads when imported"
+    )
     for error in found.errors:
         table.add_row("error", error)
     if found.comparison is not None:

@@ -1,1 +1,1 @@
-"""Whether exported heads draft in another engine as they do here: the files against their manifest, and both engines round by round."""
+"""Whether exported heads draft in another engine as they do here: their files, and the rounds of both engines."""

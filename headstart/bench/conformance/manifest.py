@@ -66,7 +66,9 @@ def import_errors(heads: Path, manifest: Mapping[str, Any]) -> list[str]:
     for name in sorted(weights.shapes.keys() & entries.keys()):
         if entries[name]["how"] in (AS_IT_IS, RENAMED) and sha256(weights[name]) != entries[name]["sha256"]:
             errors.append(f"imported again, {name} has other numbers than were written")
-    return errors + [f"imported again, the heads have {name}, which was not exported" for name in sorted(weights.shapes.keys() - entries.keys())]
+    return errors + [
+        f"imported again, the heads have {name}, which was not exported" for name in sorted(weights.shapes.keys() - entries.keys())
+    ]
 
 
 def imported(folder: Path, model: str | None, out: Path, trust_remote_code: bool) -> Path:
@@ -76,4 +78,3 @@ def imported(folder: Path, model: str | None, out: Path, trust_remote_code: bool
 
     import_heads(str(folder), model or str(embedded("target")), str(out), trust_remote_code=trust_remote_code)
     return out
-

@@ -96,9 +96,17 @@ def _run(python: str, job: Mapping[str, Any] | None, timeout: float | None, log:
         with log.open("a", encoding="utf-8") as file:
             file.write(said)
     if done.returncode:
-        raise ValueError(f"vLLM ended with exit status {done.returncode}: {_last_words(said)}")
+        where = f"see {log}" if log else f"all it said is in {_kept(said)}"
+        raise ValueError(f"vLLM ended with exit status {done.returncode}: {_last_words(said)}; {where}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
+
+
+def _kept(said: str) -> str:
+    """The name of a file that holds an output from now on."""
+    with tempfile.NamedTemporaryFile("w", prefix="headstart-vllm-", suffix=".log", delete=False, encoding="utf-8") as file:
+        file.write(said)
+    return file.name
 
 
 def _last_words(said: str) -> str:

@@ -1,7 +1,7 @@
 """Runs in a Python that has vLLM, and where headstart need not be installed: answers prompts, one at a time.
 
-Reads a job as JSON from standard input, see `vllm_process.Job`, and prints one line of JSON: vLLM's version, and per prompt the tokens, the
-tokens of each round, and the seconds of each repetition. Must not import anything of this package.
+Reads a job as JSON from standard input, see `vllm_process.Job`, and prints one line of JSON: vLLM's version, and the answer to each
+prompt. Must not import anything of this package.
 """
 
 import json
@@ -56,7 +56,9 @@ def measure(job: dict[str, Any]) -> list[dict[str, Any]]:
         return [tokens for tokens in rounds if tokens], time.perf_counter() - began
 
     answer("warm-up", job["prompts"][0])
-    measured = [[answer(f"{number}-{index}", prompt) for index, prompt in enumerate(job["prompts"])] for number in range(job["repeat"])]
+    measured = [
+        [answer(f"{number}-{index}", prompt) for index, prompt in enumerate(job["prompts"])] for number in range(job["repeat"])
+    ]
     return [
         {
             "tokens": [token for tokens in some[0][0] for token in tokens],

@@ -105,7 +105,9 @@ def read(folder: str | Path) -> Heads:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise ValueError(f"{folder} holds no heads in headstart's format; name a folder made by `headstart train`")
     if config.get("version") != VERSION:
-        raise ValueError(f"{folder} has version {config.get('version')} of headstart's format, this reads {VERSION}; update headstart-vllm")
+        raise ValueError(
+            f"{folder} has version {config.get('version')} of headstart's format, this reads {VERSION}; update headstart-vllm"
+        )
     if config.get("method") not in METHODS:
         raise ValueError(
             f"{folder} holds {config.get('method')} heads, but only {' and '.join(METHODS)} heads draft here; "

@@ -43,11 +43,13 @@ class Proposer:
         heads, sizes = self.heads, (model_config.get_hidden_size(), model_config.get_vocab_size())
         if (heads.hidden, heads.vocab) != sizes:
             raise ValueError(
-                f"these heads are for a hidden size of {heads.hidden} and a vocabulary of {heads.vocab}, the target has {sizes[0]} and "
-                f"{sizes[1]}; name heads that were trained for it"
+                f"these heads are for a hidden size of {heads.hidden} and a vocabulary of {heads.vocab}, the target has "
+                f"{sizes[0]} and {sizes[1]}; name heads that were trained for it"
             )
         if self.count > heads.depth:
-            raise ValueError(f"num_speculative_tokens is {self.count}, but these are {heads.depth} heads; lower it to {heads.depth}")
+            raise ValueError(
+                f"num_speculative_tokens is {self.count}, but these are {heads.depth} heads; lower it to {heads.depth}"
+            )
 
     def load_model(self, model: Any) -> None:
         """Called by vLLM with the target, once it is loaded."""
