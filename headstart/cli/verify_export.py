@@ -1,12 +1,13 @@
 """`verify-export`: whether an engine drafts with exported heads as this one does."""
 
 import json as json_format
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from headstart.cli import completion as complete
 from headstart.cli.options import Json, Trust, quieten, waiting
+from headstart.cli.terminal import console
 
 if TYPE_CHECKING:
     from headstart.bench.conformance.verify import Verification
@@ -63,7 +64,6 @@ def verify_export(
 
 
 def _print(found: "Verification") -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -79,19 +79,19 @@ def _print(found: "Verification") -> None:
         table.add_row("equal texts", f"{one.equal_texts}/{one.texts}")
     for note in found.notes:
         table.add_row("note", note)
-    console = Console(highlight=False, markup=False)
-    console.print(table)
+    printed = console()
+    printed.print(table, highlight=False, markup=False)
     if found.comparison is not None:
-        console.print(_acceptance(found))
+        printed.print(_acceptance(found), highlight=False, markup=False)
 
 
-def _acceptance(found: "Verification"):  # type: ignore[no-untyped-def]
+def _acceptance(found: "Verification") -> Any:
     """The share of rounds that kept the draft at each position, here, there, and as the export expects."""
     from rich.table import Table
 
     assert found.comparison is not None
     here, there = found.comparison.acceptance
-    table = Table(title="kept by position", title_justify="left")
+    table = Table(title="share of rounds that kept the draft, by position", title_justify="left", box=None, pad_edge=False)
     table.add_column("engine")
     for position in range(1, len(here) + 1):
         table.add_column(str(position), justify="right")
