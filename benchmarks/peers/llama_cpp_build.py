@@ -2,8 +2,8 @@
 
     python benchmarks/peers/llama_cpp_build.py WORK [--minutes 60]
 
-Downloads the package with pip, unpacks it into WORK and builds only llama-bench and llama-batched-bench, static, Release, for this
-processor. A build that is there is used as it is. Needs cmake and a C++ compiler.
+Downloads the package with pip, unpacks it into WORK and builds only the programs that are asked for, here llama-bench and
+llama-batched-bench, static, Release, for this processor. A build that is there is used as it is. Needs cmake and a C++ compiler.
 """
 
 import argparse
@@ -23,7 +23,7 @@ SETTINGS = {
     "GGML_NATIVE": "ON",
     "BUILD_SHARED_LIBS": "OFF",
     "LLAMA_BUILD_TESTS": "OFF",
-    "LLAMA_BUILD_EXAMPLES": "OFF",
+    "LLAMA_BUILD_EXAMPLES": "ON",
     "LLAMA_BUILD_SERVER": "OFF",
     "LLAMA_CURL": "OFF",
     "LLAMA_OPENSSL": "OFF",
@@ -56,9 +56,9 @@ def sources_in(work: Path) -> Path:
     return work / FOLDER / "vendor" / "llama.cpp"
 
 
-def programs_in(sources: Path) -> dict[str, Path]:
-    """The built programs by name."""
-    return {name: path for name in PROGRAMS if (path := sources / "build" / "bin" / name).is_file() and os.access(path, os.X_OK)}
+def programs_in(sources: Path, programs: Sequence[str] = PROGRAMS) -> dict[str, Path]:
+    """The built ones of these programs, by name."""
+    return {name: path for name in programs if (path := sources / "build" / "bin" / name).is_file() and os.access(path, os.X_OK)}
 
 
 def configure_command(sources: Path, build: Path) -> list[str]:
@@ -66,9 +66,9 @@ def configure_command(sources: Path, build: Path) -> list[str]:
     return ["cmake", "-S", str(sources), "-B", str(build), *(f"-D{name}={value}" for name, value in SETTINGS.items())]
 
 
-def build_command(build: Path, jobs: int) -> list[str]:
-    """The command that compiles the programs."""
-    return ["cmake", "--build", str(build), "--config", "Release", "-j", str(jobs), "--target", *PROGRAMS]
+def build_command(build: Path, jobs: int, programs: Sequence[str] = PROGRAMS) -> list[str]:
+    """The command that compiles these programs."""
+    return ["cmake", "--build", str(build), "--config", "Release", "-j", str(jobs), "--target", *programs]
 
 
 def download(work: Path, deadline: Deadline, log: Path) -> None:
@@ -84,8 +84,8 @@ def download(work: Path, deadline: Deadline, log: Path) -> None:
         archive.extractall(work, filter="data")
 
 
-def ensure_built(work: Path, minutes: float = 60, jobs: int | None = None) -> Path:
-    """llama.cpp's sources with both programs built.
+def ensure_built(work: Path, minutes: float = 60, jobs: int | None = None, programs: Sequence[str] = PROGRAMS) -> Path:
+    """llama.cpp's sources with these programs built.
 
     work: folder for the package and the build.
     minutes: for all that is missing.
@@ -93,15 +93,15 @@ def ensure_built(work: Path, minutes: float = 60, jobs: int | None = None) -> Pa
     Raises ValueError, with the name of a log, where a step fails.
     """
     sources = sources_in(work)
-    if len(programs_in(sources)) == len(PROGRAMS):
+    if len(programs_in(sources, programs)) == len(programs):
         return sources
     work.mkdir(parents=True, exist_ok=True)
     deadline, log = Deadline(60 * minutes), work / "build.log"
     if not sources.is_dir():
         download(work, deadline, log)
     deadline.run(configure_command(sources, sources / "build"), log)
-    deadline.run(build_command(sources / "build", jobs or os.cpu_count() or 1), log)
-    if missing := set(PROGRAMS) - set(programs_in(sources)):
+    deadline.run(build_command(sources / "build", jobs or os.cpu_count() or 1, programs), log)
+    if missing := set(programs) - set(programs_in(sources, programs)):
         raise ValueError(f"the build ended without {min(missing)}; see {log}")
     return sources
 

@@ -2,11 +2,11 @@
 
     python benchmarks/peers/vllm_loader.py WORK EXPORTS... [--plugin HEADS...] [--model FOLDER]
 
-Downloads vLLM's package for GPUs, 336 MB, unpacks its Python files into WORK, and lets them run with the packages of the environment
-that `vllm_cpu.py` makes; compiled parts are missing, which only decoding needs. EXPORTS are folders written by
-`headstart export --to vllm` or `--to speculators`; every tensor in them must be in the model that vLLM makes, with the same numbers.
-HEADS are folders for the plug-in of `integrations/vllm`, whose class must be accepted and connected. The exit code is 1 where
-something is refused or lost.
+Downloads vLLM's package for GPUs, 336 MB, unpacks its Python files into WORK, and lets them run with the packages of the
+environment that `vllm_cpu.py` makes; compiled parts are missing, which only decoding needs. EXPORTS are folders written by
+`headstart export --to vllm` or `--to speculators`; every tensor in them must be in the model that vLLM makes, with the same
+numbers. HEADS are folders for the plug-in of `integrations/vllm`, whose class must be accepted and connected. The exit code is 1
+where something is refused or lost.
 """
 
 import argparse

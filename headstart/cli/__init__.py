@@ -13,7 +13,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from headstart.cli import bench, chat, demo, distill, generate, import_heads, inspect, pretrain, train, tune, verify_export
+from headstart.cli import bench, chat, demo, distill, export, generate, import_heads, inspect, pretrain, train, tune, verify_export
 from headstart.cli.options import expanded
 
 INTERRUPTED = 130
@@ -112,6 +112,7 @@ for command in (
     tune.tune,
     inspect.inspect,
     bench.bench,
+    export.export,
 ):
     app.command()(expanded(command))
 app.command("import")(expanded(import_heads.bring))  # a keyword of Python, so no function has this name

@@ -1,7 +1,7 @@
-"""Shell completion: names of drafters and planners, and folders.
+"""Shell completion: names of drafters, planners and engines, and folders.
 
-Shells call it at every press of the tab key, so it must not import torch. The names of the package's drafters are repeated here;
-a test compares them.
+Shells call it at every press of the tab key, so it must not import torch. The names of the package's drafters and engines are
+repeated here; a test compares them.
 """
 
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ from pathlib import Path
 
 METHODS = ("eagle", "eagle3", "hydra", "hydra++", "medusa", "mtp", "mtp-parallel")
 DRAFTERS = ("auto", "lookup", "model:", "none")
+ENGINES = ("vllm", "speculators", "sglang", "tgi", "gguf", "hf")
 PLANNERS = ("auto", "chain:5", "full:3,2,1", "best:nodes=15,depth=6,width=4,beam=4", "tree:8", "tree:16", "tree:32", "tree:64")
 
 
@@ -30,6 +31,11 @@ def drafters(incomplete: str) -> list[str]:
 def planners(incomplete: str) -> list[str]:
     """One planner of each kind."""
     return _starting_with(PLANNERS, incomplete)
+
+
+def engines(incomplete: str) -> list[str]:
+    """Engines that heads can be exported to."""
+    return _starting_with(ENGINES, incomplete)
 
 
 def folders(incomplete: str) -> list[str]:

@@ -49,7 +49,7 @@ def export_heads(
     model = load_model(source, "auto", "cpu", trust_remote_code)
     target_info = describe_target(model, load_tokenizer(source, trust_remote_code))
     heads = native.load(folder, target_info).bind(EmbedHead(model))
-    plan = plan_chains(folder, heads.depth, f"headstart tune {folder} {model_option(target_info.name)}".strip())
+    plan = plan_chains(folder, heads.depth, f"headstart tune HEADS {model_option(target_info.name)}".strip())
     subject = Subject(heads, target_info, model, source, _dtype(dtype), plan.length)
     exporter.check(subject)
     with staged_folder(out) as staged:
@@ -88,9 +88,9 @@ def _report(exporter: Exporter, subject: Subject, plan: ChainPlan, placed: Seque
         "notes": launch_notes(exporter.name, subject.method),
         "tensors": [_entry(one, subject.dtype) for one in placed],
     }
-    model = subject.source if target.name == EMBEDDED else target.name
-    report["launch"] = shlex.join(launch_command(exporter.name, report, model, str(out)))
-    report["check"] = f"headstart verify-export {shlex.quote(str(out))} {model_option(target.name)}".strip()
+    option = "" if target.name == EMBEDDED else f" --model {shlex.quote(subject.source)}"
+    report["launch"] = shlex.join(launch_command(exporter.name, report, subject.source, str(out)))
+    report["check"] = f"headstart verify-export {shlex.quote(str(out))}{option}"
     return report
 
 

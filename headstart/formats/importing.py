@@ -12,6 +12,7 @@ from headstart.formats.detect import published_in
 from headstart.formats.native import save
 from headstart.formats.published.base import Published
 from headstart.formats.target_info import describe_target
+from headstart.formats.weights import GGUF
 from headstart.target.embed_head import EmbedHead
 from headstart.target.loading import load_model
 from headstart.target.tokenizer_loading import load_tokenizer
@@ -59,7 +60,7 @@ def import_heads(
 
 def _target_of(published: Published, source: str) -> str:
     """The target, where nobody names it: the model in the same files."""
-    if published.has_trunk:
+    if published.has_trunk and published.weights.files[0].suffix != GGUF:
         return source
     example = f", such as --target {published.base}" if published.base else ""
     raise ValueError(f"the heads in {source} draft for a model that is not with them; name it with --target{example}")

@@ -15,19 +15,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from headstart.formats import gguf_reader
 from headstart.text.jsonl import read_object
 
 TensorShape = tuple[int, ...]
 
+GGUF = ".gguf"
 PICKLES = (".pt", ".bin", ".pth")
 HEADS = ("medusa_lm_head.safetensors", "medusa_lm_head.pt", "hydra_lm_head.safetensors", "hydra_lm_head.pt")
+DRAFT_GGUF, MODEL_GGUF = "draft.gguf", "model.gguf"  # heads, and a model with heads inside, for llama.cpp
 MODELS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 class Weights:
     """Tensors by name, from one file or several; their values are read only when asked for.
 
-    files: safetensors or pickles.
+    files: safetensors, pickles, or GGUF files, whose tensors have Hugging Face's names here.
     shapes: shape of every tensor, by name.
     Raises ValueError, naming the file, for one that is damaged, wants to run code, or holds something else than named tensors.
     """
@@ -37,7 +40,7 @@ class Weights:
         self.shapes: dict[str, TensorShape] = {}
         self._read: dict[str, Callable[[], Tensor]] = {}
         for path in self.files:
-            readers = _pickle_readers(path) if path.suffix in PICKLES else _safetensors_readers(path)
+            readers = _readers(path)
             self.shapes |= {name: shape for name, (shape, _) in readers.items()}
             self._read |= {name: read for name, (_, read) in readers.items()}
 
@@ -61,10 +64,10 @@ def weights_in(path: Path) -> Weights | None:
     """
     if path.is_file():
         return Weights([path])
-    for name in (*HEADS, *MODELS):
+    for name in (*HEADS, DRAFT_GGUF, *MODELS, MODEL_GGUF):
         if (path / name).is_file():
             return Weights(_shards(path / name) if name.endswith(".index.json") else [path / name])
-    others = [file for file in sorted(path.iterdir()) if file.suffix in (".safetensors", *PICKLES)] if path.is_dir() else []
+    others = [file for file in sorted(path.iterdir()) if file.suffix in (".safetensors", GGUF, *PICKLES)] if path.is_dir() else []
     return Weights(others[:1]) if len(others) == 1 else None
 
 
@@ -93,10 +96,12 @@ def safe_in(folder: Path) -> Weights | None:
 
 
 def config_in(path: Path) -> dict[str, Any]:
-    """The `config.json` in a folder, or in the folder of a file; empty where there is none.
+    """The `config.json` in a folder, or in the folder of a file; of a GGUF file what it says itself; empty where there is none.
 
     Raises ValueError for one that is no JSON object, or whose `architectures` is no list of names.
     """
+    if (gguf := _gguf_in(path)) is not None:
+        return gguf_reader.config(gguf)
     file = (path if path.is_dir() else path.parent) / "config.json"
     if not file.is_file():
         return {}
@@ -105,6 +110,15 @@ def config_in(path: Path) -> dict[str, Any]:
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ValueError(f"{file}: architectures is {names!r}; it must be a list of names")
     return config
+
+
+def _gguf_in(path: Path) -> Path | None:
+    """The GGUF file that a path names, or that `weights_in` finds in a folder; None where it is none."""
+    if path.is_file():
+        return path if path.suffix == GGUF else None
+    if any((path / name).is_file() for name in ("config.json", *HEADS)):
+        return None
+    return next((path / name for name in (DRAFT_GGUF, MODEL_GGUF) if (path / name).is_file()), None)
 
 
 def _shards(index: Path) -> list[Path]:
@@ -118,6 +132,12 @@ def _shards(index: Path) -> list[Path]:
 
 
 _Readers = dict[str, tuple[TensorShape, Callable[[], Tensor]]]  # shape and reader of each tensor, by name
+
+
+def _readers(path: Path) -> _Readers:
+    if path.suffix == GGUF:
+        return gguf_reader.readers(path)
+    return _pickle_readers(path) if path.suffix in PICKLES else _safetensors_readers(path)
 
 
 def _safetensors_readers(path: Path) -> _Readers:

@@ -6,11 +6,10 @@ import pytest
 import torch
 import transformers as hf
 from command_line import answer
-from published_modules import read, rewritten
+from published_modules import PROMPT, decoded, kept_by_transformers, needs_modules, read, rewritten
 from safetensors.torch import load_file
 from tiny import _COMMON, REFUSED, random_model
 from transformers.cache_utils import MtpCache
-from transformers.generation.candidate_generator import MTPCandidateGenerator
 
 import headstart
 from headstart import formats
@@ -18,21 +17,12 @@ from headstart.drafters.lookup import Lookup
 from headstart.drafters.mtp import Mtp
 from headstart.drafters.parts.decoder import block_of, decoder
 from headstart.drafters.parts.losses import Batch
-from headstart.engine.drafter_loading import make
-from headstart.engine.engine import Engine
-from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Chain
 from headstart.target.embed_head import EmbedHead
 from headstart.target.hidden_states import TAKES_A_LIST
 from headstart.target.target import Target
 
-PROMPT = [5, 9, 3, 77, 12, 40, 8, 21, 33, 60]
 KINDS = [("deepseek_v3", 1), ("deepseek_v3", 2), ("glm4_moe", 2), ("mellum", 1), ("qwen3", 1), ("mimo", 1), ("mimo", 4)]
-
-
-needs_modules = pytest.mark.skipif(
-    not TAKES_A_LIST, reason="transformers before 5.23 makes its own MTP modules of fewer configurations; ours do not need them"
-)
 
 
 def drafter_of(model):
@@ -85,32 +75,13 @@ def test_swapped_norms_are_not_refused_but_change_the_logits(publish):
 @pytest.mark.parametrize(("family", "modules"), [("deepseek_v3", 1), ("deepseek_v3", 2), ("glm4_moe", 2), ("mellum", 1)])
 def test_as_many_drafts_are_accepted_in_every_round_as_by_transformers(publish, family, modules, monkeypatch):
     """`generate(use_mtp=True)` reads the same folder, accepts the same number of drafts per round, and generates the same text."""
-    model, kept = publish(family, modules).reloaded(), []
-    original = MTPCandidateGenerator.get_candidates
-
-    def record(self, *args, is_first_iteration, n_last_matches, **rest):
-        kept.extend([] if is_first_iteration else [int(n_last_matches)])
-        return original(self, *args, is_first_iteration=is_first_iteration, n_last_matches=n_last_matches, **rest)
-
-    monkeypatch.setattr(MTPCandidateGenerator, "get_candidates", record)
-    plain, theirs = (
-        model.generate(torch.tensor([PROMPT]), max_new_tokens=24, do_sample=False, use_mtp=use_mtp)[0].tolist()
-        for use_mtp in (None, True)
-    )
+    model = publish(family, modules).reloaded()
+    plain = model.generate(torch.tensor([PROMPT]), max_new_tokens=24, do_sample=False)[0].tolist()
+    theirs, kept = kept_by_transformers(model, monkeypatch)
     text, rounds = decoded(Target(model), Chain(modules))
     assert PROMPT + text == plain == theirs
     assert rounds[: len(kept)] == kept
     assert sum(kept) > 0
-
-
-def decoded(target, planner=None):
-    """The tokens after `PROMPT`, drafted by the target's own modules, and the number of drafts accepted in each round."""
-    engine = Engine(target, make("mtp", target), planner)
-    request = engine.add(PROMPT, SamplingParams(max_tokens=24, ignore_eos=True))
-    rounds = []
-    while request.finish_reason is None:
-        rounds.append(sum(len(event.tokens) for event in engine.step()) - 1)
-    return list(request.output), rounds
 
 
 @pytest.mark.parametrize(("family", "modules"), [("deepseek_v3", 2), ("qwen3", 1), ("mimo", 4)])

@@ -9,12 +9,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from headstart.formats.exports.base import AS_IT_IS, RENAMED, sha256
 from headstart.formats.exports.record import CONFORMANCE, read_record
 from headstart.formats.weights import PICKLES, Weights
 
-READABLE = (".safetensors", *PICKLES)
-INSIDE = ("mtp",)  # methods whose heads are written among the target's own tensors
+READABLE = (".safetensors", *PICKLES)  # GGUF files are read under other names than they hold
+WITH_TARGET = ("hf",)  # engines for which the target's own checkpoint is written too
 
 
 def manifest_in(folder: Path) -> dict[str, Any]:
@@ -35,7 +38,7 @@ def file_errors(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
         if not (folder / name).is_file():
             errors.append(f"{name} is missing, with {len(entries)} tensors")
         elif (folder / name).suffix in READABLE:
-            errors += _tensor_errors(Weights([folder / name]), name, entries, is_whole=manifest["method"] not in INSIDE)
+            errors += _tensor_errors(Weights([folder / name]), name, entries, is_whole=manifest["engine"] not in WITH_TARGET)
     return errors
 
 
@@ -64,17 +67,26 @@ def import_errors(heads: Path, manifest: Mapping[str, Any]) -> list[str]:
     entries = {entry["ours"]: entry for entry in manifest["tensors"] if entry["ours"] is not None}
     errors = [f"imported again, the heads lack {name}" for name in entries if name not in weights.shapes]
     for name in sorted(weights.shapes.keys() & entries.keys()):
-        if entries[name]["how"] in (AS_IT_IS, RENAMED) and sha256(weights[name]) != entries[name]["sha256"]:
+        if entries[name]["how"] in (AS_IT_IS, RENAMED) and _hash(weights[name], entries[name]["dtype"]) != entries[name]["sha256"]:
             errors.append(f"imported again, {name} has other numbers than were written")
     return errors + [
         f"imported again, the heads have {name}, which was not exported" for name in sorted(weights.shapes.keys() - entries.keys())
     ]
 
 
-def imported(folder: Path, model: str | None, out: Path, trust_remote_code: bool) -> Path:
-    """Native heads in `out`, imported from an export. Raises ValueError where they cannot be imported."""
+def _hash(tensor: Tensor, dtype: str) -> str:
+    """The hash of a tensor in the dtype in which it was written: some formats want norms in float32, whatever they were."""
+    return sha256(tensor.to(getattr(torch, dtype)))
+
+
+def imported(folder: Path, engine: str, model: str | None, out: Path, trust_remote_code: bool) -> Path:
+    """Native heads in `out`, imported from an export for an engine. Raises ValueError where they cannot be imported.
+
+    model: their target; None: the embedded one, or the one in the export.
+    """
     from headstart.formats.importing import import_heads
     from headstart.target.loading import embedded
 
-    import_heads(str(folder), model or str(embedded("target")), str(out), trust_remote_code=trust_remote_code)
+    target = model or (None if engine in WITH_TARGET else str(embedded("target")))
+    import_heads(str(folder), target, str(out), trust_remote_code=trust_remote_code)
     return out

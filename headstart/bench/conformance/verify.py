@@ -67,7 +67,7 @@ def verify(folder: str | Path, plan: ours.Plan, python: str | None = None) -> Ve
     folder, python = Path(folder), python or sys.executable
     manifest = manifest_in(folder)
     errors = file_errors(folder, manifest)
-    notes = [f"{name} was not opened" for name in unread(manifest)]
+    notes = [f"{name} was compared only as the heads that are imported from it" for name in unread(manifest)]
     found = Verification(
         folder=str(folder),
         method=manifest["method"],
@@ -81,7 +81,7 @@ def verify(folder: str | Path, plan: ours.Plan, python: str | None = None) -> Ve
     if errors:
         return found
     with tempfile.TemporaryDirectory(prefix="headstart-verify-") as temporary:
-        heads = imported(folder, plan.model, Path(temporary) / "heads", plan.trust_remote_code)
+        heads = imported(folder, found.engine, plan.model, Path(temporary) / "heads", plan.trust_remote_code)
         found = replace(found, errors=tuple(import_errors(heads, manifest)))
         version, note = _engine(manifest, python)
         if version is None or found.errors:
@@ -96,7 +96,7 @@ def _engine(manifest: Mapping[str, Any], python: str) -> tuple[str | None, str]:
     engine, method = manifest["engine"], manifest["method"]
     if engine not in VLLM_READS:
         return None, f"{engine} was not run: only vLLM can be, so the files alone were checked, against {manifest['reader']}"
-    if method in ("mtp",):
+    if method == "mtp":
         return None, "vLLM was not run: modules inside a whole model are compared as files only"
     version = vllm_process.version(python)
     return version, "" if version else f"vLLM was not run: {python} has none; name the Python that has it with --python"

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from headstart.formats.exports.base import Exporter
+from headstart.formats.exports.gguf import Gguf
+from headstart.formats.exports.hf import HuggingFace
 from headstart.formats.exports.sglang import Sglang
 from headstart.formats.exports.speculators import Speculators
 from headstart.formats.exports.tgi import Tgi
 from headstart.formats.exports.vllm import Vllm
 
-EXPORTERS: dict[str, Exporter] = {exporter.name: exporter for exporter in (Vllm(), Speculators(), Sglang(), Tgi())}
+EXPORTERS: dict[str, Exporter] = {
+    exporter.name: exporter for exporter in (Vllm(), Speculators(), Sglang(), Tgi(), Gguf(), HuggingFace())
+}
 
 
 def exporter_for(engine: str, method: str) -> Exporter:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from headstart.formats.exports.engine_options import SGLANG, VLLM
+from headstart.formats.weights import DRAFT_GGUF, MODEL_GGUF
 
 
 def launch_command(engine: str, conformance: Mapping[str, Any], model: str, folder: str) -> list[str]:
@@ -54,6 +55,21 @@ def _tgi(conformance: Mapping[str, Any], model: str, folder: str) -> list[str]:
     return ["text-generation-launcher", *_flat({"--model-id": folder, "--speculate": conformance["chain"]})]
 
 
+def _llama_cpp(conformance: Mapping[str, Any], model: str, folder: str) -> list[str]:
+    """The target is in the folder too."""
+    files = {"-m": f"{folder}/{MODEL_GGUF}"}
+    if conformance["method"] == "eagle3":
+        files["-md"] = f"{folder}/{DRAFT_GGUF}"
+    options = {**files, "--spec-type": f"draft-{conformance['method']}", "--spec-draft-n-max": conformance["chain"]}
+    return ["llama-server", *_flat(options)]
+
+
+def _checkpoint(conformance: Mapping[str, Any], model: str, folder: str) -> list[str]:
+    """The folder is a model with modules inside, each of which drafts one token."""
+    config = {"method": VLLM["mtp"], "num_speculative_tokens": conformance["settings"]["num_modules"]}
+    return ["vllm", "serve", folder, "--speculative-config", json.dumps(config)]
+
+
 def _flat(options: Mapping[str, str | int]) -> Sequence[str]:
     return [str(part) for pair in options.items() for part in pair]
 
@@ -63,9 +79,16 @@ _COMMANDS: dict[str, Callable[[Mapping[str, Any], str, str], list[str]]] = {
     "speculators": _vllm,
     "sglang": _sglang,
     "tgi": _tgi,
+    "gguf": _llama_cpp,
+    "hf": _checkpoint,
 }
 
 _NOTES: dict[tuple[str, str], tuple[str, ...]] = {
     ("vllm", "medusa"): ("vLLM has Medusa up to version 0.32; later versions need the plug-in in integrations/vllm",),
+    ("hf", "mtp"): (
+        "transformers 5.23 reads them with generate(use_mtp=True), vLLM 0.32 and SGLang those of DeepSeek-V3, GLM-4.5 and MiMo",
+        "vLLM gives a module of GLM-4.5 its own state before the last norm, and one of MiMo none: there draft one token per module",
+    ),
+    ("gguf", "eagle3"): ("model.gguf is not quantized; llama-quantize of llama.cpp makes it smaller, with other answers",),
     ("sglang", "eagle3"): ("SGLang before May 2026 drops fc_norm and norm_output without a word; use 0.5.23 or later",),
 }

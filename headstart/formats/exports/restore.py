@@ -39,7 +39,7 @@ def restored(published: Published, record: Mapping[str, Any]) -> Published:
     settings = record.get("settings")
     if published.refused or record.get("method") != published.method or not isinstance(settings, dict):
         return published
-    own = {name: value for name, value in published.settings.items() if value is not None}
+    own = {name: value for name, value in published.settings.items() if value is not None and name not in _OF_DRAFTING}
     lacking = {name: value for name, value in settings.items() if name not in own and name not in _OF_TENSORS}
     merged = {**published.settings, **lacking, **_block(published.settings, settings)}
     try:
@@ -51,6 +51,7 @@ def restored(published: Published, record: Mapping[str, Any]) -> Published:
     return replace(heads, convention=convention) if isinstance(heads, Eagle3Head) and convention else heads
 
 
+_OF_DRAFTING = ("depth",)  # settings that no file holds; what a reader takes instead is a default
 _OF_TENSORS = ("draft_vocab",)  # settings that only the tensors decide, where they say nothing too
 
 

@@ -30,6 +30,11 @@ class Speculators:
         layer.check_context(subject, NAME)
         layer.check_embedding(subject, NAME)
         layer.check_layer(subject, NAME, has_biases=True, has_many=True)
+        if is_wide(subject):
+            raise ValueError(
+                f"these heads' layer has a hidden size of {layer.layer_config(subject).hidden_size}, their target one of "
+                f"{subject.target_info.hidden}, and speculators loads heads of the target's only; export them with --to vllm"
+            )
         check_fc_bias(subject, NAME, "fc_bias")
         check_taps(subject, NAME)
 
@@ -54,7 +59,6 @@ def _config(subject: Subject) -> dict[str, Any]:
         },
         "transformer_layer_config": {**layer.llama_keys(subject), **num_taps(subject)},
         "draft_vocab_size": subject.config.draft_vocab or subject.target_info.vocab,
-        "target_hidden_size": subject.target_info.hidden if is_wide(subject) else None,
         **input_ids(subject),
         **switches(subject),
         "embed_requires_grad": False,

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from headstart.formats.gguf_reader import ARCHITECTURE
 from headstart.formats.published import layer_config
 from headstart.formats.published.base import MAX, Published, base_of, disagreements
 from headstart.formats.published.eagle import STORED_EMBEDDING, Unprefixed, is_other, tensor_names
@@ -34,7 +35,7 @@ def match(weights: Weights, config: Mapping[str, Any]) -> Published | None:
     heads = Eagle3Head(
         weights=weights,
         method="eagle3",
-        layout="EAGLE-3 heads" + (" as speculators stores them" if _is_of_speculators(config) else ""),
+        layout="EAGLE-3 heads" + _storage(config),
         settings={},
         hidden=0,
         vocab=None,
@@ -90,7 +91,7 @@ class _SettingsReader:
             notes=tuple(self._doubts(vocab)),
             count=self.count,
             numbers=layer_numbers(self.config),
-            convention="inputs" if _is_of_speculators(self.config) else None,
+            convention="inputs" if _is_of_speculators(self.config) or ARCHITECTURE in self.config else None,
         )
 
     def _vocab(self) -> int | None:
@@ -191,6 +192,13 @@ def _is_eagle3(unprefixed: Unprefixed, config: Mapping[str, Any]) -> bool:
     is_called = re.search(r"eagle3|peagle", called, re.IGNORECASE) is not None
     prefixes = ("midlayer.", "layers.0.hidden_norm.", OFFSETS, "fc_norm.0.", "mask_hidden", *_OLD_NORMS)
     return is_called or any(name.startswith(prefixes) for name in unprefixed.full)
+
+
+def _storage(config: Mapping[str, Any]) -> str:
+    """Who stores heads like this, where it is not their authors' way."""
+    if ARCHITECTURE in config:
+        return " as llama.cpp stores them"
+    return " as speculators stores them" if _is_of_speculators(config) else ""
 
 
 def _is_of_speculators(config: Mapping[str, Any]) -> bool:

@@ -139,7 +139,7 @@ class Modules(Published):
         return max(known, key=lambda shapes: sum(stage + self.naming.layer + name in self.weights.shapes for name in shapes))
 
     def _untrained(self, target_config: Any) -> Any:
-        settings = {**self.settings, "block": _block(target_config)}
+        settings = {**self.settings, "block": layer_settings(target_config)}
         return self.kind(self.kind.config_type.model_validate(settings), self.hidden, self.vocab or 1)
 
     def read(self, target_info: TargetInfo, target_config: Any) -> Heads:
@@ -264,7 +264,7 @@ def _unsupported(target_config: Any) -> str | None:
     return None
 
 
-def _block(target_config: Any) -> dict[str, Any]:
+def layer_settings(target_config: Any) -> dict[str, Any]:
     """Settings of a module's decoder layer: as transformers describes it, else like the model's last layer."""
     text = target_config.get_text_config()
     return block_of(text.get_mtp_config() if getattr(text, "num_mtp_layers", None) else text)
