@@ -1,6 +1,6 @@
 """Exported heads in vLLM and here: in every round both engines must keep the same number of drafts.
 
-    python benchmarks/peers/referee.py WORK [--model FOLDER] HEADS... [--plugin HEADS...] [--prompts questions] [--limit 16]
+    python benchmarks/peers/referee.py WORK [--model FOLDER] HEADS... [--plugin HEADS...] [--prompts questions] [--limit 8]
 
 In fp32 at temperature 0, one request at a time, on the CPU. vLLM is installed as `vllm_cpu.py` does, in an environment of its
 own in WORK, with the plug-in of `integrations/vllm`, which drafts with the heads after --plugin as they are. EAGLE-3 heads are
@@ -68,7 +68,8 @@ def judge(arguments: argparse.Namespace) -> Iterator[tuple[str, Comparison]]:
     python = vllm_cpu.ensure_installed(arguments.work, deadline)
     if arguments.plugin:
         ensure_plugin(python, deadline, arguments.work / "install.log")
-    plan = ours.Plan(arguments.model, (arguments.prompts,), arguments.limit, arguments.max_tokens, arguments.drafts)
+    prompts = tuple(arguments.prompts) or ("questions", "stories")
+    plan = ours.Plan(arguments.model, prompts, arguments.limit, arguments.max_tokens, arguments.drafts)
     yield from texts(plan, python)
     for heads in arguments.heads:
         yield from exported(heads, plan, arguments.work, python)
@@ -97,8 +98,8 @@ def main() -> None:
         "--model", help="with heads of 64 or 128 channels, which vLLM's CPU kernels read; default: the embedded model"
     )
     parser.add_argument("--plugin", type=Path, nargs="*", default=[], help="folders of medusa or hydra heads for the plug-in")
-    parser.add_argument("--prompts", default="questions")
-    parser.add_argument("--limit", type=int, default=16)
+    parser.add_argument("--prompts", action="append", default=[], help="as for `headstart bench`; default: questions and stories")
+    parser.add_argument("--limit", type=int, default=8, help="prompts of each set")
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--drafts", type=int, default=4)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
