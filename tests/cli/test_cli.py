@@ -48,6 +48,7 @@ FROZEN = {
     "inspect": {"--device", "--model", "--probe", "--trust-remote-code", "--json"},
     "distill": MODEL | DRAFTING | DISTILL | {"--json"},
     "export": {"--to", "--out", "--model", "--dtype", "--trust-remote-code", "--json"},
+    "verify-export": {"--model", "--python", "--prompts", "--limit", "--max-tokens", "--chain", "--trust-remote-code", "--json"},
     "import": {"--target", "--out", "--taps", "--trust-remote-code", "--json"},
     "tune": MODEL
     | {"--prompts", "--limit", "--max-tokens", "--temperature", "--rows", "--decode", "--no-decode", "--hardware", "--seed"}
