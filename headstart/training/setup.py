@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from headstart.target.loading import load_model
 from headstart.text.conversations import read_examples
 from headstart.training.batching import BatchOrder, num_batches
 from headstart.training.dataset import Dataset, split
@@ -22,6 +23,7 @@ from headstart.training.packing import Packed
 from headstart.training.run_config import BUDGETS, RunConfig, TrainConfig
 from headstart.training.run_log import RunLog, SummarizeMetrics, summarize_metrics
 from headstart.training.run_state import HOME, Checkpoints, Identity, State
+from headstart.training.sharding import is_sharded, load_sharded, switch_on_deepspeed, switch_on_fsdp, uses_deepspeed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -81,10 +83,23 @@ def start_accelerator(config: RunConfig) -> Accelerator:
         )
     except (ValueError, ImportError) as error:
         raise ValueError(f"accelerate refuses precision={config.precision}, tracker={config.tracker}: {error}") from None
+    switch_on_fsdp(accelerator)
+    if uses_deepspeed(accelerator) and config.precision != "no":
+        raise ValueError(f"with DeepSpeed heads are trained in float32, not with precision={config.precision}; leave it out, or use FSDP2")
+    switch_on_deepspeed(accelerator, config.clip)
     # accelerate warns of tied weights. It saves them once and restores them; the tests compare resumed runs to the bit.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     set_seed(config.seed, device_specific=True)
     return accelerator
+
+
+def load_target(config: TrainConfig, dtype: str, accelerator: Accelerator) -> PreTrainedModel:
+    """The target on this process's device: whole, or its share where weights are divided among processes."""
+
+    def load(device: str) -> PreTrainedModel:
+        return load_model(config.target, dtype, device, config.trust_remote_code)
+
+    return load_sharded(load, accelerator) if is_sharded(accelerator) else load(str(accelerator.device))
 
 
 def fitting_length(length: int | None, model: PreTrainedModel) -> int:

@@ -17,7 +17,7 @@ from headstart.drafters.parts.losses import Objective
 from headstart.drafters.registry import method
 from headstart.formats import TargetInfo, describe_target, save
 from headstart.target.embed_head import EmbedHead
-from headstart.target.loading import load_model, stored_dtype
+from headstart.target.loading import stored_dtype
 from headstart.target.tokenizer_loading import load_tokenizer
 from headstart.text.tokenizer import special_ids
 from headstart.training.config_file import resolve, validate
@@ -28,7 +28,17 @@ from headstart.training.medusa2 import Medusa2, Medusa2Config, perplexity
 from headstart.training.output import TRUNK, save_trunk, training_record
 from headstart.training.run_config import TrainConfig
 from headstart.training.run_log import RunLog
-from headstart.training.setup import begin, check_out, fitting_length, make_loop, make_source, read_dataset, start_accelerator
+from headstart.training.setup import (
+    begin,
+    check_out,
+    fitting_length,
+    load_target,
+    make_loop,
+    make_source,
+    read_dataset,
+    start_accelerator,
+)
+from headstart.training.sharding import is_sharded
 from headstart.training.warm_start import warm_start, warm_start_settings
 
 if TYPE_CHECKING:
@@ -113,9 +123,10 @@ class RunInputs:
     def read(cls, config: TrainConfig, recipe: Recipe) -> RunInputs:
         """Start the processes, load the target and read the texts."""
         accelerator = start_accelerator(config)
+        _check_processes(config, accelerator)
         log = RunLog(config.out, accelerator.is_main_process)
         dtype = "float32" if recipe.medusa2 and config.dtype == "auto" else config.dtype  # bf16 rounds small steps away
-        model = load_model(config.target, dtype, str(accelerator.device), config.trust_remote_code)
+        model = load_target(config, dtype, accelerator)
         tokenizer = load_tokenizer(config.target, config.trust_remote_code)
         config = config.model_copy(update={"length": fitting_length(config.length, model)})
         embed_head, target_info = EmbedHead(model), describe_target(model, tokenizer)
@@ -241,6 +252,13 @@ class TrainRun:
             **({} if self.coverage is None else {"coverage": round(self.coverage, 5)}),
             **measured,
         }
+
+
+def _check_processes(config: TrainConfig, accelerator: Accelerator) -> None:
+    """Raise ValueError for what needs a whole target on one process where the target is divided among them."""
+    for key, what in (("joint", "trains the target"), ("decode_every", "decodes with it")):
+        if is_sharded(accelerator) and getattr(config, key) is not None:
+            raise ValueError(f"the target is divided among processes, and {key} {what} on each; leave {key} out, or start without FSDP2")
 
 
 def _loss_module(inputs: RunInputs, recipe: Recipe, heads: Any) -> Any:
