@@ -23,7 +23,7 @@ from headstart.training.packing import Packed
 from headstart.training.run_config import BUDGETS, RunConfig, TrainConfig
 from headstart.training.run_log import RunLog, SummarizeMetrics, summarize_metrics
 from headstart.training.run_state import HOME, Checkpoints, Identity, State
-from headstart.training.sharding import is_sharded, load_sharded, switch_on_deepspeed, switch_on_fsdp, uses_deepspeed
+from headstart.training.sharding import is_sharded, load_sharded, switch_on_deepspeed, switch_on_fsdp
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -84,9 +84,7 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     except (ValueError, ImportError) as error:
         raise ValueError(f"accelerate refuses precision={config.precision}, tracker={config.tracker}: {error}") from None
     switch_on_fsdp(accelerator)
-    if uses_deepspeed(accelerator) and config.precision != "no":
-        raise ValueError(f"with DeepSpeed heads are trained in float32, not with precision={config.precision}; leave it out, or use FSDP2")
-    switch_on_deepspeed(accelerator, config.clip)
+    switch_on_deepspeed(accelerator, config.clip, config.precision)
     # accelerate warns of tied weights. It saves them once and restores them; the tests compare resumed runs to the bit.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     set_seed(config.seed, device_specific=True)

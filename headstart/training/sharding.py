@@ -38,19 +38,26 @@ def switch_on_fsdp(accelerator: Accelerator) -> None:
     state.fsdp_plugin.mixed_precision_policy = None
 
 
-def switch_on_deepspeed(accelerator: Accelerator, clip: float | None) -> None:
+def switch_on_deepspeed(accelerator: Accelerator, clip: float | None, precision: str) -> None:
     """Tell DeepSpeed, where the launcher asked for it, what accelerate does elsewhere.
 
-    clip: greatest norm of the gradient; None: not clipped. Raises ValueError for mixed precision.
+    clip: greatest norm of the gradient; None: not clipped. precision: mixed precision of the run.
+    Raises ValueError for mixed precision, and for ZeRO-3: it takes weights away between the parts of a loss, each of which is
+    differentiated inside the forward.
     """
-    plugin = accelerator.state.deepspeed_plugin if uses_deepspeed(accelerator) else None
-    if plugin is None:
+    if not uses_deepspeed(accelerator):
         return
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin.zero_stage == 3:
+        raise ValueError(
+            "heads cannot be trained at DeepSpeed's zero_stage 3; set it to 2, at which the target's layers are divided all the same"
+        )
+    if precision != "no":
+        raise ValueError(f"with DeepSpeed heads are trained in float32, not with precision={precision}; leave it out, or use FSDP2")
     from transformers.integrations import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()  # else transformers would divide the target by a mechanism that needs an engine of its own
     plugin.deepspeed_config |= {"gradient_clipping": clip or 0.0, "train_micro_batch_size_per_gpu": 1}
-    plugin.deepspeed_config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
 
 
 def uses_deepspeed(accelerator: Accelerator) -> bool:
@@ -59,9 +66,8 @@ def uses_deepspeed(accelerator: Accelerator) -> bool:
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether weights are divided among processes: by FSDP2, or by DeepSpeed at ZeRO stage 3."""
-    plugin = accelerator.state.deepspeed_plugin if uses_deepspeed(accelerator) else None
-    return bool(accelerator.state.is_fsdp2 or (plugin is not None and plugin.zero_stage == 3))
+    """Whether the target's layers are divided among processes: where the launcher asked for FSDP2 or DeepSpeed."""
+    return bool(accelerator.state.is_fsdp2 or uses_deepspeed(accelerator))
 
 
 def load_sharded(load: Callable[[str], PreTrainedModel], accelerator: Accelerator) -> PreTrainedModel:
