@@ -13,7 +13,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from headstart.cli import bench, chat, demo, distill, generate, import_heads, inspect, pretrain, train, tune
+from headstart.cli import bench, chat, demo, distill, features, generate, import_heads, inspect, pretrain, train, tune
 from headstart.cli.options import expanded
 
 INTERRUPTED = 130
@@ -107,6 +107,7 @@ for command in (
     generate.generate,
     chat.chat,
     distill.distill,
+    features.features,
     train.train,
     pretrain.pretrain,
     tune.tune,
