@@ -1,7 +1,7 @@
 """Memory, disk and time of training heads, by method and size of the target: the tables of docs/scaling.md.
 
-    python benchmarks/scaling.py                                # the page's tables
-    python benchmarks/scaling.py --target FOLDER --tokens 4096  # of another target, and other batches
+python benchmarks/scaling.py                                # the page's tables
+python benchmarks/scaling.py --target FOLDER --tokens 4096  # of another target, and other batches
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def tables(configs: dict[str, Any], tokens: int) -> Iterator[str]:
 
 
 HEAD = (
-    "| method | trained weights | 1 GPU | 8 GPUs, FSDP2 | 64 GPUs, FSDP2 | 1 GPU, stored features | features on disk | GPU hours, beside | of it, target |\n"
+    "| method | trained weights | 1 GPU | 8 GPUs, FSDP2 | 64 GPUs, FSDP2 | 1 GPU, stored features | features on disk | "
+    "GPU hours, beside | of it, target |\n"
     "|---|---|---|---|---|---|---|---|---|"
 )
 

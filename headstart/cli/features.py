@@ -13,7 +13,8 @@ from headstart.cli.options import Json, Trust, quieten
 def features(
     *,
     data: Annotated[
-        list[Path], typer.Argument(help="Texts, as for train: JSONL (distilled, messages or text) or plain text.", show_default=False)
+        list[Path],
+        typer.Argument(help="Texts as for train: JSONL (distilled, messages or text) or plain text.", show_default=False),
     ],
     target: Annotated[
         str | None, typer.Option(help="Folder or hub id of the model.", show_default="embedded", autocompletion=complete.folders)
@@ -33,7 +34,7 @@ def features(
     held_out: Annotated[
         Path | None, typer.Option(help="File of held-out texts, if train will name one.", show_default="none")
     ] = None,
-    length: Annotated[int | None, typer.Option(help="Maximum number of tokens of a text.", show_default="512, or what fits")] = None,
+    length: Annotated[int | None, typer.Option(help="Maximum tokens of a text.", show_default="512, or what fits")] = None,
     any_target: Annotated[bool, typer.Option("--any-target", help="Also answers that other models gave.")] = False,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16", "float64"], typer.Option(help="Data type of the target and the features.")
@@ -45,8 +46,8 @@ def features(
 ) -> None:
     """Write a target's hidden states for training heads.
 
-    Runs the target once over the texts. `train --features FOLDER` then loads only its embedding and LM head, so the target need not fit
-    beside its trainer. An interrupted run continues where it stopped: run the same command again.
+    Runs the target once over the texts. `train --features FOLDER` then loads only its embedding and LM head, so the target need not
+    fit beside its trainer. An interrupted run continues where it stopped: run the same command again.
 
     Example: headstart features answers.jsonl --target ./talk13M --method eagle3 --out ./features
     """
@@ -56,8 +57,8 @@ def features(
 
     quieten()
     keys = {
-        "data": data, "held_out": held_out, "out": out, "target": target or _embedded(), "methods": method or (), "taps": taps or (),
-        "length": length, "any_target": any_target, "dtype": dtype, "device": device, "threads": threads,
+        "data": data, "held_out": held_out, "out": out, "target": target or _embedded(), "methods": method or (),
+        "taps": taps or (), "length": length, "any_target": any_target, "dtype": dtype, "device": device, "threads": threads,
         "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     store = write_features(validate(FeaturesConfig, keys, "features"))

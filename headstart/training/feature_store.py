@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -116,7 +116,7 @@ class Store:
         for number in range(len(self.manifest.shards)):
             file, ends = self._shard(number)
             tokens, mask = file.get_tensor("tokens").tolist(), file.get_tensor("loss_mask").tolist()
-            bounds = zip(ends, ends[1:], strict=False)
+            bounds = pairwise(ends)
             texts += [Text(tuple(tokens[start:end]), tuple(map(bool, mask[start:end]))) for start, end in bounds]
         return texts
 
@@ -197,7 +197,8 @@ def check_texts(store: Store, dataset: Dataset) -> None:
         names = ", ".join(store.manifest.data) or "other files"
         raise ValueError(
             f"the features in {store.folder} are of {sum(store.manifest.shards)} texts (from {names}, cut at "
-            f"{store.manifest.length} tokens), and the data gives {len(dataset.texts)} others; leave --data out to train on those of the store"
+            f"{store.manifest.length} tokens), and the data gives {len(dataset.texts)} others; leave --data out to train on "
+            "those of the store"
         )
 
 

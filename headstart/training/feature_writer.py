@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 SHARD_TOKENS = 16_384  # a shard is at most 1 GiB with four layers of 8,192 in bfloat16
 BATCH_TOKENS = 8_192  # of one forward, with padding
-DATA = ("tokens", "loss_mask", "lengths", "states")
 
 
 class Writer:
@@ -149,8 +148,8 @@ class Writer:
         needed, free = self._num_bytes(missing), shutil.disk_usage(self.folder).free
         if needed > free:
             raise ValueError(
-                f"the features that are missing need {_gib(needed)} GiB in {self.folder}, where {_gib(free)} are free; make room, or "
-                "name another folder"
+                f"the features that are missing need {_gib(needed)} GiB in {self.folder}, where {_gib(free)} are free; make room, "
+                "or name another folder"
             )
 
     def _write_manifest(self, manifest: Manifest) -> None:

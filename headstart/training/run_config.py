@@ -129,7 +129,7 @@ class TrainConfig(RunConfig):
     loss: weights of the objective.
     joint: keys of `Medusa2Config`, to train the target with its heads; None: the target is frozen.
     data: may be left out where `features` is a store that was written; its texts are then those of the run.
-    features: folder of a feature store, written first where it is not; None: features (tapped hidden states) are computed as needed.
+    features: folder of a feature store, which is written first; None: features (tapped hidden states) are computed as needed.
     dtype: of the target.
     decode_every: steps between two real decodes; None: never.
     decode_prompts, decode_tokens: prompts of such a decode, and tokens of each answer.

@@ -138,15 +138,14 @@ def read_dataset(
         log.print(f"data: {report}")
         return examples
 
+    if store is not None and not config.data:
+        if not isinstance(config.held_out, float):
+            raise ValueError(f"held_out is {config.held_out}, and the texts are those of the features; give a share, or name data")
+        return split(store.texts(), config.held_out)
     held_out = read([config.held_out]) if isinstance(config.held_out, Path) else config.held_out or 0.0
-    if store is None:
-        return split(read(config.data), held_out)
-    if not config.data:
-        if isinstance(held_out, float):
-            return split(store.texts(), held_out)
-        raise ValueError(f"held_out is {config.held_out}, and the texts are those of the features; give a share of them, or name data")
     dataset = split(read(config.data), held_out)
-    check_texts(store, dataset)
+    if store is not None:
+        check_texts(store, dataset)
     return dataset
 
 

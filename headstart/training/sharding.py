@@ -50,7 +50,7 @@ def switch_on_deepspeed(accelerator: Accelerator, clip: float | None, precision:
     plugin = accelerator.state.deepspeed_plugin
     if plugin.zero_stage == 3:
         raise ValueError(
-            "heads cannot be trained at DeepSpeed's zero_stage 3; set it to 2, at which the target's layers are divided all the same"
+            "heads cannot be trained at DeepSpeed's zero_stage 3; set it to 2, where the target's layers are divided all the same"
         )
     if precision != "no":
         raise ValueError(f"with DeepSpeed heads are trained in float32, not with precision={precision}; leave it out, or use FSDP2")

@@ -52,8 +52,8 @@ def load_without_layers(path: str, store: Store, device: str, trust_remote_code:
         model = load_model(path, dtype, "cpu", trust_remote_code)
     if digest(model) != manifest.target.digest:
         raise ValueError(
-            f"the features in {store.folder} are of {manifest.target.name} (digest {manifest.target.digest}), and the target {path} has "
-            f"other weights (digest {digest(model)}); name the target that they are of, or write features of this one"
+            f"the features in {store.folder} are of {manifest.target.name} (digest {manifest.target.digest}), and the target "
+            f"{path} has other weights (digest {digest(model)}); name the target that they are of, or write features of this one"
         )
     keep_digest(model)
     _remove_layers(model)
@@ -62,7 +62,7 @@ def load_without_layers(path: str, store: Store, device: str, trust_remote_code:
 
 
 def _read(path: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel | None:
-    """A model whose weights outside its layers are loaded, and those of the three layers of its digest; the others are on no device.
+    """A model whose weights outside its layers are loaded, and those of the layers in its digest; the others are on no device.
 
     None where the files hold other names than the model, or weights that are not plain.
     """
@@ -78,6 +78,7 @@ def _read(path: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedM
         return None
     with init_empty_weights(include_buffers=False):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    model.tie_weights()
     names = _wanted(model)
     if not names <= files.keys():
         return None
@@ -88,8 +89,10 @@ def _read(path: str, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedM
 
 
 def _wanted(model: nn.Module) -> set[str]:
-    """Names of the weights outside the layers, and of those in the first, the middle and the last layer."""
-    names = {name: LAYER_NUMBER.search(name) for name, _ in model.named_parameters()}
+    """Names of the weights outside the layers, and of the matrices in the first, the middle and the last layer."""
+    numbered = {name: LAYER_NUMBER.search(name) for name, _ in model.named_parameters()}
+    is_sampled = {name: weight.ndim == 2 and name.endswith(".weight") for name, weight in model.named_parameters()}
+    names = {name: number for name, number in numbered.items() if number is None or is_sampled[name]}
     numbers = sorted({int(number[1]) for number in names.values() if number})
     sampled = {numbers[0], numbers[len(numbers) // 2], numbers[-1]}
     return {name for name, number in names.items() if number is None or int(number[1]) in sampled}

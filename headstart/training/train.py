@@ -270,7 +270,8 @@ def _check_processes(config: TrainConfig, accelerator: Accelerator, store: Store
     for key, what in (("joint", "trains the target"), ("decode_every", "decodes with it")):
         if is_sharded(accelerator) and getattr(config, key) is not None:
             raise ValueError(
-                f"the target is divided among processes, and {key} {what} on each; leave {key} out, or start without FSDP2 and DeepSpeed"
+                f"the target is divided among processes, and {key} {what} on each; leave {key} out, or start without "
+                "FSDP2 and DeepSpeed"
             )
     if store is None:
         return

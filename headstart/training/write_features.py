@@ -1,7 +1,7 @@
 """Writing the features of a target for training: the target is run once over the texts, beside no trainer.
 
-It works under `accelerate launch` on any number of processes; under FSDP2 the target's layers are divided among them. The module must
-not import `headstart.engine` or `headstart.cli`.
+It works under `accelerate launch` on any number of processes; under FSDP2 the target's layers are divided among them. The module
+must not import `headstart.engine` or `headstart.cli`.
 """
 
 from __future__ import annotations

@@ -20,7 +20,16 @@ from headstart.training import sharding
 from headstart.training.train import resolve, train
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "accelerate"
-ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0", "--config_file"]
+ACCELERATE = [
+    sys.executable,
+    "-m",
+    "accelerate.commands.launch",
+    "--num_processes",
+    "2",
+    "--main_process_port",
+    "0",
+    "--config_file",
+]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 FSDP2 = [*ACCELERATE, str(RECIPES / "fsdp2.yaml")]
 # The last step has one batch for two processes, and held-out texts are three.
@@ -72,7 +81,7 @@ def test_two_processes_train_like_one_with_twice_the_batches(asked, command, tmp
 def test_each_process_keeps_its_share_of_the_target_and_gives_the_same_bits(tmp_path):
     """Layers are divided; embedding, norm and LM head are not, because heads use them outside the forward."""
     program = tmp_path / "share.py"
-    program.write_text(SHARE.format(tests=Path(__file__).parents[1]))
+    program.write_text(SHARE.format(tests=str(Path(__file__).parents[1])))
     shares = [json.loads(line) for line in run([*TORCHRUN, str(program)]).stdout.splitlines()]
     assert len(shares) == 2
     for share in shares:
@@ -173,13 +182,10 @@ def test_what_needs_a_whole_target_is_refused_where_it_is_divided(asked, monkeyp
         train(resolve(None, asked(**keys)), decode=lambda *_: 1.0)
 
 
-@pytest.mark.slow
-def test_fsdp1_is_refused(command, tmp_path):
-    recipe = tmp_path / "fsdp1.yaml"
-    recipe.write_text((RECIPES / "fsdp2.yaml").read_text().replace("fsdp_version: 2", "fsdp_version: 1").replace("true", "FULL_SHARD"))
-    finished = subprocess.run(command([*ACCELERATE, str(recipe)], out=tmp_path / "heads"), capture_output=True, text=True)
-    assert finished.returncode != 0
-    assert "headstart: this is FSDP1, and heads are trained with FSDP2; write fsdp_version: 2" in finished.stderr
+def test_fsdp1_is_refused():
+    state = type("State", (), {"distributed_type": DistributedType.FSDP, "is_fsdp2": False})()
+    with pytest.raises(ValueError, match="this is FSDP1, and heads are trained with FSDP2; write fsdp_version: 2"):
+        sharding.switch_on_fsdp(type("Processes", (), {"state": state})())
 
 
 class DeepSpeed:
@@ -200,5 +206,3 @@ def test_deepspeed_clips_as_the_run_says_and_refuses_what_it_cannot_do():
         sharding.switch_on_deepspeed(DeepSpeed(3), 0.5, "no")
     with pytest.raises(ValueError, match="not with precision=bf16; leave it out, or use FSDP2"):
         sharding.switch_on_deepspeed(DeepSpeed(2), 0.5, "bf16")
-
-

@@ -104,11 +104,12 @@ def test_training_on_features_is_training_beside_the_target_to_the_bit(asked, wr
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "deepseek_v3", "cohere"])
-def test_a_target_without_layers_embeds_and_projects_like_the_whole_one(tmp_path, name):
+def test_a_target_without_layers_embeds_and_projects_like_the_whole_one(tmp_path, monkeypatch, name):
     """Its digest, too, is that of the whole one; scaled embeddings and logits are kept."""
     random_model(ARCHITECTURES[name](), torch.float32).save_pretrained(tmp_path / "model")
     whole = load_model(tmp_path / "model", device="cpu")
     store = filled(tmp_path / "store", Online(whole, TAPS))
+    monkeypatch.setattr(stored_target, "load_model", lambda *_: pytest.fail("all of it was loaded"))
     part = load_without_layers(str(tmp_path / "model"), store, "cpu")
     one, other = EmbedHead(whole), StoredEmbedHead(part, whole.get_output_embeddings().out_features)
     assert describe_target(part) == describe_target(whole)
@@ -171,9 +172,10 @@ def test_two_processes_write_a_store_together_and_run_the_target_equally_often(o
             both.write(number)
     assert counts.count(0) == counts.count(1) == 2
     both.finish()
-    assert {path.name: path.read_bytes() for path in store.folder.iterdir()} == {
-        path.name: path.read_bytes() for path in (tmp_path / "two").iterdir()
-    }
+    other = complete_store(tmp_path / "two")
+    assert other.manifest == Manifest.read(store.folder)
+    assert other.texts() == store.texts()
+    assert all(torch.equal(other.states(index), store.states(index)) for index in range(4))
 
 
 def test_a_full_disk_leaves_whole_shards_and_loses_nothing(online, store, monkeypatch):
@@ -207,14 +209,19 @@ def test_other_weights_than_those_of_the_features_are_refused(asked, written, tm
     shutil.copytree(model_folder, tmp_path / "tuned")
     tensors = load_file(tmp_path / "tuned" / "model.safetensors")
     save_file({name: tensor + 1 for name, tensor in tensors.items()}, tmp_path / "tuned" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"are of target \(digest \w+\), and the target .*tuned has other weights \(digest \w+\); name"):
+    with pytest.raises(
+        ValueError, match=r"are of target \(digest \w+\), and the target .*tuned has other weights \(digest \w+\); name"
+    ):
         train(resolve(None, asked(method="eagle3", settings=None, target=str(tmp_path / "tuned"), features=tmp_path / "features")))
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"method": "eagle3", "settings": {"taps": [0]}}, "these heads read layer 0, and the features in .* are of the layers 1; write"),
+        (
+            {"method": "eagle3", "settings": {"taps": [0]}},
+            "these heads read layer 0, and the features in .* are of the layers 1; write",
+        ),
         ({"dtype": "float64"}, "dtype is float64, and the features in .* were written with float32; leave dtype out"),
         ({"length": 16}, "length is 16, and the features in .* were written with 256; leave length out"),
         ({"decode_every": 3}, "its layers are not loaded; leave it out"),
@@ -230,7 +237,9 @@ def test_a_run_that_does_not_fit_the_features_is_one_sentence(asked, written, tm
 def test_other_texts_than_those_of_the_features_are_refused(asked, written, tmp_path, data):
     written()
     (tmp_path / "fewer.jsonl").write_text("".join(data.read_text().splitlines(keepends=True)[1:]))
-    with pytest.raises(ValueError, match=r"of 16 texts \(from chats.jsonl, cut at 256 tokens\), and the data gives 15 others; leave"):
+    with pytest.raises(
+        ValueError, match=r"of 16 texts \(from chats.jsonl, cut at 256 tokens\), and the data gives 15 others; leave"
+    ):
         train(resolve(None, asked(data=[tmp_path / "fewer.jsonl"], features=tmp_path / "features")))
 
 

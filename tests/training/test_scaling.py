@@ -32,7 +32,7 @@ CASES = [
 
 
 class Counter(TorchDispatchMode):
-    """Counts operations of matrix products, backward ones too, as torch's own counter does; that one cannot follow `autograd.grad`."""
+    """Counts operations of matrix products as torch's own counter does, which cannot follow `autograd.grad`."""
 
     def __init__(self):
         super().__init__()
