@@ -44,6 +44,8 @@ FROZEN = {
     "chat": MODEL | DRAFTING | SAMPLING | ANSWER,
     "train": RUN
     | {"--start", "--target", "--any-target", "--features", "--set", "--loss", "--joint", "--decode-every", "--decode-prompts"},
+    "features": {"--target", "--out", "--method", "--taps", "--held-out", "--length", "--any-target", "--dtype"}
+    | {"--device", "--threads", "--trust-remote-code", "--json"},
     "pretrain": RUN | HEADS | {"--model", "--start", "--tokenizer", "--times", "--optimizer"},
     "inspect": {"--device", "--model", "--probe", "--trust-remote-code", "--json"},
     "distill": MODEL | DRAFTING | DISTILL | {"--json"},
