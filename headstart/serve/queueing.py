@@ -67,11 +67,12 @@ class FairQueue:
         others: list[Job] = []
         with self._lock:
             for job in jobs:
-                waiting = self._lanes.get(job.lane, {}).get(job.user, ())
-                if job not in waiting:
+                users = self._lanes.get(job.lane)
+                waiting = users.get(job.user) if users is not None else None
+                if waiting is None or job not in waiting:
                     others.append(job)
                     continue
-                self._lanes[job.lane][job.user].remove(job)
+                waiting.remove(job)
                 self._forget(job.lane, job.user)
                 self._num_waiting -= 1
         return others
