@@ -2,9 +2,9 @@
 
     python benchmarks/serve_soak.py [--model FOLDER] [--drafter lookup] [--requests 10000] [--clients 24]
 
-Starts `headstart serve` as a process of its own, and compares every whole answer with plain decoding in this process. It fails where
-an answer differs, a broken request gets anything but its 4xx status, the server answers 5xx, a slot stays in use, memory grows, or
-the process does not end with status 0. Prints a line per thousand requests, and a summary as JSON.
+Starts `headstart serve` as a process of its own, and compares every whole answer with plain decoding in this process. It fails
+where an answer differs, a broken request gets anything but its 4xx status, the server answers 5xx, a slot stays in use, memory
+grows, or the process does not end with status 0. Prints a line per thousand requests, and a summary as JSON.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import httpx
 
 import headstart
 
-WORDS = 'Once upon a time there was a little dog who found big red ball in the garden ünïcode 猫 🦊 \n \t {} "'.split(" ")
+WORDS = ("Once", "upon", "a", "time", "there", "was", "little", "dog", "who", "found", "ünïcode", "猫", "🦊", "\n", "\t", "{}", '"')
 CHANGES: tuple[dict[str, Any], ...] = (
     {"temperature": "hot"},
     {"unknown_field": 1},
