@@ -22,6 +22,7 @@ from headstart.engine.events import Event, EventQueue
 from headstart.engine.exclusive import Exclusive
 from headstart.engine.learning import Learning
 from headstart.engine.memory import headroom_slots, num_slots, slot_bytes
+from headstart.engine.pace import Pace
 from headstart.engine.prefixes import Prefixes
 from headstart.engine.scheduler import Request, Scheduler, Stream, Turn
 from headstart.engine.state import EngineState
@@ -56,6 +57,7 @@ class Engine:
     prefixes: texts of ended requests whose keys and values are kept, as far as memory allows, for requests that begin likewise.
     ahead: tokens of output for which a request has memory beforehand. It gets more as it goes on; where there is none, the request
         that came last waits and goes on later, with the same tokens. None: a request waits for all the memory that it may need.
+    pace: limits the prompt tokens of rounds in which other requests decode; None: `chunk` alone does.
 
     Raises ValueError for settings that cannot be honoured.
     """
@@ -72,6 +74,7 @@ class Engine:
         chunk: int = 256,
         prefixes: int = 0,
         ahead: int | None = None,
+        pace: Pace | None = None,
     ) -> None:
         if max_rows < 1 or chunk < 1:
             raise ValueError(f"max_rows is {max_rows} and chunk is {chunk}; both must be at least 1")
@@ -93,6 +96,7 @@ class Engine:
             drafter.attach(target, self.seating)
         told = DrafterState(drafter, target.device, chunk)
         self.state = EngineState(target, self.scheduler, self.cache, told, Prefixes(prefixes))
+        self.pace = pace
         self.stats = Stats()  # of the rounds that counted; replaced after each round, never changed in place
         self._sampling: tuple[tuple[int, ...], SamplingTensors] | None = None
         self._ids = count()
@@ -241,7 +245,7 @@ class Engine:
         seconds = dict.fromkeys(("draft", "score", "verify", "commit", "host"), 0.0)
         for request in self.state.admit():
             self.learning.start(request)
-        turns = self.scheduler.turns()
+        turns = self.scheduler.turns(self._chunk())
         if not turns:
             return
         seats = [turn.request.seat for turn in turns if turn.request.seat is not None]
@@ -266,11 +270,21 @@ class Engine:
         with clock(seconds, "draft"):
             self.state.drafter.follow(turns, forest, scored, verdict)
         self.learning.learn(rows, drafts, verdict, seconds)
+        if self.pace is not None and self.target.device.type == "cpu":  # elsewhere a clock on the host sees launches only
+            self.pace.learn(len(forest), len(turns), sum(turn.request.scored for turn in turns), seconds["score"])
         emitted = self._emit(turns, forest, scored, verdict)
         seconds["host"] += time.perf_counter() - began - sum(seconds.values())
         for turn, part in zip(turns, parts_of(forest, verdict, emitted, seconds), strict=True):
             turn.request.rounds.append(part)
         self.stats += Stats.of_round(forest, verdict, emitted, seconds)
+
+    def _chunk(self) -> int:
+        """Prompt tokens that the next round may score."""
+        decoding = [request for request in self.scheduler.running if request.length - request.scored == 1]
+        if self.pace is None or not decoding:
+            return self.scheduler.chunk
+        context = sum(request.scored for request in decoding)
+        return min(self.scheduler.chunk, self.pace.chunk(len(decoding), context))
 
     def _rows(self, turns: Sequence[Turn], seats: Sequence[int]) -> Rows:
         requests = [turn.request for turn in turns]

@@ -224,9 +224,12 @@ class Scheduler:
             return True
         return leader.seat is not None and leader.scored >= len(leader.prompt) - 1
 
-    def turns(self) -> list[Turn]:
-        """The rows of the next round: all running requests but those to whose text no part of the chunk falls."""
-        shares = self._shares()
+    def turns(self, chunk: int | None = None) -> list[Turn]:
+        """The rows of the next round: all running requests but those to whose text no part of the chunk falls.
+
+        chunk: prompt tokens to score; None: `self.chunk`.
+        """
+        shares = self._shares(self.chunk if chunk is None else chunk)
         turns: list[Turn] = []
         for request in self.running:
             pending = request.length - request.scored
@@ -236,7 +239,7 @@ class Scheduler:
                 turns.append(Turn(request, stem, size == pending))
         return turns
 
-    def _shares(self) -> dict[int, int]:
+    def _shares(self, chunk: int) -> dict[int, int]:
         """Tokens of the chunk for each request with more than one token to score.
 
         Half of it is for the request that came first, so that nobody waits for ever; the rest is for the shortest first, so that a
@@ -245,7 +248,7 @@ class Scheduler:
         pending = {request.id: request.length - request.scored for request in self.running}
         pending = {request: size for request, size in pending.items() if size > 1}
         first = next(iter(pending), None)
-        shares, left = dict.fromkeys(pending, 0), self.chunk
+        shares, left = dict.fromkeys(pending, 0), chunk
         if first is not None:
             shares[first] = min(pending[first], (left + 1) // 2)
             left -= shares[first]

@@ -7,6 +7,7 @@ that the same time gives otherwise. Must not import models or drafters.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -76,10 +77,19 @@ class Adaptive:
     limits: of the trees.
     calibration: acceptance rates by rank, for what is decided before drafting.
     is_on_host: whether drafts will be on a CPU.
+    longest: seconds that a round may take; drafts that would make it longer are not verified.
     """
 
-    def __init__(self, cost: CostModel, limits: Limits, calibration: Calibration = UNFITTED, is_on_host: bool = True) -> None:
+    def __init__(
+        self,
+        cost: CostModel,
+        limits: Limits,
+        calibration: Calibration = UNFITTED,
+        is_on_host: bool = True,
+        longest: float = math.inf,
+    ) -> None:
         self.cost = cost
+        self.longest = longest
         self._is_on_host = is_on_host
         self.calibration = calibration
         self.draft_scale = 1.0  # drafting's seconds now, as a ratio to the measured ones
@@ -118,15 +128,33 @@ class Adaptive:
             regime.pause -= 1
             return NO_DRAFTS
         shape = self._shape(num_drafting)
-        if self._is_on_host:  # the forecast may err: whether drafting pays, the rounds show
-            limits, beam = self.limits, max(1, shape.beam)
-            return Plan(
-                limits.depth, limits.width, beam, limits.nodes * num_drafting, level_prices=self._level_prices(beam, num_drafting)
-            )
-        if not shape.depth:
+        beam = max(1, shape.beam)
+        depth = self._depth_in_time(self.limits.depth if self._is_on_host else shape.depth, beam, num_drafting)
+        if not depth:
             return NO_DRAFTS
+        if self._is_on_host:  # the forecast may err: whether drafting pays, the rounds show
+            nodes, prices = self.limits.nodes * num_drafting, self._level_prices(beam, num_drafting)
+            return Plan(depth, self.limits.width, beam, nodes, level_prices=prices)
         nodes = 1 << max(0, shape.nodes * num_drafting - 1).bit_length()
-        return Plan(shape.depth, self.limits.width, shape.beam, nodes)
+        while nodes > 1 and self._seconds(nodes) + self._drafting(depth, beam, num_drafting) > self.longest:
+            nodes //= 2
+        return Plan(depth, self.limits.width, beam, nodes)
+
+    def _depth_in_time(self, depth: int, beam: int, num_drafting: int) -> int:
+        """The levels that can be drafted, and a draft per row verified, within `longest`; 0: none."""
+        if self.longest == math.inf:
+            return depth
+        least = self._seconds(num_drafting)
+        return next((d for d in range(depth, 0, -1) if least + self._drafting(d, beam, num_drafting) <= self.longest), 0)
+
+    def _drafting(self, depth: int, beam: int, num_drafting: int) -> float:
+        return self.cost.drafting(depth, beam, num_drafting) * self.draft_scale
+
+    def _seconds(self, count: int) -> float:
+        """Seconds of the next round with so many drafts, without drafting them."""
+        load = self._load
+        num_rows, nodes = len(load.stems), load.num_stems + count
+        return self.cost.forward(nodes, num_rows, load.context) + self.cost.host(nodes, num_rows)
 
     def _level_prices(self, beam: int, num_drafting: int) -> tuple[float, ...]:
         """What another level must promise, for one, two, ... rows: kept tokens of its parents, not of their children."""
@@ -143,11 +171,19 @@ class Adaptive:
         ordered = torch.sort(drafts.chances, descending=True, stable=True)
         count = min(plan.nodes, len(drafts))
         if self._is_on_host:
+            count = self._count_in_time(count, drafts.max_depth, plan.beam, num_rows)
             values = ordered.values[:count].double().cumsum(0) - self._prices(count)
             count = int(values.argmax()) + 1 if count and float(values.max()) > 0 else 0
         # No child has a higher chance than its parent, and a stable sort keeps the order of equals: no parent is missing.
         drafts = drafts.take(ordered.indices[:count].sort().values, num_rows) if count < len(drafts) else drafts
         return self._capped(drafts, num_rows).by_row(num_rows)
+
+    def _count_in_time(self, count: int, depth: int, beam: int, num_rows: int) -> int:
+        """How many of `count` drafts can be verified within `longest`."""
+        if self.longest == math.inf:
+            return count
+        left = self.longest - self._drafting(depth, beam, num_rows)
+        return bisect_right(range(count + 1), left, key=self._seconds) - 1 if self._seconds(0) <= left else 0
 
     def _prices(self, count: int) -> Tensor:
         """[count] tokens that the time of one, two, ... more nodes would give otherwise."""

@@ -1,4 +1,4 @@
-"""Constraints: which tokens may follow an output, such as those of a grammar. They act on logits, the target's and the drafters'."""
+"""Constraints: which tokens may follow an output, such as those of a grammar. They act on the logits of target and drafters."""
 
 from __future__ import annotations
 

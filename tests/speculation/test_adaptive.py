@@ -1,5 +1,6 @@
 """The adaptive planner verifies the drafts that are worth their time, pauses where drafting loses, and tries again."""
 
+import math
 from itertools import combinations
 
 import pytest
@@ -13,7 +14,7 @@ from headstart.speculation.cost import CostModel, DraftCost
 from headstart.speculation.outcome import LearningPlanner, Load, Outcome
 from headstart.speculation.planner import NO_DRAFTS, Plan
 from headstart.speculation.shape import Limits
-from headstart.speculation.tree import ROOT
+from headstart.speculation.tree import ROOT, Drafts
 
 COST = CostModel((1, 8, 64), (1.0, 1.2, 4.0), draft=DraftCost(0.1, (1, 8), (0.1, 0.12)))
 LIMITS = Limits(4, 4, 6, 64)
@@ -135,3 +136,30 @@ def test_the_cost_follows_the_measured_rounds():
         planner.learn(Outcome(1, 3, 7, 2.0, 2, 0.6, 2.4))
     assert planner.cost.forward(8) == pytest.approx(2.4, rel=0.05)
     assert planner.draft_scale == pytest.approx(0.6 / COST.drafting(3, planner.plan([9]).beam), rel=0.3)
+
+
+# -- a limit for the time of a round ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("longest", [1.01, 1.1, 1.2, 1.35, 1.8, 2.5, math.inf])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_no_round_is_expected_to_take_longer_than_it_may(longest, rows):
+    longest *= COST.plain(rows, 20 * rows)
+    planner = Adaptive(COST, LIMITS, longest=longest)
+    planner.see(Load((1,) * rows, (20,) * rows, 0.0))
+    plan = planner.plan([9] * rows)
+    drafting = COST.drafting(plan.depth, plan.beam, rows) if plan.depth else 0.0
+    assert COST.plain(rows, 20 * rows) + drafting <= longest
+    if plan.depth:
+        tree = [(node, node - 1, node + 1) for node in range(plan.depth)]
+        drafts = Drafts.of(
+            [token for _ in range(rows) for token, _, _ in tree],
+            [parent if parent < 0 else parent + row * len(tree) for row in range(rows) for _, parent, _ in tree],
+            [row for row in range(rows) for _ in tree],
+            [depth for _ in range(rows) for _, _, depth in tree],
+            [0.9] * (rows * len(tree)),
+        )
+        count = len(planner.prune(drafts, plan, rows))
+        seconds = COST.forward(rows + count, rows, 20 * rows) + COST.host(rows + count, rows) + drafting
+        assert seconds <= longest
+        assert count > 0 or longest < 1.5 * COST.plain(rows, 20 * rows)
