@@ -55,8 +55,8 @@ def serve(
     This package's server drafts as far as it pays under the load, and shows a page to try the model at its address. Clients may
     choose among the drafters that were loaded.
 
-    With --engine it prints or runs the command that starts the engine with these heads, and chains of the best length for each batch
-    size. Native heads are exported first; an export is used as it is, if it is for this engine and this model.
+    With --engine it prints or runs the command that starts the engine with these heads, and chains of the best length for each
+    batch size. Native heads are exported first; an export is used as it is, if it is for this engine and this model.
 
     Example: headstart serve --model ./talk13M --drafter lookup --port 8000
 

@@ -67,11 +67,11 @@ class FairQueue:
         others: list[Job] = []
         with self._lock:
             for job in jobs:
-                waiting = self._lanes.get(job.lane, {}).get(job.user, ())
-                if job not in waiting:
+                users = self._lanes.get(job.lane)
+                if users is None or job not in users.get(job.user, ()):
                     others.append(job)
                     continue
-                self._lanes[job.lane][job.user].remove(job)
+                users[job.user].remove(job)
                 self._forget(job.lane, job.user)
                 self._num_waiting -= 1
         return others
