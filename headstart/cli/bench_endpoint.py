@@ -47,6 +47,8 @@ class EndpointOptions:
 
     def check(self, model: ModelOptions, measuring: MeasuringOptions) -> None:
         """Raise ValueError for options that do not go together."""
+        from headstart.bench.endpoints.client import run_name
+
         if self.endpoint is None:
             for name in ("endpoint_model", "against", "against_model", "api_key_env"):
                 if getattr(self, name) is not None:
@@ -54,8 +56,10 @@ class EndpointOptions:
             return
         if self.against_model is not None and self.against is None:
             raise ValueError("--against-model is for a server --against which to compare; give its URL, or leave it out")
-        if self.against is not None and self.against.rstrip("/") == self.endpoint.rstrip("/"):
-            raise ValueError(f"--endpoint and --against are both {self.endpoint}; give two servers, or leave --against out")
+        if self.against is not None and run_name(self.against) == run_name(self.endpoint):
+            raise ValueError(
+                f"--endpoint and --against are both {run_name(self.endpoint)}; give two servers, or leave --against out"
+            )
         if self.api_key_env is not None and self.api_key_env not in os.environ:
             raise ValueError(f"--api-key-env names {self.api_key_env}, which is not set")
         if measuring.repeat < 1:

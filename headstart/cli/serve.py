@@ -29,9 +29,9 @@ def serve(
         ),
     ] = None,
     heads: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="Folder of heads for that engine: native ones, or an export of `headstart export`.",
+            help="Heads for that engine: a folder, native or exported, a hub id, or a method's name for the embedded model's.",
             show_default=False,
             rich_help_panel=_ENGINE,
             autocompletion=complete.folders,
@@ -67,7 +67,7 @@ def serve(
         _serve(target, lanes, clients)
         return
     if heads is None:
-        raise ValueError(f"--engine {engine} needs --heads, the folder of the heads it drafts with")
+        raise ValueError(f"--engine {engine} needs --heads, the heads that it drafts with")
     if start and json:
         raise ValueError("--json prints the command and --start runs it; leave one of the two out")
     plain = replace(TargetOptions(), model=target.model, trust_remote_code=target.trust_remote_code)
@@ -79,7 +79,7 @@ def serve(
 # -- this package -----------------------------------------------------------------------------------------------------------
 
 
-def _check_own(heads: Path | None, out: Path | None, is_started: bool, more: list[str] | None, as_json: bool) -> None:
+def _check_own(heads: str | None, out: Path | None, is_started: bool, more: list[str] | None, as_json: bool) -> None:
     """Raise ValueError for options that only another engine has."""
     given = {"--heads": heads, "--out": out, "--start": is_started, "-- OPTIONS": more, "--json": as_json}
     for name, value in given.items():
@@ -113,7 +113,7 @@ def _serve(target_options: TargetOptions, lane_options: LaneOptions, clients: Cl
 
 
 def _serve_by(
-    engine: str, model: str | None, heads: Path, out: Path | None, is_started: bool, more: list[str], trust: bool, as_json: bool
+    engine: str, model: str | None, heads: str, out: Path | None, is_started: bool, more: list[str], trust: bool, as_json: bool
 ) -> None:
     from headstart.serve import engines
 

@@ -49,6 +49,15 @@ class LaneOptions:
         typer.Option(help="Memory for the KV cache, such as 512M or 2G.", show_default="by context", rich_help_panel=_LOAD),
     ] = None
     chunk: Annotated[int, typer.Option(help="Prompt tokens per round.", rich_help_panel=_LOAD)] = 256
+    p99_ms: Annotated[
+        float | None,
+        typer.Option(
+            "--p99-ms",
+            help="Milliseconds that a round may take, which is the time between tokens; prompts and trees respect it.",
+            show_default="any",
+            rich_help_panel=_LOAD,
+        ),
+    ] = None
     prefixes: Annotated[
         int, typer.Option(help="Texts kept in the cache for prompts that begin likewise.", rich_help_panel=_LOAD)
     ] = 16
@@ -70,11 +79,12 @@ class LaneOptions:
         return self.accept or ["coupled"]
 
     def sizes(self) -> Sizes:
-        """Rows, memory, chunk and prefixes."""
+        """Rows, memory, chunk, prefixes and the time of a round."""
         from headstart.serve.lanes import Sizes
 
         memory = None if self.memory is None else read_bytes(self.memory)
-        return Sizes(max_rows=self.max_rows, memory=memory, chunk=self.chunk, prefixes=self.prefixes)
+        longest = None if self.p99_ms is None else self.p99_ms / 1000
+        return Sizes(self.max_rows, memory, self.chunk, self.prefixes, longest=longest)
 
 
 @dataclass(frozen=True)

@@ -66,9 +66,11 @@ def sentence(error: Exception, url: str) -> str:
         return f"the endpoint {url} does not answer in time"
     if isinstance(error, APIConnectionError):
         return f"the endpoint {url} cannot be reached ({error.__cause__ or error}); start its server, or correct the URL"
-    words = " ".join(str(getattr(error, "message", error)).split())[:MAX_WORDS]
-    status = f" with HTTP {error.status_code}" if isinstance(error, APIStatusError) else ""
-    return f"the endpoint {url} does not answer{status}: {words}"
+    body: object = getattr(error, "body", None)
+    message = body.get("message") if isinstance(body, dict) else None
+    words = " ".join(str(message or getattr(error, "message", error)).split())[:MAX_WORDS]
+    status = f"HTTP {error.status_code}, " if isinstance(error, APIStatusError) else ""
+    return f"the endpoint {url} does not answer: {status}{words}"
 
 
 def is_too_long(error: Exception) -> bool:

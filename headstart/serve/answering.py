@@ -101,7 +101,7 @@ class Answering:
         async for update in self._updates():
             choice = self._form.piece(update, self._answers[update.job.index])
             if update.tree is not None:
-                choice["tree"] = drawn(update.tree, self._texts)
+                choice["tree"] = drawn(update.tree, update, self._texts)
             yield self._event([choice])
         options = self._body.stream_options
         if options is not None and options.include_usage:

@@ -21,6 +21,7 @@ import headstart
 from headstart.serve.answering import EventStream, unless_gone
 from headstart.serve.errors import ApiError, answer_error
 from headstart.serve.metrics import CONTENT_TYPE
+from headstart.serve.playground import page_info
 from headstart.serve.preparing import Prepared
 from headstart.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, Sampling, TokenizeRequest
 from headstart.serve.security import Guard
@@ -152,6 +153,11 @@ def _add_state(app: FastAPI, service: Service) -> None:
         if service.is_stopping:
             raise STOPPING
         return await health()
+
+    @app.get("/playground/info", response_model=None)
+    async def playground() -> Response:
+        """What the page at / shows of this server."""
+        return JSONResponse(page_info(service))
 
     @app.get("/metrics", response_model=None)
     async def metrics() -> Response:

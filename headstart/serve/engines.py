@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
+from headstart.engine.drafter_loading import folder_of
 from headstart.formats import native
 from headstart.formats.exporting import export_heads
 from headstart.formats.exports import EXPORTERS
@@ -63,7 +64,7 @@ class Launch:
 def prepare(
     engine: str,
     model: str | None,
-    heads: Path,
+    heads: str,
     out: Path | None = None,
     more: Sequence[str] = (),
     trust_remote_code: bool = False,
@@ -72,6 +73,7 @@ def prepare(
 
     engine: one of `ENGINES`.
     model: folder or hub id of the target; None: the embedded one.
+    heads: folder or hub id, of native heads or of an export; for the embedded model also the name of a method.
     out: folder for the export of native heads.
     more: further arguments of the engine.
     trust_remote_code: let Python files in the model's folder run, here and in the engine.
@@ -79,22 +81,26 @@ def prepare(
     """
     if engine not in ENGINES:
         raise ValueError(f"--engine is {engine!r}; it must be one of {', '.join(ENGINES)}")
-    source, record = model or str(embedded("target")), read_record(heads)
+    source, folder = model or str(embedded("target")), folder_of(heads, model)
+    if folder is None:
+        raise ValueError(
+            f"{heads} is no folder of heads; name a folder of native heads or of an export, a hub id, or without --model a method "
+            "of the embedded model"
+        )
+    record = read_record(folder)
     is_new = record is None
     if record is None:
-        heads, record = _exported(engine, model, heads, out, trust_remote_code)
+        folder, record = _exported(engine, model, folder, out, trust_remote_code)
     elif out is not None:
         raise ValueError(f"{heads} is an export already, and is used as it is; leave out --out {out}")
-    _check_engine(engine, heads, record)
-    _check_model(source, heads, record)
+    _check_engine(engine, folder, record)
+    _check_model(source, folder, record)
     options = [*ENGINES[engine].options, *(["--trust-remote-code"] if trust_remote_code else []), *more]
-    command = [*launch_command(record["engine"], record, source, str(heads)), *options]
-    return Launch(engine, command, str(heads), is_new, _notes(source, heads, record))
+    command = [*launch_command(record["engine"], record, source, str(folder)), *options]
+    return Launch(engine, command, str(folder), is_new, _notes(source, record))
 
 
 def _exported(engine: str, model: str | None, heads: Path, out: Path | None, trust: bool) -> tuple[Path, dict[str, Any]]:
-    if not heads.is_dir():
-        raise ValueError(f"there is no folder {str(heads)!r} of heads")
     if out is None:
         raise ValueError(f"{heads} is no export, and {engine} cannot read native heads; --out FOLDER exports them to there first")
     formats, method = ENGINES[engine].formats, native.describe(heads).method
@@ -150,7 +156,7 @@ def _sizes(path: Path) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if isinstance(size, int)}
 
 
-def _notes(model: str, heads: Path, record: Mapping[str, Any]) -> list[str]:
+def _notes(model: str, record: Mapping[str, Any]) -> list[str]:
     notes = [f"chains of {record['chain']} drafts: {record['chain_source']}"]
     name = Path(model).resolve().name if Path(model).is_dir() else model
     if Path(model) != embedded("target") and record["target"] != name:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,8 @@ from headstart.engine.engine import Engine
 from headstart.engine.events import EventQueue
 from headstart.engine.llm import named_drafter
 from headstart.engine.memory import headroom_slots, num_slots, slot_bytes
-from headstart.engine.planning import planner_for
+from headstart.engine.pace import Pace
+from headstart.engine.planning import cost_of, planner_for
 from headstart.engine.scheduler import Request
 from headstart.engine.stats import Stats
 from headstart.speculation.params import SamplingParams
@@ -74,13 +76,17 @@ class Lane:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much runs at once, and in how much memory. The fields are those of `Engine`; `memory` is that of all lanes."""
+    """How much runs at once, in how much memory and time. The fields are those of `Engine`; `memory` is that of all lanes.
+
+    longest: seconds that a round may take; None: any.
+    """
 
     max_rows: int = 8
     memory: int | None = None
     chunk: int = 256
     prefixes: int = 16
     ahead: int | None = AHEAD
+    longest: float | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("max_rows", 1), ("chunk", 1), ("prefixes", 0)):
@@ -109,7 +115,8 @@ def open_lanes(
     rules: as `parse_rule` reads them.
     model: as `headstart.load` takes it.
     planner: of all lanes; None: each drafter's, by measured costs where the rule allows it.
-    Raises ValueError for two drafters with one name, and for what `headstart.load` refuses.
+    Raises ValueError for two drafters with one name, for a time of a round in which no token can be made, and for what
+    `headstart.load` refuses.
     """
     names = [NONE if spec is None else name_of(spec) for spec in drafters]
     doubles = [name for number, name in enumerate(names) if name in names[:number]]
@@ -117,14 +124,16 @@ def open_lanes(
         raise ValueError(f"two drafters have the name {doubles[0]!r}, by which clients ask for them; rename a folder")
     pairs = [(number, rule) for number in range(len(drafters)) for rule in dict.fromkeys(rules)]
     lanes: list[Lane] = []
+    pace = None if sizes.longest is None else Pace(cost_of(target, None), sizes.longest)
     for number, accept in pairs:
         spec, rule = drafters[number], parse_rule(accept)
         drafter = None if spec is None else named_drafter(spec, model, target, rule)
-        chosen = planner_for(target, drafter, planner if drafter else None, rule)
+        longest = math.inf if sizes.longest is None else sizes.longest
+        chosen = planner_for(target, drafter, planner if drafter else None, rule, longest)
         memory = _share(target, drafter, chosen, sizes, len(pairs))
         engine = Engine(
             target, drafter, chosen, max_rows=sizes.max_rows, memory=memory, accept=rule, chunk=sizes.chunk,
-            prefixes=sizes.prefixes, ahead=sizes.ahead,
+            prefixes=sizes.prefixes, ahead=sizes.ahead, pace=pace,
         )  # fmt: skip
         lanes.append(Lane(names[number], accept, engine))
     return lanes

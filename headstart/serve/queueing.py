@@ -68,10 +68,11 @@ class FairQueue:
         with self._lock:
             for job in jobs:
                 users = self._lanes.get(job.lane)
-                if users is None or job not in users.get(job.user, ()):
+                waiting = users.get(job.user) if users is not None else None
+                if waiting is None or job not in waiting:
                     others.append(job)
                     continue
-                users[job.user].remove(job)
+                waiting.remove(job)
                 self._forget(job.lane, job.user)
                 self._num_waiting -= 1
         return others

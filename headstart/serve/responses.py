@@ -214,9 +214,14 @@ def speculation(answers: Sequence[Collected]) -> Object:
     }
 
 
-def drawn(tree: DrawnTree, texts: TokenTexts) -> Object:
-    """A round's tree for a page that draws it. One entry per draft, parents first; parent -1 is the root."""
+def drawn(tree: DrawnTree, update: Update, texts: TokenTexts) -> Object:
+    """A round's tree for a page that draws it. One entry per draft, parents first; parent -1 is the root.
+
+    `emitted` are the tokens that the round gave, and `drafted` whether each of them had been guessed.
+    """
     return {
+        "emitted": [texts.visible(token) for token in update.tokens],
+        "drafted": list(update.guessed),
         "root": texts.text(tree.root),
         "tokens": [texts.text(token) for token in tree.tokens],
         "token_ids": list(tree.tokens),

@@ -32,6 +32,10 @@ class TokenTexts:
             return str(self._tokenizer.convert_ids_to_tokens(token))
         return decode(self._tokenizer, [*self._anchor, token])[len(self._anchor_text) :]
 
+    def visible(self, token: int) -> str:
+        """The text of a token in an answer, where special tokens have none."""
+        return "" if token in self._special else self.text(token)
+
     def _bytes(self, token: int) -> tuple[int, ...]:
         """The bytes of a token, also where they are part of a character."""
         name = str(self._tokenizer.convert_ids_to_tokens(token))

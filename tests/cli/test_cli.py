@@ -44,10 +44,13 @@ FROZEN = {
     "chat": MODEL | DRAFTING | SAMPLING | ANSWER,
     "train": RUN
     | {"--start", "--target", "--any-target", "--features", "--set", "--loss", "--joint", "--decode-every", "--decode-prompts"},
+    "features": {"--target", "--out", "--method", "--taps", "--held-out", "--length", "--any-target", "--dtype"}
+    | {"--device", "--threads", "--trust-remote-code", "--json"},
     "pretrain": RUN | HEADS | {"--model", "--start", "--tokenizer", "--times", "--optimizer"},
     "inspect": {"--device", "--model", "--probe", "--trust-remote-code", "--json"},
     "distill": MODEL | DRAFTING | DISTILL | {"--json"},
     "export": {"--to", "--out", "--model", "--dtype", "--trust-remote-code", "--json"},
+    "verify-export": {"--model", "--python", "--prompts", "--limit", "--max-tokens", "--chain", "--trust-remote-code", "--json"},
     "import": {"--target", "--out", "--taps", "--trust-remote-code", "--json"},
     "tune": MODEL
     | {"--prompts", "--limit", "--max-tokens", "--temperature", "--rows", "--decode", "--no-decode", "--hardware", "--seed"}

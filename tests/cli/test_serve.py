@@ -109,7 +109,7 @@ def test_an_export_that_does_not_fit_is_one_sentence(tmp_path, export, more, wor
 
 def test_heads_are_needed_and_must_exist(tmp_path):
     assert "--engine vllm needs --heads" in refused("--engine", "vllm")
-    assert "there is no folder" in refused("--engine", "vllm", "--heads", tmp_path / "none")
+    assert "is no folder of heads; name a folder" in refused("--engine", "vllm", "--heads", tmp_path / "none")
 
 
 def test_a_model_of_another_name_is_said(tmp_path, model_folder):
@@ -149,19 +149,20 @@ def test_start_becomes_the_engine(tmp_path):
 
 
 def test_native_heads_need_a_folder_to_be_exported_to(tmp_path):
-    from headstart.target.loading import embedded
-
-    words = refused("--engine", "vllm", "--heads", embedded("eagle3"))
+    words = refused("--engine", "vllm", "--heads", "eagle3")
     assert "is no export, and vllm cannot read native heads; --out FOLDER exports them to there first" in words
 
 
 def test_native_heads_are_exported_and_then_served(tmp_path):
-    from headstart.target.loading import embedded
-
     out = tmp_path / "out"
-    result = run("serve", "--engine", "vllm", "--heads", embedded("eagle3"), "--out", out)
+    result = run("serve", "--engine", "vllm", "--heads", "eagle3", "--out", out)
     assert result.exit_code == 0, result.stderr
     assert f"the heads were exported to {out}" in " ".join(result.stderr.split())
     again = run("serve", "--engine", "vllm", "--heads", out)
     assert again.stdout == result.stdout
     assert f'"model": "{out}"' in result.stdout
+
+
+def test_heads_that_an_engine_cannot_read_are_refused_before_anything_is_written(tmp_path):
+    assert "hydra" in refused("--engine", "sglang", "--heads", "hydra", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

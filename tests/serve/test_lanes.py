@@ -4,6 +4,9 @@ import pytest
 from serving import embedded_service, embedded_target, running
 
 from headstart.serve.lanes import Sizes, name_of, open_lanes
+from headstart.speculation.cost import CostModel, DraftCost
+
+COST = CostModel((1, 8, 64), (0.01, 0.012, 0.04), draft=DraftCost(0.001, (1, 8), (0.001, 0.0012)))
 
 
 def test_a_drafters_name_is_never_a_path(tmp_path):
@@ -41,3 +44,13 @@ def test_clients_choose_the_rule_and_lanes_run_at_the_same_time():
         assert lossy.status_code == 200
         assert exact["choices"][0]["token_ids"] == list(server.plain().generate("Once upon a time", max_tokens=30)[0].token_ids)
         assert [lane.engine.stats.tokens > 0 for lane in server.service.lanes] == [True, True]
+
+
+def test_the_time_of_a_round_is_limited_for_prompts_and_trees_and_the_text_stays(monkeypatch):
+    for module in ("headstart.serve.lanes", "headstart.engine.planning"):
+        monkeypatch.setattr(f"{module}.cost_of", lambda target, drafter: COST)
+    lanes = open_lanes(embedded_target(), ["mtp"], ["coupled"], Sizes(longest=3 * COST.plain()))
+    engine = lanes[0].engine
+    assert engine.pace.seconds == engine.planner.longest == 3 * COST.plain()
+    with pytest.raises(ValueError, match="rounds may take .* ms, but one token of plain decoding takes"):
+        open_lanes(embedded_target(), ["mtp"], ["coupled"], Sizes(longest=COST.plain() / 2))

@@ -82,8 +82,8 @@ class Endpoint:
 
     @property
     def name(self) -> str:
-        """The URL without what all have in common."""
-        return self.url.partition("://")[2].rstrip("/").removesuffix("/v1") or self.url
+        """See `run_name`."""
+        return run_name(self.url)
 
     def reply(self, task: EndpointTask, params: SamplingParams) -> Reply:
         """The timed answer to a prompt. A request that is refused for lack of room, or breaks, is sent again, a few times.
@@ -116,6 +116,11 @@ class Endpoint:
             for chunk in stream:
                 arrivals.note(chunk, time.perf_counter())
         return arrivals.reply(self.url, time.perf_counter(), attempt)
+
+
+def run_name(url: str) -> str:
+    """A URL without what all have in common: no scheme, no /v1."""
+    return url.partition("://")[2].rstrip("/").removesuffix("/v1") or url
 
 
 def request_settings(params: SamplingParams, counts_chunks: bool) -> dict[str, Any]:

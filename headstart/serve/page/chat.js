@@ -43,7 +43,7 @@ class Chat {
     this.history.push({ role: "user", content: text });
     const drafter = part("drafter").value;
     const request = {
-      ...(this.server.has_chat ? { messages: this.history } : { prompt: text }),
+      ...(this.server.has_chat ? { messages: [...this.history] } : { prompt: text }),
       model: this.server.model, max_tokens: Number(part("tokens").value), temperature: Number(part("temperature").value),
       seed: Math.floor(2 ** 31 * Math.random()),
     };

@@ -59,7 +59,8 @@ class Explanation {
     const height = Math.max(...places.map((box) => box.y)) + HEIGHT + 8;
     this.parts = [];
     const attributes = { viewBox: `${left} -4 ${width} ${height}`, role: "img", "aria-label": `How ${this.variant.title} works` };
-    const picture = svg("svg", { ...attributes, style: `width:${width}px` });
+    const picture = svg("svg", attributes);
+    picture.style.width = `${width}px`; // as an attribute, the page's security policy would refuse it
     for (const [from, to, step] of flows) {
       const flow = link(place(boxes[from]), place(boxes[to]));
       this.parts.push([flow, step]);
