@@ -88,6 +88,11 @@ class Sizes:
     ahead: int | None = AHEAD
     longest: float | None = None
 
+    def __post_init__(self) -> None:
+        for name, least in (("max_rows", 1), ("chunk", 1), ("prefixes", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+
 
 def name_of(spec: str) -> str:
     """The name by which clients ask for a drafter: never a path."""

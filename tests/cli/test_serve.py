@@ -32,10 +32,29 @@ def refused(*arguments):
     return " ".join(result.stderr.split())
 
 
-def test_without_an_engine_it_is_one_sentence():
-    assert refused() == (
-        "headstart: there is no server of this package yet; --engine vllm or --engine sglang serves the model by that engine"
-    )
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--heads", "folder"), "--heads is for another engine, with --engine vllm or sglang; name the heads as --drafter"),
+        (("--start",), "--start is for another engine"),
+        (("--json",), "--json is for another engine"),
+        (("--speculation", "off", "--drafter", "lookup"), "--speculation off drafts nothing; leave --drafter out"),
+        (("--accept", "sometimes"), "accept is 'sometimes'; the rules are"),
+        (("--port", 99999), "port is 99999"),
+        (("--max-queue", 0), "max_queue is 0; it must be positive"),
+        (("--max-rows", 0), "max_rows is 0"),
+        (("--memory", "much"), "memory is 'much'"),
+        (("--host", "192.0.2.1"), "cannot listen on 192.0.2.1 port 8000"),
+        (("--api-keys", "/dev/null"), "holds no API key"),
+    ],
+)
+def test_a_wrong_option_of_this_packages_server_is_one_sentence_before_anything_is_loaded(arguments, words):
+    assert words in refused(*arguments)
+
+
+def test_options_of_this_packages_server_are_refused_with_another_engine(tmp_path):
+    folder = write_export(tmp_path / "heads")
+    assert "do nothing with --engine vllm" in refused("--engine", "vllm", "--heads", folder, "--port", 8001)
 
 
 def test_the_command_of_vllm_has_the_heads_and_the_chain_of_each_batch_size(tmp_path):
