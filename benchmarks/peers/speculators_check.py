@@ -4,7 +4,7 @@
 
 Installs speculators into an environment of its own in WORK, and uses it as it is where it is there. The heads are exported in
 float32; the library validates the configuration, loads the folder with the target's embedding, and drafts at every position of a
-text from the same hidden states as ours. The tokens must be equal, and every tensor that it loaded must be the one that was written.
+text from the same hidden states as ours. The tokens must be equal, and every tensor that it loaded the one that was written.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Runs in the environment of speculators: validates and loads FOLDER/export, and drafts from the features in FOLDER/given.safetensors.
+"""Runs in the environment of speculators: validates and loads FOLDER/export, and drafts from FOLDER/given.safetensors.
 
     python speculators_worker.py FOLDER
 

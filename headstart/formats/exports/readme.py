@@ -48,7 +48,7 @@ def _by_batch(report: Mapping[str, Any]) -> str:
 
 
 def _notes(report: Mapping[str, Any]) -> str:
-    return "".join(f"\n{note[0].upper()}{note[1:]}.\n" for note in report["notes"])
+    return "".join(f"\n{note}.\n" for note in report["notes"])
 
 
 def _acceptance(report: Mapping[str, Any]) -> str:
