@@ -46,6 +46,8 @@ def make_app(service: Service) -> ASGIApp:
     _add_answers(app, service)
     _add_models(app, service)
     _add_state(app, service)
+    for api in ("/v1/{rest:path}", "/playground/{rest:path}"):  # not the page's
+        app.add_route(api, _unknown, methods=["GET", "POST", "PUT", "PATCH", "DELETE"], include_in_schema=False)
     if PAGE.is_dir():
         app.mount("/", StaticFiles(directory=PAGE, html=True), name="page")
     if service.settings.origins:
@@ -53,6 +55,13 @@ def make_app(service: Service) -> ASGIApp:
             CORSMiddleware, allow_origins=list(service.settings.origins), allow_methods=["GET", "POST"], allow_headers=["*"]
         )
     return Guard(app, service.settings)
+
+
+async def _unknown(request: Request) -> Response:
+    """Refuse what no other route takes, so that the page's files are not searched for it."""
+    if any(getattr(route, "path", None) == request.url.path for route in request.app.routes):
+        raise ApiError(405, f"{request.method} is not how this path is asked")
+    raise ApiError(404, "there is no such path; /openapi.json lists those that there are")
 
 
 # -- answers ----------------------------------------------------------------------------------------------------------------

@@ -80,9 +80,10 @@ FROZEN = {
         "--against-model",
         "--api-key-env",
     },
-    "serve": (MODEL | {"--drafter", "--memory", "--speculation", "--max-rows", "--chunk", "--prefixes", "--max-tokens"})
-    | {"--host", "--port", "--served-model-name", "--api-keys", "--allow-host", "--allow-origin", "--max-queue", "--max-connections"}
-    | {"--timeout", "--grace", "--request-metrics", "--vllm-metrics"}
+    "serve": MODEL
+    | {"--drafter", "--memory", "--speculation", "--max-rows", "--chunk", "--prefixes", "--max-tokens", "--p99-ms"}
+    | {"--host", "--port", "--served-model-name", "--api-keys", "--allow-host", "--allow-origin"}
+    | {"--max-queue", "--max-connections", "--timeout", "--grace", "--request-metrics", "--vllm-metrics"}
     | {"--heads", "--engine", "--out", "--start", "--json"},
 }
 

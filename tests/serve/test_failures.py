@@ -33,8 +33,8 @@ def fail_for(server, monkeypatch, is_guilty, times=None):
     engine, left = server.engine, [times]
     turns = engine.scheduler.turns
 
-    def failing():
-        rows = turns()
+    def failing(*chunk):
+        rows = turns(*chunk)
         if any(is_guilty(turn.request) for turn in rows) and left[0] != 0:
             left[0] = None if left[0] is None else left[0] - 1
             raise RuntimeError("boom")

@@ -52,5 +52,5 @@ def test_the_time_of_a_round_is_limited_for_prompts_and_trees_and_the_text_stays
     lanes = open_lanes(embedded_target(), ["mtp"], ["coupled"], Sizes(longest=3 * COST.plain()))
     engine = lanes[0].engine
     assert engine.pace.seconds == engine.planner.longest == 3 * COST.plain()
-    with pytest.raises(ValueError, match="rounds may take .* ms, but one token of plain decoding takes"):
+    with pytest.raises(ValueError, match=r"rounds may take .* ms, but one token of plain decoding takes"):
         open_lanes(embedded_target(), ["mtp"], ["coupled"], Sizes(longest=COST.plain() / 2))
