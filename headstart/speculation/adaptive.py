@@ -24,8 +24,10 @@ MOST_NODES = 512  # drafts per row, at most
 _MEMORY = 32.0  # rounds that an average remembers
 _PATIENCE = 4.0  # rounds of a row that must have shown a loss before drafting pauses
 _TOLERANCE = 0.005  # a loss of so many tokens per row and round is none
-_PAUSES = (2, 64, 512)  # rounds without drafting after a loss: at first, at most for one row, at most for several
-_BELIEVED = 0.5  # how much of a round's gain is what was expected, which varies less; the rest is what was kept
+_LOST = 0.02  # share of the time that drafting may lose by being tried where it does not pay
+_FORECAST_PAUSE = 2  # rounds before the first try where the forecast sees no gain
+_LONGEST_PAUSE = 128  # rounds without drafting, at most
+_BELIEVED = 0.25  # how much of a round's gain is what was expected, which varies less; the rest is what was kept
 _MOST_TABLES = 64  # temperatures whose tables are kept
 _CONFIRMED = 64  # rounds after which a shape is chosen anew, since costs move
 
@@ -48,15 +50,16 @@ class _Regime:
 
     tokens: expected tokens per row and round.
     seconds: of a round, as a ratio to those of plain decoding.
-    profit: tokens per row and round by which drafting beat the same time spent otherwise.
-    pause: rounds left without drafting. next_pause: how many the next pause has.
+    profit: tokens per row and round by which drafting beat plain decoding in the same time.
+    lost: such tokens lost by drafting since it last paid.
+    pause: rounds left without drafting.
     """
 
     tokens: _Average
     seconds: _Average
     profit: _Average
+    lost: float = 0.0
     pause: int = 0
-    next_pause: int = _PAUSES[0]
 
     @property
     def speed_up(self) -> float:
@@ -175,7 +178,7 @@ class Adaptive:
             shape = fastest_shape(self.cost, self._table(load.temperature), self.limits, num_rows, load.context)
             seconds = shape.seconds / self.cost.plain(num_rows, load.context)
             regime = _Regime(_Average(1 + shape.gain, 4.0), _Average(seconds, 4.0), _Average())
-            regime.pause = 0 if shape.depth else _PAUSES[0]
+            regime.pause = 0 if shape.depth else _FORECAST_PAUSE
             self._regimes[size] = regime
         return self._regimes[size]
 
@@ -233,7 +236,7 @@ class Adaptive:
         more = cost.forward(num_nodes, num_rows, load.context) + cost.host(num_nodes, num_rows) - base + drafting
         regime, gain = self._regime, _BELIEVED * outcome.gain + (1 - _BELIEVED) * outcome.num_kept
         if outcome.num_drafting:
-            self._judge(regime, (gain - self.rate * more) / num_rows)
+            self._judge(regime, gain / num_rows - more / base)
         regime.tokens.add(1 + gain / num_rows)
         regime.seconds.add(1 + more / base)
 
@@ -246,17 +249,18 @@ class Adaptive:
         return expected * self.draft_scale
 
     def _judge(self, regime: _Regime, profit: float) -> None:
-        """Pause drafting where the last rounds lost by it."""
-        regime.profit.add(profit)
-        if profit >= -_TOLERANCE:
-            regime.next_pause = _PAUSES[0]
+        """Pause drafting where the last rounds lost by it: for so long that its losses since it last paid are `_LOST` of the time."""
         num_rows = len(self._load.stems)
-        if regime.profit.value < -_TOLERANCE and regime.profit.weight * num_rows >= _PATIENCE:
-            regime.pause, regime.next_pause = regime.next_pause, min(2 * regime.next_pause, _PAUSES[1 + (num_rows > 1)])
+        regime.profit.add(profit)
+        regime.lost = max(0.0, regime.lost - profit)
+        if regime.profit.value >= -_TOLERANCE:
+            regime.lost = 0.0
+        elif regime.profit.weight * num_rows >= _PATIENCE:
+            regime.pause = min(math.ceil(regime.lost / _LOST), _LONGEST_PAUSE)
             regime.profit.weight = _PATIENCE / num_rows - 1 if num_rows < _PATIENCE else 0.0  # one round will tell
             self._shapes.clear()
 
     def restart(self) -> None:
         regime = self._regimes.get(0)  # among several rows, one more says little about the others
         if regime is not None:
-            regime.pause, regime.next_pause = 0, _PAUSES[0]
+            regime.pause, regime.lost = 0, 0.0
