@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from headstart.speculation.calibration import UNFITTED, Calibration, Table
 from headstart.speculation.cost import CostModel
 from headstart.speculation.outcome import Load, Outcome
 from headstart.speculation.planner import NO_DRAFTS, Plan
-from headstart.speculation.shape import Limits, Shape, best_shape, fastest_shape, round_seconds
+from headstart.speculation.shape import Floats, Limits, Shape, best_shape, fastest_shape, round_seconds
 from headstart.speculation.tree import Drafts
 
 MOST_NODES = 512  # drafts per row, at most
@@ -103,7 +104,7 @@ class Adaptive:
 
     def headroom(self, max_rows: int) -> int:
         drafted = self.limits.width * (1 + (self.limits.depth - 1) * self.limits.beam)
-        most = self.limits.nodes if self._is_on_host else self.limits.nodes * max_rows  # see `_capped`
+        most = self.limits.nodes if self._is_on_host else self.limits.nodes * max_rows  # see `_paying`
         return 1 + max(min(drafted, most), self.limits.beam * (self.limits.depth - 1))
 
     def see(self, load: Load) -> None:
@@ -141,31 +142,32 @@ class Adaptive:
         return tuple(rate * (draft.level(beam * count, count) * scale + count * node_seconds) for count in counts)
 
     def prune(self, drafts: Drafts, plan: Plan, num_rows: int) -> Drafts:
+        # No child has a higher chance than its parent, and a stable sort keeps the order of equals: no parent is missing.
         if not len(drafts):
             return drafts
-        ordered = torch.sort(drafts.chances, descending=True, stable=True)
-        count = min(plan.nodes, len(drafts))
         if self._is_on_host:
-            values = ordered.values[:count].double().cumsum(0) - self._prices(count)
-            count = int(values.argmax()) + 1 if count and float(values.max()) > 0 else 0
-        # No child has a higher chance than its parent, and a stable sort keeps the order of equals: no parent is missing.
-        drafts = drafts.take(ordered.indices[:count].sort().values, num_rows) if count < len(drafts) else drafts
-        return self._capped(drafts, num_rows).by_row(num_rows)
+            return drafts.take(self._paying(drafts, plan.nodes), num_rows)
+        order = torch.sort(drafts.chances, descending=True, stable=True).indices[: plan.nodes]
+        drafts = drafts.take(order.sort().values, num_rows) if plan.nodes < len(drafts) else drafts
+        return drafts.by_row(num_rows)
 
-    def _prices(self, count: int) -> Tensor:
+    def _paying(self, drafts: Drafts, most: int) -> Tensor:
+        """The drafts that are together worth most, by row: at most `most`, and as many of each row as there are slots."""
+        chances, rows = drafts.chances.numpy(), drafts.rows.numpy()
+        order = np.argsort(-chances, kind="stable")[:most]
+        values = np.cumsum(chances[order], dtype=np.float64) - self._prices(len(order))
+        best = int(values.argmax())
+        order = order[: best + 1 if values[best] > 0 else 0]
+        order = order[np.argsort(rows[order], kind="stable")]
+        place = np.arange(len(order)) - np.searchsorted(rows[order], rows[order])  # in its row, the best is 0
+        order = order[place < self.limits.nodes]
+        return torch.from_numpy(order[np.lexsort((order, rows[order]))])
+
+    def _prices(self, count: int) -> Floats:
         """[count] tokens that the time of one, two, ... more nodes would give otherwise."""
         load = self._load
         seconds = round_seconds(self.cost, load.num_stems, 1, count, len(load.stems), load.context)
-        return torch.from_numpy((seconds[1:] - seconds[0]) * self.rate)
-
-    def _capped(self, drafts: Drafts, num_rows: int) -> Drafts:
-        """At most `limits.nodes` drafts of each row, for which there are slots; on a GPU there are slots for all."""
-        if len(drafts) <= self.limits.nodes or not self._is_on_host:
-            return drafts
-        order = torch.sort(drafts.chances, descending=True, stable=True).indices
-        same_row = drafts.rows[order][:, None] == drafts.rows[order][None]
-        place = torch.tril(same_row).sum(1)  # among its row's drafts, the best is 1
-        return drafts.take(order[place <= self.limits.nodes].sort().values, num_rows)
+        return (seconds[1:] - seconds[0]) * self.rate
 
     # -- what is known --
 
