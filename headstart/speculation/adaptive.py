@@ -251,7 +251,7 @@ class Adaptive:
         return expected * self.draft_scale
 
     def _judge(self, regime: _Regime, profit: float) -> None:
-        """Pause drafting where the last rounds lost by it: for so long that its losses since it last paid are `_LOST` of the time."""
+        """Pause where the last rounds lost by drafting: for so long that its losses since it last paid are `_LOST` of the time."""
         num_rows = len(self._load.stems)
         regime.profit.add(profit)
         regime.lost = max(0.0, regime.lost - profit)
