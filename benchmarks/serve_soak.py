@@ -93,7 +93,7 @@ class Soak:
         body, expected = self.rng.choice(self.valid)
         answer = await client.post("/v1/completions", json=body | {"timeout": 0.001 + 0.02 * self.rng.random()})
         is_right = answer.status_code == 200 and answer.json()["choices"][0]["text"] == expected
-        if not is_right and answer.status_code not in (408, 504):
+        if not is_right and answer.status_code != 408:
             self.failed(f"{answer.status_code} {answer.text[:200]} of a request with little time")
 
     async def malformed(self, client: httpx.AsyncClient) -> None:
