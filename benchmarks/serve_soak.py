@@ -154,7 +154,8 @@ async def run(soak: Soak, process: subprocess.Popen, num_requests: int, num_clie
     memory, began, left = [], time.monotonic(), iter(range(num_requests))
 
     async def client_of(_: int) -> None:
-        async with httpx.AsyncClient(base_url=soak.url, timeout=120) as client:
+        limits = httpx.Limits(keepalive_expiry=2)  # less than the server's, which else may close a connection that is being used
+        async with httpx.AsyncClient(base_url=soak.url, timeout=120, limits=limits) as client:
             for number in left:
                 await soak.one(client)
                 if (number + 1) % 1000 == 0:
