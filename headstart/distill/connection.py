@@ -77,7 +77,7 @@ def is_too_long(error: Exception) -> bool:
     """Whether a server refuses a request because prompt and answer exceed its context."""
     from openai import BadRequestError
 
-    return isinstance(error, BadRequestError) and "context" in str(error).lower()
+    return isinstance(error, BadRequestError) and any(word in str(error).lower() for word in ("context", "max_model_len"))
 
 
 def at_once(work: Callable[[T], R], items: Iterable[T], num: int) -> Iterator[R]:
