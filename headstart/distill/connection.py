@@ -26,7 +26,7 @@ def connect(url: str, api_key: str | None = None, retries: int = 2) -> OpenAI:
     try:
         from openai import OpenAI
     except ImportError:
-        raise ValueError("an endpoint needs the package openai; install it with: pip install 'headstart[train]'") from None
+        raise ValueError("an endpoint needs the package openai; install it with: pip install 'headstart[endpoint]'") from None
     return OpenAI(base_url=url, api_key=api_key or "none", max_retries=retries)
 
 
