@@ -110,6 +110,9 @@ class Guard:
             raise _too_large(self._settings)
 
 
+_UNREAD = (401, 403, 408, 413)  # of answers that may come before the body is read, after which a connection cannot be used again
+
+
 class _Body:
     """A request's messages, with limits of their size and of the time that they take."""
 
@@ -143,6 +146,8 @@ def _with_headers(send: Send) -> Send:
             headers = MutableHeaders(raw=list(message.get("headers", ())))
             for name, value in _HEADERS.items():
                 headers.setdefault(name, value)
+            if message["status"] in _UNREAD:
+                headers["Connection"] = "close"
             message = {**message, "headers": headers.raw}
         await send(message)
 

@@ -82,3 +82,10 @@ def test_a_connection_without_a_request_is_closed(open_server, start):
         with suppress(ConnectionResetError):
             assert connection.recv(100) == b""
         assert time.monotonic() - began < 3
+
+
+def test_a_connection_with_an_unread_body_is_not_used_again():
+    with running(embedded_service(max_body=100)) as server, server.http() as client:
+        answer = client.post("/v1/completions", content=b"x" * 2**20)
+        assert (answer.status_code, answer.headers["connection"]) == (413, "close")
+        assert client.get("/health").status_code == 200
