@@ -26,7 +26,7 @@ def connect(url: str, api_key: str | None = None, retries: int = 2) -> OpenAI:
     try:
         from openai import OpenAI
     except ImportError:
-        raise ValueError("an endpoint needs the package openai; install it with: pip install 'headstart[train]'") from None
+        raise ValueError("an endpoint needs the package openai; install it with: pip install 'headstart[endpoint]'") from None
     return OpenAI(base_url=url, api_key=api_key or "none", max_retries=retries)
 
 
@@ -77,7 +77,7 @@ def is_too_long(error: Exception) -> bool:
     """Whether a server refuses a request because prompt and answer exceed its context."""
     from openai import BadRequestError
 
-    return isinstance(error, BadRequestError) and "context" in str(error).lower()
+    return isinstance(error, BadRequestError) and any(word in str(error).lower() for word in ("context", "max_model_len"))
 
 
 def at_once(work: Callable[[T], R], items: Iterable[T], num: int) -> Iterator[R]:

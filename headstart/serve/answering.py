@@ -121,7 +121,7 @@ class Answering:
             updates = await self._take()
 
     async def _take(self) -> list[Update]:
-        late = ApiError(504, f"the answer was not complete after {self._prepared.seconds:g} seconds", code="timeout")
+        late = ApiError(408, f"the answer was not complete after {self._prepared.seconds:g} seconds", code="timeout")
         if asyncio.get_running_loop().time() > self._deadline:  # the client was slow
             raise late
         try:

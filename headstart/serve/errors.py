@@ -19,7 +19,7 @@ logger = logging.getLogger("headstart.serve")
 _TYPES = {
     400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
     405: "invalid_request_error", 408: "timeout_error", 413: "invalid_request_error", 429: "rate_limit_error", 500: "server_error",
-    503: "service_unavailable_error", 504: "timeout_error",
+    503: "service_unavailable_error",
 }  # fmt: skip
 _LONGEST = 1000  # characters of a message
 _PATH = re.compile(r"(?<![\w/])/(?:[\w.@+-]+/)+[\w.@+-]*")

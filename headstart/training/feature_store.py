@@ -114,18 +114,17 @@ class Store:
         """All texts, in the order of the data."""
         texts: list[Text] = []
         for number in range(len(self.manifest.shards)):
-            file, ends = self._shard(number)
+            file, bounds = self._shard(number)
             tokens, mask = file.get_tensor("tokens").tolist(), file.get_tensor("loss_mask").tolist()
-            bounds = pairwise(ends)
-            texts += [Text(tuple(tokens[start:end]), tuple(map(bool, mask[start:end]))) for start, end in bounds]
+            texts += [Text(tuple(tokens[start:end]), tuple(map(bool, mask[start:end]))) for start, end in pairwise(bounds)]
         return texts
 
     def states(self, index: int) -> Tensor:
         """Hidden states of a text, [tokens, layers, hidden]."""
         number = next(number for number, end in enumerate(self._first[1:]) if index < end)
-        file, ends = self._shard(number)
+        file, bounds = self._shard(number)
         row = index - self._first[number]
-        states: Tensor = file.get_slice("states")[ends[row] : ends[row + 1]]
+        states: Tensor = file.get_slice("states")[bounds[row] : bounds[row + 1]]
         return states
 
     def _shard(self, number: int) -> tuple[Any, list[int]]:
@@ -133,13 +132,13 @@ class Store:
         if number not in self._open:
             path = shard_file(self.folder, number)
             try:
-                file = safe_open(path, framework="pt")
-                ends = [0, *accumulate(file.get_tensor("lengths").tolist())]
+                file: Any = safe_open(path, framework="pt")
+                bounds = [0, *accumulate(file.get_tensor("lengths").tolist())]
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"{path} is damaged ({error}); delete it, and write it again with `headstart features`") from None
             if (file.metadata() or {}).get("store") != shard_key(self.manifest, number):
                 raise ValueError(f"{path} is of another store; delete it, and write it again with `headstart features`")
-            self._open[number] = file, ends
+            self._open[number] = file, bounds
         return self._open[number]
 
 

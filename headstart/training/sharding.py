@@ -54,7 +54,7 @@ def switch_on_deepspeed(accelerator: Accelerator, clip: float | None, precision:
         )
     if precision != "no":
         raise ValueError(f"with DeepSpeed heads are trained in float32, not with precision={precision}; leave it out, or use FSDP2")
-    from transformers.integrations import unset_hf_deepspeed_config
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     unset_hf_deepspeed_config()  # else transformers would divide the target by a mechanism that needs an engine of its own
     plugin.deepspeed_config |= {"gradient_clipping": clip or 0.0, "train_micro_batch_size_per_gpu": 1}
@@ -84,7 +84,7 @@ def load_sharded(load: Callable[[str], PreTrainedModel], accelerator: Accelerato
             model = load("cpu")
             keep_digest(model)
             shard_layers(model, mesh)
-            model.to(accelerator.device)  # type: ignore[arg-type]
+            model.to(accelerator.device)
         accelerator.wait_for_everyone()
     assert model is not None, "every process has its turn"
     return model

@@ -100,7 +100,7 @@ def _wanted(model: nn.Module) -> set[str]:
 
 def _files(path: str) -> Mapping[str, str] | None:
     """The file of each tensor, by name; None where the model is stored in another way. Tensors are read from a hub file by file."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     index = cached_file(path, INDEX, _raise_exceptions_for_missing_entries=False)
     if index is not None:
@@ -114,7 +114,7 @@ def _files(path: str) -> Mapping[str, str] | None:
 
 def _tensors(names: set[str], files: Mapping[str, str]) -> list[tuple[str, Tensor]]:
     """(name, tensor) of these tensors, memory-mapped where they need no conversion."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     tensors = []
     for place in sorted({files[name] for name in names}):

@@ -130,7 +130,6 @@ class RunInputs:
         accelerator = start_accelerator(config)
         _check_processes(config, accelerator, store)
         log = RunLog(config.out, accelerator.is_main_process)
-        tokenizer = load_tokenizer(config.target, config.trust_remote_code)
         if store is None:
             dtype = "float32" if recipe.medusa2 and config.dtype == "auto" else config.dtype  # bf16 rounds small steps away
             model = load_target(config, dtype, accelerator)
@@ -138,6 +137,7 @@ class RunInputs:
         else:
             model = load_without_layers(config.target, store, str(accelerator.device), config.trust_remote_code)
             embed_head = StoredEmbedHead(model, store.manifest.target.vocab)
+        tokenizer = load_tokenizer(config.target, config.trust_remote_code)
         length = fitting_length(config.length, model) if store is None else store.manifest.length
         config = config.model_copy(update={"length": length})
         target_info = describe_target(model, tokenizer)

@@ -315,6 +315,19 @@ def test_a_failure_in_the_middle_loses_nothing(prompts, tmp_path):
     assert json.loads((tmp_path / "out.json").read_text())["runs"][0]["tokens"] == 16
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "This model's maximum context length is 1024 tokens.",  # vLLM, for a prompt
+        "max_tokens=2000 cannot be greater than max_model_len=1024.",  # vLLM, for the answer
+        "The input (2000 tokens) is longer than the model's context length (1024 tokens).",  # SGLang
+    ],
+)
+def test_a_lack_of_room_is_known_by_each_engines_words(prompts, words):
+    with serving(Served(failures=[(400, words)] * 4)) as url:
+        assert "exceeds the context of an endpoint" in refused("--endpoint", url, "--prompts", prompts, "--repeat", 1)
+
+
 def test_prompts_that_exceed_the_context_are_left_out_for_all_servers(tmp_path):
     path = tmp_path / "long.jsonl"
     path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("short", "x" * 60)))

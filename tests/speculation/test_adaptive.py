@@ -68,6 +68,35 @@ def test_drafting_pauses_where_it_loses_and_is_tried_again_ever_more_rarely():
     assert any(drafted[300:])
 
 
+@pytest.mark.parametrize("rows", [1, 4, 16])
+def test_drafting_that_never_pays_loses_a_fiftieth_of_the_time_by_being_tried(rows):
+    planner, tries, rounds, lost = planner_of(rows), [], 1000, 0.0
+    for number in range(rounds):
+        planner.see(Load((1,) * rows, (20,) * rows, 0.0))
+        plan = planner.plan([9] * rows)
+        seconds = COST.drafting(3, plan.beam, rows) if plan is not NO_DRAFTS else 0.0
+        tries += [number] * bool(seconds)
+        lost += seconds / COST.plain(rows)
+        forward = COST.forward(rows, rows)
+        planner.learn(Outcome(rows, 3, 0, 0.0, 0, seconds, forward) if seconds else Outcome(0, 0, 0, 0.0, 0, 0.0, forward))
+    first = 4 * 0.3 / rows + 0.3  # until a loss is seen
+    assert lost <= 0.02 * rounds + first
+    assert sum(number > rounds / 2 for number in tries) >= 3
+
+
+def test_drafting_goes_on_where_it_beats_plain_decoding_though_the_forecast_promised_more():
+    planner, rows = planner_of(4), 4
+    beam, base = planner.plan([9] * rows).beam, COST.plain(rows)
+    seconds = COST.drafting(3, beam, rows)
+    more = COST.forward(12, rows) - base + seconds
+    gain = rows * (more / base + 0.02)  # a little more than plain decoding gives in that time
+    assert gain < planner.rate * more
+    for _ in range(20):
+        planner.learn(Outcome(rows, 3, 8, gain, gain, seconds, COST.forward(12, rows)))
+        planner.see(Load((1,) * rows, (20,) * rows, 0.0))
+        assert planner.plan([9] * rows).depth
+
+
 def test_drafting_goes_on_at_once_where_it_pays_again_and_with_a_new_request():
     planner = planner_of()
     for _ in range(40):

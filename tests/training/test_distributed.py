@@ -71,9 +71,9 @@ def assert_close(one: Path, two: Path) -> None:
 @pytest.mark.parametrize("launch", [TORCHRUN, FSDP2], ids=["torchrun", "fsdp2"])
 def test_two_processes_train_like_one_with_twice_the_batches(asked, command, tmp_path, launch):
     train(resolve(None, asked(**TWO, **EAGLE3, out=tmp_path / "one", accumulate=4)))
-    said = run(command(launch, **TWO, **EAGLE3, out=tmp_path / "two", accumulate=2)).stderr
+    printed = run(command(launch, **TWO, **EAGLE3, out=tmp_path / "two", accumulate=2)).stderr
     assert_close(tmp_path / "one", tmp_path / "two")
-    assert said.count("heads are in") == said.count("parameters are trained on") == 1, "only the main process logs"
+    assert printed.count("heads are in") == printed.count("parameters are trained on") == 1, "only the main process logs"
     assert log(tmp_path / "one", "tokens")[-1] > 3 * 400
 
 
@@ -124,7 +124,7 @@ for turn in range(2):
 @pytest.mark.slow
 def test_two_processes_killed_at_any_moment_resume_to_the_same_bits(command, tmp_path):
     """All processes of the launcher, at once."""
-    common = TWO | EAGLE3 | {"epochs": 25, "save_every": 2, "held_out": 0.0, "eval_every": None}
+    common = TWO | EAGLE3 | {"epochs": 12, "save_every": 2, "held_out": 0.0, "eval_every": None}
     run(command(FSDP2, **common, out=tmp_path / "uninterrupted"))
     killed = command(FSDP2, **common, out=tmp_path / "heads")
     process = psutil.Popen(killed, stderr=subprocess.DEVNULL)

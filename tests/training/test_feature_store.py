@@ -148,9 +148,9 @@ def test_an_interrupted_pass_computes_only_the_missing_shards(online, store):
     before = [store.states(index) for index in range(4)]
     shard_file(store.folder, 1).unlink()
     (store.folder / ".shard-00001.safetensors.17").write_text("left by a killed process")
-    said = []
-    again = filled(store.folder, online, report=said.append)
-    assert [sentence for sentence in said if "shard" in sentence] == ["features: shard 1 of 1"]
+    sentences = []
+    again = filled(store.folder, online, report=sentences.append)
+    assert [sentence for sentence in sentences if "shard" in sentence] == ["features: shard 1 of 1"]
     assert all(torch.equal(again.states(index), states) for index, states in enumerate(before))
     assert sorted(path.name[:5] for path in store.folder.iterdir()) == ["shard"] * 3 + ["store"]
 
@@ -289,11 +289,11 @@ def test_a_damaged_file_is_named(online, store):
 
 def test_a_disk_without_room_is_refused_before_anything_is_computed(online, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(100, 90, 10))
-    said = []
+    sentences = []
     with pytest.raises(ValueError, match=r"the features that are missing need 0.0000 GiB in .*, where 0.0000 are free; make room"):
-        filled(tmp_path / "store", online, report=said.append)
-    assert said == [writer(tmp_path / "store", online).announcement([0])]
-    assert "17 tokens, 2 layers of 64 in float32" in said[0]
+        filled(tmp_path / "store", online, report=sentences.append)
+    assert sentences == [writer(tmp_path / "store", online).announcement([0])]
+    assert "17 tokens, 2 layers of 64 in float32" in sentences[0]
     assert not list((tmp_path / "store").glob("shard-*"))
 
 
