@@ -16,8 +16,8 @@ from headstart.serve.security import connection_class
 from headstart.serve.service import Service
 from headstart.serve.settings import Settings
 
-# Seconds after which a thread must let another one run Python. The engine thread asks many times a round, and waits so long each time
-# that the event loop is at work: with Python's 5 ms a single stream of the embedded model had 464 tokens/s, with 0.5 ms 540.
+# Seconds after which a thread must let another one run Python. The engine thread asks many times a round, and waits so long each
+# time that the event loop is at work: with Python's 5 ms one stream of the embedded model had 464 tokens/s, with 0.5 ms 540.
 _SWITCH = 0.0005
 _CLOSING = 3  # seconds for connections to close, after all requests have ended
 
