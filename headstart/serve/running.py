@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from types import FrameType
 
@@ -15,6 +16,9 @@ from headstart.serve.security import connection_class
 from headstart.serve.service import Service
 from headstart.serve.settings import Settings
 
+# Seconds after which a thread must let another one run Python. The engine thread asks many times a round, and waits so long each
+# time that the event loop is at work: with Python's 5 ms one stream of the embedded model had 464 tokens/s, with 0.5 ms 540.
+_SWITCH = 0.0005
 _CLOSING = 3  # seconds for connections to close, after all requests have ended
 
 
@@ -80,6 +84,7 @@ def listen(settings: Settings) -> socket.socket:
 
 def serve(service: Service, listening: socket.socket, on_ready: Callable[[], object] = lambda: None) -> None:
     """Serve until a signal. on_ready: called when requests are taken."""
+    sys.setswitchinterval(_SWITCH)
 
     async def run() -> None:
         server = Server(service)
