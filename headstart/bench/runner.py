@@ -25,6 +25,7 @@ from headstart.engine.scheduler import Request
 from headstart.engine.stats import Stats
 from headstart.engine.waiting import Watch, waiting_seconds
 from headstart.speculation.planner import Auto, CalibratedTree, Planner, parse
+from headstart.speculation.reliability import Reliability, by_name
 from headstart.speculation.rules import parse_rule
 
 __all__ = [
@@ -49,6 +50,13 @@ class Run:
     engine: Engine
     replay: Replay | None
     memory: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def reliability(self) -> dict[str, Reliability]:
+        """Of the chances so far, by drafter; of joined ones also under the key `all`."""
+        drafter = self.engine.drafter
+        names = [part.name for part in getattr(drafter, "parts", (drafter,)) if part is not None]
+        return by_name(self.engine.learning.reliability, names)
 
     def answers(self, setup: Setup, tasks: Sequence[int]) -> list[Sample]:
         """The timed answers to the tasks of these indices, at most `setup.rows` of them at once, in the order they end."""

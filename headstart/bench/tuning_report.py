@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from headstart.bench.achieved import Speed
 from headstart.bench.engine_settings import SGLANG, VLLM, ranges, sglang_adaptive, sglang_options, vllm_option
 from headstart.bench.expected import Expected
 from headstart.bench.tuning import AUTO, PLAIN, TREE, Choice, Tuning
@@ -17,8 +18,7 @@ from headstart.speculation.cost import CostModel
 def as_json(tuning: Tuning) -> dict[str, Any]:
     """The machine, its cost, and what is chosen for it and for the other machine."""
     achieved = [
-        {"rows": rows, "temperature": tuning.temperature}
-        | {name: {"tokens_per_second": speed.tokens_per_second, "tau": speed.tau} for name, speed in speeds.items()}
+        {"rows": rows, "temperature": tuning.temperature} | {name: _achieved(speed) for name, speed in speeds.items()}
         for rows, speeds in tuning.achieved.items()
     ]
     here = {"machine": {**tuning.measured.machine}, "cost": tuning.choice.cost.as_dict(), **_choice(tuning.choice)}
@@ -26,6 +26,10 @@ def as_json(tuning: Tuning) -> dict[str, Any]:
         return here | {"achieved": achieved}
     other = {"hardware": tuning.hardware.model_dump(), "cost": tuning.forecast.cost.as_dict(), **_choice(tuning.forecast)}
     return here | {"achieved": achieved, "forecast": other}
+
+
+def _achieved(speed: Speed) -> dict[str, Any]:
+    return {"tokens_per_second": speed.tokens_per_second, "tau": speed.tau, "reliability": speed.reliability.as_dict()}
 
 
 def _choice(choice: Choice) -> dict[str, Any]:
@@ -90,14 +94,16 @@ def _ms(seconds: float) -> str:
 
 
 def _speed_table(tuning: Tuning) -> Table:
-    """The fastest tree by temperature and rows, expected and achieved."""
-    table = _table("fastest tree for each number of requests at once", tuning.choice, ("achieved", "chosen by itself"))
+    """The fastest tree by temperature and rows, expected and achieved, and how true the chances of the planner's drafts were."""
+    more = "achieved", "chosen by itself", "calibration error"
+    table = _table("fastest tree for each number of requests at once", tuning.choice, more)
     for temperature, by_rows in tuning.choice.fastest.items():
         for one in by_rows.values():
             speeds = tuning.achieved.get(one.rows, {}) if temperature == tuning.temperature else {}
             plain = speeds[PLAIN].tokens_per_second if speeds else 0.0
             ratios = [f"{speeds[name].tokens_per_second / plain:.2f}x" if plain and name in speeds else "" for name in (TREE, AUTO)]
-            table.add_row(*_cells(temperature, one), *ratios)
+            error = speeds[AUTO].reliability.error if speeds else None
+            table.add_row(*_cells(temperature, one), *ratios, "" if error is None else f"{error:.3f}")
         table.add_section()
     return table
 

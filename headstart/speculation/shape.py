@@ -71,7 +71,8 @@ def round_seconds(cost: CostModel, base: int, step: int, count: int, rows: int, 
     for index in np.flatnonzero(sizes > cost.nodes[-1]):  # beyond what was measured
         seconds[index] = cost.forward(int(sizes[index]))
     host = cost.host(base, rows) + cost.host_node_seconds * (sizes - base)
-    return seconds + (rows - 1) * cost.row_seconds + context * cost.context_seconds + host
+    reading = cost.context_seconds + np.maximum(0.0, sizes / rows - 1) * cost.context_node_seconds
+    return seconds + (rows - 1) * cost.row_seconds + context * reading + host
 
 
 def best_shape(
