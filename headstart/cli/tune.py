@@ -22,7 +22,7 @@ def tune(
     prompts: Annotated[
         str, typer.Option(help="A JSONL file, or a suite: categories (a mixture), questions, stories, gsm8k, ...")
     ] = "categories",
-    limit: Annotated[int | None, typer.Option(help="Use only the first N prompts.", show_default="all")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first N prompts, of each category.", show_default="all")] = None,
     max_tokens: Annotated[int, typer.Option(help="Maximum number of tokens of each answer.")] = 64,
     temperature: Annotated[
         list[float] | None, typer.Option(help="Sampling temperature to measure at; may be repeated.", show_default="0, 0.7 and 1")

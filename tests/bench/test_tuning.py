@@ -168,7 +168,24 @@ def folder(model_folder, tmp_path):
 
 
 def tune(model_folder, folder, *arguments):
-    base = ("tune", folder, "--model", model_folder, "--limit", 3, "--max-tokens", 12, "--temperature", 0, "--rows", 1, "--rows", 2)
+    base = (
+        "tune",
+        folder,
+        "--model",
+        model_folder,
+        "--prompts",
+        "questions",
+        "--limit",
+        3,
+        "--max-tokens",
+        12,
+        "--temperature",
+        0,
+        "--rows",
+        1,
+        "--rows",
+        2,
+    )
     result = CliRunner().invoke(app, [str(argument) for argument in (*base, *arguments)])
     assert result.exit_code == 0, result.output
     return result.stdout
