@@ -17,6 +17,7 @@ from headstart.bench.replay import Replay
 from headstart.bench.samples import CLEAN, PLAIN, Sample, Setup, Task
 from headstart.bench.weights import weight_bytes
 from headstart.drafters import Drafter
+from headstart.drafters.fused import Fused
 from headstart.engine.drafter_loading import make, resolve_planner
 from headstart.engine.engine import Engine
 from headstart.engine.memory import headroom_slots, slot_bytes
@@ -55,8 +56,8 @@ class Run:
     def reliability(self) -> dict[str, Reliability]:
         """Of the chances so far, by drafter; of joined ones also under the key `all`."""
         drafter = self.engine.drafter
-        names = [part.name for part in getattr(drafter, "parts", (drafter,)) if part is not None]
-        return by_name(self.engine.learning.reliability, names)
+        parts = drafter.parts if isinstance(drafter, Fused) else (drafter,)
+        return by_name(self.engine.learning.reliability, [part.name for part in parts if part is not None])
 
     def answers(self, setup: Setup, tasks: Sequence[int]) -> list[Sample]:
         """The timed answers to the tasks of these indices, at most `setup.rows` of them at once, in the order they end."""

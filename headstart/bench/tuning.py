@@ -22,7 +22,7 @@ from headstart.speculation.heads_plan import MachineCost, load_plan, save_plan
 from headstart.speculation.planner import Planner, StaticTree
 from headstart.target.target import Target
 
-SECONDS = 6.0  # that measuring the cost of rounds takes
+SECONDS = 12.0  # that measuring the cost of rounds takes
 PLAIN, TREE, AUTO = "plain", "tree", "auto"  # settings that decode held-out prompts
 
 

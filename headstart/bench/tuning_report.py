@@ -14,6 +14,8 @@ from headstart.bench.expected import Expected
 from headstart.bench.tuning import AUTO, PLAIN, TREE, Choice, Tuning
 from headstart.speculation.cost import CostModel
 
+DRIFT = 0.1  # a difference of speeds that is told
+
 
 def as_json(tuning: Tuning) -> dict[str, Any]:
     """The machine, its cost, and what is chosen for it and for the other machine."""
@@ -135,10 +137,23 @@ def _cells(temperature: float, one: Expected) -> tuple[str, ...]:
 
 
 def lines(tuning: Tuning, heads: Path) -> Iterator[str]:
-    """What to tell other engines about chains, as lines. heads: their folder."""
+    """How much the machine's speed moved, and what to tell other engines about chains, as lines. heads: their folder."""
+    yield from _drift(tuning)
     yield from _engine_lines(tuning.method, tuning.choice, "measured on this machine with this engine", heads)
     if tuning.hardware is not None and tuning.forecast is not None:
         yield from _engine_lines(tuning.method, tuning.forecast, f"forecast for {tuning.hardware.name}", heads)
+
+
+def _drift(tuning: Tuning) -> Iterator[str]:
+    """Where plain decoding was another time faster or slower than by the cost that was measured before."""
+    for rows, speeds in tuning.achieved.items():
+        measured, expected = speeds[PLAIN].tokens_per_second, tuning.choice.fastest[tuning.temperature][rows]
+        ratio = measured * expected.plain_seconds / rows
+        if ratio and abs(ratio - 1) > DRIFT:
+            yield (
+                f"plain decoding of {_counted(rows, 'request')} at once ran at {ratio:.2f} times the speed that its measured cost "
+                "means: the machine's speed moved meanwhile, so expected and achieved figures are of different moments"
+            )
 
 
 def _engine_lines(method: str, choice: Choice, source: str, heads: Path) -> Iterator[str]:

@@ -184,8 +184,8 @@ def _reliability(result: Mapping[str, Any], looks: Looks) -> Card | None:
 
     text = (
         "How often drafts of a predicted chance were kept, where their parents were. On the dashed line chances are true. "
-        "The error, beside each name, is the mean distance from it over all drafts (expected calibration error). "
-        f"Points of less than {_FEWEST} drafts are left out."
+        "The error beside each name, by temperature, is the mean distance from it over all drafts (expected calibration error). "
+        f"Points of fewer than {_FEWEST} drafts are left out."
     )
     legend = [_with_errors(look, [row for row in rows if row["run"] == look.run]) for look in _legend(looks, rows)]
     panels = _panels("reliability", rows, draw)
@@ -216,7 +216,7 @@ def _reliability_by_drafter(result: Mapping[str, Any], looks: Looks) -> Card | N
     for index, key in enumerate(dict.fromkeys((row["run"], row.get("temperature")) for row in rows)):
         some = [row for row in rows if (row["run"], row.get("temperature")) == key]
         figure = plots.reliability({own[row["drafter"]]: _bins(row) for row in some})
-        errors = ", ".join(f"{row['drafter']} {row['error']:.3f}" for row in some)
+        errors = ", ".join(_with_errors(own[row["drafter"]], [row]).label for row in some)
         panels.append(
             _panel(figure, f"reliability-by-drafter-{index}", f"{looks[key[0]].label} at temperature {key[1]:g}: {errors}")
         )
