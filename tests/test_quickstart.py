@@ -32,4 +32,5 @@ def test_the_notebook_runs_and_plots(notebook, tmp_path, monkeypatch):
     *earlier, last = [cell for cell in notebook.cells if cell.cell_type == "code"]
     printed = "".join(output.get("text", "") for cell in earlier for output in cell.outputs)
     assert "my heads: " in printed
+    assert "4 at once: " in printed
     assert any("image/png" in output.get("data", {}) for output in last.outputs)

@@ -14,7 +14,9 @@ from headstart.engine.waiting import waiting_seconds
 from headstart.speculation.noise import mix
 from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Planner
+from headstart.speculation.reliability import Reliability
 
+_FEW_ROWS = 4
 CLEAN = 0.05  # fraction of its time that a round may have waited for a processor
 
 
@@ -24,16 +26,18 @@ class Speed:
 
     rows: of each round.
     rounds: (tokens, seconds, whether the process hardly waited for a processor) of each.
+    reliability: of the chances of all drafts.
     """
 
     rows: int
     rounds: list[tuple[int, float, bool]] = field(default_factory=list)
+    reliability: Reliability = field(default_factory=Reliability)
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the undisturbed rounds, or of all where there is none; 0 without rounds."""
-        rounds = [one for one in self.rounds if one[2]] or self.rounds
-        return sum(tokens for tokens, _, _ in rounds) / sum(seconds for _, seconds, _ in rounds) if rounds else 0.0
+        """Mean tokens of all rounds over mean seconds of the undisturbed ones, or of all where none is; 0 without rounds."""
+        times = [seconds for _, seconds, is_clean in self.rounds if is_clean] or [seconds for _, seconds, _ in self.rounds]
+        return sum(tokens for tokens, _, _ in self.rounds) / len(self.rounds) * len(times) / sum(times) if times else 0.0
 
     @property
     def tau(self) -> float:
@@ -42,8 +46,8 @@ class Speed:
 
 
 def num_turns(num_prompts: int, rows: int) -> int:
-    """How often each setting decodes a batch: every prompt twice, and at least twice."""
-    return max(2, -(-2 * num_prompts // _batch(rows)))
+    """How often each setting decodes a batch: every prompt at least once, and few requests at once at least twice."""
+    return max(2 if rows <= _FEW_ROWS else 1, -(-num_prompts // _batch(rows)))
 
 
 def _batch(rows: int) -> int:
@@ -90,6 +94,7 @@ def _decode(
         is_clean = waited is None or now is None or now - waited <= CLEAN * seconds
         if is_steady:
             speed.rounds.append((engine.stats.tokens - before, seconds, is_clean))
+    speed.reliability = sum(engine.learning.reliability.values(), speed.reliability)
 
 
 def _engine(trial: DecodeTrial, drafter: Drafter | None, planner: Planner | None, rows: int) -> Engine:

@@ -24,7 +24,7 @@ from headstart.speculation.calibration import UNFITTED, Calibration, acceptance,
 from headstart.speculation.heads_plan import HeadsPlan, Tree
 from headstart.speculation.noise import mix
 from headstart.speculation.params import SamplingParams
-from headstart.speculation.planner import Chain, Planner, StaticTree
+from headstart.speculation.planner import Chain, Planner
 from headstart.target.target import Target
 
 SIZES = (8, 16, 32, 64)  # drafts of the static trees
@@ -158,20 +158,6 @@ def calibrate(
         tuple(ascending), tuple(result.calibration_temperature for result in results), tuple(result.table for result in results)
     )
     return HeadsPlan(calibration, {result.temperature: result.trees for result in results}), results
-
-
-def decode_trees(
-    trial: DecodeTrial,
-    drafter: Drafter,
-    results: Sequence[CalibrationResult],
-    on_progress: Callable[[], None] = lambda: None,
-) -> list[dict[int, float]]:
-    """tau by decoding with each static tree, per result and by size. on_progress: called after each answer."""
-
-    def tau(tree: Tree, temperature: float) -> float:
-        return float(trial.decode(drafter, StaticTree(tree.paths), temperature, lambda index, request: on_progress()).tau)
-
-    return [{size: tau(tree, result.temperature) for size, tree in result.trees.items()} for result in results]
 
 
 def observe_answers(

@@ -14,6 +14,7 @@ import torch
 
 import headstart
 from headstart.bench.results import Row, rows
+from headstart.bench.runner import AnyRun, Run
 from headstart.bench.samples import Sample, Setup
 from headstart.bench.tables import short, table, table_by_kind
 from headstart.engine.machine import cpu_name
@@ -21,7 +22,10 @@ from headstart.speculation.cost import CostModel
 from headstart.speculation.rules import parse_rule
 from headstart.target.target import Target
 
-__all__ = ["Row", "as_json", "clean_share", "cpu_name", "is_padded", "labels", "machine", "rows", "short", "table", "table_by_kind"]
+__all__ = [
+    "Row", "as_json", "clean_share", "cpu_name", "is_padded", "labels", "machine", "reliability", "rows", "short", "table",
+    "table_by_kind",
+]  # fmt: skip
 
 
 def machine(target: Target) -> dict[str, Any]:
@@ -89,3 +93,9 @@ def cost_curve(cost: CostModel | None, rows: Sequence[Row]) -> dict[str, Any]:
         return {}
     points = [{"run": row.run, "nodes": row.nodes, "ms": 1000 * cost.forward(round(row.nodes))} for row in rows if not row.is_peer]
     return {"nodes": list(cost.nodes), "ms": [1000 * seconds for seconds in cost.seconds], "operating_points": points}
+
+
+def reliability(runs: Sequence[AnyRun], temperature: float) -> list[dict[str, Any]]:
+    """How reliable the chances of each run's drafter were, and of each drafter of a joined one, for JSON."""
+    records = [(run.name, name, record) for run in runs if isinstance(run, Run) for name, record in run.reliability.items()]
+    return [{"run": run, "temperature": temperature, "drafter": name, **record.as_dict()} for run, name, record in records]

@@ -17,6 +17,7 @@ from headstart.bench.replay import Replay
 from headstart.bench.samples import CLEAN, PLAIN, Sample, Setup, Task
 from headstart.bench.weights import weight_bytes
 from headstart.drafters import Drafter
+from headstart.drafters.fused import Fused
 from headstart.engine.drafter_loading import make, resolve_planner
 from headstart.engine.engine import Engine
 from headstart.engine.memory import headroom_slots, slot_bytes
@@ -25,6 +26,7 @@ from headstart.engine.scheduler import Request
 from headstart.engine.stats import Stats
 from headstart.engine.waiting import Watch, waiting_seconds
 from headstart.speculation.planner import Auto, CalibratedTree, Planner, parse
+from headstart.speculation.reliability import Reliability, by_name
 from headstart.speculation.rules import parse_rule
 
 __all__ = [
@@ -49,6 +51,13 @@ class Run:
     engine: Engine
     replay: Replay | None
     memory: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def reliability(self) -> dict[str, Reliability]:
+        """Of the chances so far, by drafter; of joined ones also under the key `all`."""
+        drafter = self.engine.drafter
+        parts = drafter.parts if isinstance(drafter, Fused) else (drafter,)
+        return by_name(self.engine.learning.reliability, [part.name for part in parts if part is not None])
 
     def answers(self, setup: Setup, tasks: Sequence[int]) -> list[Sample]:
         """The timed answers to the tasks of these indices, at most `setup.rows` of them at once, in the order they end."""

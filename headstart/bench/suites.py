@@ -74,7 +74,7 @@ def names() -> list[str]:
 def _cases(source: object, records: Iterable[tuple[int, Mapping[str, Any]]]) -> list[Case]:
     cases = [_from_record(source, number, dict(fields)) for number, fields in records]
     if not cases:
-        raise ValueError(f"{source} holds no prompt")
+        raise ValueError(f'{source} holds no prompt; write one JSON object per line, such as {{"prompt": "Hello"}}')
     return cases
 
 

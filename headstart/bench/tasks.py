@@ -61,13 +61,18 @@ def encode_tasks(
     context = llm.engine.target.context
     is_chat = uses_chat_template(llm, raw)
     tasks: list[Task] = []
+    lengths: list[int] = []
     for case in cases:
         task = _encode(llm, case, is_chat and not (case.is_beginning and raw is None), is_replay)
+        lengths.append(len(task.prompt))
         num_answer = max_tokens if task.reference is None else min(max_tokens, len(task.reference))
         if len(task.prompt) + num_answer <= context:
             tasks.append(task)
     if not tasks:
-        raise ValueError(f"every prompt plus max_tokens={max_tokens} exceeds the context of {context} tokens; lower --max-tokens")
+        raise ValueError(
+            f"every prompt (the shortest has {min(lengths)} tokens) plus max_tokens={max_tokens} exceeds the context of {context} "
+            "tokens; give shorter prompts, or lower --max-tokens"
+        )
     return tuple(tasks), len(cases) - len(tasks)
 
 

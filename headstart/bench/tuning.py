@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from headstart.bench.achieved import Speed, measure_speeds, num_turns, split
-from headstart.bench.calibrate import SIZES, CalibrationResult, DecodeTrial, calibrate, decode_trees
+from headstart.bench.calibrate import CalibrationResult, DecodeTrial, calibrate
 from headstart.bench.expected import Expected, Observed
 from headstart.bench.hardware import Hardware, forecast
 from headstart.bench.model_shape import DraftShape, ModelShape
@@ -22,7 +22,7 @@ from headstart.speculation.heads_plan import MachineCost, load_plan, save_plan
 from headstart.speculation.planner import Planner, StaticTree
 from headstart.target.target import Target
 
-SECONDS = 6.0  # that measuring the cost of rounds takes
+SECONDS = 12.0  # that measuring the cost of rounds takes
 PLAIN, TREE, AUTO = "plain", "tree", "auto"  # settings that decode held-out prompts
 
 
@@ -55,7 +55,7 @@ class Tuning:
 
     method: of the heads.
     trial: the prompts that were measured with.
-    results, decoded: of the calibration, and of decoding with its trees.
+    results: of the calibration.
     measured: the machine and its cost.
     choice: for this machine.
     achieved: [number of rows][setting] speeds on held-out prompts, at `temperature`; empty where none were decoded.
@@ -65,7 +65,6 @@ class Tuning:
     method: str
     trial: DecodeTrial
     results: Sequence[CalibrationResult]
-    decoded: Sequence[dict[int, float]]
     measured: MachineCost
     choice: Choice
     temperature: float
@@ -78,7 +77,7 @@ def num_steps(num_prompts: int, num_temperatures: int, rows: Sequence[int], is_d
     """How often `tune` calls `on_progress`. num_prompts: all of them."""
     measuring, held_out = split([()] * num_prompts) if is_decoded else ([()] * num_prompts, ())
     turns = sum(num_turns(len(held_out), number) for number in rows) if is_decoded else 0
-    return len(measuring) * num_temperatures * (1 + len(SIZES)) + turns
+    return len(measuring) * num_temperatures + turns
 
 
 def tune(
@@ -114,13 +113,12 @@ def tune(
     measured = MachineCost(machine, measure_cost(target, drafter, SECONDS))
     plan = replace(plan, costs=before.costs if before else ()).with_cost(measured)
     save_plan(folder, plan)
-    decoded = decode_trees(trial, drafter, results, on_progress)
     observed = [_observed(trial, result) for result in results]
     choice = Choice.of(measured.cost, observed, rows)
     temperature = temperatures[len(temperatures) // 2]
     achieved = _achieved(held_out, drafter, choice, temperature, on_progress) if is_decoded else {}
     other = Choice.of(forecast(hardware, *shapes), observed, rows) if hardware and shapes else None
-    return Tuning(drafter.name, trial, results, decoded, measured, choice, temperature, achieved, hardware, other)
+    return Tuning(drafter.name, trial, results, measured, choice, temperature, achieved, hardware, other)
 
 
 def _shapes(target: Target, drafter: Heads) -> tuple[ModelShape, DraftShape]:

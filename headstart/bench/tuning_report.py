@@ -8,17 +8,19 @@ from typing import Any
 
 from rich.table import Table
 
+from headstart.bench.achieved import Speed
 from headstart.bench.expected import Expected
 from headstart.bench.tuning import AUTO, PLAIN, TREE, Choice, Tuning
 from headstart.formats.exports.engine_options import SGLANG, VLLM, ranges, sglang_adaptive, sglang_options, vllm_option
 from headstart.speculation.cost import CostModel
 
+DRIFT = 0.1  # a difference of speeds that is told
+
 
 def as_json(tuning: Tuning) -> dict[str, Any]:
     """The machine, its cost, and what is chosen for it and for the other machine."""
     achieved = [
-        {"rows": rows, "temperature": tuning.temperature}
-        | {name: {"tokens_per_second": speed.tokens_per_second, "tau": speed.tau} for name, speed in speeds.items()}
+        {"rows": rows, "temperature": tuning.temperature} | {name: _achieved(speed) for name, speed in speeds.items()}
         for rows, speeds in tuning.achieved.items()
     ]
     here = {"machine": {**tuning.measured.machine}, "cost": tuning.choice.cost.as_dict(), **_choice(tuning.choice)}
@@ -26,6 +28,10 @@ def as_json(tuning: Tuning) -> dict[str, Any]:
         return here | {"achieved": achieved}
     other = {"hardware": tuning.hardware.model_dump(), "cost": tuning.forecast.cost.as_dict(), **_choice(tuning.forecast)}
     return here | {"achieved": achieved, "forecast": other}
+
+
+def _achieved(speed: Speed) -> dict[str, Any]:
+    return {"tokens_per_second": speed.tokens_per_second, "tau": speed.tau, "reliability": speed.reliability.as_dict()}
 
 
 def _choice(choice: Choice) -> dict[str, Any]:
@@ -90,14 +96,16 @@ def _ms(seconds: float) -> str:
 
 
 def _speed_table(tuning: Tuning) -> Table:
-    """The fastest tree by temperature and rows, expected and achieved."""
-    table = _table("fastest tree for each number of requests at once", tuning.choice, ("achieved", "chosen by itself"))
+    """The fastest tree by temperature and rows, expected and achieved, and how true the chances of the planner's drafts were."""
+    more = "achieved", "chosen by itself", "calibration error"
+    table = _table("fastest tree for each number of requests at once", tuning.choice, more)
     for temperature, by_rows in tuning.choice.fastest.items():
         for one in by_rows.values():
             speeds = tuning.achieved.get(one.rows, {}) if temperature == tuning.temperature else {}
             plain = speeds[PLAIN].tokens_per_second if speeds else 0.0
             ratios = [f"{speeds[name].tokens_per_second / plain:.2f}x" if plain and name in speeds else "" for name in (TREE, AUTO)]
-            table.add_row(*_cells(temperature, one), *ratios)
+            error = speeds[AUTO].reliability.error if speeds else None
+            table.add_row(*_cells(temperature, one), *ratios, "" if error is None else f"{error:.3f}")
         table.add_section()
     return table
 
@@ -129,10 +137,23 @@ def _cells(temperature: float, one: Expected) -> tuple[str, ...]:
 
 
 def lines(tuning: Tuning, heads: Path) -> Iterator[str]:
-    """What to tell other engines about chains, as lines. heads: their folder."""
+    """How much the machine's speed moved, and what to tell other engines about chains, as lines. heads: their folder."""
+    yield from _drift(tuning)
     yield from _engine_lines(tuning.method, tuning.choice, "measured on this machine with this engine", heads)
     if tuning.hardware is not None and tuning.forecast is not None:
         yield from _engine_lines(tuning.method, tuning.forecast, f"forecast for {tuning.hardware.name}", heads)
+
+
+def _drift(tuning: Tuning) -> Iterator[str]:
+    """Where plain decoding was another time faster or slower than by the cost that was measured before."""
+    for rows, speeds in tuning.achieved.items():
+        measured, expected = speeds[PLAIN].tokens_per_second, tuning.choice.fastest[tuning.temperature][rows]
+        ratio = measured * expected.plain_seconds / rows
+        if ratio and abs(ratio - 1) > DRIFT:
+            yield (
+                f"plain decoding of {_counted(rows, 'request')} at once ran at {ratio:.2f} times the speed that its measured cost "
+                "means: the machine's speed moved meanwhile, so expected and achieved figures are of different moments"
+            )
 
 
 def _engine_lines(method: str, choice: Choice, source: str, heads: Path) -> Iterator[str]:

@@ -4,10 +4,13 @@ Nothing outside this folder imports it.
 """
 
 import errno
+import logging
 import os
 import re
 import sys
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import typer
@@ -42,7 +45,8 @@ class Commands(TyperGroup):
         """Run a command and leave with its exit code."""
         extra["standalone_mode"] = False
         try:
-            code = super().main(*args, **extra) or 0
+            with _told():
+                code = super().main(*args, **extra) or 0
             sys.stdout.flush()  # raises where the output does not fit on the disk
             sys.exit(code)
         except BrokenPipeError:  # the reader of the output has closed it
@@ -54,6 +58,32 @@ class Commands(TyperGroup):
             if (sentence := _sentence(error)) is None:
                 raise
             _leave(sentence, 2)
+
+
+class _Lines(logging.Handler):
+    """Prints what the package logs to standard error, each message once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if message not in self._seen:
+            self._seen.add(message)
+            print("headstart:", message, file=sys.stderr)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """A context in which people are told what takes time."""
+    log, lines = logging.getLogger("headstart"), _Lines()
+    log.addHandler(lines)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(lines)
 
 
 def _sentence(error: Exception) -> str | None:
@@ -136,6 +166,12 @@ app.command("import")(expanded(import_heads.bring))  # a keyword of Python, so n
 app.command("verify-export")(expanded(verify_export.verify_export))
 
 
+def _show_warning(message: Warning | str, *where: object, **more: object) -> None:
+    """One line, as for a mistake; where in the code a warning comes from helps nobody at a command line."""
+    print("headstart: warning:", " ".join(str(message).split()), file=sys.stderr)
+
+
 def main() -> None:
     """The entry point of the `headstart` script."""
+    warnings.showwarning = _show_warning
     app()

@@ -50,6 +50,7 @@ def bench(
     result = report.as_json(setups[0], [sample for one in measured for sample in one.samples], rows, settings)
     result["heads"] = [vars(one) for one in trained_heads.trained(runs, llm.engine.target)]
     result["cost"] = report.cost_curve(next((one.cost for one in measured if one.cost), None), rows)
+    result["reliability"] = [*chain.from_iterable(one.reliability for one in measured)]
     result["concurrency"] = [asdict(load) for one in measured for load in one.loads]
     bench_output.write(measuring, result, _lines(measured, llm))
     bench_output.show("json" if json else measuring.format, title_of(setups, model), rows, result, measuring.by_kind)

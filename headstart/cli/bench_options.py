@@ -135,13 +135,25 @@ class MeasuringOptions:
 
 def check_file(option: str, path: Path) -> None:
     """Raise ValueError where no file can be written, before anything is measured. option: that named it."""
-    import os
-
     folder = path.absolute().parent
     if path.is_dir() or not folder.is_dir():
         reason = "is a folder" if path.is_dir() else f"is in {path.parent}, which is no folder"
-    elif not os.access(path if path.exists() else folder, os.W_OK):
-        reason = "cannot be written: permission denied"
+    elif (error := _refusal(path)) is not None:
+        reason = f"cannot be written: {error.strerror or error}"
     else:
         return
     raise ValueError(f"{option} {path} {reason}; name a file to write the measurements to")
+
+
+def _refusal(path: Path) -> OSError | None:
+    """Why a file cannot be opened for writing. It is left as it was."""
+    is_new = not path.exists()
+    if not is_new and not path.is_file():
+        return None  # a device or a pipe
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        return error
+    if is_new:
+        path.unlink()
+    return None

@@ -1,8 +1,8 @@
 """What `demo` and `bench` share: which drafters run, the progress bar, and a title that says what was measured."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from headstart.cli.options import ModelOptions
 from headstart.cli.terminal import progress
@@ -21,6 +21,7 @@ class Measurement:
     memory: of each run, in bytes, as in `Row`.
     loads: throughput by the number of rows.
     cost: of rounds, where a run's planner knows it.
+    reliability: of the chances of each run and drafter, for JSON.
     """
 
     setup: "Setup"
@@ -28,6 +29,7 @@ class Measurement:
     memory: dict[str, dict[str, int]]
     loads: "list[Load]"
     cost: "CostModel | None" = None
+    reliability: list[dict[str, Any]] = field(default_factory=list)
 
 
 def available_drafters(model: ModelOptions) -> list[str]:
@@ -69,15 +71,16 @@ def _num_answers(setup: "Setup", runs: Sequence[str], repeat: int, levels: Seque
 def _measure(
     setup: "Setup", runs: Sequence[str], repeat: int, levels: Sequence[int], on_progress: Callable[[], None]
 ) -> Measurement:
-    from headstart.bench import concurrency, runner
+    from headstart.bench import concurrency, report, runner
     from headstart.speculation.adaptive import Adaptive
 
     prepared = runner.prepare(setup, runs)
     samples = runner.measure(setup, prepared, repeat, on_progress)
+    reliability = report.reliability(prepared, setup.params.temperature)
     loads = concurrency.sweep(setup, prepared, levels, repeat, on_progress)
     planners = (run.engine.planner for run in prepared if isinstance(run, runner.Run))
     cost = next((planner.cost for planner in planners if isinstance(planner, Adaptive)), None)
-    return Measurement(setup, samples, {run.name: run.memory for run in prepared}, loads, cost)
+    return Measurement(setup, samples, {run.name: run.memory for run in prepared}, loads, cost, reliability)
 
 
 def title_of(setups: "Sequence[Setup]", model: ModelOptions) -> str:

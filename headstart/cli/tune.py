@@ -19,8 +19,10 @@ ROWS = (1, 2, 4, 8, 16, 32)
 def tune(
     model: ModelOptions,
     heads: Annotated[Path, typer.Argument(help="Folder of heads that this package trained or imported.")],
-    prompts: Annotated[str, typer.Option(help="A JSONL file, or a built-in suite: stories, questions, edits.")] = "questions",
-    limit: Annotated[int | None, typer.Option(help="Use only the first N prompts.", show_default="all")] = None,
+    prompts: Annotated[
+        str, typer.Option(help="A JSONL file, or a suite: categories (a mixture), questions, stories, gsm8k, ...")
+    ] = "categories",
+    limit: Annotated[int | None, typer.Option(help="Use only the first N prompts, of each category.", show_default="all")] = None,
     max_tokens: Annotated[int, typer.Option(help="Maximum number of tokens of each answer.")] = 64,
     temperature: Annotated[
         list[float] | None, typer.Option(help="Sampling temperature to measure at; may be repeated.", show_default="0, 0.7 and 1")
@@ -76,14 +78,17 @@ def _show(result: "Tuning", heads: Path, settings: dict[str, Any], prompts: str,
     """Write the model card, and print the results."""
     from headstart.bench import calibration_report, tuning_report
 
-    calibration_report.write_card(heads, result.trial, prompts, result.results, result.decoded)
+    calibration_report.write_card(heads, result.trial, prompts, result.results)
     if json:
-        findings = calibration_report.as_json(result.results, result.decoded)
+        findings = calibration_report.as_json(result.results)
         entry = {"heads": str(heads), "settings": settings, "findings": findings, **tuning_report.as_json(result)}
         print(json_format.dumps(entry))
         return
-    for table in (*calibration_report.tables(result.trial, result.results, result.decoded), *tuning_report.tables(result)):
+    for table in (*calibration_report.tables(result.trial, result.results), *tuning_report.tables(result)):
         console().print(table)
+    if settings["num_skipped"]:
+        num_skipped, max_tokens = settings["num_skipped"], settings["max_tokens"]
+        print(f"{num_skipped} prompts are left out: with max_tokens={max_tokens} they exceed the context")
     for line in tuning_report.lines(result, heads):
         print(line)
     print(f"written to {heads / 'plan.json'}, and to the model card beside it")

@@ -97,6 +97,7 @@ class Engine:
         told = DrafterState(drafter, target.device, chunk)
         self.state = EngineState(target, self.scheduler, self.cache, told, Prefixes(prefixes))
         self.pace = pace
+        self.clock = clock  # times the parts of a round
         self.stats = Stats()  # of the rounds that counted; replaced after each round, never changed in place
         self._sampling: tuple[tuple[int, ...], SamplingTensors] | None = None
         self._ids = count()
@@ -250,9 +251,9 @@ class Engine:
             return
         seats = [turn.request.seat for turn in turns if turn.request.seat is not None]
         rows = self._rows(turns, seats)
-        with clock(seconds, "draft"):
+        with self.clock(seconds, "draft"):
             drafts = self._draft(turns, rows)
-        with clock(seconds, "host"):
+        with self.clock(seconds, "host"):
             forest = merge(
                 [turn.stem for turn in turns],
                 [turn.request.scored for turn in turns],
@@ -261,13 +262,13 @@ class Engine:
                 self.target.min_nodes,
                 self.target.device,
             )
-        with clock(seconds, "score"):
+        with self.clock(seconds, "score"):
             scored = self.target.score(forest, self.cache, seats, self.drafter.taps if self.drafter else ())
-        with clock(seconds, "verify"):
+        with self.clock(seconds, "verify"):
             verdict = verify(forest, scored.logits, rows, self.rule)
-        with clock(seconds, "commit"):
+        with self.clock(seconds, "commit"):
             self.cache.commit(seats, forest.stems, verdict.kept)
-        with clock(seconds, "draft"):
+        with self.clock(seconds, "draft"):
             self.state.drafter.follow(turns, forest, scored, verdict)
         self.learning.learn(rows, drafts, verdict, seconds)
         if self.pace is not None and self.target.device.type == "cpu":  # elsewhere a clock on the host sees launches only

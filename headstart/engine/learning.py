@@ -1,4 +1,5 @@
-"""What an engine learns from its rounds: what they cost, and how far the drafter's chances can be trusted in each row."""
+"""What an engine learns from its rounds: what they cost, how far the drafter's chances can be trusted in each row, and how reliable
+they are."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from headstart.engine.scheduler import Request, Turn
 from headstart.speculation.outcome import LearningPlanner, Load, Outcome
 from headstart.speculation.planner import Planner
+from headstart.speculation.reliability import Reliability, count_all
 from headstart.speculation.rows import Rows
 from headstart.speculation.tree import Drafts
 from headstart.speculation.trust import CALIBRATED, Trust
@@ -16,16 +18,20 @@ from headstart.speculation.verify import Verdict
 class Learning:
     """Tells a planner that learns of the rounds, and corrects the chances (acceptance probabilities) of each row.
 
-    With any other planner no method does anything. What was learned in a round that fails stays: it changes speeds only.
+    With any other planner only the reliability is recorded. What was learned in a round that fails stays: it changes speeds only.
 
     planner: of the engine.
     corrects: whether chances are corrected; not those of a drafter that does so itself.
+
+    Attributes:
+    reliability: of the chances as they were used, by the number of the source.
     """
 
     def __init__(self, planner: Planner | None, corrects: bool) -> None:
         self._planner: LearningPlanner | None = planner if isinstance(planner, LearningPlanner) else None
         self._corrects = corrects and self._planner is not None
         self._trust = Trust(prior=CALIBRATED)
+        self.reliability: dict[int, Reliability] = {}
 
     def start(self, request: Request) -> None:
         """Begin with a request that has just got its seat."""
@@ -50,6 +56,7 @@ class Learning:
 
     def learn(self, rows: Rows, drafts: Drafts, verdict: Verdict, seconds: Mapping[str, float]) -> None:
         """Learn from a round. drafts: those verified. seconds: of the round, by phase."""
+        count_all(self.reliability, verdict.compared)
         if self._planner is None:
             return
         for row, (predicted, kept) in enumerate(zip(verdict.predicted, verdict.kept, strict=True)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import warnings
@@ -23,6 +24,7 @@ from headstart.speculation.shape import Limits, fastest_shape
 from headstart.speculation.verify import Rule
 from headstart.target.target import Target
 
+_log = logging.getLogger(__name__)
 SECONDS = 1.5  # that measuring may take where no measurement is kept
 _WIDEST = 32  # parents per level, at most
 
@@ -76,7 +78,7 @@ def cost_of(target: Target, drafter: Drafter | None) -> CostModel:
     """The cost of rounds on this machine: that in the plan of the heads, or measured once for each `machine_key` and kept in the
     user's cache.
 
-    Warns where the plan of the heads was measured on other machines or with another model only.
+    Warns where the plan of the heads was measured on other machines or with another model only, and logs that it measures.
     """
     key = machine_key(target, drafter)
     costs: Sequence[MachineCost] = getattr(drafter, "costs", ())
@@ -89,6 +91,8 @@ def cost_of(target: Target, drafter: Drafter | None) -> CostModel:
     path = folder / f"{_name(key)}.json"
     cost = _read(path, key)
     if cost is None:
+        if drafter is not None:  # of the target alone, too, where that is not known
+            _log.info("measuring what rounds cost on this machine, once for each model and drafter (about %g s)", SECONDS)
         cost = measure_cost(target, drafter, SECONDS, cost_of(target, None) if drafter else None)
         _write(path, key, cost)
     return cost

@@ -232,8 +232,10 @@ class Adaptive:
     @property
     def _node_seconds(self) -> float:
         """Seconds of one more node in a forest with one draft per row."""
-        nodes = self._load.num_stems + len(self._load.stems)
-        return self.cost.forward(nodes + 1) - self.cost.forward(nodes) + self.cost.host_node_seconds
+        rows, context = len(self._load.stems), self._load.context
+        nodes = self._load.num_stems + rows
+        more = self.cost.forward(nodes + 1, rows, context) - self.cost.forward(nodes, rows, context)
+        return more + self.cost.host_node_seconds
 
     @property
     def _scaled_cost(self) -> CostModel:

@@ -64,7 +64,8 @@ class CostModel:
 
     nodes: ascending sizes of the measured forests.
     seconds: of a target forward of each size, of one row with a short text.
-    context_seconds: more for each token of context, over all rows.
+    context_seconds: more for each token of context, over all rows, where each row has one node.
+    context_node_seconds: of these, more for each further node of the row: every node reads the row's context.
     row_seconds: more for each row after the first.
     draft: of drafting; None: without a drafter.
     host_seconds: of a round's remaining parts (verification, commit, host), with one node.
@@ -81,15 +82,18 @@ class CostModel:
     host_seconds: float = 0.0
     host_row_seconds: float = 0.0
     host_node_seconds: float = 0.0
+    context_node_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         _check(self.nodes, self.seconds, "nodes")
-        for name in ("context_seconds", "row_seconds", "host_seconds", "host_row_seconds", "host_node_seconds"):
+        parts = ("context_seconds", "context_node_seconds", "row_seconds", "host_seconds", "host_row_seconds", "host_node_seconds")
+        for name in parts:
             require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "seconds")
 
     def forward(self, nodes: int, rows: int = 1, context: int = 0) -> float:
         """Seconds of a target forward over `nodes` nodes of `rows` rows, whose contexts have `context` tokens in all."""
-        return interpolated(self.nodes, self.seconds, nodes) + (rows - 1) * self.row_seconds + context * self.context_seconds
+        reading = self.context_seconds + max(0.0, nodes / rows - 1) * self.context_node_seconds
+        return interpolated(self.nodes, self.seconds, nodes) + (rows - 1) * self.row_seconds + context * reading
 
     def plain(self, rows: int = 1, context: int = 0) -> float:
         """Seconds of a round of plain decoding."""
@@ -113,8 +117,8 @@ class CostModel:
         common = 1 + _STEP * (ratio - 1)
         own = (1 + _STEP / 4 * weight * (ratio - 1) for weight in _weights(self.nodes, nodes))
         moved = [value * common * factor for value, factor in zip(self.seconds, own, strict=True)]
-        context_seconds, row_seconds = self.context_seconds * common, self.row_seconds * common
-        return replace(self, seconds=monotone(moved), context_seconds=context_seconds, row_seconds=row_seconds)
+        more = {name: getattr(self, name) * common for name in ("context_seconds", "context_node_seconds", "row_seconds")}
+        return replace(self, seconds=monotone(moved), **more)
 
     def as_dict(self) -> dict[str, Any]:
         """The model as a dict for JSON, which `from_dict` reads."""

@@ -72,7 +72,8 @@ def round_seconds(cost: CostModel, base: int, step: int, count: int, rows: int, 
     if sizes[-1] > last:  # beyond what was measured, in a straight line
         seconds += np.maximum(sizes - last, 0) * (cost.forward(last + 1) - cost.forward(last))
     host = cost.host(base, rows) + cost.host_node_seconds * (sizes - base)
-    return seconds + (rows - 1) * cost.row_seconds + context * cost.context_seconds + host
+    reading = cost.context_seconds + np.maximum(0.0, sizes / rows - 1) * cost.context_node_seconds
+    return seconds + (rows - 1) * cost.row_seconds + context * reading + host
 
 
 def best_shape(

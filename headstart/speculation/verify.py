@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from headstart.speculation.device_forest import asked_indices
+from headstart.speculation.reliability import Compared
 from headstart.speculation.rows import Rows
 from headstart.speculation.tree import ROOT, Forest
 
@@ -110,6 +111,7 @@ class Verdict:
     predicted: per row, for each level below which a draft could be kept, the summed chances (acceptance probabilities) of the kept
         path's children, given the path; as many as drafts were kept, and one more where the last one had children.
     gain: sum of all drafts' chances, the kept drafts that were expected.
+    compared: the drafts whose parents were kept, of all rows.
     """
 
     emitted: tuple[tuple[int, ...], ...]
@@ -119,6 +121,7 @@ class Verdict:
     counts: tuple[int, ...]
     predicted: tuple[tuple[float, ...], ...] = ()
     gain: float = 0.0
+    compared: tuple[Compared, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -158,17 +161,18 @@ def alive(forest: Forest, ok: Tensor) -> Tensor:
 def _verdict(forest: Forest, decisions: Decisions) -> Verdict | None:
     """The verdict of a rule's decisions; None where a token on a kept path is uncertain. One copy to the host."""
     drafts = forest.drafts
-    parts = [*decisions, drafts.parents, drafts.depths, (drafts.chances * _UNIT).to(torch.int64)]
+    parts = [*decisions, drafts.parents, drafts.depths, (drafts.chances * _UNIT).to(torch.int64), drafts.sources]
     if forest.counts is None:
         parts.append(drafts.rows)
     flat = torch.cat(parts).tolist()
-    tokens, ok, is_sure, parents, depths, chances, *rows = _cut(flat, *map(len, parts))
+    tokens, ok, is_sure, parents, depths, chances, sources, *rows = _cut(flat, *map(len, parts))
     counts = _counts(forest, rows[0]) if forest.counts is None else forest.counts
     emitted: list[tuple[int, ...]] = []
     kept: list[tuple[int, ...]] = []
     asked: list[tuple[int, ...]] = []
     tried: list[int] = []
     predicted: list[tuple[float, ...]] = []
+    compared: list[Compared] = []
     first, root = 0, 0  # the row's first draft among the drafts, and its root among the asked nodes
     for count, is_asked in zip(counts, forest.ends_at_root, strict=True):
         alive_drafts = {ROOT: 0}  # and the level of their children, from 0
@@ -178,7 +182,9 @@ def _verdict(forest: Forest, decisions: Decisions) -> Verdict | None:
             level = alive_drafts.get(parents[draft])
             if level is not None:
                 parent_chance = chances[parents[draft]] if level else _UNIT
-                masses[level] += chances[draft] / max(1, parent_chance)
+                chance = chances[draft] / max(1, parent_chance)
+                masses[level] += chance
+                compared.append(Compared(sources[draft], chance, bool(ok[draft])))
                 if ok[draft]:
                     alive_drafts[draft] = level + 1
                     path.append(draft - first)
@@ -192,7 +198,7 @@ def _verdict(forest: Forest, decisions: Decisions) -> Verdict | None:
         predicted.append(tuple(masses[: len(path) + (masses[len(path)] > 0)]))
         first, root = first + count, root + count + is_asked
     gain = sum(chances) / _UNIT
-    return Verdict(tuple(emitted), tuple(kept), tuple(asked), tuple(tried), counts, tuple(predicted), gain)
+    return Verdict(tuple(emitted), tuple(kept), tuple(asked), tuple(tried), counts, tuple(predicted), gain, tuple(compared))
 
 
 def _cut(values: list[int], *sizes: int) -> Iterator[list[int]]:

@@ -110,6 +110,11 @@ class FlatRunner:
         self._graphs: OrderedDict[Hashable, _Captured | None] = OrderedDict()  # None: cannot be captured
         self._has_warned = False
 
+    @property
+    def captures(self) -> bool:
+        """Whether forwards are captured as graphs."""
+        return self._new_graph is not None
+
     def run(
         self, owner: Hashable, cache: KVCache, rows: FlatRows, inputs: Mapping[str, Tensor], work: Work, sizes: Sequence[int]
     ) -> tuple[Tensor, ...]:

@@ -53,7 +53,7 @@ def read_prompts(path: str | Path, limit: int | None = None, *, is_chat: bool = 
         raise ValueError(f"limit is {limit}; it must be at least 1 prompt")
     prompts = [_prompt(path, number, fields, is_chat) for number, fields in islice(read_fields(path, "prompts"), limit)]
     if not prompts:
-        raise ValueError(f"{path} holds no prompt")
+        raise ValueError(f'{path} holds no prompt; write one JSON object per line, such as {{"prompt": "Hello"}}')
     return prompts
 
 

@@ -73,7 +73,7 @@ def test_every_published_format_of_prompts_is_read(tmp_path, line, case):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "holds no prompt"),
+        (b"", 'holds no prompt; write one JSON object per line, such as {"prompt": "Hello"}'),
         (b'{"prompt": "a"}\nnot json\n', "line 2 of .* is not JSON"),
         (b'{"text": "a"}\n', "line 1 of .* has no prompt"),
         (b'["a"]\n', "line 1 of .* each line must be a JSON object"),
@@ -391,7 +391,7 @@ def test_prompts_that_exceed_the_context_are_left_out_and_counted(model_folder, 
     [
         (("--prompts", "nowhere.jsonl"), "neither a JSONL file nor"),
         (("--replay",), "needs reference answers"),
-        (("--max-tokens", 5000), "exceeds the context of 256 tokens"),
+        (("--max-tokens", 5000), "plus max_tokens=5000 exceeds the context of 256 tokens; give shorter prompts, or lower"),
         (("--run", "crystal-ball"), "is unknown"),
         (("--run", "lookup", "--run", "lookup"), "named twice"),
         (("--run", "plain"), "named twice"),

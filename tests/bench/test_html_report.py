@@ -18,7 +18,10 @@ from headstart.bench.html.series import all_series
 from headstart.bench.html_report import check_html, html_page, write_html
 
 SHARES = {"draft": 0.2, "score": 0.6, "verify": 0.1, "commit": 0.05, "host": 0.05}
-CARDS = ("speed-up", "acceptance", "lengths", "times", "throughput", "latency", "cost", "training")
+CARDS = (
+    "speed-up", "acceptance", "lengths", "times", "reliability", "reliability-by-drafter", "throughput", "latency", "cost",
+    "training",
+)  # fmt: skip
 
 
 def run(name, speed_up, temperature=0.0, **changes):
@@ -60,8 +63,22 @@ def example():
             for name in names
             for rows in (1, 4)
         ],
+        "reliability": [
+            reliable(names[1], "lookup", 0.03125),
+            *(reliable(names[2], drafter, error) for drafter, error in (("all", 0.0625), ("lookup", 0.125), ("medusa", 0.25))),
+        ],
         "cost": {"nodes": [1, 4, 16], "ms": [5.0, 5.5, 8.0], "operating_points": [{"run": "lookup", "nodes": 4.0, "ms": 5.5}]},
     }
+
+
+def reliable(name, drafter, error):
+    """How reliable the chances of a drafter of a run were."""
+    bins = [
+        {"chance": 0.05, "kept": 0.0625, "count": 80},
+        {"chance": 0.5, "kept": 0.25, "count": 8},
+        {"chance": 0.9, "kept": 1.0, "count": 7},
+    ]
+    return {"run": name, "temperature": 0.0, "drafter": drafter, "error": error, "bins": bins}
 
 
 class Page(HTMLParser):
@@ -115,6 +132,17 @@ def test_a_page_shows_every_run_with_its_numbers_and_every_plot(page):
     assert [name for name in CARDS if name not in read.ids] == []
     assert "padded The target is widened with zeros" in read.text
     assert "lookup is 1.50× as fast as plain decoding (interval 1.25 to 1.75). 1 run is slower than plain decoding." in read.text
+
+
+def test_reliability_is_shown_by_run_with_its_error_and_by_drafter_where_several_are_joined(page):
+    read = Page(page)
+    assert "lookup: 0.031" in read.text
+    assert "medusa@chain:2: 0.062" in read.text
+    assert "medusa@chain:2 at temperature 0: lookup: 0.125, medusa: 0.250" in read.text
+
+
+def test_points_of_few_drafts_are_not_drawn():
+    assert cards._bins(reliable("lookup", "lookup", 0.0)) == [(0.05, 0.0625), (0.5, 0.25)]
 
 
 def test_text_in_plots_is_text(page):
@@ -209,6 +237,7 @@ def test_the_finding_says_whether_a_run_is_faster(speed_up, ends, words):
         ("acceptance", "acceptance"),
         ("lengths", "lengths"),
         ("shares", "times"),
+        ("reliability", "reliability"),
         ("concurrency", "throughput"),
         ("cost", "cost"),
         ("heads", "training"),
@@ -247,6 +276,11 @@ def test_the_page_of_a_real_run_has_the_plots_that_its_results_have(model_folder
     write_html(tmp_path / "report.html", result)
     read = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert {"speed-up", "times"} <= {*read.ids}
+    (record,) = result["reliability"]
+    assert (record["run"], record["drafter"]) == ("lookup", "lookup")
+    drafts = sum(one["count"] for one in record["bins"])
+    gaps = sum(one["count"] * abs(one["chance"] - one["kept"]) for one in record["bins"])
+    assert not drafts or record["error"] == pytest.approx(gaps / drafts)
     for row in result["runs"]:
         assert f"{row['tokens_per_second']:,.1f}" in read.words
 

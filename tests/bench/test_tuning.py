@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ from scripted import Scripted, right
 from tiny import tiny
 from typer.testing import CliRunner
 
+from headstart.bench import tuning_report
 from headstart.bench.achieved import Speed, measure_speeds, num_turns, split
 from headstart.bench.calibrate import DecodeTrial, calibrate
 from headstart.bench.expected import Observed
-from headstart.bench.tuning import Choice
+from headstart.bench.tuning import Choice, Tuning
 from headstart.cli import app
 from headstart.drafters.medusa import Medusa, MedusaConfig
 from headstart.engine import planning
@@ -23,7 +25,7 @@ from headstart.formats import describe_target, save
 from headstart.formats.exports.engine_options import ranges, sglang_adaptive, sglang_options, vllm_option
 from headstart.speculation.chains import chain
 from headstart.speculation.cost import CostModel, DraftCost
-from headstart.speculation.heads_plan import load_plan, save_plan
+from headstart.speculation.heads_plan import MachineCost, load_plan, save_plan
 from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import Chain, StaticTree
 from headstart.target.target import Target
@@ -109,7 +111,7 @@ def test_a_drafter_that_is_always_right_decodes_depth_plus_one_tokens_per_round_
 
 def test_disturbed_rounds_are_left_out_unless_all_are():
     speed = Speed(2, [(4, 1.0, True), (4, 9.0, False), (2, 1.0, True)])
-    assert (speed.tokens_per_second, speed.tau) == (3.0, pytest.approx(10 / 6))
+    assert (speed.tokens_per_second, speed.tau) == (pytest.approx(10 / 3), pytest.approx(10 / 6))
     assert Speed(2, [(4, 8.0, False)]).tokens_per_second == 0.5
     assert Speed(2).tokens_per_second == 0
 
@@ -121,6 +123,16 @@ def test_every_fourth_prompt_is_held_out_and_a_single_one_is_used_twice():
     assert sorted((*measuring, *held_out)) == prompts
     assert split(prompts[:2]) == (((0,),), ((1,),))
     assert split(prompts[:1]) == (((0,),), ((0,),))
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(1.0, []), (1.05, []), (1.25, ["0.80 times"]), (0.5, ["2.00 times"])])
+def test_a_machine_whose_speed_moved_since_its_cost_was_measured_is_told(seconds, told):
+    choice = Choice.of(CostModel((1, 16), (0.9, 1.0), host_seconds=0.1, draft=FREE_DRAFTS), [OBSERVED], [1])
+    speeds = {1: {"plain": Speed(1, [(1, seconds, True)] * 9)}}
+    machine = MachineCost({"threads": 2}, choice.cost)
+    tuning = Tuning("medusa", DecodeTrial(None, ()), (), machine, choice, 0.7, speeds, None, None)
+    printed = [line for line in tuning_report.lines(tuning, Path("heads")) if "machine's speed moved" in line]
+    assert [words in line for words, line in zip(told, printed, strict=True)] == [True] * len(told)
 
 
 # -- other engines --
@@ -169,7 +181,24 @@ def folder(model_folder, tmp_path):
 
 
 def tune(model_folder, folder, *arguments):
-    base = ("tune", folder, "--model", model_folder, "--limit", 3, "--max-tokens", 12, "--temperature", 0, "--rows", 1, "--rows", 2)
+    base = (
+        "tune",
+        folder,
+        "--model",
+        model_folder,
+        "--prompts",
+        "questions",
+        "--limit",
+        3,
+        "--max-tokens",
+        12,
+        "--temperature",
+        0,
+        "--rows",
+        1,
+        "--rows",
+        2,
+    )
     result = CliRunner().invoke(app, [str(argument) for argument in (*base, *arguments)])
     assert result.exit_code == 0, result.output
     return result.stdout

@@ -16,6 +16,7 @@ from folders import write_model, write_tokenizer
 from transformers import BertConfig, BertForMaskedLM
 from typer.testing import CliRunner, Result
 
+from headstart import cli
 from headstart.cli import app
 from headstart.engine.engine import Engine
 
@@ -451,3 +452,19 @@ def test_only_the_text_is_printed(model_folder):
     assert process.returncode == 0
     assert err == ""
     assert out == run("generate", "the cat", "--model", model_folder, "--max-tokens", 5, "--ignore-eos").stdout
+
+
+def test_measuring_costs_for_the_first_time_is_told_in_one_line_on_standard_error(model_folder, tmp_path):
+    arguments = ("generate", "the cat", "--model", model_folder, "--max-tokens", 4, "--raw", "--json")
+    command = [sys.executable, "-m", "headstart", *map(str, arguments)]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    first, second = (subprocess.run(command, env=environment, capture_output=True, text=True, check=True) for _ in range(2))
+    assert first.stderr.count("measuring what rounds cost on this machine") == 1
+    assert "measuring" not in second.stderr
+    assert json.loads(first.stdout)["stats"]["tokens"] == json.loads(second.stdout)["stats"]["tokens"] == 4
+
+
+def test_a_warning_at_the_command_line_is_one_line_without_a_place_in_the_code(capsys, monkeypatch):
+    monkeypatch.setattr(cli.warnings, "showwarning", cli._show_warning)
+    cli.warnings.showwarning(UserWarning("two\n lines"), UserWarning, "file.py", 7)
+    assert capsys.readouterr().err == "headstart: warning: two lines\n"

@@ -20,6 +20,17 @@ def test_the_cost_of_a_forward_is_linear_between_the_measured_sizes_and_beyond_t
     assert COST.plain(2, 8) == 11 + 2 + 4 + 1
 
 
+def test_every_node_of_a_row_reads_its_context():
+    cost = CostModel((1, 4, 16), (10.0, 13.0, 37.0), context_seconds=0.5, context_node_seconds=0.125)
+    assert cost.forward(1, 1, 10) == 10 + 10 * 0.5
+    assert cost.forward(4, 1, 10) == 13 + 10 * (0.5 + 3 * 0.125)
+    assert cost.forward(4, 4, 10) == 13 + 10 * 0.5
+    assert cost.forward(16, 4, 10) == 37 + 10 * (0.5 + 3 * 0.125)
+    moved = cost.refined(4, 1, 10, 1.5 * cost.forward(4, 1, 10))
+    assert moved.context_node_seconds / cost.context_node_seconds == pytest.approx(moved.context_seconds / cost.context_seconds)
+    assert moved.context_node_seconds > cost.context_node_seconds
+
+
 def test_the_rest_of_a_round_costs_more_with_each_row_and_each_node():
     cost = CostModel((1, 4), (10.0, 13.0), host_seconds=1.0, host_row_seconds=0.5, host_node_seconds=0.25)
     assert (cost.host(1), cost.host(9), cost.host(9, 3)) == (1, 3, 4)

@@ -24,6 +24,16 @@ PARAMS = [
 ]
 
 
+def test_the_drafts_whose_parents_were_kept_are_compared_with_what_became_of_them():
+    """Two children of the root, of which the second is kept; its child is not, and the first one's child has no kept parent."""
+    drafts = Drafts.of([1, 2, 3, 0], [ROOT, ROOT, 0, 1], [0] * 4, [1, 1, 2, 2], [0.5, 0.25, 0.4, 0.125], source=7)
+    forest = merge([(0,)], [0], [True], drafts)
+    logits = torch.eye(VOCAB)[[2, 0, 1, 0, 0]]  # the root decides token 2, and that draft decides token 1
+    verdict = verify(forest, logits, make_rows([SamplingParams()], [0], VOCAB), RULES["coupled"])
+    assert verdict.kept == ((1,),)
+    assert [tuple(one) for one in verdict.compared] == [(7, 0.5, False), (7, 0.25, True), (7, 0.5, False)]
+
+
 def drafts_of(nodes: list[tuple[int, int, int]], ends_at_root: tuple[bool, ...] = (True,) * 4) -> Drafts:
     """Random trees of four rows. Left out: nodes with the token of a sibling, and nodes of rows that do not end at their root."""
     parents, rows, tokens, depths = [], [], [], []

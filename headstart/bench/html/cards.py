@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,9 @@ class Card:
 
 def all_cards(result: Mapping[str, Any], looks: Looks) -> list[Card]:
     """Every plot that there is data for, in the order of the page."""
-    cards = (_speed_ups, _acceptance, _lengths, _times, _throughput, _latency, _cost, _training)
+    cards = (
+        _speed_ups, _acceptance, _lengths, _times, _reliability, _reliability_by_drafter, _throughput, _latency, _cost, _training
+    )  # fmt: skip
     return [card for make in cards if (card := make(result, looks)) is not None]
 
 
@@ -168,6 +170,62 @@ def _times(result: Mapping[str, Any], looks: Looks) -> Card | None:
     )
     panels = _panels("times", rows, draw)
     return Card("times", "Where the time goes", text, panels, parts=parts) if panels else None
+
+
+_FEWEST = 8  # drafts of a bin that is drawn
+
+
+def _reliability(result: Mapping[str, Any], looks: Looks) -> Card | None:
+    rows = [row for row in result.get("reliability") or () if row["drafter"] in ("all", _only_drafter(result, row))]
+
+    def draw(some: Rows) -> Figure | None:
+        lines = {looks[row["run"]]: _bins(row) for row in some if _bins(row)}
+        return plots.reliability(lines) if lines else None
+
+    text = (
+        "How often drafts of a predicted chance were kept, where their parents were. On the dashed line chances are true. "
+        "The error beside each name, by temperature, is the mean distance from it over all drafts (expected calibration error). "
+        f"Points of fewer than {_FEWEST} drafts are left out."
+    )
+    legend = [_with_errors(look, [row for row in rows if row["run"] == look.run]) for look in _legend(looks, rows)]
+    panels = _panels("reliability", rows, draw)
+    return Card("reliability", "Reliability of the predicted chances", text, panels, legend) if panels else None
+
+
+def _only_drafter(result: Mapping[str, Any], row: Mapping[str, Any]) -> str | None:
+    """The drafter of a run that is not joined."""
+    names = {other["drafter"] for other in result["reliability"] if other["run"] == row["run"]}
+    return None if "all" in names else str(row["drafter"])
+
+
+def _with_errors(look: Series, rows: Rows) -> Series:
+    """The series with the errors of its chances beside its name, by temperature."""
+    errors = [f"{error:.3f}" for row in rows if (error := number(row, "error")) is not None]
+    return replace(look, label=f"{look.label}: {', '.join(errors)}") if errors else look
+
+
+def _reliability_by_drafter(result: Mapping[str, Any], looks: Looks) -> Card | None:
+    """The same for each drafter of those that are joined."""
+    joined = {row["run"] for row in result.get("reliability") or () if row["drafter"] == "all"}
+    rows = [row for row in result.get("reliability") or () if row["run"] in joined and row["drafter"] != "all" and _bins(row)]
+    names = list(dict.fromkeys(row["drafter"] for row in rows))
+    own = {
+        name: Series(name, name, len(looks) + index, HUES[index % len(HUES)], "so"[index % 2]) for index, name in enumerate(names)
+    }
+    panels = []
+    for index, key in enumerate(dict.fromkeys((row["run"], row.get("temperature")) for row in rows)):
+        some = [row for row in rows if (row["run"], row.get("temperature")) == key]
+        figure = plots.reliability({own[row["drafter"]]: _bins(row) for row in some})
+        errors = ", ".join(_with_errors(own[row["drafter"]], [row]).label for row in some)
+        panels.append(
+            _panel(figure, f"reliability-by-drafter-{index}", f"{looks[key[0]].label} at temperature {key[1]:g}: {errors}")
+        )
+    text = "The same for each drafter of those that draft into one tree. A draft that several proposed counts for the surest."
+    return Card("reliability-by-drafter", "Reliability by drafter", text, panels, [*own.values()]) if panels else None
+
+
+def _bins(row: Mapping[str, Any]) -> list[tuple[float, float]]:
+    return [(one["chance"], one["kept"]) for one in row.get("bins") or () if one["count"] >= _FEWEST]
 
 
 # -- by rows, nodes and tokens ---------------------------------------------------------------------------------------------

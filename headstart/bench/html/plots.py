@@ -183,6 +183,20 @@ def acceptance(lines: Mapping[Series, Sequence[float]]) -> Figure:
     return figure
 
 
+def reliability(lines: Mapping[Series, Points]) -> Figure:
+    """The share of drafts that was kept by the chance that they were given, one line per run, and the diagonal of true chances."""
+    figure, axes = new_figure(320)
+    axes = axes[0, 0]
+    axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
+    for look, points in lines.items():
+        look.plot(axes, [x for x, _ in points], [y for _, y in points])
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda share, _: percent(share)))
+        axis.set_major_locator(FixedLocator([0, 0.25, 0.5, 0.75, 1]))
+    axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="predicted chance", ylabel="share that was kept")
+    return figure
+
+
 def cost(curve: Points, points: Sequence[tuple[float, float, Series]]) -> Figure:
     """The time of a forward by its number of nodes.
 
