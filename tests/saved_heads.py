@@ -14,6 +14,16 @@ from headstart.target.embed_head import EmbedHead
 from headstart.target.loading import load_model
 from headstart.target.tokenizer_loading import load_tokenizer
 
+HIDDEN, VOCAB, LAYERS = 32, 320, 8
+PLAIN = {"fc_norm": False, "norm_output": False}
+BIASED = {
+    "model_type": "llama", "hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 8, "intermediate_size": 48, "rms_norm_eps": 1e-5, "attention_bias": True, "mlp_bias": True,
+    "max_position_embeddings": 256,
+    "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0},
+}  # fmt: skip
+NARROW = BIASED | {"hidden_size": 16, "num_attention_heads": 2, "attention_bias": False, "mlp_bias": False}
+
 
 def save_heads(folder: Path, source: Path, name: str, **settings) -> Path:
     """Save heads of a method for the model in a folder, every weight random, and return their folder."""

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 PACKAGE, VERSION = "speculators", "0.9.0"
+UNWANTED = ("torchvision", "torchcodec", "torchaudio")  # built for CUDA, they prevent transformers from being imported
 LENGTH = 64  # tokens of the text
 WORKER = Path(__file__).with_name("speculators_worker.py")
 
@@ -30,7 +31,9 @@ def ensure_installed(work: Path, minutes: float) -> Path:
     python, ready = folder / "bin" / "python", folder / "ready"
     if not ready.is_file():
         work.mkdir(parents=True, exist_ok=True)
-        for command in ([sys.executable, "-m", "venv", folder], [python, "-m", "pip", "install", "-q", f"{PACKAGE}=={VERSION}"]):
+        pip = [python, "-m", "pip", "--quiet"]
+        install, uninstall = [*pip, "install", f"{PACKAGE}=={VERSION}"], [*pip, "uninstall", "--yes", *UNWANTED]
+        for command in ([sys.executable, "-m", "venv", folder], install, uninstall):
             try:
                 subprocess.run(list(map(str, command)), check=True, timeout=60 * minutes)
             except (subprocess.SubprocessError, OSError) as error:

@@ -5,23 +5,13 @@ import json
 import pytest
 import torch
 from folders import write_model
-from saved_heads import assert_returns, config_of, save_heads, tensors_of
+from saved_heads import BIASED, HIDDEN, LAYERS, NARROW, PLAIN, VOCAB, assert_returns, config_of, save_heads, tensors_of
 
 from headstart import formats
 from headstart.formats.exporting import export_heads
 from headstart.formats.importing import import_heads
 from headstart.target.hidden_states import forward_with_hidden_states
 from headstart.target.loading import load_model
-
-HIDDEN, VOCAB, LAYERS = 32, 320, 8
-PLAIN = {"fc_norm": False, "norm_output": False}
-BIASED = {
-    "model_type": "llama", "hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 8, "intermediate_size": 48, "rms_norm_eps": 1e-5, "attention_bias": True, "mlp_bias": True,
-    "max_position_embeddings": 256,
-    "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0},
-}  # fmt: skip
-NARROW = BIASED | {"hidden_size": 16, "num_attention_heads": 2, "attention_bias": False, "mlp_bias": False}
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +186,8 @@ def test_medusas_configurations_are_those_of_each_engine(tmp_path, target):
 
 @pytest.mark.parametrize(("engine", "method", "architecture"), [
     ("vllm", "eagle", "LlamaForCausalLM"), ("sglang", "eagle", "LlamaForCausalLMEagle"),
-    ("vllm", "eagle3", "LlamaForCausalLMEagle3"), ("sglang", "eagle3", "LlamaForCausalLMEagle3"), ("speculators", "eagle3", "Eagle3DraftModel"),
+    ("vllm", "eagle3", "LlamaForCausalLMEagle3"), ("sglang", "eagle3", "LlamaForCausalLMEagle3"),
+    ("speculators", "eagle3", "Eagle3DraftModel"),
 ])  # fmt: skip
 def test_each_engine_finds_its_class_and_all_keys_of_a_llama(tmp_path, target, engine, method, architecture):
     heads = save_heads(tmp_path / "heads", target, method)

@@ -8,8 +8,7 @@ import pytest
 import torch
 from folders import write_model
 from safetensors import SafetensorError
-from saved_heads import save_heads, tensors_of
-from test_export import BIASED, HIDDEN, LAYERS, NARROW, PLAIN
+from saved_heads import BIASED, HIDDEN, LAYERS, NARROW, PLAIN, save_heads, tensors_of
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PhiConfig, PhiForCausalLM
 
 from headstart.formats.exporting import export_heads

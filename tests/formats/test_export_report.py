@@ -17,7 +17,7 @@ from headstart.speculation.calibration import Calibration
 from headstart.speculation.cost import CostModel, DraftCost
 from headstart.speculation.heads_plan import HeadsPlan, MachineCost, save_plan
 
-SGLANG = "python -m sglang.launch_server --model-path MODEL --speculative-algorithm".split()
+SGLANG = ["python", "-m", "sglang.launch_server", "--model-path", "MODEL", "--speculative-algorithm"]
 RANKS = ((0.8, 0.1), (0.5, 0.2), (0.25, 0.1))
 CALIBRATION = Calibration((0.0, 1.0), ((0.5,), (0.6,)), (RANKS, ((0.1,),)))
 NODES = (1, 2, 4, 8, 16, 32, 64, 128)
