@@ -37,18 +37,23 @@ def _forest(nodes: int, rows: int = 1) -> Setting:
     return Setting(nodes, _FOREST_DEPTH if nodes > rows else 0)
 
 
-def _usual(rounds: TimedRounds, settings: Sequence[Setting], until: float) -> dict[Setting, Sample]:
-    """The usual round of each setting, interleaved.
+def _interleaved(pairs: Sequence[tuple[TimedRounds, Setting]], until: float) -> list[Sample]:
+    """The usual round of each setting, in order.
 
     A setting runs several rounds in turn, of which the first is not counted: rounds of one size find their memory in the caches.
     """
-    samples: dict[Setting, list[Sample]] = {}
+    samples: list[list[Sample]] = [[] for _ in pairs]
     for _ in range(_REPEATS):
-        for setting in settings:
-            samples.setdefault(setting, []).extend([rounds.sample(setting) for _ in range(_IN_TURN)][1:])
+        for own, (rounds, setting) in zip(samples, pairs, strict=True):
+            own += [rounds.sample(setting) for _ in range(_IN_TURN)][1:]
         if time.perf_counter() > until:
             break
-    return {setting: _median(some) for setting, some in samples.items()}
+    return [_median(some) for some in samples]
+
+
+def _usual(rounds: TimedRounds, settings: Sequence[Setting], until: float) -> dict[Setting, Sample]:
+    """The usual round of each setting."""
+    return dict(zip(settings, _interleaved([(rounds, setting) for setting in settings], until), strict=True))
 
 
 def _median(samples: Sequence[Sample]) -> Sample:
@@ -171,27 +176,31 @@ def _row_seconds(target: Target, measured: Mapping[int, Sample], reading: float,
 def _draft_cost(target: Target, drafter: Drafter, prompt: int, seconds: float) -> DraftCost:
     """What drafting costs: one level, and what further levels add, by the nodes that run at once.
 
-    Some drafts of every round are kept, so that the drafter has several tokens to read, as where drafting pays.
+    Some drafts of every round are kept, so that the drafter has several tokens to read, as where drafting pays. To the first level
+    belongs by what a forward takes longer with a drafter, which reads hidden states, and whose own weights are in the caches.
     """
     until, beams = time.perf_counter() + seconds, (1, 4, 8)
-    none, one, *deeper = _in_order(target, drafter, 1, prompt, beams, until)
-    first = max(0.0, one - none)
-    levels = monotone([max(0.0, (draft - one) / (_DEPTH - 1)) for draft in deeper])
-    none_rows, one_rows, deep_rows = _in_order(target, drafter, 4, prompt, (1,), until)
-    level_rows = (deep_rows - one_rows) / (_DEPTH - 1)
+    alone, none, one, *deeper = _with_drafter(target, drafter, 1, prompt, beams, until)
+    first, slower = max(0.0, one.draft - none.draft), min(sample.forward for sample in deeper) - alone.forward
+    levels = monotone([max(0.0, (sample.draft - one.draft) / (_DEPTH - 1)) for sample in deeper])
+    _, none_rows, one_rows, deep_rows = _with_drafter(target, drafter, 4, prompt, (1,), until)
+    level_rows = (deep_rows.draft - one_rows.draft) / (_DEPTH - 1)
     return DraftCost(
-        first=first,
+        first=first + max(0.0, slower),
         widths=beams,
         seconds=levels,
-        row_seconds=max(0.0, (one_rows - none_rows - first) / 3),
+        row_seconds=max(0.0, (one_rows.draft - none_rows.draft - first) / 3),
         level_row_seconds=max(0.0, (level_rows - levels[1]) / 3),  # four rows run four nodes
     )
 
 
-def _in_order(target: Target, drafter: Drafter, rows: int, prompt: int, beams: Sequence[int], until: float) -> list[float]:
-    """Seconds of drafting nothing, one level, and `_DEPTH` levels with each beam."""
+def _with_drafter(target: Target, drafter: Drafter, rows: int, prompt: int, beams: Sequence[int], until: float) -> list[Sample]:
+    """Rounds without a drafter, and with one that drafts nothing, one level, and `_DEPTH` levels with each beam.
+
+    The first and those of several levels have forests of one size.
+    """
     verified = rows * (1 + 2 * _WIDTH)
-    settings = [Setting(rows), Setting(rows * (1 + _WIDTH), 1), *(Setting(verified, _DEPTH, beam) for beam in beams)]
     drafted = rows * _WIDTH * (1 + (_DEPTH - 1) * max(beams))
-    samples = _usual(_rounds(target, drafter, rows, prompt, drafted), settings, until)
-    return [samples[setting].draft for setting in settings]
+    alone, drafting = _rounds(target, None, rows, prompt, verified), _rounds(target, drafter, rows, prompt, drafted)
+    settings = [Setting(rows), Setting(rows * (1 + _WIDTH), 1), *(Setting(verified, _DEPTH, beam) for beam in beams)]
+    return _interleaved([(alone, _forest(verified, rows)), *((drafting, setting) for setting in settings)], until)
