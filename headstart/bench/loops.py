@@ -1,13 +1,13 @@
 """How much of a text repeats itself: repetition flatters every drafter."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 NGRAM = 8
 
 
-def loop_share(tokens: Sequence[int], size: int = NGRAM) -> float:
-    """The fraction of a text that lies inside n-grams of `size` tokens which occurred in it before."""
-    seen: set[tuple[int, ...]] = set()
+def loop_share(tokens: Sequence[Hashable], size: int = NGRAM) -> float:
+    """The fraction of a text, in tokens or in words, that lies inside n-grams of `size` tokens which occurred in it before."""
+    seen: set[tuple[Hashable, ...]] = set()
     repeated: set[int] = set()
     for start in range(len(tokens) - size + 1):
         ngram = tuple(tokens[start : start + size])

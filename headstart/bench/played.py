@@ -11,7 +11,7 @@ from headstart.speculation.cost import CostModel
 from headstart.speculation.outcome import LearningPlanner, Load, Outcome
 from headstart.speculation.planner import NO_DRAFTS, Plan, Planner, paying_rows
 from headstart.speculation.tree import ROOT, Drafts
-from headstart.speculation.trust import Trust, correct
+from headstart.speculation.trust import CALIBRATED, Trust, correct
 
 
 class Candidate(NamedTuple):
@@ -74,7 +74,7 @@ class _Drafted:
 
 def play(recordings: Sequence[Recording], planner: Planner, cost: CostModel, num_rows: int = 1) -> Played:
     """Answer the recorded prompts under a planner, `num_rows` at a time, until less than so many are left."""
-    waiting, result, trust = list(recordings), Played(), Trust()
+    waiting, result, trust = list(recordings), Played(), Trust(prior=CALIBRATED)
     rows = [_Row(waiting.pop(0), seat) for seat in range(min(num_rows, len(waiting)))]
     while rows:
         _round(rows, planner, cost, trust, result)

@@ -6,12 +6,15 @@ import csv
 import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from headstart.bench.concurrency import Load
 from headstart.bench.results import Row
+
+if TYPE_CHECKING:
+    from headstart.bench.endpoints.results import EndpointRow
 
 NAME = 24  # characters of a run that are kept in one line
 NUM_DEPTHS = 6  # acceptance rates and lengths of rounds that are shown
@@ -23,17 +26,23 @@ def short(run: str) -> str:
     return re.sub(r"^((?:\w+\+)*(?:\w+:)*)(?:.*/)?([^/@]+)/*(?=@|$)", r"\1\2", run)
 
 
-def _range(interval: Sequence[float]) -> str:
+def interval_text(interval: Sequence[float]) -> str:
     """An interval in words; empty where it has no width."""
     low, high = interval
     return f"{low:.2f}-{high:.2f}" if high > low else ""
 
 
-def _rates(acceptance: Sequence[float]) -> str:
+def tau_text(tau: float | None) -> str:
+    """An acceptance length; `-` where it is not known."""
+    return "-" if tau is None else f"{tau:.2f}"
+
+
+def rates_text(acceptance: Sequence[float]) -> str:
+    """Acceptance rates by depth: `.61 .35`."""
     return " ".join(f"{share:.2f}"[1:] if share < 1 else "1.0" for share in acceptance[:NUM_DEPTHS])
 
 
-def _lengths(counts: Sequence[int]) -> str:
+def lengths_text(counts: Sequence[int]) -> str:
     """The share of rounds of each length, the last ones together, in %."""
     shown = [*counts[: NUM_DEPTHS - 1], sum(counts[NUM_DEPTHS - 1 :])] if len(counts) > NUM_DEPTHS else counts
     return " ".join(f"{100 * count / (sum(counts) or 1):.0f}" for count in shown)
@@ -44,7 +53,8 @@ def _megabytes(memory: Mapping[str, int]) -> str:
     return " + ".join(f"{part / 1e6:.1f}" for part in parts)
 
 
-def _milliseconds(times: Mapping[str, float]) -> list[str]:
+def percentiles(times: Mapping[str, float]) -> list[str]:
+    """P50, P90 and P99."""
     return [f"{times[name]:.2f}" for name in ("p50", "p90", "p99")]
 
 
@@ -60,10 +70,10 @@ _SHORT: tuple[Column, ...] = (
 )
 _LONG: tuple[Column, ...] = (
     *_SHORT[:3],
-    ("95 % over\nprompts", lambda row: _range(row.interval)),
+    ("95 % over\nprompts", lambda row: interval_text(row.interval)),
     ("after first\ntoken", lambda row: f"{row.decode_speed_up:.2f}x"),
     _SHORT[3],
-    ("acceptance rate\nby depth", lambda row: _rates(row.acceptance)),
+    ("acceptance rate\nby depth", lambda row: rates_text(row.acceptance)),
     ("nodes per\nforward", lambda row: f"{row.nodes:.1f}"),
     ("forward\ntime", lambda row: f"{row.forward:.2f}x"),
     ("draft/score/verify/\ncommit/host %", lambda row: "/".join(f"{100 * share:.0f}" for share in row.shares.values())),
@@ -73,9 +83,9 @@ _LONG: tuple[Column, ...] = (
 _TIMES: tuple[Column, ...] = (
     _SHORT[0],
     ("first token\nms", lambda row: f"{1000 * row.time_to_first_token:.1f}"),
-    ("ms per token\nP50 / P90 / P99", lambda row: " / ".join(_milliseconds(row.token_ms))),
-    ("tokens of a round: share of\nrounds with 1, 2, ... in %", lambda row: _lengths(row.lengths)),
-    ("tau, 95 %", lambda row: _range(row.tau_interval)),
+    ("ms per token\nP50 / P90 / P99", lambda row: " / ".join(percentiles(row.token_ms))),
+    ("tokens of a round: share of\nrounds with 1, 2, ... in %", lambda row: lengths_text(row.lengths)),
+    ("tau, 95 %", lambda row: interval_text(row.tau_interval)),
     ("memory in MB: heads + KV cache\n(+ copy of the target)", lambda row: _megabytes(row.memory)),
 )
 _TEMPERATURE: Column = ("T", lambda row: f"{row.temperature:g}")
@@ -95,10 +105,11 @@ def table_of_times(rows: Sequence[Row]) -> Table:
 def _table(rows: Sequence[Row], title: str, columns: Sequence[Column]) -> Table:
     run, *rest = columns
     columns = (run, *([_TEMPERATURE] if len({row.temperature for row in rows}) > 1 else []), *rest)
-    return _filled(title, [name for name, _ in columns], [[write(row) for _, write in columns] for row in rows])
+    return filled(title, [name for name, _ in columns], [[write(row) for _, write in columns] for row in rows])
 
 
-def _filled(title: str, names: Sequence[str], lines: Sequence[list[str]]) -> Table:
+def filled(title: str, names: Sequence[str], lines: Sequence[list[str]]) -> Table:
+    """A table. names: of the columns; lines: their cells, the name of the run first."""
     result = Table(title=title, title_justify="left")
     for name in names:
         width = min(NAME, max(len(line[0]) for line in lines)) if name == "run" and lines else None
@@ -108,16 +119,17 @@ def _filled(title: str, names: Sequence[str], lines: Sequence[list[str]]) -> Tab
     return result
 
 
-def table_by_kind(rows: Sequence[Row]) -> Table:
+def table_by_kind(rows: Sequence[Row | EndpointRow]) -> Table:
     """One line per run, temperature and prompt set."""
     names = ("run", "prompts", "T", "tokens/s", "speed-up", "95 % over\nprompts", "tau (acceptance\nlength)", "tau, 95 %")
     lines = [
         [short(row.run), f"{kind} ({numbers['num_prompts']})", f"{row.temperature:g}", f"{numbers['tokens_per_second']:.1f}",
-         f"{numbers['speed_up']:.2f}x", _range(numbers["interval"]), f"{numbers['tau']:.2f}", _range(numbers["tau_interval"])]
+         f"{numbers['speed_up']:.2f}x", interval_text(numbers["interval"]), tau_text(numbers["tau"]),
+         interval_text(numbers["tau_interval"])]
         for row in rows
         for kind, numbers in row.kinds.items()
     ]  # fmt: skip
-    return _filled("by prompt set", names, lines)
+    return filled("by prompt set", names, lines)
 
 
 def table_of_loads(loads: Sequence[Load]) -> Table:
@@ -126,10 +138,10 @@ def table_of_loads(loads: Sequence[Load]) -> Table:
     plain = {(load.temperature, load.rows): load.tokens_per_second for load in reversed(loads)}  # the first run is plain decoding
     lines = [
         [short(load.run), f"{load.temperature:g}", str(load.rows), f"{load.tokens_per_second:.1f}",
-         f"{load.tokens_per_second / plain[load.temperature, load.rows]:.2f}x", *_milliseconds(load.token_ms)]
+         f"{load.tokens_per_second / plain[load.temperature, load.rows]:.2f}x", *percentiles(load.token_ms)]
         for load in loads
     ]  # fmt: skip
-    return _filled("throughput by the number of requests at once", names, lines)
+    return filled("throughput by the number of requests at once", names, lines)
 
 
 # -- as text ------------------------------------------------------------------------------------------------------------------
@@ -154,9 +166,8 @@ def _records(result: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                 "tau_high": numbers["tau_interval"][1],
                 "time_to_first_token": numbers["time_to_first_token"],
                 **{f"token_ms_{name}": value for name, value in numbers["token_ms"].items()},
-                "forward": row["forward"],
-                "heads_bytes": row["memory"]["heads"],
-                "cache_bytes": row["memory"]["cache"],
+                **({"forward": row["forward"]} if "forward" in row else {}),
+                **{f"{name}_bytes": row["memory"][name] for name in ("heads", "cache") if name in row.get("memory", {})},
                 "loops": row["loops"],
                 "identical": row["identical"],
             }
@@ -198,8 +209,8 @@ def _shortened(record: Mapping[str, Any]) -> dict[str, str]:
         "prompts": f"{record['prompts']} ({record['num_prompts']})",
         "tokens/s": f"{record['tokens_per_second']:.1f}",
         "speed-up": f"{record['speed_up']:.2f}x",
-        "95 %": _range((record["speed_up_low"], record["speed_up_high"])),
-        "tau": f"{record['tau']:.2f}",
+        "95 %": interval_text((record["speed_up_low"], record["speed_up_high"])),
+        "tau": tau_text(record["tau"]),
         "first token, ms": f"{1000 * record['time_to_first_token']:.1f}",
         "P50 / P90 / P99, ms per token": " / ".join(f"{record[f'token_ms_{name}']:.2f}" for name in ("p50", "p90", "p99")),
         "identical": record["identical"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,12 +78,20 @@ def with_answers(llm: LLM, cases: Sequence[Case], params: SamplingParams, raw: b
     params: of these answers.
     raw: as for `encode_tasks`.
     """
+    return answered_turns(cases, lambda turn: _answer(llm, turn, params, raw))
+
+
+def answered_turns(cases: Sequence[Case], answer: Callable[[Case], str | None]) -> list[Case]:
+    """The cases with every later message of a conversation as a case of its own.
+
+    answer: gives the reply to a case that has no reference; None where there is no room for it: the conversation ends there.
+    """
     asked: list[Case] = []
     for case in cases:
         turn = replace(case, following=())
         asked.append(turn)
         for later in case.following:
-            reply = turn.reference if turn.reference is not None else _answer(llm, turn, params, raw)
+            reply = turn.reference if turn.reference is not None else answer(turn)
             if reply is None:
                 break
             turn = replace(later, history=(*turn.history, (turn.prompt, reply)), category=case.category)
@@ -110,18 +118,19 @@ def uses_chat_template(llm: LLM, raw: bool | None) -> bool:
 
 
 def _encode(llm: LLM, case: Case, is_message: bool, is_replay: bool) -> Task:
-    prompt = encode_prompt(llm.tokenizer, _messages(case) if is_message else _text(case))
+    prompt = encode_prompt(llm.tokenizer, messages_of(case) if is_message else text_of(case))
     if not is_replay:
         return Task(tuple(prompt), text=case.prompt)
     assert case.reference is not None, "a replay needs a reference"
     return Task(tuple(prompt), tuple(llm.tokenizer.encode(case.reference, add_special_tokens=False)), text=case.prompt)
 
 
-def _messages(case: Case) -> list[dict[str, str]]:
+def messages_of(case: Case) -> list[dict[str, str]]:
+    """What was said before, and the prompt, as messages of a chat."""
     before = [(role, text) for turn in case.history for role, text in zip(("user", "assistant"), turn, strict=True)]
     return [{"role": role, "content": text} for role, text in [*before, ("user", case.prompt)]]
 
 
-def _text(case: Case) -> str:
+def text_of(case: Case) -> str:
     """For a model without a chat template: all that was said, with blank lines between."""
     return "\n\n".join([*(text for turn in case.history for text in turn), case.prompt])

@@ -13,7 +13,22 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from headstart.cli import bench, chat, demo, distill, export, generate, import_heads, inspect, pretrain, train, tune, verify_export
+from headstart.cli import (
+    bench,
+    chat,
+    demo,
+    distill,
+    export,
+    features,
+    generate,
+    import_heads,
+    inspect,
+    pretrain,
+    serve,
+    train,
+    tune,
+    verify_export,
+)
 from headstart.cli.options import expanded
 
 INTERRUPTED = 130
@@ -107,11 +122,13 @@ for command in (
     generate.generate,
     chat.chat,
     distill.distill,
+    features.features,
     train.train,
     pretrain.pretrain,
     tune.tune,
     inspect.inspect,
     bench.bench,
+    serve.serve,
     export.export,
 ):
     app.command()(expanded(command))

@@ -1,12 +1,12 @@
-"""`bench`: plain decoding and drafters side by side, on the same prompts, in one process."""
+"""`bench`: plain decoding and drafters side by side, on the same prompts, in one process; or a server."""
 
-import json as json_format
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import chain, product
 from typing import TYPE_CHECKING, Any
 
 from headstart.cli import bench_output
+from headstart.cli.bench_endpoint import EndpointOptions, bench_endpoints
 from headstart.cli.bench_options import MeasuringOptions
 from headstart.cli.measuring import Measurement, available_drafters, measure_all, title_of
 from headstart.cli.options import Json, ModelOptions, SamplingOptions, waiting
@@ -18,12 +18,15 @@ if TYPE_CHECKING:
     from headstart.speculation.params import SamplingParams
 
 
-def bench(model: ModelOptions, sampling: SamplingOptions, measuring: MeasuringOptions, json: Json = False) -> None:
-    """Measure drafters against plain decoding.
+def bench(
+    model: ModelOptions, sampling: SamplingOptions, measuring: MeasuringOptions, endpoints: EndpointOptions, json: Json = False
+) -> None:
+    """Measure drafters against plain decoding, or a server.
 
     Prints tokens/s, speed-up, tau (acceptance length), the acceptance rate by depth, latency, memory, and whether the text is
     identical. Intervals are 95 % bootstrap confidence intervals over prompts. The time per token is that of a round divided over
-    the tokens that it emitted.
+    the tokens that it emitted. With --endpoint, any OpenAI-compatible server is measured with the same prompts, and with --against
+    compared with another one.
 
     Example: headstart bench --model ./talk13M --run lookup --run model:./draft@chain:4 --prompts edits --replay
     """
@@ -32,7 +35,11 @@ def bench(model: ModelOptions, sampling: SamplingOptions, measuring: MeasuringOp
     params = sampling.params(seed=sampling.seed or 0, max_tokens=128 if sampling.max_tokens is None else sampling.max_tokens)
     temperatures = measuring.all_temperatures(sampling.temperature)
     measuring.check()
+    endpoints.check(model, measuring)
     sets = measuring.read_prompt_sets()
+    if endpoints.endpoint is not None:
+        bench_endpoints(endpoints, measuring, params, temperatures, sets, json)
+        return
     runs = measuring.run if measuring.run is not None else available_drafters(model)
     _check_runs(runs, temperatures, model, params, measuring)
     llm = model.load(drafter=None, max_rows=1)
@@ -44,7 +51,7 @@ def bench(model: ModelOptions, sampling: SamplingOptions, measuring: MeasuringOp
     result["heads"] = [vars(one) for one in trained_heads.trained(runs, llm.engine.target)]
     result["cost"] = report.cost_curve(next((one.cost for one in measured if one.cost), None), rows)
     result["concurrency"] = [asdict(load) for one in measured for load in one.loads]
-    _write(measuring, result, measured, llm)
+    bench_output.write(measuring, result, _lines(measured, llm))
     bench_output.show("json" if json else measuring.format, title_of(setups, model), rows, result, measuring.by_kind)
 
 
@@ -114,26 +121,9 @@ def _settings(
     } | {name: value for name, value in vars(params).items() if name not in ("n", "logprobs", "temperature")}
 
 
-def _write(measuring: MeasuringOptions, result: dict[str, Any], measured: "Sequence[Measurement]", llm: "LLM") -> None:
-    """The files that were asked for. Raises ValueError for one that cannot be written, with the measurements in the message."""
+def _lines(measured: "Sequence[Measurement]", llm: "LLM") -> Iterator[dict[str, Any]]:
+    """Every answer, for --save."""
     from headstart.bench.samples import as_line
     from headstart.text.tokenizer import decode
 
-    try:
-        if measuring.out is not None:
-            measuring.out.write_text(json_format.dumps(result) + "\n", encoding="utf-8")
-        if measuring.save is not None:
-            lines = (as_line(one.setup, sample, decode(llm.tokenizer, sample.tokens)) for one in measured for sample in one.samples)
-            text = "".join(json_format.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            measuring.save.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ValueError(
-            f"{error.filename} cannot be written: {error.strerror}; the measurements are {json_format.dumps(result)}"
-        ) from None
-    if measuring.html is not None:
-        from headstart.bench.html_report import write_html
-
-        try:
-            write_html(measuring.html, result)
-        except ValueError as error:
-            raise ValueError(f"{error}; the measurements are {json_format.dumps(result)}") from None
+    return (as_line(one.setup, sample, decode(llm.tokenizer, sample.tokens)) for one in measured for sample in one.samples)

@@ -1,9 +1,10 @@
-"""What `bench` prints: tables and sentences, JSON, CSV or Markdown."""
+"""What `bench` prints and writes: tables and sentences, JSON, CSV or Markdown."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from headstart.cli.bench_options import MeasuringOptions
 from headstart.cli.terminal import console
 
 if TYPE_CHECKING:
@@ -12,6 +13,17 @@ if TYPE_CHECKING:
 
 def show(format: str, title: str, rows: "Sequence[Row]", result: dict[str, Any], by_kind: bool) -> None:
     """Print all results. format: json, csv, markdown, or table."""
+    if show_text(format, title, result):
+        if format == "markdown":
+            print("".join(f"\n- {sentence}" for sentence in _sentences(rows, result)).strip("\n"))
+        return
+    _print_tables(title, rows, result, by_kind)
+    for sentence in _sentences(rows, result):
+        print(sentence)
+
+
+def show_text(format: str, title: str, result: Mapping[str, Any]) -> bool:
+    """Print the results as JSON, CSV or Markdown; False for another format."""
     from headstart.bench import tables
 
     if format == "json":
@@ -20,11 +32,34 @@ def show(format: str, title: str, rows: "Sequence[Row]", result: dict[str, Any],
         print(tables.as_csv(result), end="")
     elif format == "markdown":
         print(tables.as_markdown(result, title), end="")
-        print("".join(f"\n- {sentence}" for sentence in _sentences(rows, result)).strip("\n"))
     else:
-        _print_tables(title, rows, result, by_kind)
-        for sentence in _sentences(rows, result):
-            print(sentence)
+        return False
+    return True
+
+
+def write(measuring: MeasuringOptions, result: dict[str, Any] | None, lines: Iterable[Mapping[str, Any]]) -> None:
+    """The files that were asked for. Raises ValueError for one that cannot be written, with the measurements in the message.
+
+    result: None: there are too few answers for results.
+    lines: every answer, for --save.
+    """
+    try:
+        if measuring.out is not None and result is not None:
+            measuring.out.write_text(json.dumps(result) + "\n", encoding="utf-8")
+        if measuring.save is not None:
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            measuring.save.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"{error.filename} cannot be written: {error.strerror}; the measurements are {json.dumps(result)}"
+        ) from None
+    if measuring.html is not None and result is not None:
+        from headstart.bench.html_report import write_html
+
+        try:
+            write_html(measuring.html, result)
+        except ValueError as error:
+            raise ValueError(f"{error}; the measurements are {json.dumps(result)}") from None
 
 
 def _print_tables(title: str, rows: "Sequence[Row]", result: dict[str, Any], by_kind: bool) -> None:

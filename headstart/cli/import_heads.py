@@ -33,8 +33,8 @@ def bring(
     """Bring heads that others have published into headstart's format.
 
     Knows Medusa heads of their authors, TGI and vLLM, Medusa heads inside a whole model, Hydra and Hydra++, EAGLE and EAGLE-2,
-    EAGLE-3 of its authors, SpecForge and speculators, and the MTP modules of DeepSeek-V3, GLM, MiMo, Qwen and Mellum inside a
-    whole model. Nothing in the files is run. What is missing, extra or misshaped is named, and nothing is written.
+    EAGLE-3 of its authors, SpecForge, speculators and llama.cpp, and the MTP modules of DeepSeek-V3, GLM, MiMo, Qwen and Mellum in
+    a whole model. Nothing in the files is run. What is missing, extra or misshaped is named, and nothing is written.
 
     Example: headstart import ./medusa-vicuna-7b-v1.3 --target lmsys/vicuna-7b-v1.3 --out ./heads
     """

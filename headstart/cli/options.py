@@ -17,8 +17,11 @@ import typer
 from headstart.cli import completion as complete
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from headstart.engine.llm import LLM
     from headstart.speculation.params import SamplingParams
+    from headstart.target.target import Target
 
 _MODEL, _SAMPLING, MEASURING = "Model and decoding", "Sampling", "Measuring"
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -38,8 +41,8 @@ Raw = Annotated[
 
 
 @dataclass(frozen=True)
-class ModelOptions:
-    """Which model, on which device, and how exactly its text is kept."""
+class TargetOptions:
+    """Which model, on which device, and with which kernels."""
 
     model: Annotated[
         str | None,
@@ -71,6 +74,57 @@ class ModelOptions:
             rich_help_panel=_MODEL,
         ),
     ] = None
+    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's", rich_help_panel=_MODEL)] = None
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help=TRUST, rich_help_panel=_MODEL),
+    ] = False
+
+    def load_target(self) -> "tuple[Target, PreTrainedTokenizerBase]":
+        """The target and its tokenizer, with a spinner while they load."""
+        with waiting(f"loading {self.model or 'the embedded model'}"):
+            from headstart.target.loading import check_folder, embedded
+            from headstart.target.target import Target
+            from headstart.target.tokenizer_loading import load_tokenizer
+
+            quieten()
+            self.use_threads()
+            source = embedded("target") if self.model is None else self.model
+            check_folder(source)
+            tokenizer = load_tokenizer(source, self.trust_remote_code)
+            target = Target.load(
+                source, dtype=self.dtype, device=self.device, exact=self.promise, trust_remote_code=self.trust_remote_code,
+                weights=self.weights,
+            )  # fmt: skip
+        self.warn_of_ties(target)
+        return target, tokenizer
+
+    @property
+    def promise(self) -> bool | str:
+        """Whether exactness is required, as `headstart.load` takes it."""
+        return "auto" if self.exact is None else self.exact
+
+    def warn_of_ties(self, target: "Target") -> None:
+        """Say on standard error why the text is not that of plain decoding to the bit, if the user did not ask for that."""
+        kernel_choice = target.kernel_choice
+        if self.exact is None and kernel_choice is not None and not kernel_choice.is_exact:
+            print(f"headstart: equal to plain decoding up to near ties, not to the bit: {kernel_choice.why_not}", file=sys.stderr)
+
+    def use_threads(self) -> None:
+        """Give torch as many threads as asked for."""
+        if self.threads is None:
+            return
+        if self.threads < 1:
+            raise ValueError(f"threads is {self.threads}; it must be at least 1")
+        import torch
+
+        torch.set_num_threads(self.threads)
+
+
+@dataclass(frozen=True)
+class ModelOptions(TargetOptions):
+    """Which model, on which device, and how exactly its text is kept."""
+
     accept: Annotated[
         str,
         typer.Option(
@@ -79,11 +133,6 @@ class ModelOptions:
             rich_help_panel=_MODEL,
         ),
     ] = "coupled"
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="torch's", rich_help_panel=_MODEL)] = None
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option("--trust-remote-code", help=TRUST, rich_help_panel=_MODEL),
-    ] = False
 
     def load(self, **settings: Any) -> "LLM":
         """The loaded model, with a spinner while it loads. settings: further arguments of `headstart.load`."""
@@ -93,23 +142,11 @@ class ModelOptions:
 
             parse_rule(self.accept)  # refused before anything is loaded
             quieten()
-            self._use_threads()
-            exact = "auto" if self.exact is None else self.exact
+            self.use_threads()
             settings |= {"accept": self.accept, "weights": self.weights, "trust_remote_code": self.trust_remote_code}
-            llm = headstart.load(self.model, device=self.device, dtype=self.dtype, exact=exact, **settings)
-        kernel_choice = llm.engine.target.kernel_choice
-        if self.exact is None and kernel_choice is not None and not kernel_choice.is_exact:
-            print(f"headstart: equal to plain decoding up to near ties, not to the bit: {kernel_choice.why_not}", file=sys.stderr)
+            llm = headstart.load(self.model, device=self.device, dtype=self.dtype, exact=self.promise, **settings)
+        self.warn_of_ties(llm.engine.target)
         return llm
-
-    def _use_threads(self) -> None:
-        if self.threads is None:
-            return
-        if self.threads < 1:
-            raise ValueError(f"threads is {self.threads}; it must be at least 1")
-        import torch
-
-        torch.set_num_threads(self.threads)
 
 
 @dataclass(frozen=True)

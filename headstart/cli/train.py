@@ -47,7 +47,8 @@ class DataOptions:
         str | None, option("Fraction of the texts to hold out for evaluation, or a file of held-out texts.", DATA, default="0.05")
     ] = None
     features: Annotated[
-        Path | None, option("Folder to cache the target's hidden states in, for later epochs and runs.", DATA, default="none")
+        Path | None,
+        option("Folder of the target's hidden states, as `features` writes it; a new one is filled.", DATA, default="none"),
     ] = None
 
 

@@ -6,17 +6,18 @@ Whether the served model is the expected one is not checked.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from queue import Queue
-from threading import Event, Thread
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
+from headstart.distill.connection import at_once, connect, is_too_long, sentence
 from headstart.distill.teacher import Conversation, Settings
 from headstart.text.conversations import encode_conversation
 from headstart.text.prompts import ChatPrompt
 
 if TYPE_CHECKING:
-    from openai import OpenAI
     from transformers import PreTrainedTokenizerBase
+
+REASONING = ("reasoning", "reasoning_content")  # where servers put what a reasoning parser has cut out of the content
 
 
 class EndpointTeacher:
@@ -44,7 +45,7 @@ class EndpointTeacher:
         self.model = model
         self.tokenizer = tokenizer
         self.rows = rows
-        self.client = _client(url, api_key)
+        self.client = connect(url, api_key)
         self.info = {"name": model, "digest": None, "endpoint": url}
 
     def converse(self, prompts: Iterable[ChatPrompt], settings: Settings) -> Iterator[Conversation]:
@@ -52,29 +53,11 @@ class EndpointTeacher:
 
         Closing the iterator sends no further request.
         """
-        waiting, results = iter(prompts), Queue[Conversation | Exception]()
-        num_running, is_closed = 0, Event()
+        is_closed = Event()
         try:
-            while True:
-                while num_running < self.rows and (prompt := next(waiting, None)) is not None:
-                    work = (prompt, settings, results, is_closed)
-                    Thread(target=self._work, args=work, daemon=True).start()  # a daemon does not delay an interruption
-                    num_running += 1
-                if not num_running:
-                    return
-                result = results.get()
-                num_running -= 1
-                if isinstance(result, Exception):
-                    raise result
-                yield result
+            yield from at_once(lambda prompt: self._converse_once(prompt, settings, is_closed), prompts, self.rows)
         finally:
             is_closed.set()
-
-    def _work(self, prompt: ChatPrompt, settings: Settings, results: Queue[Conversation | Exception], is_closed: Event) -> None:
-        try:
-            results.put(self._converse_once(prompt, settings, is_closed))
-        except Exception as error:  # raised where the results are read
-            results.put(error)
 
     def _converse_once(self, prompt: ChatPrompt, settings: Settings, is_closed: Event) -> Conversation:
         conversation = Conversation(prompt)
@@ -82,10 +65,16 @@ class EndpointTeacher:
             conversation.error = "a text to be continued cannot be sent to a chat endpoint"
             return conversation
         for turn in settings.unanswered_turns_of(prompt):
-            content, conversation.finish_reason = self._reply([*conversation.messages, *turn], settings, settings.seed_of(prompt))
+            reply = self._reply([*conversation.messages, *turn], settings, settings.seed_of(prompt))
+            if reply is None:
+                conversation.error = f"with max_tokens={settings.max_tokens} it exceeds the endpoint's context"
+                break
+            content, conversation.finish_reason = reply
             conversation.messages += [*turn, {"role": "assistant", "content": content}]
             if conversation.finish_reason != "stop" or is_closed.is_set():
                 break
+        if not conversation.messages:
+            return conversation
         try:
             conversation.tokens, conversation.mask = encode_conversation(self.tokenizer, conversation.messages)
         except ValueError as error:  # the chat template refuses this conversation; others may fit
@@ -96,7 +85,8 @@ class EndpointTeacher:
         del conversation.tokens[end:], conversation.mask[end:]
         return conversation
 
-    def _reply(self, messages: list[dict[str, Any]], settings: Settings, seed: int) -> tuple[str, str]:
+    def _reply(self, messages: list[dict[str, Any]], settings: Settings, seed: int) -> tuple[str, str] | None:
+        """The text and why it ended; None where prompt and answer exceed the server's context."""
         from openai import OpenAIError
 
         optional: dict[str, Any] = {} if settings.top_p is None else {"top_p": settings.top_p}
@@ -113,15 +103,15 @@ class EndpointTeacher:
                 **optional,
             )
         except OpenAIError as error:
-            raise ValueError(f"the endpoint {self.url} does not answer: {error}") from error
+            if is_too_long(error):
+                return None
+            raise ValueError(sentence(error, self.url)) from error
         if not answer.choices:
             raise ValueError(f"the endpoint {self.url} gave no choice; is it a chat completions endpoint?")
-        return answer.choices[0].message.content or "", str(answer.choices[0].finish_reason)
-
-
-def _client(url: str, api_key: str | None) -> OpenAI:
-    try:
-        from openai import OpenAI
-    except ImportError:
-        raise ValueError("an endpoint needs the package openai; install it with: pip install 'headstart[train]'") from None
-    return OpenAI(base_url=url, api_key=api_key or "none")
+        message = answer.choices[0].message
+        if any((message.model_extra or {}).get(name) for name in REASONING):
+            raise ValueError(
+                f"the endpoint {self.url} splits answers into reasoning and content, so the tokens of the answer are not known; "
+                "start its server without a reasoning parser"
+            )
+        return message.content or "", str(answer.choices[0].finish_reason)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from headstart.drafters import Drafter, Restorable
+from headstart.engine.prefixes import Prefix
 from headstart.engine.scheduler import Request, Turn
 from headstart.engine.unread import Unread
 from headstart.speculation.tree import Forest, Kept
@@ -50,6 +51,12 @@ class DrafterState:
         """Note that a round counted."""
         self._num_failed = 0
 
+    def mark_stale_seats(self, seats: Iterable[int]) -> None:
+        """Note seats without an owner, of which the drafter may hold the texts."""
+        for seat in seats:
+            self._unread = self._unread.without(seat)
+            self._stale_seats.add(seat)
+
     def mark_stale(self, requests: Iterable[Request]) -> None:
         """Note the seats of these requests as stale, before a failed round is undone."""
         self._stale_seats.update(request.seat for request in requests if request.seat is not None)
@@ -76,32 +83,48 @@ class DrafterState:
     def seat(self, request: Request) -> None:
         """Start a request that has just got its seat."""
         request.is_lost = False
+        self._clean(request)
+
+    def _clean(self, request: Request) -> None:
+        """Let the drafter forget what a request's new seat held before."""
         if self._drafter is not None and request.drafts and request.seat is not None and request.seat in self._stale_seats:
             self._drafter.free(request.seat)
             self._stale_seats.discard(request.seat)
 
-    def can_fork(self, leader: Request) -> bool:
-        """Whether the drafter holds all of a request's text, so that it can be copied to another seat."""
-        return self._drafter is None or (leader.drafts and not leader.is_lost)
+    def can_fork(self, source: Request | Prefix) -> bool:
+        """Whether the drafter holds all of a text, so that it can be copied for another request."""
+        if self._drafter is None:
+            return True
+        return source.is_drafted if isinstance(source, Prefix) else is_told(source)
 
-    def fork(self, leader: Request, request: Request, length: int) -> None:
-        """Copy what is known of the first `length` tokens of a leader to its follower's seat."""
-        if self._drafter is not None and request.drafts:
-            assert leader.seat is not None, "the leader has no seat"
+    def fork(self, source: int, request: Request, length: int) -> None:
+        """Copy what is known of the first `length` tokens in a seat to a request's seat."""
+        if self._drafter is not None and is_told(request):
             assert request.seat is not None, "the follower has no seat"
             self.tell()
-            self._drafter.fork(leader.seat, request.seat, length)
+            self._drafter.fork(source, request.seat, length)
+
+    def move(self, source: int, request: Request, length: int) -> None:
+        """Move what is known of a request's text to the request's new seat. source: its seat before."""
+        self._clean(request)
+        self.fork(source, request, length)
+        self.forget(source, request.drafts)
 
     def free(self, request: Request) -> None:
         """Forget the text of a request that leaves its seat."""
-        if self._drafter is None or request.seat is None:
+        if request.seat is not None:
+            self.forget(request.seat, request.drafts)
+
+    def forget(self, seat: int, is_drafted: bool) -> None:
+        """Forget the text in a seat. is_drafted: whether the drafter can be told so now."""
+        if self._drafter is None:
             return
-        self._unread = self._unread.without(request.seat)
-        if request.drafts:
-            self._drafter.free(request.seat)
-            self._stale_seats.discard(request.seat)
+        self._unread = self._unread.without(seat)
+        if is_drafted:
+            self._drafter.free(seat)
+            self._stale_seats.discard(seat)
         else:
-            self._stale_seats.add(request.seat)
+            self._stale_seats.add(seat)
 
     # -- during a round --
 

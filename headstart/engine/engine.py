@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import count
 
 import torch
@@ -16,20 +17,24 @@ import torch
 from headstart.drafters import Drafter
 from headstart.engine.admission import check_prompt, check_rule
 from headstart.engine.drafter_state import DrafterState
+from headstart.engine.drawn_tree import drawn_trees
 from headstart.engine.events import Event, EventQueue
 from headstart.engine.exclusive import Exclusive
 from headstart.engine.learning import Learning
 from headstart.engine.memory import headroom_slots, num_slots, slot_bytes
+from headstart.engine.pace import Pace
+from headstart.engine.prefixes import Prefixes
 from headstart.engine.scheduler import Request, Scheduler, Stream, Turn
 from headstart.engine.state import EngineState
 from headstart.engine.stats import Stats, clock, parts_of
+from headstart.speculation.constraints import Constraint, Constraints
 from headstart.speculation.distribution import History, SamplingTensors
 from headstart.speculation.noise import draw_seed
 from headstart.speculation.params import SamplingParams
 from headstart.speculation.planner import NO_DRAFTS, Planner
 from headstart.speculation.rows import Rows
 from headstart.speculation.rules import parse_rule
-from headstart.speculation.tree import Drafts, merge
+from headstart.speculation.tree import Drafts, Forest, merge
 from headstart.speculation.verify import Rule, Verdict, verify
 from headstart.target.cache import Seating
 from headstart.target.target import Scored, Target
@@ -49,6 +54,10 @@ class Engine:
         but at most 1 GiB.
     accept: the acceptance rule, by name as `parse_rule` reads it, or a `Rule`.
     chunk: prompt tokens per round (chunked prefill).
+    prefixes: texts of ended requests whose keys and values are kept, as far as memory allows, for requests that begin likewise.
+    ahead: tokens of output for which a request has memory beforehand. It gets more as it goes on; where there is none, the request
+        that came last waits and goes on later, with the same tokens. None: a request waits for all the memory that it may need.
+    pace: limits the prompt tokens of rounds in which other requests decode; None: `chunk` alone does.
 
     Raises ValueError for settings that cannot be honoured.
     """
@@ -63,9 +72,14 @@ class Engine:
         memory: int | None = None,
         accept: str | Rule = "coupled",
         chunk: int = 256,
+        prefixes: int = 0,
+        ahead: int | None = None,
+        pace: Pace | None = None,
     ) -> None:
         if max_rows < 1 or chunk < 1:
             raise ValueError(f"max_rows is {max_rows} and chunk is {chunk}; both must be at least 1")
+        if prefixes < 0 or (ahead is not None and ahead < 1):
+            raise ValueError(f"prefixes is {prefixes} and ahead is {ahead}; they must be at least 0 and 1, or ahead None")
         self.target = target
         self.drafter = drafter
         self.planner = planner or (drafter.planner if drafter else None)
@@ -74,12 +88,15 @@ class Engine:
         self.learning = Learning(self.planner, not getattr(drafter, "corrects_chances", False))
         headroom = headroom_slots(target, drafter, planner, max_rows)
         self.slot_bytes = slot_bytes(target, drafter)
-        self.seating = Seating(max_rows, num_slots(target.context + headroom, max_rows, memory, self.slot_bytes))
-        self.scheduler = Scheduler(self.seating, headroom, chunk)
+        num_seats = max_rows + prefixes + (ahead is not None)  # one to move to
+        self.seating = Seating(num_seats, num_slots(target.context + headroom, max_rows, memory, self.slot_bytes))
+        self.scheduler = Scheduler(self.seating, headroom, chunk, max_rows, ahead)
         self.cache = target.new_cache(self.seating)
         if drafter:
             drafter.attach(target, self.seating)
-        self.state = EngineState(target, self.scheduler, self.cache, DrafterState(drafter, target.device, chunk))
+        told = DrafterState(drafter, target.device, chunk)
+        self.state = EngineState(target, self.scheduler, self.cache, told, Prefixes(prefixes))
+        self.pace = pace
         self.stats = Stats()  # of the rounds that counted; replaced after each round, never changed in place
         self._sampling: tuple[tuple[int, ...], SamplingTensors] | None = None
         self._ids = count()
@@ -109,6 +126,8 @@ class Engine:
         stream: Stream | None = None,
         leader: Request | None = None,
         queue: EventQueue | None = None,
+        constraint: Constraint | None = None,
+        draws_trees: bool = False,
     ) -> Request:
         """Queue a prompt. Does not wait for a round of another thread.
 
@@ -119,6 +138,8 @@ class Engine:
         stream: turns tokens into text and finds stop strings, which cut a kept path before any of it is emitted; None: no text.
         leader: a request with the same prompt, from which keys and values are copied.
         queue: where its events go; None: `step` returns them.
+        constraint: which tokens may follow its output; None: any.
+        draws_trees: whether its events have the trees of their rounds.
 
         Raises ValueError if the request can never run.
         """
@@ -126,7 +147,7 @@ class Engine:
         if seed is None:
             seed = draw_seed() if params.seed is None else params.seed
         stops = frozenset([*(() if params.ignore_eos else stop_ids), *params.stop_token_ids])
-        request = Request(next(self._ids), tuple(prompt), params, seed, stops, stream, leader, queue)
+        request = Request(next(self._ids), tuple(prompt), params, seed, stops, stream, leader, queue, constraint, draws_trees)
         self.scheduler.check(request)
         self._joining.append(request)
         self._exclusive.run_now(self._join)
@@ -190,6 +211,8 @@ class Engine:
     def _transact(self) -> None:
         """A round that counts as a whole or not at all."""
         self._join_and_end()
+        while (short := self.scheduler.short()) is not None:
+            self.state.transact(partial(self.state.make_room, short))
         with self.target.working():
             self.state.transact(self._round)
 
@@ -220,10 +243,9 @@ class Engine:
         """One round over all running requests. All that it changes is covered by the savepoint of the transaction."""
         began = time.perf_counter()
         seconds = dict.fromkeys(("draft", "score", "verify", "commit", "host"), 0.0)
-        for request in self.scheduler.admit():
-            self.state.seat(request)
+        for request in self.state.admit():
             self.learning.start(request)
-        turns = self.scheduler.turns()
+        turns = self.scheduler.turns(self._chunk())
         if not turns:
             return
         seats = [turn.request.seat for turn in turns if turn.request.seat is not None]
@@ -248,11 +270,21 @@ class Engine:
         with clock(seconds, "draft"):
             self.state.drafter.follow(turns, forest, scored, verdict)
         self.learning.learn(rows, drafts, verdict, seconds)
-        emitted = self._emit(turns, scored, verdict)
+        if self.pace is not None and self.target.device.type == "cpu":  # elsewhere a clock on the host sees launches only
+            self.pace.learn(len(forest), len(turns), sum(turn.request.scored for turn in turns), seconds["score"])
+        emitted = self._emit(turns, forest, scored, verdict)
         seconds["host"] += time.perf_counter() - began - sum(seconds.values())
         for turn, part in zip(turns, parts_of(forest, verdict, emitted, seconds), strict=True):
             turn.request.rounds.append(part)
         self.stats += Stats.of_round(forest, verdict, emitted, seconds)
+
+    def _chunk(self) -> int:
+        """Prompt tokens that the next round may score."""
+        decoding = [request for request in self.scheduler.running if request.length - request.scored == 1]
+        if self.pace is None or not decoding:
+            return self.scheduler.chunk
+        context = sum(request.scored for request in decoding)
+        return min(self.scheduler.chunk, self.pace.chunk(len(decoding), context))
 
     def _rows(self, turns: Sequence[Turn], seats: Sequence[int]) -> Rows:
         requests = [turn.request for turn in turns]
@@ -271,14 +303,17 @@ class Engine:
             history=self.history,
             odds=self.learning.odds(seats),
             chooser=self.target.chooser,
+            constraints=_constraints(requests),
         )
 
     def _depth_limit(self, turn: Turn) -> int:
         """How deep a row may draft. A round emits one token more than the depth of its deepest kept draft.
 
-        Rows without output do not draft: the drafter has no state for their root.
+        Rows whose stem is more than a root do not draft, nor do those without output: the drafter has no state for their root.
         """
-        return turn.request.left - 1 if turn.request.output and turn.request.drafts else 0
+        request = turn.request
+        is_root = turn.ends_at_root and len(turn.stem) == 1
+        return request.left - 1 if is_root and request.output and request.drafts else 0
 
     def _sampling_of(self, requests: Sequence[Request]) -> SamplingTensors:
         key = tuple(request.id for request in requests)
@@ -293,15 +328,25 @@ class Engine:
             return Drafts.none(self.target.device)
         self.state.drafter.remind(turns)
         drafts = self.drafter.propose(rows)
+        if rows.constraints is not None and len(drafts):
+            drafts = rows.constraints.without_forbidden(drafts, len(rows))
         return self.planner.prune(drafts, rows.plan, len(rows))
 
     # -- results of a round --
 
-    def _emit(self, turns: Sequence[Turn], scored: Scored, verdict: Verdict) -> list[int]:
+    def _emit(self, turns: Sequence[Turn], forest: Forest, scored: Scored, verdict: Verdict) -> list[int]:
         """Give every request its new tokens. Returns how many each got."""
+        draws = any(turn.request.draws_trees for turn in turns)
+        trees = drawn_trees(forest, verdict, [turn.stem[-1] for turn in turns]) if draws else []
         emitted: list[int] = []
         for row, turn in enumerate(turns):
             turn.request.scored += len(turn.stem) + len(verdict.kept[row])
-            tokens = verdict.emitted[row]
-            emitted.append(self.state.emit(turn.request, tokens, scored.logits, verdict.asked[row]) if tokens else 0)
+            tokens, tree = verdict.emitted[row], trees[row] if turn.request.draws_trees else None
+            emitted.append(self.state.emit(turn.request, tokens, scored.logits, verdict.asked[row], tree) if tokens else 0)
         return emitted
+
+
+def _constraints(requests: Sequence[Request]) -> Constraints | None:
+    """The constraints of these requests, which are the rows of a round; None where no request has one."""
+    of_rows = {row: (r.constraint, tuple(r.output)) for row, r in enumerate(requests) if r.constraint is not None}
+    return Constraints(of_rows) if of_rows else None

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from headstart.engine.drawn_tree import DrawnTree
     from headstart.engine.scheduler import Request
 
 
@@ -18,6 +19,7 @@ class Event:
     text: what became final with the tokens; empty without a text stream.
     finish_reason: set in the last event of a request only.
     error: raised by the request's text stream, which ended the request; else None.
+    tree: of the round, where the request asked for it.
     """
 
     request: Request
@@ -26,6 +28,7 @@ class Event:
     text: str = ""
     finish_reason: str | None = None
     error: Exception | None = None
+    tree: DrawnTree | None = None
 
 
 @dataclass(eq=False)
@@ -58,6 +61,13 @@ class EventQueue:
                 del self.events[index]
                 self.num_published -= 1
                 raise event.error
+        taken = self.published
+        del self.events[: self.num_published]
+        self.num_published = 0
+        return taken
+
+    def drain(self) -> list[Event]:
+        """Remove the published events and return them, those with an error too."""
         taken = self.published
         del self.events[: self.num_published]
         self.num_published = 0

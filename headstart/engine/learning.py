@@ -9,7 +9,7 @@ from headstart.speculation.outcome import LearningPlanner, Load, Outcome
 from headstart.speculation.planner import Planner
 from headstart.speculation.rows import Rows
 from headstart.speculation.tree import Drafts
-from headstart.speculation.trust import Trust
+from headstart.speculation.trust import CALIBRATED, Trust
 from headstart.speculation.verify import Verdict
 
 
@@ -25,7 +25,7 @@ class Learning:
     def __init__(self, planner: Planner | None, corrects: bool) -> None:
         self._planner: LearningPlanner | None = planner if isinstance(planner, LearningPlanner) else None
         self._corrects = corrects and self._planner is not None
-        self._trust = Trust()
+        self._trust = Trust(prior=CALIBRATED)
 
     def start(self, request: Request) -> None:
         """Begin with a request that has just got its seat."""

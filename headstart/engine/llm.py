@@ -220,7 +220,7 @@ def load(
         target.choose_kernels(exact)
     try:
         if isinstance(drafter, str):
-            drafter = _drafter(drafter, model, target, rule)
+            drafter = named_drafter(drafter, model, target, rule)
         engine_planner = planner_for(target, drafter, chosen, rule)
         return LLM(Engine(target, drafter, engine_planner, max_rows=max_rows, memory=memory, accept=accept), tokenizer)
     except BaseException:
@@ -228,8 +228,8 @@ def load(
         raise
 
 
-def _drafter(spec: str, model: object, target: Target, rule: Rule) -> Drafter:
-    """The drafter that a user names."""
+def named_drafter(spec: str, model: object, target: Target, rule: Rule) -> Drafter:
+    """The drafter that a user names, as `load` reads it."""
     name, colon, specs = spec.partition(":")
     if name != "auto":
         return make(spec, target)

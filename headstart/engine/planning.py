@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -26,11 +27,14 @@ SECONDS = 1.5  # that measuring may take where no measurement is kept
 _WIDEST = 32  # parents per level, at most
 
 
-def planner_for(target: Target, drafter: Drafter | None, planner: Planner | Auto | None, rule: Rule) -> Planner | None:
+def planner_for(
+    target: Target, drafter: Drafter | None, planner: Planner | Auto | None, rule: Rule, longest: float = math.inf
+) -> Planner | None:
     """The planner of an engine.
 
     planner: what the user chose; None: nothing. Then it is `Adaptive` where the text does not depend on what is drafted, and the
         drafter's own elsewhere: the same seed must repeat an answer, whatever was measured.
+    longest: seconds that a round of `Adaptive` may take.
     Raises ValueError where `Adaptive` is asked for and the text would depend on it.
     """
     does_fit = rule.noise == "shared"
@@ -41,14 +45,18 @@ def planner_for(target: Target, drafter: Drafter | None, planner: Planner | Auto
         )
     if drafter is None or not (isinstance(planner, Auto) or (planner is None and does_fit)):
         return None if isinstance(planner, Auto) else planner
-    return adaptive(target, drafter)
+    return adaptive(target, drafter, longest=longest)
 
 
-def adaptive(target: Target, drafter: Drafter, cost: CostModel | None = None) -> Adaptive:
-    """The adaptive planner of a drafter on a target. cost: None: the kept one, or measured now."""
+def adaptive(target: Target, drafter: Drafter, cost: CostModel | None = None, longest: float = math.inf) -> Adaptive:
+    """The adaptive planner of a drafter on a target.
+
+    cost: None: the kept one, or measured now.
+    longest: seconds that a round may take.
+    """
     cost = cost or cost_of(target, drafter)
     calibration: Calibration = getattr(drafter, "calibration", UNFITTED)
-    return Adaptive(cost, limits_of(drafter, cost, calibration), calibration, target.device.type == "cpu")
+    return Adaptive(cost, limits_of(drafter, cost, calibration), calibration, target.device.type == "cpu", longest)
 
 
 def limits_of(drafter: Drafter, cost: CostModel, calibration: Calibration) -> Limits:

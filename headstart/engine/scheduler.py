@@ -1,7 +1,8 @@
 """Requests and the scheduler: which requests have seats, and which tokens the next round scores. No tensors here.
 
-Continuous batching without preemption: a request waits until enough slots are free for all that it may ever need, and keeps its
-seat until it ends. Must not import the module of any one drafter.
+Continuous batching. A request waits until enough slots are free for all that it may ever need, and keeps its seat until it ends.
+Or it gets slots for its text and some tokens more, its seat grows, and where there is no room left, the request that came last
+loses its seat and waits again (preemption). Must not import the module of any one drafter.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Protocol
 
 from headstart.engine.events import EventQueue
 from headstart.engine.stats import Part, Stats
+from headstart.speculation.constraints import Constraint
 from headstart.speculation.params import SamplingParams
 from headstart.target.cache import Seating
 
@@ -67,6 +69,8 @@ class Request:
     stream: turns its tokens into text, or None.
     leader: another request with the same prompt, whose keys and values are copied instead of computed again; or None.
     queue: where its events go; None: `Engine.step` returns them.
+    constraint: which tokens may follow its output; None: any.
+    draws_trees: whether its events have the trees of their rounds.
     output: token ids emitted so far.
     guessed: per token of `output`, whether a drafter had proposed it.
     logprobs: per token of `output` its log-probability and those of the best alternatives; empty if not asked for.
@@ -76,6 +80,8 @@ class Request:
     rounds: its part in each round.
     drafts: whether the drafter drafts for it. False after a drafter lost its state for good or failed twice in a row.
     is_lost: whether the drafter has to be told its text again, after a round that failed.
+    num_copied: tokens whose keys and values were copied from another text when it last got a seat.
+    num_preempted: how often it lost its seat.
     """
 
     id: int
@@ -86,6 +92,8 @@ class Request:
     stream: Stream | None = None
     leader: Request | None = None
     queue: EventQueue | None = None
+    constraint: Constraint | None = None
+    draws_trees: bool = False
     output: list[int] = field(default_factory=list)
     guessed: list[bool] = field(default_factory=list)
     logprobs: list[tuple[float, dict[int, float]]] = field(default_factory=list)
@@ -95,6 +103,8 @@ class Request:
     rounds: list[Part] = field(default_factory=list)
     drafts: bool = True
     is_lost: bool = False
+    num_copied: int = 0
+    num_preempted: int = 0
 
     @property
     def stats(self) -> Stats:
@@ -139,12 +149,16 @@ class Scheduler:
     seating: seats and their slots, shared with the caches.
     headroom: slots that each seat needs beyond its text, for drafts.
     chunk: prompt tokens scored in one round, over all rows (chunked prefill).
+    max_rows: requests that run at once.
+    ahead: tokens of output for which a seat has slots beforehand; None: for all that the request may emit.
     """
 
-    def __init__(self, seating: Seating, headroom: int, chunk: int) -> None:
+    def __init__(self, seating: Seating, headroom: int, chunk: int, max_rows: int | None = None, ahead: int | None = None) -> None:
         self.seating = seating
         self.headroom = headroom
         self.chunk = chunk
+        self.max_rows = max_rows or seating.num_seats
+        self.ahead = ahead
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
 
@@ -170,19 +184,38 @@ class Scheduler:
         """Queue a request."""
         self.waiting.append(request)
 
-    def admit(self) -> list[Request]:
-        """Give seats to waiting requests, first come first served, while slots are free. Returns these requests."""
-        seated: list[Request] = []
-        while self.waiting and self._is_ready(self.waiting[0]):
-            request = self.waiting[0]
-            seat = self.seating.take(self.slots(request))
-            if seat is None:
-                break
+    def slots_now(self, request: Request) -> int:
+        """How many slots a request needs for its text so far and the tokens that it may emit soon."""
+        whole = self.slots(request)
+        return whole if self.ahead is None else min(whole, request.length + self.ahead + self.headroom)
+
+    def next_ready(self) -> Request | None:
+        """The first waiting request, if it may get a seat as soon as there are slots; None: nobody may."""
+        is_full = len(self.running) >= self.max_rows
+        return self.waiting[0] if self.waiting and not is_full and self._is_ready(self.waiting[0]) else None
+
+    def seat(self, request: Request) -> bool:
+        """Give the first waiting request a seat. Returns whether there were slots."""
+        seat = self.seating.take(self.slots_now(request))
+        if seat is not None:
             request.seat = seat
             self.waiting.popleft()
             self.running.append(request)
-            seated.append(request)
-        return seated
+        return seat is not None
+
+    def short(self) -> Request | None:
+        """The first running request whose seat is too small for its next round; None: all have room."""
+        for request in self.running:
+            assert request.seat is not None, "a running request has a seat"
+            if self.seating[request.seat].capacity < request.length + self.headroom:
+                return request
+        return None
+
+    def preempt(self, request: Request) -> None:
+        """Take a running request's seat; it waits again, before all others."""
+        self.leave(request)
+        request.scored = 0
+        self.waiting.appendleft(request)
 
     def _is_ready(self, request: Request) -> bool:
         """Whether a request may get a seat. A follower waits until its leader's prompt is scored, or the leader has ended."""
@@ -191,19 +224,39 @@ class Scheduler:
             return True
         return leader.seat is not None and leader.scored >= len(leader.prompt) - 1
 
-    def turns(self) -> list[Turn]:
-        """The rows of the next round: all running requests but those whose prompt does not fit in the chunk, shared in order."""
-        budget = self.chunk
+    def turns(self, chunk: int | None = None) -> list[Turn]:
+        """The rows of the next round: all running requests but those to whose text no part of the chunk falls.
+
+        chunk: prompt tokens to score; None: `self.chunk`.
+        """
+        shares = self._shares(self.chunk if chunk is None else chunk)
         turns: list[Turn] = []
         for request in self.running:
             pending = request.length - request.scored
-            size = pending if pending == 1 else min(pending, budget)
-            if size == 0:
-                continue
-            budget -= size if pending > 1 else 0
-            stem = request.known(request.scored, request.scored + size)
-            turns.append(Turn(request, stem, size == pending))
+            size = 1 if pending == 1 else shares[request.id]
+            if size:
+                stem = request.known(request.scored, request.scored + size)
+                turns.append(Turn(request, stem, size == pending))
         return turns
+
+    def _shares(self, chunk: int) -> dict[int, int]:
+        """Tokens of the chunk for each request with more than one token to score.
+
+        Half of it is for the request that came first, so that nobody waits for ever; the rest is for the shortest first, so that a
+        long prompt delays nobody.
+        """
+        pending = {request.id: request.length - request.scored for request in self.running}
+        pending = {request: size for request, size in pending.items() if size > 1}
+        first = next(iter(pending), None)
+        shares, left = dict.fromkeys(pending, 0), chunk
+        if first is not None:
+            shares[first] = min(pending[first], (left + 1) // 2)
+            left -= shares[first]
+        for request in sorted(pending, key=pending.__getitem__):
+            more = min(pending[request] - shares[request], left)
+            shares[request] += more
+            left -= more
+        return shares
 
     def leave(self, request: Request) -> None:
         """Remove a request and free its seat."""

@@ -126,12 +126,14 @@ def interleave(weight: Tensor, heads: int) -> Tensor:
 
     weight: [heads * head_dim, ...].
     """
-    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
+    result: Tensor = weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
+    return result
 
 
 def deinterleave(weight: Tensor, heads: int) -> Tensor:
     """The inverse of `interleave`."""
-    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
+    result: Tensor = weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
+    return result
 
 
 def heads_of(name: str, heads: int, kv_heads: int) -> int | None:

@@ -7,9 +7,11 @@ that the same time gives otherwise. Must not import models or drafters.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,15 +19,17 @@ from headstart.speculation.calibration import UNFITTED, Calibration, Table
 from headstart.speculation.cost import CostModel
 from headstart.speculation.outcome import Load, Outcome
 from headstart.speculation.planner import NO_DRAFTS, Plan
-from headstart.speculation.shape import Limits, Shape, best_shape, fastest_shape, round_seconds
+from headstart.speculation.shape import Floats, Limits, Shape, best_shape, fastest_shape, round_seconds
 from headstart.speculation.tree import Drafts
 
 MOST_NODES = 512  # drafts per row, at most
 _MEMORY = 32.0  # rounds that an average remembers
 _PATIENCE = 4.0  # rounds of a row that must have shown a loss before drafting pauses
 _TOLERANCE = 0.005  # a loss of so many tokens per row and round is none
-_PAUSES = (2, 64, 512)  # rounds without drafting after a loss: at first, at most for one row, at most for several
-_BELIEVED = 0.5  # how much of a round's gain is what was expected, which varies less; the rest is what was kept
+_LOST = 0.02  # share of the time that drafting may lose by being tried where it does not pay
+_FORECAST_PAUSE = 2  # rounds before the first try where the forecast sees no gain
+_LONGEST_PAUSE = 128  # rounds without drafting, at most
+_BELIEVED = 0.25  # how much of a round's gain is what was expected, which varies less; the rest is what was kept
 _MOST_TABLES = 64  # temperatures whose tables are kept
 _CONFIRMED = 64  # rounds after which a shape is chosen anew, since costs move
 
@@ -48,15 +52,16 @@ class _Regime:
 
     tokens: expected tokens per row and round.
     seconds: of a round, as a ratio to those of plain decoding.
-    profit: tokens per row and round by which drafting beat the same time spent otherwise.
-    pause: rounds left without drafting. next_pause: how many the next pause has.
+    profit: tokens per row and round by which drafting beat plain decoding in the same time.
+    lost: such tokens lost by drafting since it last paid.
+    pause: rounds left without drafting.
     """
 
     tokens: _Average
     seconds: _Average
     profit: _Average
+    lost: float = 0.0
     pause: int = 0
-    next_pause: int = _PAUSES[0]
 
     @property
     def speed_up(self) -> float:
@@ -76,10 +81,19 @@ class Adaptive:
     limits: of the trees.
     calibration: acceptance rates by rank, for what is decided before drafting.
     is_on_host: whether drafts will be on a CPU.
+    longest: seconds that a round may take; drafts that would make it longer are not verified.
     """
 
-    def __init__(self, cost: CostModel, limits: Limits, calibration: Calibration = UNFITTED, is_on_host: bool = True) -> None:
+    def __init__(
+        self,
+        cost: CostModel,
+        limits: Limits,
+        calibration: Calibration = UNFITTED,
+        is_on_host: bool = True,
+        longest: float = math.inf,
+    ) -> None:
         self.cost = cost
+        self.longest = longest
         self._is_on_host = is_on_host
         self.calibration = calibration
         self.draft_scale = 1.0  # drafting's seconds now, as a ratio to the measured ones
@@ -100,7 +114,7 @@ class Adaptive:
 
     def headroom(self, max_rows: int) -> int:
         drafted = self.limits.width * (1 + (self.limits.depth - 1) * self.limits.beam)
-        most = self.limits.nodes if self._is_on_host else self.limits.nodes * max_rows  # see `_capped`
+        most = self.limits.nodes if self._is_on_host else self.limits.nodes * max_rows  # see `_paying`
         return 1 + max(min(drafted, most), self.limits.beam * (self.limits.depth - 1))
 
     def see(self, load: Load) -> None:
@@ -118,15 +132,33 @@ class Adaptive:
             regime.pause -= 1
             return NO_DRAFTS
         shape = self._shape(num_drafting)
-        if self._is_on_host:  # the forecast may err: whether drafting pays, the rounds show
-            limits, beam = self.limits, max(1, shape.beam)
-            return Plan(
-                limits.depth, limits.width, beam, limits.nodes * num_drafting, level_prices=self._level_prices(beam, num_drafting)
-            )
-        if not shape.depth:
+        beam = max(1, shape.beam)
+        depth = self._depth_in_time(self.limits.depth if self._is_on_host else shape.depth, beam, num_drafting)
+        if not depth:
             return NO_DRAFTS
+        if self._is_on_host:  # the forecast may err: whether drafting pays, the rounds show
+            nodes, prices = self.limits.nodes * num_drafting, self._level_prices(beam, num_drafting)
+            return Plan(depth, self.limits.width, beam, nodes, level_prices=prices)
         nodes = 1 << max(0, shape.nodes * num_drafting - 1).bit_length()
-        return Plan(shape.depth, self.limits.width, shape.beam, nodes)
+        while nodes > 1 and self._seconds(nodes) + self._drafting(depth, beam, num_drafting) > self.longest:
+            nodes //= 2
+        return Plan(depth, self.limits.width, beam, nodes)
+
+    def _depth_in_time(self, depth: int, beam: int, num_drafting: int) -> int:
+        """The levels that can be drafted, and a draft per row verified, within `longest`; 0: none."""
+        if self.longest == math.inf:
+            return depth
+        least = self._seconds(num_drafting)
+        return next((d for d in range(depth, 0, -1) if least + self._drafting(d, beam, num_drafting) <= self.longest), 0)
+
+    def _drafting(self, depth: int, beam: int, num_drafting: int) -> float:
+        return self.cost.drafting(depth, beam, num_drafting) * self.draft_scale
+
+    def _seconds(self, count: int) -> float:
+        """Seconds of the next round with so many drafts, without drafting them."""
+        load = self._load
+        num_rows, nodes = len(load.stems), load.num_stems + count
+        return self.cost.forward(nodes, num_rows, load.context) + self.cost.host(nodes, num_rows)
 
     def _level_prices(self, beam: int, num_drafting: int) -> tuple[float, ...]:
         """What another level must promise, for one, two, ... rows: kept tokens of its parents, not of their children."""
@@ -138,31 +170,43 @@ class Adaptive:
         return tuple(rate * (draft.level(beam * count, count) * scale + count * node_seconds) for count in counts)
 
     def prune(self, drafts: Drafts, plan: Plan, num_rows: int) -> Drafts:
+        # No child has a higher chance than its parent, and a stable sort keeps the order of equals: no parent is missing.
         if not len(drafts):
             return drafts
-        ordered = torch.sort(drafts.chances, descending=True, stable=True)
-        count = min(plan.nodes, len(drafts))
         if self._is_on_host:
-            values = ordered.values[:count].double().cumsum(0) - self._prices(count)
-            count = int(values.argmax()) + 1 if count and float(values.max()) > 0 else 0
-        # No child has a higher chance than its parent, and a stable sort keeps the order of equals: no parent is missing.
-        drafts = drafts.take(ordered.indices[:count].sort().values, num_rows) if count < len(drafts) else drafts
-        return self._capped(drafts, num_rows).by_row(num_rows)
+            most = self._count_in_time(min(plan.nodes, len(drafts)), drafts.max_depth, plan.beam, num_rows)
+            return drafts.take(self._paying(drafts, most), num_rows)
+        order = torch.sort(drafts.chances, descending=True, stable=True).indices[: plan.nodes]
+        drafts = drafts.take(order.sort().values, num_rows) if plan.nodes < len(drafts) else drafts
+        return drafts.by_row(num_rows)
 
-    def _prices(self, count: int) -> Tensor:
+    def _count_in_time(self, count: int, depth: int, beam: int, num_rows: int) -> int:
+        """How many of `count` drafts can be verified within `longest`."""
+        if self.longest == math.inf:
+            return count
+        left = self.longest - self._drafting(depth, beam, num_rows)
+        return bisect_right(range(count + 1), left, key=self._seconds) - 1 if self._seconds(0) <= left else 0
+
+    def _paying(self, drafts: Drafts, most: int) -> Tensor:
+        """The drafts that are together worth most, by row: at most `most`, and as many of each row as there are slots."""
+        chances, rows = drafts.chances.numpy(), drafts.rows.numpy()
+        order = np.argsort(-chances, kind="stable")[:most]
+        if not len(order):
+            return torch.empty(0, dtype=torch.int64)
+        values = np.cumsum(chances[order], dtype=np.float64) - self._prices(len(order))
+        best = int(values.argmax())
+        order = order[: best + 1 if values[best] > 0 else 0]
+        order = order[np.argsort(rows[order], kind="stable")]
+        place = np.arange(len(order)) - np.searchsorted(rows[order], rows[order])  # in its row, the best is 0
+        order = order[place < self.limits.nodes]
+        return torch.from_numpy(order[np.lexsort((order, rows[order]))])
+
+    def _prices(self, count: int) -> Floats:
         """[count] tokens that the time of one, two, ... more nodes would give otherwise."""
         load = self._load
         seconds = round_seconds(self.cost, load.num_stems, 1, count, len(load.stems), load.context)
-        return torch.from_numpy((seconds[1:] - seconds[0]) * self.rate)
-
-    def _capped(self, drafts: Drafts, num_rows: int) -> Drafts:
-        """At most `limits.nodes` drafts of each row, for which there are slots; on a GPU there are slots for all."""
-        if len(drafts) <= self.limits.nodes or not self._is_on_host:
-            return drafts
-        order = torch.sort(drafts.chances, descending=True, stable=True).indices
-        same_row = drafts.rows[order][:, None] == drafts.rows[order][None]
-        place = torch.tril(same_row).sum(1)  # among its row's drafts, the best is 1
-        return drafts.take(order[place <= self.limits.nodes].sort().values, num_rows)
+        prices: Floats = (seconds[1:] - seconds[0]) * self.rate
+        return prices
 
     # -- what is known --
 
@@ -175,7 +219,7 @@ class Adaptive:
             shape = fastest_shape(self.cost, self._table(load.temperature), self.limits, num_rows, load.context)
             seconds = shape.seconds / self.cost.plain(num_rows, load.context)
             regime = _Regime(_Average(1 + shape.gain, 4.0), _Average(seconds, 4.0), _Average())
-            regime.pause = 0 if shape.depth else _PAUSES[0]
+            regime.pause = 0 if shape.depth else _FORECAST_PAUSE
             self._regimes[size] = regime
         return self._regimes[size]
 
@@ -233,7 +277,7 @@ class Adaptive:
         more = cost.forward(num_nodes, num_rows, load.context) + cost.host(num_nodes, num_rows) - base + drafting
         regime, gain = self._regime, _BELIEVED * outcome.gain + (1 - _BELIEVED) * outcome.num_kept
         if outcome.num_drafting:
-            self._judge(regime, (gain - self.rate * more) / num_rows)
+            self._judge(regime, gain / num_rows - more / base)
         regime.tokens.add(1 + gain / num_rows)
         regime.seconds.add(1 + more / base)
 
@@ -246,17 +290,18 @@ class Adaptive:
         return expected * self.draft_scale
 
     def _judge(self, regime: _Regime, profit: float) -> None:
-        """Pause drafting where the last rounds lost by it."""
-        regime.profit.add(profit)
-        if profit >= -_TOLERANCE:
-            regime.next_pause = _PAUSES[0]
+        """Pause where the last rounds lost by drafting: for so long that its losses since it last paid are `_LOST` of the time."""
         num_rows = len(self._load.stems)
-        if regime.profit.value < -_TOLERANCE and regime.profit.weight * num_rows >= _PATIENCE:
-            regime.pause, regime.next_pause = regime.next_pause, min(2 * regime.next_pause, _PAUSES[1 + (num_rows > 1)])
+        regime.profit.add(profit)
+        regime.lost = max(0.0, regime.lost - profit)
+        if regime.profit.value >= -_TOLERANCE:
+            regime.lost = 0.0
+        elif regime.profit.weight * num_rows >= _PATIENCE:
+            regime.pause = min(math.ceil(regime.lost / _LOST), _LONGEST_PAUSE)
             regime.profit.weight = _PATIENCE / num_rows - 1 if num_rows < _PATIENCE else 0.0  # one round will tell
             self._shapes.clear()
 
     def restart(self) -> None:
         regime = self._regimes.get(0)  # among several rows, one more says little about the others
         if regime is not None:
-            regime.pause, regime.next_pause = 0, _PAUSES[0]
+            regime.pause, regime.lost = 0, 0.0

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from headstart.speculation.calibration import UNFITTED, Calibration
 from headstart.speculation.choosing import Chooser, choose, widened
+from headstart.speculation.constraints import Constraints
 from headstart.speculation.distribution import History, SamplingTensors, Truncation, penalise, warp
 from headstart.speculation.noise import gumbel, noise_keys
 from headstart.speculation.planner import Plan
@@ -62,6 +63,7 @@ class Rows:
     noise_rule: "shared" for `coupled`, "fresh" for `rejection`, "none" for `typical`.
     history: token counts of the seats; needed only where a row has penalties.
     odds: per row, the factor on the odds of a child's chance by which earlier rounds correct it; (): none are corrected.
+    constraints: of the rows that have some; None: no row has.
     chooser: chooses children in place of tensor operations, with the same result; None: tensor operations do.
     """
 
@@ -76,6 +78,7 @@ class Rows:
     history: History | None = None
     odds: tuple[float, ...] = ()
     chooser: Chooser | None = None
+    constraints: Constraints | None = None
     _noise: dict[int, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -104,13 +107,23 @@ class Rows:
             self._noise[level] = self.sampling.noise.at(places, self.vocab, self.sampling.seeds.device)
         return self._noise[level]
 
+    @property
+    def depends_on_paths(self) -> bool:
+        """Whether logits are adjusted by the drafts on the path to their node."""
+        return self.sampling.has_penalties or self.constraints is not None
+
     def adjust(self, logits: Tensor, paths: Paths, ids: Tensor | None = None) -> Tensor:
-        """Logits after the penalties and biases of each line's row and path, in float32 or wider.
+        """Logits after the penalties, biases and constraints of each line's row and path, in float32 or wider.
 
         logits: [n, vocab], or [n, len(ids)] with `ids`.
         paths: [n] the node after which each line was computed.
         ids: [draft_vocab] token id of each column; None: all tokens.
         """
+        logits = self._penalised(logits, paths, ids)
+        return logits if self.constraints is None else self.constraints.apply(logits, paths, ids)
+
+    def _penalised(self, logits: Tensor, paths: Paths, ids: Tensor | None) -> Tensor:
+        """Logits after penalties and biases."""
         logits = widened(logits)
         if self.sampling.has_penalties:
             assert self.history is not None
@@ -154,7 +167,9 @@ class Rows:
         """
         k = min(k, logits.shape[-1])
         if self.sampling.has_penalties or self.sampling.biases is not None:
-            logits = self.adjust(logits, paths, ids)
+            logits = self._penalised(logits, paths, ids)
+        if self.constraints is not None and paths.tokens.shape[1] == level - 1:  # parallel heads have one line for all paths
+            logits = self.constraints.apply(widened(logits), paths, ids)
         if self.noise_rule == "fresh" and self.sampling.is_sampled:
             sampling = self.sampling.rows(paths.rows)
             ranks = calibration.of_ranks(sampling.temperature, level, k)

@@ -124,10 +124,10 @@ def _normalise(distribution: Tensor) -> Tensor:
 
 
 def asked_paths(forest: Forest, asked: Asked, rows: Rows) -> Paths:
-    """The rows of the asked nodes and, where a row has penalties, the drafted tokens from root to node (-1: not on the path)."""
+    """The rows of the asked nodes and, where logits depend on them, the drafted tokens from root to node (-1: not on the path)."""
     noise_ids = torch.arange(len(asked.rows), device=asked.rows.device)
     tokens = asked.rows.new_empty(len(asked.rows), 0)
-    if rows.sampling.has_penalties and len(forest.drafts):
+    if rows.depends_on_paths and len(forest.drafts):
         tokens = asked.rows.new_full((len(asked.rows), len(forest.drafts)), -1)
         tokens[asked.drafts] = torch.where(forest.lineage, forest.drafts.tokens, -1)
     return Paths(asked.rows, tokens, noise_ids)

@@ -68,8 +68,9 @@ def round_seconds(cost: CostModel, base: int, step: int, count: int, rows: int, 
     """[count + 1] seconds of rounds with forwards of `base`, `base + step`, ... nodes, without drafting."""
     sizes = base + step * np.arange(count + 1)
     seconds = np.interp(sizes, cost.nodes, cost.seconds)
-    for index in np.flatnonzero(sizes > cost.nodes[-1]):  # beyond what was measured
-        seconds[index] = cost.forward(int(sizes[index]))
+    last = cost.nodes[-1]
+    if sizes[-1] > last:  # beyond what was measured, in a straight line
+        seconds += np.maximum(sizes - last, 0) * (cost.forward(last + 1) - cost.forward(last))
     host = cost.host(base, rows) + cost.host_node_seconds * (sizes - base)
     return seconds + (rows - 1) * cost.row_seconds + context * cost.context_seconds + host
 

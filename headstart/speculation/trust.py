@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 
 _SURE = 0.999  # the summed chances of siblings, each corrected by itself, may exceed 1
+CALIBRATED = 4.0  # a prior for chances that are calibrated: what a few rounds of one request seem to show is mostly noise
 MAX_ODDS = 20.0  # odds ratios are within [1 / MAX_ODDS, MAX_ODDS]
 
 

@@ -82,9 +82,32 @@ class Seating:
         self._seats[number] = Seat(run.start, capacity)
         return number
 
+    def extend(self, seat: int, capacity: int) -> bool:
+        """Enlarge a seat to `capacity` slots by the free run behind it. Returns whether that run was long enough."""
+        old = self._seats[seat]
+        end, more = old.start + old.capacity, capacity - old.capacity
+        behind = next((run for run in self._free if run.start == end and run.capacity >= more), None)
+        if behind is None:
+            return False
+        index = self._free.index(behind)
+        self._free[index : index + 1] = [Seat(end + more, behind.capacity - more)] if behind.capacity > more else []
+        self._seats[seat] = Seat(old.start, capacity)
+        return True
+
+    def shrink(self, seat: int, capacity: int) -> None:
+        """Free the slots of a seat beyond its first `capacity` ones."""
+        old = self._seats[seat]
+        if capacity < old.capacity:
+            self._seats[seat] = Seat(old.start, capacity)
+            self._release(Seat(old.start + capacity, old.capacity - capacity))
+
     def give_back(self, seat: int) -> None:
-        """Free a seat's slots and merge them with adjacent free runs."""
-        runs = sorted([*self._free, self._seats.pop(seat)], key=lambda run: run.start)
+        """Free a seat's slots."""
+        self._release(self._seats.pop(seat))
+
+    def _release(self, freed: Seat) -> None:
+        """Add a run to the free ones, and merge it with those beside it."""
+        runs = sorted([*self._free, freed], key=lambda run: run.start)
         merged = [runs[0]]
         for run in runs[1:]:
             last = merged[-1]

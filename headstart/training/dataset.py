@@ -115,7 +115,7 @@ def mask_at_depth(loss_mask: Tensor, depth: int = 1) -> Tensor:
     return Batch(loss_mask, loss_mask, none, none).counted(depth)
 
 
-def split(examples: Sequence[Example], held_out: float | Sequence[Example]) -> Dataset:
+def split(examples: Sequence[Example | Text], held_out: float | Sequence[Example | Text]) -> Dataset:
     """The dataset of these examples, split into train and held out.
 
     held_out: a share of the examples, chosen by their hash so that equal texts stay together; or other examples.
@@ -141,7 +141,7 @@ def split(examples: Sequence[Example], held_out: float | Sequence[Example]) -> D
     return Dataset(tuple(train_texts), rest, tuple(sorted(held_out_indices)), len(examples) - len(train_texts))
 
 
-def _useful(examples: Sequence[Example]) -> list[Text]:
+def _useful(examples: Sequence[Example | Text]) -> list[Text]:
     """The examples with at least one position that has a loss."""
     texts = [Text(tuple(map(int, one.tokens)), tuple(map(bool, one.mask))) for one in examples]
     return [text for text in texts if text.num_targets]

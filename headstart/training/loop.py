@@ -25,6 +25,7 @@ from headstart.training.packing import Packed
 from headstart.training.run_config import RunConfig
 from headstart.training.run_log import RunLog, SummarizeMetrics, flatten, format_held_out, summarize_metrics
 from headstart.training.run_state import Checkpoints, Identity, State
+from headstart.training.sharding import whole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -137,13 +138,13 @@ class Loop:
         count = sum(self.batch_plan.dataset.texts[index].num_targets for batch in batches for index in batch)
         local = self._local_batches(batches)
         self.loss_module.train()
+        self._set_learning_rate()  # before the gradients, because DeepSpeed steps as soon as it has them
         loss, metrics = self._gradients(local, count)
         loss, metrics = self._reduce(loss, metrics)
         self._check_finite(float(loss), batches, "loss")
-        norm = float(self.accelerator.clip_grad_norm_(self.loss_module.parameters(), self.config.clip or math.inf))
+        norm = float(whole(self.accelerator.clip_grad_norm_(self.loss_module.parameters(), self.config.clip or math.inf)))
         if self.accelerator.scaler is None:  # a gradient scaler skips such a step by itself
             self._check_finite(norm, batches, "gradient")
-        self._set_learning_rate()
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -163,8 +164,10 @@ class Loop:
         losses, metrics = [], []
         for index, texts in enumerate(local):
             is_last = index == len(local) - 1
+            self.accelerator.sync_gradients = is_last
             with nullcontext() if is_last else self.accelerator.no_sync(self.loss_module):
-                loss, of_batch = self.loss_module(texts, self.progress)
+                with self.accelerator.autocast():
+                    loss, of_batch = self.loss_module(texts, self.progress)
                 self.accelerator.backward(loss * scale)
             losses.append(loss.detach())
             metrics.append(of_batch)
@@ -239,7 +242,8 @@ class Loop:
         lengths = [len(dataset.texts[index].tokens) for index in dataset.held_out]
         batches = [tuple(dataset.held_out[index] for index in batch) for batch in evenly(lengths, self.config.rows)]
         self.loss_module.eval()
-        results = [self.loss_module(texts, self.progress) for texts in self._local_batches(batches)]
+        with self.accelerator.autocast():
+            results = [self.loss_module(texts, self.progress) for texts in self._local_batches(batches)]
         loss, metrics = self._reduce(torch.stack([loss for loss, _ in results]).sum(), _summed([own for _, own in results]))
         values = self.summarize(metrics, float(loss), "held_out_")
         self._write({"step": self.state.step, **values})

@@ -27,6 +27,7 @@ from headstart.training.pretrain_loss import PretrainLoss
 from headstart.training.run_config import PretrainConfig
 from headstart.training.run_log import RunLog
 from headstart.training.setup import begin, check_out, fitting_length, make_loop, start_accelerator
+from headstart.training.sharding import is_sharded
 from headstart.training.warm_start import warm_start, warm_start_settings
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ class PretrainRun:
     def prepare(cls, config: PretrainConfig) -> PretrainRun:
         """Build everything in order: processes, trunk, data, heads, loss module, optimizers, loop."""
         accelerator = start_accelerator(config)
+        if is_sharded(accelerator):
+            raise ValueError("a model is pretrained whole on every process; start without FSDP2 and ZeRO-3")
         log = RunLog(config.out, accelerator.is_main_process)
         tokenizer = load_tokenizer(_tokenizer_folder(config), config.trust_remote_code)
         model = _trunk(config, tokenizer).to(accelerator.device)

@@ -128,7 +128,8 @@ class TrainConfig(RunConfig):
     any_target: train on the answers of other targets, too.
     loss: weights of the objective.
     joint: keys of `Medusa2Config`, to train the target with its heads; None: the target is frozen.
-    features: folder of a feature store; None: features (tapped hidden states) are computed as needed.
+    data: may be left out where `features` is a store that was written; its texts are then those of the run.
+    features: folder of a feature store, which is written first; None: features (tapped hidden states) are computed as needed.
     dtype: of the target.
     decode_every: steps between two real decodes; None: never.
     decode_prompts, decode_tokens: prompts of such a decode, and tokens of each answer.
@@ -136,6 +137,7 @@ class TrainConfig(RunConfig):
 
     path_keys: ClassVar[tuple[str, ...]] = ("target",)
 
+    data: tuple[Path, ...] = ()
     method: str
     settings: dict[str, Any] = {}
     start: Path | None = None
@@ -150,10 +152,42 @@ class TrainConfig(RunConfig):
     decode_tokens: _Count = 64
 
     @model_validator(mode="after")
+    def _has_texts(self) -> Self:
+        if not self.data and not (self.features is not None and (self.features / "store.json").is_file()):
+            raise ValueError("data is missing; name files of texts, or with features a store that `headstart features` wrote")
+        return self
+
+    @model_validator(mode="after")
     def _features_need_a_frozen_target(self) -> Self:
         if self.joint is not None and self.features is not None:
             raise ValueError("features are stored for a frozen target, but joint trains it; leave one of them out")
         return self
+
+
+class FeaturesConfig(BaseModel):
+    """The keys of writing features for training.
+
+    data: files with texts; held_out: a further one, for a run that names it so.
+    out: folder of the store.
+    target, dtype, length, any_target, device, threads, trust_remote_code: as in training.
+    methods: whose heads shall be trained on the features, with their default taps.
+    taps: further layers to store.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: tuple[Path, ...] = Field(min_length=1)
+    held_out: Path | None = None
+    out: Path
+    target: str
+    methods: tuple[str, ...] = ()
+    taps: tuple[int, ...] = ()
+    length: Annotated[int, Field(ge=4)] | None = None
+    any_target: bool = False
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    device: Literal["auto", "cpu"] = "auto"
+    threads: _Count | None = None
+    trust_remote_code: bool = False
 
 
 class PretrainConfig(RunConfig):

@@ -12,16 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from headstart.target.loading import load_model
 from headstart.text.conversations import read_examples
 from headstart.training.batching import BatchOrder, num_batches
 from headstart.training.dataset import Dataset, split
-from headstart.training.features import Online, Store
+from headstart.training.feature_store import Store, Stored, check_texts
+from headstart.training.feature_writer import Writer
+from headstart.training.features import Online
 from headstart.training.frozen_target import Source
 from headstart.training.loop import BatchPlan, Loop
 from headstart.training.packing import Packed
-from headstart.training.run_config import BUDGETS, RunConfig, TrainConfig
+from headstart.training.run_config import BUDGETS, FeaturesConfig, RunConfig, TrainConfig
 from headstart.training.run_log import RunLog, SummarizeMetrics, summarize_metrics
 from headstart.training.run_state import HOME, Checkpoints, Identity, State
+from headstart.training.sharding import is_sharded, load_sharded, switch_on_deepspeed, switch_on_fsdp
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -64,27 +68,50 @@ def check_out(out: Path, resume: bool, finish: bool = False) -> None:
 
 
 def start_accelerator(config: RunConfig) -> Accelerator:
-    """This process among others. Raises ValueError where accelerate is missing or refuses the configuration."""
-    try:
-        from accelerate import Accelerator
-        from accelerate.utils import set_seed
-    except ImportError:
-        raise ValueError("training needs accelerate, which is not installed; pip install 'headstart[train]'") from None
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    try:
-        accelerator = Accelerator(
-            cpu=config.device == "cpu",
-            mixed_precision=config.precision,
-            log_with=None if config.tracker == "none" else config.tracker,
-            project_dir=config.out,
-        )
-    except (ValueError, ImportError) as error:
-        raise ValueError(f"accelerate refuses precision={config.precision}, tracker={config.tracker}: {error}") from None
-    # accelerate warns of tied weights. It saves them once and restores them; the tests compare resumed runs to the bit.
-    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
+    """This process among others, for training. Raises ValueError where accelerate is missing or refuses the configuration."""
+    settings: dict[str, Any] = {
+        "mixed_precision": config.precision,
+        "log_with": None if config.tracker == "none" else config.tracker,
+        "project_dir": config.out,
+    }
+    accelerator = join_processes(config.device, config.threads, **settings)
+    switch_on_deepspeed(accelerator, config.clip, config.precision)
+    from accelerate.utils import set_seed
+
     set_seed(config.seed, device_specific=True)
     return accelerator
+
+
+def join_processes(device: str, threads: int | None, **settings: Any) -> Accelerator:
+    """This process among those that the launcher started.
+
+    device: "auto" or "cpu". threads: of torch on the CPU; None: torch's choice. settings: of accelerate.
+    Raises ValueError where accelerate is missing or refuses the settings.
+    """
+    try:
+        from accelerate import Accelerator
+    except ImportError:
+        raise ValueError("training needs accelerate, which is not installed; pip install 'headstart[train]'") from None
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        accelerator = Accelerator(cpu=device == "cpu", **settings)
+    except (ValueError, ImportError) as error:
+        shown = ", ".join(f"{name}={value}" for name, value in settings.items())
+        raise ValueError(f"accelerate refuses {shown}: {error}") from None
+    # accelerate warns of tied weights. It saves them once and restores them; the tests compare resumed runs to the bit.
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
+    switch_on_fsdp(accelerator)
+    return accelerator
+
+
+def load_target(config: TrainConfig | FeaturesConfig, dtype: str, accelerator: Accelerator) -> PreTrainedModel:
+    """The target on this process's device: whole, or its share where weights are divided among processes."""
+
+    def load(device: str) -> PreTrainedModel:
+        return load_model(config.target, dtype, device, config.trust_remote_code)
+
+    return load_sharded(load, accelerator) if is_sharded(accelerator) else load(str(accelerator.device))
 
 
 def fitting_length(length: int | None, model: PreTrainedModel) -> int:
@@ -95,8 +122,14 @@ def fitting_length(length: int | None, model: PreTrainedModel) -> int:
     return length or min(LENGTH, context or LENGTH)
 
 
-def read_dataset(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, target_info: TargetInfo, log: RunLog) -> Dataset:
-    """The texts of `config.data`, split into train and held out. Raises ValueError for data that cannot be read."""
+def read_dataset(
+    config: TrainConfig | FeaturesConfig, tokenizer: PreTrainedTokenizerBase, target_info: TargetInfo, log: RunLog,
+    store: Store | None = None,
+) -> Dataset:  # fmt: skip
+    """The texts of `config.data`, or of a store where no data is given, split into train and held out.
+
+    Raises ValueError for data that cannot be read, and for other texts than those of the store.
+    """
 
     def read(paths: Sequence[Path]) -> Any:
         examples, report = read_examples(
@@ -105,31 +138,36 @@ def read_dataset(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, target
         log.print(f"data: {report}")
         return examples
 
-    held_out = read([config.held_out]) if isinstance(config.held_out, Path) else config.held_out
-    return split(read(config.data), held_out)
+    if store is not None and not config.data:
+        if not isinstance(config.held_out, float):
+            raise ValueError(f"held_out is {config.held_out}, and the texts are those of the features; give a share, or name data")
+        return split(store.texts(), config.held_out)
+    held_out = read([config.held_out]) if isinstance(config.held_out, Path) else config.held_out or 0.0
+    dataset = split(read(config.data), held_out)
+    if store is not None:
+        check_texts(store, dataset)
+    return dataset
 
 
 def make_source(
     config: TrainConfig, model: PreTrainedModel, taps: Sequence[int], dataset: Dataset, target_info: TargetInfo,
-    accelerator: Accelerator, log: RunLog,
+    accelerator: Accelerator, log: RunLog, store: Store | None,
 ) -> Source:  # fmt: skip
     """Where a drafter's features (tapped hidden states) come from: the model itself, or a store of its hidden states.
 
-    taps: layers that the drafter reads. Raises ValueError for a store of another run, or without room on the disk.
+    taps: layers that the drafter reads.
+    store: a complete one, or None; a folder that `config` names is then filled first.
+
+    Raises ValueError for a store of another run or of other layers, and without room on the disk.
     """
-    online = Online(model, taps)
-    if config.features is None:
-        return online
-
-    def on_progress(done: int, of: int) -> None:
-        log.print(f"features: shard {done + 1} of {of}")
-
-    with accelerator.main_process_first():
-        Store.claim(config.features, online, dataset, str(target_info.digest))
-    share = (accelerator.process_index, accelerator.num_processes)
-    store = Store.filled(config.features, online, dataset, share, on_progress)
-    accelerator.wait_for_everyone()
-    return store
+    if store is None:
+        online = Online(model, taps)
+        if config.features is None:
+            return online
+        assert config.length is not None, "it was resolved before the data was read"
+        data = [path.name for path in config.data]
+        store = Writer(config.features, online, dataset, target_info, config.length, data).fill(accelerator, log.print)
+    return Stored(store, taps, accelerator.device)
 
 
 def make_batch_plan(config: RunConfig, dataset: Dataset | Packed, num_processes: int) -> BatchPlan:

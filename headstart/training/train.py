@@ -17,18 +17,30 @@ from headstart.drafters.parts.losses import Objective
 from headstart.drafters.registry import method
 from headstart.formats import TargetInfo, describe_target, save
 from headstart.target.embed_head import EmbedHead
-from headstart.target.loading import load_model, stored_dtype
+from headstart.target.loading import stored_dtype
 from headstart.target.tokenizer_loading import load_tokenizer
 from headstart.text.tokenizer import special_ids
 from headstart.training.config_file import resolve, validate
 from headstart.training.dataset import Dataset
+from headstart.training.feature_store import Store, complete_store
 from headstart.training.frozen_target import FrozenTarget
 from headstart.training.loop import Loop
 from headstart.training.medusa2 import Medusa2, Medusa2Config, perplexity
 from headstart.training.output import TRUNK, save_trunk, training_record
 from headstart.training.run_config import TrainConfig
 from headstart.training.run_log import RunLog
-from headstart.training.setup import begin, check_out, fitting_length, make_loop, make_source, read_dataset, start_accelerator
+from headstart.training.setup import (
+    begin,
+    check_out,
+    fitting_length,
+    load_target,
+    make_loop,
+    make_source,
+    read_dataset,
+    start_accelerator,
+)
+from headstart.training.sharding import is_sharded
+from headstart.training.stored_target import StoredEmbedHead, load_without_layers
 from headstart.training.warm_start import warm_start, warm_start_settings
 
 if TYPE_CHECKING:
@@ -98,6 +110,7 @@ class RunInputs:
     embed_head: embedding and LM head of the target.
     target_info: description of the target that is saved with the heads.
     dataset: all texts of the run.
+    store: features of all texts; None: the model computes them.
     """
 
     config: TrainConfig
@@ -108,19 +121,28 @@ class RunInputs:
     embed_head: EmbedHead
     target_info: TargetInfo
     dataset: Dataset
+    store: Store | None
 
     @classmethod
     def read(cls, config: TrainConfig, recipe: Recipe) -> RunInputs:
-        """Start the processes, load the target and read the texts."""
+        """Start the processes, load the target and read the texts. Of a target with stored features no layer is loaded."""
+        store = complete_store(config.features)
         accelerator = start_accelerator(config)
+        _check_processes(config, accelerator, store)
         log = RunLog(config.out, accelerator.is_main_process)
-        dtype = "float32" if recipe.medusa2 and config.dtype == "auto" else config.dtype  # bf16 rounds small steps away
-        model = load_model(config.target, dtype, str(accelerator.device), config.trust_remote_code)
+        if store is None:
+            dtype = "float32" if recipe.medusa2 and config.dtype == "auto" else config.dtype  # bf16 rounds small steps away
+            model = load_target(config, dtype, accelerator)
+            embed_head = EmbedHead(model)
+        else:
+            model = load_without_layers(config.target, store, str(accelerator.device), config.trust_remote_code)
+            embed_head = StoredEmbedHead(model, store.manifest.target.vocab)
         tokenizer = load_tokenizer(config.target, config.trust_remote_code)
-        config = config.model_copy(update={"length": fitting_length(config.length, model)})
-        embed_head, target_info = EmbedHead(model), describe_target(model, tokenizer)
-        dataset = read_dataset(config, tokenizer, target_info, log)
-        return cls(config, accelerator, log, model, tokenizer, embed_head, target_info, dataset)
+        length = fitting_length(config.length, model) if store is None else store.manifest.length
+        config = config.model_copy(update={"length": length})
+        target_info = describe_target(model, tokenizer)
+        dataset = read_dataset(config, tokenizer, target_info, log, store)
+        return cls(config, accelerator, log, model, tokenizer, embed_head, target_info, dataset, store)
 
 
 @dataclass(frozen=True)
@@ -243,12 +265,31 @@ class TrainRun:
         }
 
 
+def _check_processes(config: TrainConfig, accelerator: Accelerator, store: Store | None) -> None:
+    """Raise ValueError for keys that do not go with a divided target, or with stored features."""
+    for key, what in (("joint", "trains the target"), ("decode_every", "decodes with it")):
+        if is_sharded(accelerator) and getattr(config, key) is not None:
+            raise ValueError(
+                f"the target is divided among processes, and {key} {what} on each; leave {key} out, or start without "
+                "FSDP2 and DeepSpeed"
+            )
+    if store is None:
+        return
+    for key, stored in (("dtype", store.manifest.dtype), ("length", store.manifest.length)):
+        if getattr(config, key) not in ("auto", None, stored):
+            raise ValueError(
+                f"{key} is {getattr(config, key)}, and the features in {store.folder} were written with {stored}; leave {key} out"
+            )
+    if config.decode_every is not None:
+        raise ValueError("decode_every decodes with the target, and with stored features its layers are not loaded; leave it out")
+
+
 def _loss_module(inputs: RunInputs, recipe: Recipe, heads: Any) -> Any:
     """What is trained: the heads alone, or with the trunk."""
     if recipe.medusa2 is not None:
         return Medusa2(heads, inputs.model, recipe.objective, recipe.medusa2)
     source = make_source(
-        inputs.config, inputs.model, heads.taps, inputs.dataset, inputs.target_info, inputs.accelerator, inputs.log
+        inputs.config, inputs.model, heads.taps, inputs.dataset, inputs.target_info, inputs.accelerator, inputs.log, inputs.store
     )
     return FrozenTarget(heads, recipe.objective, source)
 

@@ -44,6 +44,8 @@ FROZEN = {
     "chat": MODEL | DRAFTING | SAMPLING | ANSWER,
     "train": RUN
     | {"--start", "--target", "--any-target", "--features", "--set", "--loss", "--joint", "--decode-every", "--decode-prompts"},
+    "features": {"--target", "--out", "--method", "--taps", "--held-out", "--length", "--any-target", "--dtype"}
+    | {"--device", "--threads", "--trust-remote-code", "--json"},
     "pretrain": RUN | HEADS | {"--model", "--start", "--tokenizer", "--times", "--optimizer"},
     "inspect": {"--device", "--model", "--probe", "--trust-remote-code", "--json"},
     "distill": MODEL | DRAFTING | DISTILL | {"--json"},
@@ -72,7 +74,17 @@ FROZEN = {
         "--format",
         "--save",
         "--html",
+        "--endpoint",
+        "--endpoint-model",
+        "--against",
+        "--against-model",
+        "--api-key-env",
     },
+    "serve": MODEL
+    | {"--drafter", "--memory", "--speculation", "--max-rows", "--chunk", "--prefixes", "--max-tokens", "--p99-ms"}
+    | {"--host", "--port", "--served-model-name", "--api-keys", "--allow-host", "--allow-origin"}
+    | {"--max-queue", "--max-connections", "--timeout", "--grace", "--request-metrics", "--vllm-metrics"}
+    | {"--heads", "--engine", "--out", "--start", "--json"},
 }
 
 

@@ -405,6 +405,42 @@ def test_a_failing_request_is_repeated_and_a_wrong_model_name_is_one_sentence(mo
         teacher.client.close()
 
 
+def test_a_prompt_that_exceeds_the_servers_context_is_skipped_and_the_others_are_answered(model_folder, tmp_path):
+    words = "This model's maximum context length is 512 tokens. However, you requested 900 tokens."
+    with served((200, None), (400, {"error": {"message": words}})) as (url, _):
+        teacher = EndpointTeacher(url, "sea", load_tokenizer(model_folder), rows=1)
+        progress = distill(teacher, PROMPTS[:3], SETTINGS, tmp_path / "out.jsonl")
+        teacher.client.close()
+    assert (progress.num_answered, progress.skipped) == (2, {"with max_tokens=40 it exceeds the endpoint's context": 1})
+
+
+def test_a_conversation_that_outgrows_the_servers_context_keeps_its_answers(model_folder, tmp_path):
+    with served((200, None), (400, {"error": {"message": "longer than the model's context length"}})) as (url, _):
+        teacher = EndpointTeacher(url, "sea", load_tokenizer(model_folder))
+        progress = distill(teacher, PROMPTS[:1], Settings(mode="chat"), tmp_path / "out.jsonl")
+        teacher.client.close()
+    assert (progress.num_answered, progress.shortened.total()) == (1, 1)
+    assert [message["role"] for message in read(tmp_path / "out.jsonl")[0]["messages"]] == ["user", "assistant"]
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])  # of vLLM and of SGLang
+def test_answers_whose_reasoning_is_cut_out_are_refused(model_folder, tmp_path, name):
+    answer = choice("the sea", "stop")
+    answer["choices"][0]["message"][name] = "let me think"
+    with served((200, answer)) as (url, _):
+        teacher = EndpointTeacher(url, "sea", load_tokenizer(model_folder))
+        with pytest.raises(ValueError, match=r"splits answers into reasoning and content.*start its server without"):
+            distill(teacher, PROMPTS[:1], SETTINGS, tmp_path / "out.jsonl")
+        teacher.client.close()
+
+
+def test_an_endpoint_that_cannot_be_reached_is_one_sentence(model_folder, tmp_path):
+    teacher = EndpointTeacher("http://127.0.0.1:9/v1", "sea", load_tokenizer(model_folder))
+    teacher.client = teacher.client.with_options(max_retries=0)
+    with pytest.raises(ValueError, match=r"http://127.0.0.1:9/v1 cannot be reached .*; start its server, or correct the URL"):
+        distill(teacher, PROMPTS, SETTINGS, tmp_path / "out.jsonl")
+
+
 def test_a_text_cannot_be_sent_to_a_chat_endpoint(model_folder, tmp_path):
     teacher = EndpointTeacher("http://127.0.0.1:9/v1", "sea", load_tokenizer(model_folder))
     progress = distill(teacher, [ChatPrompt("t:1", 0, text="the sea")], SETTINGS, tmp_path / "out.jsonl")

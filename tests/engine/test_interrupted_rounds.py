@@ -368,5 +368,5 @@ def test_a_savepoint_of_a_round_reads_no_more_of_the_queue_than_there_are_seats(
         engine.add([1, 2], SamplingParams(max_tokens=3))
     counted = Counted(engine.scheduler.waiting)
     engine.scheduler.waiting = counted
-    savepoint = Savepoint(engine.scheduler, engine.cache)
+    savepoint = Savepoint(engine.scheduler, engine.cache, engine.state.prefixes)
     assert (counted.num_read, len(savepoint.requests)) == (2, 2)

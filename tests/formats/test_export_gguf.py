@@ -232,7 +232,7 @@ OUT = "--set fc_norm=false --set norm_output=false"
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"fc_norm": True}, f"fc_norm is true.*{OUT}"),
         ({"norm_output": True}, f"norm_output is true.*{OUT}"),
@@ -242,12 +242,12 @@ OUT = "--set fc_norm=false --set norm_output=false"
         ({"context": 100}, "draft up to position 100 only"),
     ],
 )
-def test_settings_that_llama_cpp_lacks_are_refused(llama, settings, said):
-    assert re.search(said, refusal(subject_of(llama, eagle3, **settings), "gguf"))
+def test_settings_that_llama_cpp_lacks_are_refused(llama, settings, message):
+    assert re.search(message, refusal(subject_of(llama, eagle3, **settings), "gguf"))
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({"num_hidden_layers": 2}, "num_hidden_layers of their layer is 2"),
         ({"attention_bias": True}, "attention_bias of their layer is True"),
@@ -255,9 +255,9 @@ def test_settings_that_llama_cpp_lacks_are_refused(llama, settings, said):
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "of type 'yarn'"),
     ],
 )
-def test_layers_that_llama_cpp_lacks_are_refused(llama, changed, said):
+def test_layers_that_llama_cpp_lacks_are_refused(llama, changed, message):
     block = subject_of(llama, eagle3).config.block | changed
-    assert said in refusal(subject_of(llama, eagle3, block=block), "gguf")
+    assert message in refusal(subject_of(llama, eagle3, block=block), "gguf")
 
 
 def test_other_models_are_refused(publish, llama, tmp_path):
@@ -271,14 +271,14 @@ def test_other_models_are_refused(publish, llama, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"),
+    ("kind", "message"),
     [("byte_fallback", "only byte-level BPE can be written"), ("metaspace", "only byte-level BPE can be written")],
 )
-def test_tokenizers_that_llama_cpp_lacks_are_refused(llama, tmp_path, kind, said):
+def test_tokenizers_that_llama_cpp_lacks_are_refused(llama, tmp_path, kind, message):
     write_model(tmp_path, layers=LAYERS)
     TOKENIZERS[kind].save_pretrained(tmp_path)
     sentence = refusal(subject_of(tmp_path, eagle3), "gguf")
-    assert said in sentence
+    assert message in sentence
     assert "convert_hf_to_gguf.py" in sentence
 
 

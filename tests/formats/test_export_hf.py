@@ -112,9 +112,9 @@ def test_transformers_accepts_as_many_drafts_of_stitched_modules_in_every_round(
 
 
 def test_a_target_whose_family_has_no_modules_is_refused(tmp_path):
-    said = refusal(subject_of(write_model(tmp_path / "llama"), mtp), "hf")
-    assert "'llama' target" in said
-    assert "deepseek_v3, glm4_moe, mellum, mimo" in said
+    message = refusal(subject_of(write_model(tmp_path / "llama"), mtp), "hf")
+    assert "'llama' target" in message
+    assert "deepseek_v3, glm4_moe, mellum, mimo" in message
 
 
 def test_more_modules_than_the_family_has_are_refused(target):

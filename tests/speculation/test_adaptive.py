@@ -1,5 +1,6 @@
 """The adaptive planner verifies the drafts that are worth their time, pauses where drafting loses, and tries again."""
 
+import math
 from itertools import combinations
 
 import pytest
@@ -13,7 +14,7 @@ from headstart.speculation.cost import CostModel, DraftCost
 from headstart.speculation.outcome import LearningPlanner, Load, Outcome
 from headstart.speculation.planner import NO_DRAFTS, Plan
 from headstart.speculation.shape import Limits
-from headstart.speculation.tree import ROOT
+from headstart.speculation.tree import ROOT, Drafts
 
 COST = CostModel((1, 8, 64), (1.0, 1.2, 4.0), draft=DraftCost(0.1, (1, 8), (0.1, 0.12)))
 LIMITS = Limits(4, 4, 6, 64)
@@ -65,6 +66,35 @@ def test_drafting_pauses_where_it_loses_and_is_tried_again_ever_more_rarely():
     assert sum(drafted[:10]) >= 4
     assert sum(drafted[200:]) <= 5
     assert any(drafted[300:])
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16])
+def test_drafting_that_never_pays_loses_a_fiftieth_of_the_time_by_being_tried(rows):
+    planner, tries, rounds, lost = planner_of(rows), [], 1000, 0.0
+    for number in range(rounds):
+        planner.see(Load((1,) * rows, (20,) * rows, 0.0))
+        plan = planner.plan([9] * rows)
+        seconds = COST.drafting(3, plan.beam, rows) if plan is not NO_DRAFTS else 0.0
+        tries += [number] * bool(seconds)
+        lost += seconds / COST.plain(rows)
+        forward = COST.forward(rows, rows)
+        planner.learn(Outcome(rows, 3, 0, 0.0, 0, seconds, forward) if seconds else Outcome(0, 0, 0, 0.0, 0, 0.0, forward))
+    first = 4 * 0.3 / rows + 0.3  # until a loss is seen
+    assert lost <= 0.02 * rounds + first
+    assert sum(number > rounds / 2 for number in tries) >= 3
+
+
+def test_drafting_goes_on_where_it_beats_plain_decoding_though_the_forecast_promised_more():
+    planner, rows = planner_of(4), 4
+    beam, base = planner.plan([9] * rows).beam, COST.plain(rows)
+    seconds = COST.drafting(3, beam, rows)
+    more = COST.forward(12, rows) - base + seconds
+    gain = rows * (more / base + 0.02)  # a little more than plain decoding gives in that time
+    assert gain < planner.rate * more
+    for _ in range(20):
+        planner.learn(Outcome(rows, 3, 8, gain, gain, seconds, COST.forward(12, rows)))
+        planner.see(Load((1,) * rows, (20,) * rows, 0.0))
+        assert planner.plan([9] * rows).depth
 
 
 def test_drafting_goes_on_at_once_where_it_pays_again_and_with_a_new_request():
@@ -135,3 +165,30 @@ def test_the_cost_follows_the_measured_rounds():
         planner.learn(Outcome(1, 3, 7, 2.0, 2, 0.6, 2.4))
     assert planner.cost.forward(8) == pytest.approx(2.4, rel=0.05)
     assert planner.draft_scale == pytest.approx(0.6 / COST.drafting(3, planner.plan([9]).beam), rel=0.3)
+
+
+# -- a limit for the time of a round ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("longest", [1.01, 1.1, 1.2, 1.35, 1.8, 2.5, math.inf])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_no_round_is_expected_to_take_longer_than_it_may(longest, rows):
+    longest *= COST.plain(rows, 20 * rows)
+    planner = Adaptive(COST, LIMITS, longest=longest)
+    planner.see(Load((1,) * rows, (20,) * rows, 0.0))
+    plan = planner.plan([9] * rows)
+    drafting = COST.drafting(plan.depth, plan.beam, rows) if plan.depth else 0.0
+    assert COST.plain(rows, 20 * rows) + drafting <= longest
+    if plan.depth:
+        tree = [(node, node - 1, node + 1) for node in range(plan.depth)]
+        drafts = Drafts.of(
+            [token for _ in range(rows) for token, _, _ in tree],
+            [parent if parent < 0 else parent + row * len(tree) for row in range(rows) for _, parent, _ in tree],
+            [row for row in range(rows) for _ in tree],
+            [depth for _ in range(rows) for _, _, depth in tree],
+            [0.9] * (rows * len(tree)),
+        )
+        count = len(planner.prune(drafts, plan, rows))
+        seconds = COST.forward(rows + count, rows, 20 * rows) + COST.host(rows + count, rows) + drafting
+        assert seconds <= longest
+        assert count > 0 or longest < 1.5 * COST.plain(rows, 20 * rows)

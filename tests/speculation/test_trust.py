@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from headstart.speculation.trust import MAX_ODDS, Trust, correct
+from headstart.speculation.trust import CALIBRATED, MAX_ODDS, Trust, correct
 
 DEPTH = 4
 
@@ -45,6 +45,17 @@ def test_an_overconfident_drafter_is_trusted_less_within_ten_rounds():
 
 def test_an_underconfident_drafter_is_trusted_more_within_ten_rounds():
     assert mean_after(lambda _: 5.0, 10) > 0.65
+
+
+def test_chances_that_are_right_are_corrected_less_with_the_prior_for_calibrated_ones_and_wrong_ones_still_are():
+    def errors(prior, true_odds):
+        for seed in range(20):
+            trust = Trust(prior=prior)
+            simulate(trust, lambda _: true_odds, 40, seed)
+            yield abs(math.log(trust.odds(0)) - math.log(true_odds))
+
+    assert sum(errors(CALIBRATED, 1.0)) < 0.8 * sum(errors(1.0, 1.0))
+    assert sum(errors(CALIBRATED, 0.3)) < 0.5 * 20 * math.log(1 / 0.3)
 
 
 def test_a_drafter_that_fails_for_fifty_rounds_is_trusted_again_when_it_recovers():

@@ -208,7 +208,7 @@ class HostTree:
         self.chances += [chance for line in self.level_chances for chance in line]
         if self.rows.plan.parents or not self.first:
             self.rank_paths += self._below(self.rank_paths, [range(self.num_children)] * len(children))
-        if self.rows.sampling.has_penalties:
+        if self.rows.depends_on_paths:
             self.paths += self._below(self.paths, children)
 
     def _below(self, paths: Sequence[tuple[int, ...]], lasts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:

@@ -168,7 +168,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def sha256(tensor: Tensor) -> str:
     """The hash of a tensor's numbers, in row-major order: 64 hexadecimal digits."""
-    return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def source_path(source: str) -> str:

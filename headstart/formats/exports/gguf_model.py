@@ -135,7 +135,8 @@ def rope_factors(config: Any) -> Tensor | None:
 
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     plain = 1.0 / rope["rope_theta"] ** (torch.arange(len(scaled)).float() / len(scaled))
-    return (plain / scaled).float()
+    factors: Tensor = (plain / scaled).float()
+    return factors
 
 
 # -- tensors --

@@ -49,14 +49,14 @@ class ByteLevelVocabulary:
     tokenizer: the same, loaded.
     rules: llama.cpp's name of the rules by which it splits text.
     size: rows of the embedding, which may be more than the tokenizer has tokens.
-    ends: ids of the tokens that end an answer.
+    stop_ids: ids of the tokens that end an answer.
     """
 
     folder: Path
     tokenizer: PreTrainedTokenizerBase
     rules: str
     size: int
-    ends: tuple[int, ...]
+    stop_ids: tuple[int, ...]
 
     def add_to(self, writer: Any) -> None:
         """Add the tokens, merges and special tokens. writer: a `GGUFWriter`."""
@@ -91,7 +91,7 @@ class ByteLevelVocabulary:
 
     def _ids(self) -> dict[str, int]:
         ids = {"bos": self.tokenizer.bos_token_id, "eos": self.tokenizer.eos_token_id}
-        others = [end for end in self.ends if end != ids["eos"]]
+        others = [end for end in self.stop_ids if end != ids["eos"]]
         if ids["eos"] is not None and others:
             ids["eot"] = others[0]
         return {kind: int(index) for kind, index in ids.items() if index is not None}
@@ -108,8 +108,8 @@ def vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, config: Any) ->
     if fault := _fault(content := read_object(path)):
         raise ValueError(f"the tokenizer in {folder} cannot be written to a GGUF file: {fault}; {_WAY_OUT}")
     end = config.eos_token_id
-    ends = tuple(end) if isinstance(end, list | tuple) else () if end is None else (end,)
-    return ByteLevelVocabulary(folder, tokenizer, rules_of(content) or "", int(config.vocab_size), ends)
+    stop_ids = tuple(end) if isinstance(end, list | tuple) else () if end is None else (end,)
+    return ByteLevelVocabulary(folder, tokenizer, rules_of(content) or "", int(config.vocab_size), stop_ids)
 
 
 def rules_of(content: Mapping[str, Any]) -> str | None:

@@ -78,7 +78,7 @@ def with_modules(config: Mapping[str, Any], settings: Mapping[str, Any]) -> dict
 
 def _target_files(weights: Weights, staged: Path) -> dict[str, str]:
     """Link or copy the target's files, without modules that it has already. Returns the file of every tensor, by name."""
-    placed = {}
+    placed: dict[str, str] = {}
     for path in weights.files:
         own = Weights([path])
         names = [name for name in own.shapes if name not in old_modules(weights, config_in(path))]

@@ -42,7 +42,8 @@ def llama_keys(subject: Subject) -> dict[str, Any]:
 
 def layer_config(subject: Subject) -> Any:
     """The configuration of the heads' layers, as transformers has it."""
-    return subject.heads.block.config
+    block: Any = subject.heads.block
+    return block.config
 
 
 def check_layer(subject: Subject, engine: str, has_biases: bool, has_many: bool) -> None:

@@ -1,0 +1,1 @@
+"""Measurements of OpenAI-compatible servers, other engines' included."""
