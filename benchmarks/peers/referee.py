@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--drafts", type=int, default=4)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--minutes", type=float, default=30, help="for the installation")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     arguments.work = arguments.work.absolute()
 
     import torch

