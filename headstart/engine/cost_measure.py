@@ -6,7 +6,7 @@ Must not import the module of any one drafter.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -21,6 +21,7 @@ SIZES = (1, 16, 64, 4, 32, 2, 8, 128)  # nodes of a forest, in the order in whic
 GRAPH_SIZES = tuple(size for size in range(1, MAX_NODES + 1) if node_bucket(size) == size)  # that graphs are captured for
 _FOREST_DEPTH = 8  # levels of the forests of a measured forward
 _DEPTH = 3  # levels drafted to measure one level's cost
+_ROWS = 4  # texts at once, where the cost of further rows is measured
 _WIDTH = 8  # drafts verified of the first level, and of the second, where drafting is measured
 _SHORT = 16  # tokens of a prompt
 _LONG = 512  # tokens of a long one
@@ -96,8 +97,8 @@ def measure_cost(target: Target, drafter: Drafter | None = None, seconds: float 
     if target.context < _SHORTEST:
         return TOO_SHORT
     prompt = max(1, min(_SHORT, target.context // 4))
-    base = base or _forward_cost(target, prompt, 0.7 * seconds)
-    return base if drafter is None else replace(base, draft=_draft_cost(target, drafter, prompt, 0.3 * seconds))
+    base = base or _forward_cost(target, prompt, 0.6 * seconds)
+    return base if drafter is None else replace(base, draft=_draft_cost(target, drafter, base, prompt, 0.4 * seconds))
 
 
 def _forward_cost(target: Target, prompt: int, seconds: float) -> CostModel:
@@ -106,11 +107,12 @@ def _forward_cost(target: Target, prompt: int, seconds: float) -> CostModel:
     sizes = sorted(_sizes(target, seconds))
     forwards = _usual(_rounds(target, None, 1, prompt, max(sizes)), [_forest(size) for size in sizes], began + 0.7 * seconds)
     measured = {setting.nodes: sample for setting, sample in forwards.items()}
-    reading, more_reading = _context_seconds(target, measured, prompt, began + 0.85 * seconds)
+    reading, more_reading = _context_seconds(target, sizes, prompt, began + 0.85 * seconds)
     nodes = tuple(sorted(measured))
     passes = monotone([_alone(measured[size], size, reading, more_reading) for size in nodes])
     least, most = measured[nodes[0]], measured[nodes[-1]]
-    row_seconds, host_row_seconds = _row_seconds(target, measured, reading, prompt, began + seconds)
+    is_wide = _ROWS in measured
+    row_seconds, host_row_seconds = _row_seconds(target, reading, prompt, began + seconds) if is_wide else (0.0, 0.0)
     graphs = target.pad_rows and target.flat_runner.captures
     return CostModel(
         *(_stepped(nodes, passes) if graphs else (nodes, passes)),
@@ -140,58 +142,53 @@ def _stepped(nodes: Sequence[int], seconds: Sequence[float]) -> tuple[tuple[int,
     return tuple(sorted(points)), tuple(points[size] for size in sorted(points))
 
 
-def _context_seconds(target: Target, measured: Mapping[int, Sample], prompt: int, until: float) -> tuple[float, float]:
+def _context_seconds(target: Target, sizes: Sequence[int], prompt: int, until: float) -> tuple[float, float]:
     """Seconds of a forward for each token of context with one node, and more for each further node.
 
-    measured: rounds of one row behind `prompt` tokens, by nodes.
+    sizes: nodes that were measured behind `prompt` tokens.
     """
     longer = min(_LONG, target.context // 2)
     if longer <= 2 * prompt + _GROWTH:
         return 0.0, 0.0
-    few, many = 1, max(size for size in measured if size <= 16)
-    sizes = sorted({few, many} & set(measured))
-    long = _usual(_rounds(target, None, 1, longer, max(sizes)), [_forest(size) for size in sizes], until)
-    slopes = []
-    for setting, sample in long.items():
-        short = measured[setting.nodes]
-        slopes.append(max(0.0, (sample.forward - short.forward) / (sample.context - short.context)))
-    if len(slopes) < 2:
-        return slopes[0], 0.0
-    return slopes[0], max(0.0, slopes[1] - slopes[0]) / (many - few)
+    few, many = 1, max(size for size in sizes if size <= 16)
+    short, long = (_rounds(target, None, 1, length, many) for length in (prompt, longer))
+    samples = _interleaved([(rounds, _forest(size)) for size in (few, many) for rounds in (short, long)], until)
+    slopes = [max(0.0, (y.forward - x.forward) / (y.context - x.context)) for x, y in (samples[:2], samples[2:])]
+    return slopes[0], max(0.0, slopes[1] - slopes[0]) / max(1, many - few)
 
 
-def _row_seconds(target: Target, measured: Mapping[int, Sample], reading: float, prompt: int, until: float) -> tuple[float, float]:
+def _row_seconds(target: Target, reading: float, prompt: int, until: float) -> tuple[float, float]:
     """Seconds of a forward, and of a round's remaining parts, for each row after the first, beyond those of its nodes.
 
-    measured: rounds of one row, by nodes. reading: seconds for each token of context.
+    reading: seconds for each token of context.
     """
-    if 4 not in measured:
-        return 0.0, 0.0
-    several = next(iter(_usual(_rounds(target, None, 4, prompt, 4), [Setting(4)], until).values()))
-    one, least = measured[4], measured[min(measured)]
+    rounds = [_rounds(target, None, rows, prompt, _ROWS) for rows in (1, _ROWS)]
+    least, one, several = _interleaved([(rounds[0], Setting(1)), (rounds[0], _forest(_ROWS)), (rounds[1], Setting(_ROWS))], until)
     more = several.forward - one.forward - (several.context - one.context) * reading
-    return max(0.0, more / 3), max(0.0, (several.host - least.host) / 3)
+    return max(0.0, more / (_ROWS - 1)), max(0.0, (several.host - least.host) / (_ROWS - 1))
 
 
-def _draft_cost(target: Target, drafter: Drafter, prompt: int, seconds: float) -> DraftCost:
+def _draft_cost(target: Target, drafter: Drafter, base: CostModel, prompt: int, seconds: float) -> DraftCost:
     """What drafting costs: one level, and what further levels add, by the nodes that run at once.
 
     Some drafts of every round are kept, so that the drafter has several tokens to read, as where drafting pays. To the first level
     belongs by what a forward takes longer with a drafter, which reads hidden states, and whose own weights are in the caches.
+    base: the cost without a drafter. Where the machine has another speed now, drafting is given in the time of then.
     """
-    until, beams = time.perf_counter() + seconds, (1, 4, 8)
-    alone, none, one, *deeper = _with_drafter(target, drafter, 1, prompt, beams, until)
+    began, beams, nodes = time.perf_counter(), (1, _ROWS, 8), 1 + 2 * _WIDTH
+    alone, none, one, *deeper = _with_drafter(target, drafter, 1, prompt, beams, began + 0.6 * seconds)
     first, slower = max(0.0, one.draft - none.draft), min(sample.forward for sample in deeper) - alone.forward
     levels = monotone([max(0.0, (sample.draft - one.draft) / (_DEPTH - 1)) for sample in deeper])
-    _, none_rows, one_rows, deep_rows = _with_drafter(target, drafter, 4, prompt, (1,), until)
+    _, none_rows, one_rows, deep_rows = _with_drafter(target, drafter, _ROWS, prompt, (1,), began + seconds)
     level_rows = (deep_rows.draft - one_rows.draft) / (_DEPTH - 1)
-    return DraftCost(
+    now = DraftCost(
         first=first + max(0.0, slower),
         widths=beams,
         seconds=levels,
-        row_seconds=max(0.0, (one_rows.draft - none_rows.draft - first) / 3),
-        level_row_seconds=max(0.0, (level_rows - levels[1]) / 3),  # four rows run four nodes
+        row_seconds=max(0.0, (one_rows.draft - none_rows.draft - first) / (_ROWS - 1)),
+        level_row_seconds=max(0.0, (level_rows - levels[1]) / (_ROWS - 1)),  # so many rows run as many nodes
     )
+    return now.scaled(min(2.0, max(0.5, base.forward(nodes, 1, round(alone.context)) / max(1e-9, alone.forward))))
 
 
 def _with_drafter(target: Target, drafter: Drafter, rows: int, prompt: int, beams: Sequence[int], until: float) -> list[Sample]:

@@ -115,7 +115,7 @@ def test_the_cost_on_a_device_is_timed_with_events_and_has_the_steps_of_its_grap
         target.flat_runner = FlatRunner(new_graph=new_graph)
         cost = measure_cost(target, send(heads), 0.01)
         assert (target.flat_runner.num_replayed > 0) == (new_graph is not None)
-    assert len(made) == 6  # of the forwards, of several rows, and with and without the drafter, of one row and of several
+    assert len(made) == 7  # of the forwards, of one row and of several, and these with and without the drafter
     assert min(cost.seconds) > 0 < cost.draft.first
     assert list(cost.seconds) == sorted(cost.seconds)
     has_steps = any(cost.forward(size) == cost.forward(size + 1) for size in cost.nodes if node_bucket(size) != size)
