@@ -61,7 +61,7 @@ class Commands(TyperGroup):
 
 
 class _Lines(logging.Handler):
-    """Prints what the package logs to standard error, each message once."""
+    """Prints what the package logs to standard error, if that is a terminal; each message once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
-        if message not in self._seen:
+        if message not in self._seen and sys.stderr.isatty():
             self._seen.add(message)
             print("headstart:", message, file=sys.stderr)
 

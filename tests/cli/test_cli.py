@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -454,13 +455,19 @@ def test_only_the_text_is_printed(model_folder):
     assert out == run("generate", "the cat", "--model", model_folder, "--max-tokens", 5, "--ignore-eos").stdout
 
 
-def test_measuring_costs_for_the_first_time_is_told_in_one_line_on_standard_error(model_folder, tmp_path):
+@pytest.mark.slow
+def test_measuring_costs_for_the_first_time_is_told_in_one_line_to_a_terminal(model_folder, tmp_path):
     arguments = ("generate", "the cat", "--model", model_folder, "--max-tokens", 4, "--raw", "--json")
     command = [sys.executable, "-m", "headstart", *map(str, arguments)]
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    first, second = (subprocess.run(command, env=environment, capture_output=True, text=True, check=True) for _ in range(2))
-    assert first.stderr.count("measuring what rounds cost on this machine") == 1
-    assert "measuring" not in second.stderr
+    terminal, end = pty.openpty()
+    first = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=end, text=True, check=True)
+    os.close(end)
+    told = os.read(terminal, 4096).decode()
+    os.close(terminal)
+    second = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert told.count("measuring what rounds cost on this machine") == 1
+    assert second.stderr == ""
     assert json.loads(first.stdout)["stats"]["tokens"] == json.loads(second.stdout)["stats"]["tokens"] == 4
 
 
