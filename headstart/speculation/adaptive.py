@@ -180,7 +180,8 @@ class Adaptive:
         if size not in self._regimes:
             shape = fastest_shape(self.cost, self._table(load.temperature), self.limits, num_rows, load.context)
             seconds = shape.seconds / self.cost.plain(num_rows, load.context)
-            regime = _Regime(*(_Average(value, _FORECAST) for value in (1 + shape.gain, seconds, 1 + shape.gain - seconds)))
+            profit = 1 + shape.gain - seconds
+            regime = _Regime(_Average(1 + shape.gain, _FORECAST), _Average(seconds, _FORECAST), _Average(profit, _FORECAST))
             regime.pause = 0 if shape.depth else _FORECAST_PAUSE
             self._regimes[size] = regime
         return self._regimes[size]
