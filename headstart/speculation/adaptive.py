@@ -24,11 +24,12 @@ from headstart.speculation.tree import Drafts
 
 MOST_NODES = 512  # drafts per row, at most
 _MEMORY = 32.0  # rounds that an average remembers
+_FORECAST = 4.0  # rounds that the forecast from calibration and cost counts for
 _PATIENCE = 4.0  # rounds of a row that must have shown a loss before drafting pauses
 _TOLERANCE = 0.005  # a loss of so many tokens per row and round is none
 _LOST = 0.02  # share of the time that drafting may lose by being tried where it does not pay
 _FORECAST_PAUSE = 2  # rounds before the first try where the forecast sees no gain
-_LONGEST_PAUSE = 128  # rounds without drafting, at most
+_LONGEST_PAUSE = 64  # rounds without drafting, at most
 _BELIEVED = 0.25  # how much of a round's gain is what was expected, which varies less; the rest is what was kept
 _MOST_TABLES = 64  # temperatures whose tables are kept
 _CONFIRMED = 64  # rounds after which a shape is chosen anew, since costs move
@@ -53,7 +54,7 @@ class _Regime:
     tokens: expected tokens per row and round.
     seconds: of a round, as a ratio to those of plain decoding.
     profit: tokens per row and round by which drafting beat plain decoding in the same time.
-    lost: such tokens lost by drafting since it last paid.
+    lost: such tokens that drafting lost and has not won back since.
     pause: rounds left without drafting.
     """
 
@@ -218,7 +219,8 @@ class Adaptive:
         if size not in self._regimes:
             shape = fastest_shape(self.cost, self._table(load.temperature), self.limits, num_rows, load.context)
             seconds = shape.seconds / self.cost.plain(num_rows, load.context)
-            regime = _Regime(_Average(1 + shape.gain, 4.0), _Average(seconds, 4.0), _Average())
+            profit = 1 + shape.gain - seconds
+            regime = _Regime(_Average(1 + shape.gain, _FORECAST), _Average(seconds, _FORECAST), _Average(profit, _FORECAST))
             regime.pause = 0 if shape.depth else _FORECAST_PAUSE
             self._regimes[size] = regime
         return self._regimes[size]
@@ -292,13 +294,11 @@ class Adaptive:
         return expected * self.draft_scale
 
     def _judge(self, regime: _Regime, profit: float) -> None:
-        """Pause where the last rounds lost by drafting: for so long that its losses since it last paid are `_LOST` of the time."""
+        """Pause where the last rounds lost by drafting: for so long that what it has not won back since is `_LOST` of the time."""
         num_rows = len(self._load.stems)
         regime.profit.add(profit)
         regime.lost = max(0.0, regime.lost - profit)
-        if regime.profit.value >= -_TOLERANCE:
-            regime.lost = 0.0
-        elif regime.profit.weight * num_rows >= _PATIENCE:
+        if regime.profit.value < -_TOLERANCE and regime.profit.weight * num_rows >= _PATIENCE:
             regime.pause = min(math.ceil(regime.lost / _LOST), _LONGEST_PAUSE)
             regime.profit.weight = _PATIENCE / num_rows - 1 if num_rows < _PATIENCE else 0.0  # one round will tell
             self._shapes.clear()
