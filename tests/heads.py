@@ -73,6 +73,7 @@ class Forced:
     depths: tuple[int, ...]
     plan: ClassVar = Plan(depth=64, width=1, beam=1, nodes=10**6)
     sampling: ClassVar = SamplingTensors.of([SamplingParams()], [0])
+    depends_on_paths: ClassVar = False
     logits: dict = field(default_factory=dict)
 
     def __post_init__(self):

@@ -307,7 +307,8 @@ RUN_FIELDS = {
     "interval", "tau_interval", "lengths", "time_to_first_token", "token_ms", "is_peer", "memory",
 }  # fmt: skip
 RESULT_FIELDS = {
-    "model", "machine", "settings", "labels", "num_samples", "clean_share", "runs", "heads", "concurrency", "cost"
+    "model", "machine", "settings", "labels", "num_samples", "clean_share", "runs", "heads", "concurrency", "cost",
+    "reliability",
 }  # fmt: skip
 MACHINE_FIELDS = {"cpu", "cores", "threads", "device", "kernels", "python", "torch", "transformers", "headstart", "command"}
 
